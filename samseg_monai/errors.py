@@ -1,0 +1,55 @@
+"""Errors that a user can act on: what went wrong, what was got, how to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class SamsegError(Exception):
+    """Base of every error that this package raises on purpose; its text is all a user needs to see."""
+
+
+class WeightsError(SamsegError):
+    """SAM weights are absent, damaged or do not fit the network."""
+
+
+class CheckpointError(SamsegError):
+    """An adapter, model or resume file does not belong to this network."""
+
+
+class AdapterError(SamsegError):
+    """A strategy or adapter layer cannot be installed as asked."""
+
+
+class DataError(SamsegError):
+    """Images, labels or datalists are unreadable or contradict each other."""
+
+
+class PromptError(SamsegError):
+    """A prompt (box, mask) is malformed or does not fit its image."""
+
+
+class ConfigError(SamsegError):
+    """A configuration key or value is unknown or out of range."""
+
+
+class BundleError(SamsegError):
+    """A bundle cannot be built, packed or used."""
+
+
+class TrainingError(SamsegError):
+    """Training went wrong in a way that must not pass silently."""
+
+
+def raise_all(problems: Sequence[str], error: type[SamsegError], heading: str) -> None:
+    """Raise one ``error`` that lists every problem, or return when there is none.
+
+    Args:
+        problems: one line each, in the order to be shown.
+        error: class to raise.
+        heading: first line; the number of problems is put behind it.
+    """
+    if problems:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise error(f"{heading} ({count}):\n{lines}")

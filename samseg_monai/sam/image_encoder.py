@@ -1,0 +1,97 @@
+"""SAM's image encoder for any image size, with rectangular input, taps and activation checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from segment_anything.modeling.image_encoder import Block, ImageEncoderViT
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from samseg_monai.errors import ConfigError
+from samseg_monai.sam.attention import FusedAttention
+from samseg_monai.sam.spec import SamSpec
+
+
+class EncoderBlock(Block):
+    """SAM's transformer block around fused attention.
+
+    Args:
+        spec: sizes.
+        tokens: side of the square region one attention sees, in tokens (window or whole image).
+        window_size: 0 for global attention.
+    """
+
+    def __init__(self, spec: SamSpec, *, tokens: int, window_size: int) -> None:
+        super().__init__(
+            dim=spec.embed_dim,
+            num_heads=spec.num_heads,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=window_size,
+            input_size=(tokens, tokens),
+        )
+        self.attn = FusedAttention(
+            spec.embed_dim, num_heads=spec.num_heads, use_rel_pos=True, input_size=(tokens, tokens)
+        )
+
+
+class ImageEncoder(ImageEncoderViT):
+    """SAM's ViT: (B, 3, h, w) to an embedding (B, prompt_dim, h / 16, w / 16).
+
+    Keys and results are those of segment_anything's ``ImageEncoderViT``. Beyond it, h and w may be any multiples of the
+    patch size up to ``image_size``: the position tables are then cropped, not stretched.
+
+    Args:
+        spec: sizes.
+        image_size: side of the square the position tables cover, in pixels; a multiple of the patch size.
+        checkpointing: recompute the blocks in the backward pass instead of storing their activations.
+
+    Raises:
+        ConfigError: image_size is not a positive multiple of the patch size.
+    """
+
+    def __init__(self, spec: SamSpec, *, image_size: int, checkpointing: bool = False) -> None:
+        if image_size <= 0 or image_size % spec.patch_size:
+            raise ConfigError(
+                f"image_size: got {image_size}; SAM needs a positive multiple of its patch size {spec.patch_size}"
+            )
+        super().__init__(
+            img_size=image_size,
+            patch_size=spec.patch_size,
+            embed_dim=spec.embed_dim,
+            depth=0,
+            out_chans=spec.prompt_dim,
+        )
+        grid = image_size // spec.patch_size
+        for i in range(spec.depth):
+            window = 0 if i in spec.global_attn_indexes else spec.window_size
+            self.blocks.append(EncoderBlock(spec, tokens=window or grid, window_size=window))
+        self.checkpointing = checkpointing
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, taps: Sequence[int] = ()
+    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
+        """Encode ``x``; with ``taps``, also return the outputs (B, h/16, w/16, embed_dim) of those blocks, in order."""
+        patch = self.patch_embed.proj.kernel_size[0]
+        height, width = x.shape[-2:]
+        if height % patch or width % patch or max(height, width) > self.img_size:
+            raise ConfigError(
+                f"image encoder: got {height} x {width} pixels; both sides must be multiples of {patch} "
+                f"and at most {self.img_size}"
+            )
+        x = self.patch_embed(x)  # (B, h/16, w/16, C)
+        assert self.pos_embed is not None  # built with use_abs_pos
+        x = x + self.pos_embed[:, : x.shape[1], : x.shape[2]]
+        tapped: dict[int, torch.Tensor] = {}
+        for i, block in enumerate(self.blocks):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+            if i in taps:
+                tapped[i] = x
+        embedding = self.neck(x.permute(0, 3, 1, 2))
+        return (embedding, [tapped[i] for i in taps]) if taps else embedding
