@@ -1,0 +1,20 @@
+"""Scores of whole volumes: one case (``case``), tables of many (``rows``), inside a MONAI engine (``engine``)."""
+
+from __future__ import annotations
+
+from samseg_monai.metrics.case import POLICIES, score_case, score_columns
+from samseg_monai.metrics.engine import CaseScores, merge_rows
+from samseg_monai.metrics.rows import aggregate, case_means, paired_difference, read_rows, write_rows
+
+__all__ = [
+    "POLICIES",
+    "CaseScores",
+    "aggregate",
+    "case_means",
+    "merge_rows",
+    "paired_difference",
+    "read_rows",
+    "score_case",
+    "score_columns",
+    "write_rows",
+]

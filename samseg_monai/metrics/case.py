@@ -1,0 +1,181 @@
+"""Dice, HD95 and NSD of one case and one class, in mm, with a named rule for empty masks.
+
+Two definitions of HD95 are in use and their numbers are not interchangeable:
+
+- ``hd95_mm``: the larger of the two directed 95th percentiles (MONAI's ``compute_hausdorff_distance``);
+- ``hd95_medpy_mm``: the 95th percentile of both directions' distances pooled (medpy's ``hd95``).
+
+NSD (Nikolov et al. 2018, arXiv:1809.04430) weighs surface elements by their area, as DeepMind's surface-distance does
+(MONAI's ``use_subvoxels=True``). The ``transunet`` policy follows Chen et al. 2021 (arXiv:2102.04306): voxel units,
+medpy's definitions, and its special cases for empty masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from monai.metrics.utils import get_mask_edges, get_surface_distance
+
+from samseg_monai.errors import ConfigError, DataError
+
+POLICIES = ("honest", "transunet")
+PERCENTILE = 95
+NSD_TOLERANCES_MM = {"nsd_1mm": 1.0, "nsd_2mm": 2.0}
+# Headers hold spacing in float32 and norms of affine columns add noise (1.0000001). Unrounded, neighbours one voxel
+# apart would fall just outside a 1 mm tolerance and NSD would collapse.
+SPACING_DECIMALS = 5
+
+Mask = torch.Tensor | np.ndarray
+Distances = tuple[torch.Tensor, torch.Tensor]
+
+
+def score_columns(policy: str = "honest", *, surface: bool = True) -> tuple[str, ...]:
+    """Names of the scores that ``score_case`` gives under ``policy``; Dice comes first.
+
+    Raises:
+        ConfigError: unknown policy.
+    """
+    if policy not in POLICIES:
+        raise ConfigError(f"unknown metric policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    if policy == "transunet":
+        return ("dice_transunet", "hd95_transunet_voxel") if surface else ("dice_transunet",)
+    return ("dice", "hd95_mm", "hd95_medpy_mm", *NSD_TOLERANCES_MM) if surface else ("dice",)
+
+
+def score_case(
+    prediction: Mask,
+    reference: Mask,
+    *,
+    spacing_mm: Sequence[float],
+    policy: str = "honest",
+    surface: bool = True,
+) -> dict[str, float | bool]:
+    """Score one predicted mask against its reference.
+
+    Empty masks under ``honest``: both empty, the case is ``excluded`` and every score is NaN; one empty, Dice 0, NSD 0
+    and both HD95 are the image's diagonal in mm (norm of shape times spacing). Under ``transunet`` nothing is excluded:
+    only the reference empty, Dice 1 and HD95 0; prediction empty, Dice 0 and HD95 0.
+
+    Args:
+        prediction: mask of shape (H, W, D), boolean or holding 0 and 1 only; D may be 1.
+        reference: mask of the same shape.
+        spacing_mm: distance of neighbouring voxels along H, W and D, in mm (rounded to 1e-5 mm).
+        policy: ``honest`` or ``transunet``.
+        surface: False leaves out HD95 and NSD (fast validation).
+
+    Returns:
+        ``score_columns(policy, surface=surface)`` as floats (Dice and NSD in [0, 1]; HD95 in mm, or in voxels when the
+        name says so), ``excluded``, ``empty_prediction`` and ``empty_reference`` as bool, ``prediction_ml`` and
+        ``reference_ml`` (volumes, ml).
+
+    Raises:
+        DataError: shapes differ or are not 3-D, a mask holds other values than 0 and 1, the spacing is not positive.
+        ConfigError: unknown policy.
+    """
+    columns = score_columns(policy, surface=surface)
+    pred, ref = _as_mask(prediction, "prediction"), _as_mask(reference, "reference")
+    if pred.shape != ref.shape:
+        raise DataError(
+            f"prediction {tuple(pred.shape)} and reference {tuple(ref.shape)} differ in shape; "
+            "bring the prediction back to the reference's grid first"
+        )
+    spacing = _checked_spacing(spacing_mm)
+    n_pred, n_ref = _count(pred), _count(ref)
+    if n_pred and n_ref:
+        scores = [2 * _count(pred & ref) / (n_pred + n_ref)]
+        if surface:
+            cropped = _crop_to_common_box(pred, ref)
+            scores += _mm_scores(*cropped, spacing) if policy == "honest" else _voxel_scores(*cropped)
+    elif policy == "transunet":
+        scores = [float(n_pred > 0), 0.0]
+    elif n_pred or n_ref:
+        diagonal_mm = float(np.linalg.norm(np.asarray(pred.shape) * spacing))
+        scores = [0.0, diagonal_mm, diagonal_mm, *(0.0 for _ in NSD_TOLERANCES_MM)]
+    else:
+        scores = [float("nan")] * len(columns)
+    voxel_ml = float(np.prod(spacing)) / 1000.0
+    return {
+        **dict(zip(columns, scores, strict=False)),  # without surface only Dice is wanted of the empty cases' scores
+        "excluded": policy == "honest" and not n_pred and not n_ref,
+        "empty_prediction": n_pred == 0,
+        "empty_reference": n_ref == 0,
+        "prediction_ml": n_pred * voxel_ml,
+        "reference_ml": n_ref * voxel_ml,
+    }
+
+
+def _as_mask(mask: Mask, name: str) -> torch.Tensor:
+    """Plain boolean CPU tensor: every machine then measures with the same code, and metadata costs no time."""
+    tensor = torch.as_tensor(np.asarray(mask.detach().cpu()) if isinstance(mask, torch.Tensor) else mask)
+    if tensor.ndim != 3:
+        raise DataError(f"{name} must be a volume (H, W, D), got shape {tuple(tensor.shape)}")
+    if tensor.dtype != torch.bool:
+        if not bool(((tensor == 0) | (tensor == 1)).all()):
+            raise DataError(f"{name} holds other values than 0 and 1; threshold it or take one class of it")
+        tensor = tensor == 1
+    return tensor
+
+
+def _count(mask: torch.Tensor) -> int:
+    return int(np.count_nonzero(mask.numpy()))  # on booleans much faster than torch's sum
+
+
+def _checked_spacing(spacing_mm: Sequence[float]) -> np.ndarray:
+    spacing = np.round(np.asarray(spacing_mm, dtype=np.float64), SPACING_DECIMALS)
+    if spacing.shape != (3,) or not np.isfinite(spacing).all() or (spacing <= 0).any():
+        raise DataError(f"spacing_mm must be three positive numbers, got {list(spacing_mm)}; check the image's affine")
+    return spacing
+
+
+def _crop_to_common_box(pred: torch.Tensor, ref: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both masks inside the box of their union, one voxel wider where the image allows, so that no edge is lost."""
+    union = pred | ref
+    box = []
+    for axis in range(union.ndim):
+        others = [other for other in range(union.ndim) if other != axis]
+        filled = torch.nonzero(union.any(dim=others[1]).any(dim=others[0])).flatten()
+        box.append(slice(max(int(filled[0]) - 1, 0), int(filled[-1]) + 2))
+    return pred[tuple(box)], ref[tuple(box)]
+
+
+def _mm_scores(pred: torch.Tensor, ref: torch.Tensor, spacing: np.ndarray) -> list[float]:
+    """HD95 (both definitions) and NSD at each tolerance of two masks that are not empty."""
+    edges: tuple[torch.Tensor, ...] = get_mask_edges(pred, ref)
+    distances = _edge_distances(edges[0], edges[1], spacing)
+    return [_hd95_directed(distances), _hd95_pooled(distances), *_surface_dice(pred, ref, spacing)]
+
+
+def _voxel_scores(pred: torch.Tensor, ref: torch.Tensor) -> list[float]:
+    edges: tuple[torch.Tensor, ...] = get_mask_edges(pred, ref)
+    return [_hd95_pooled(_edge_distances(edges[0], edges[1], np.ones(3)))]
+
+
+def _surface_dice(pred: torch.Tensor, ref: torch.Tensor, spacing: np.ndarray) -> list[float]:
+    # with a spacing MONAI returns edge elements on the half-voxel grid and the area of each
+    measured: tuple[torch.Tensor, ...] = get_mask_edges(pred, ref, spacing=spacing.tolist())
+    edges_pred, edges_ref, area_map_pred, area_map_ref = measured
+    from_pred, from_ref = _edge_distances(edges_pred, edges_ref, spacing)
+    areas_pred, areas_ref = area_map_pred[edges_pred].double(), area_map_ref[edges_ref].double()
+    total = areas_pred.sum() + areas_ref.sum()
+    return [
+        float((areas_pred[from_pred <= tolerance].sum() + areas_ref[from_ref <= tolerance].sum()) / total)
+        for tolerance in NSD_TOLERANCES_MM.values()
+    ]
+
+
+def _edge_distances(edges_pred: torch.Tensor, edges_ref: torch.Tensor, spacing: np.ndarray) -> Distances:
+    """Distance of every edge element of one mask to the nearest of the other: prediction to reference, and back."""
+    return (
+        torch.as_tensor(get_surface_distance(edges_pred, edges_ref, spacing=spacing)),
+        torch.as_tensor(get_surface_distance(edges_ref, edges_pred, spacing=spacing)),
+    )
+
+
+def _hd95_directed(distances: Distances) -> float:
+    return max(float(np.percentile(d.double().numpy(), PERCENTILE)) for d in distances)
+
+
+def _hd95_pooled(distances: Distances) -> float:
+    return float(np.percentile(torch.cat(distances).double().numpy(), PERCENTILE))

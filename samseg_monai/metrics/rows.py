@@ -1,0 +1,221 @@
+"""Rows (one case, one class) to tables: means that do not depend on order, CSV files, paired comparison.
+
+A row is a plain dict: ``case``, ``class``, scores, ``excluded``, ``empty_prediction``, ``empty_reference``,
+``prediction_ml``, ``reference_ml``. Every table of this project can be recomputed from such rows.
+The bootstrap is Efron 1979 (percentile interval over cases).
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from samseg_monai.errors import DataError, raise_all
+from samseg_monai.metrics.case import score_columns
+
+Row = Mapping[str, Any]
+
+LABELS = ("case", "class")
+FLAGS = ("excluded", "empty_prediction", "empty_reference")
+VOLUMES = ("prediction_ml", "reference_ml")
+CONFIDENCE = 0.95
+BOOTSTRAP_DRAWS = 10_000
+# Even if all n differences point the same way, a sign test reaches p < 0.05 only from n = 6 (2 * 0.5**6 = 0.031).
+MIN_PAIRED_CASES = 6
+
+
+def aggregate(rows: Sequence[Row], *, columns: Sequence[str] | None = None, prefix: str = "") -> dict[str, float]:
+    """Summary of rows; the result does not depend on their order.
+
+    Each score is first averaged over a case's classes, then over cases; excluded rows do not count.
+
+    Args:
+        rows: rows of any number of cases and classes.
+        columns: scores to summarise; None takes all that the rows have (``score_columns()`` where there are no rows).
+        prefix: put before every name.
+
+    Returns:
+        Floats. ``<score>_mean``, ``_std`` (population) and ``_median`` over cases; ``n`` cases that count;
+        ``n_excluded`` excluded rows and ``n_empty_prediction`` counted rows without prediction (a row is a case and
+        class; with one class these count cases). With several classes also ``<class>_<score>_mean`` and
+        ``<class>_n...``. NaN, never 0, where no case counts.
+
+    Raises:
+        DataError: a row lacks one of the columns, or a case and class come twice (rows of two runs mixed up).
+    """
+    columns = _score_names(rows) if columns is None else columns
+    summary = {}
+    for column in columns:
+        values = list(case_means(rows, column).values())
+        mean = summary[f"{column}_mean"] = _mean(values)
+        summary[f"{column}_std"] = math.sqrt(_mean([(value - mean) ** 2 for value in values]))
+        summary[f"{column}_median"] = float(statistics.median(values)) if values else math.nan
+    summary |= _counts(rows)
+    classes = list(dict.fromkeys(row["class"] for row in rows))
+    for name in classes if len(classes) > 1 else ():
+        of_class = [row for row in rows if row["class"] == name]
+        means = {f"{column}_mean": _mean(list(case_means(of_class, column).values())) for column in columns}
+        summary |= {f"{name}_{key}": value for key, value in (means | _counts(of_class)).items()}
+    return {prefix + key: value for key, value in summary.items()}
+
+
+def case_means(rows: Sequence[Row], column: str) -> dict[str, float]:
+    """Mean of ``column`` over the classes of each case that counts, sorted by case.
+
+    Raises:
+        DataError: a row lacks the column, or a case and class come twice.
+    """
+    by_case: dict[str, list[float]] = {}
+    for (case, _), row in _indexed(rows, column).items():
+        if not row["excluded"]:
+            by_case.setdefault(case, []).append(float(row[column]))
+    return {case: _mean(by_case[case]) for case in sorted(by_case)}
+
+
+def write_rows(rows: Sequence[Row], path: str | Path) -> Path:
+    """Write rows as CSV (numbers exactly, so that ``read_rows`` gives the same tables back).
+
+    Raises:
+        DataError: a text is a file path: such a table would tell strangers where and who.
+    """
+    fields = list(dict.fromkeys(key for row in rows for key in row)) or [*LABELS, *score_columns(), *FLAGS, *VOLUMES]
+    problems = [
+        f"{key} = {value!r}"
+        for row in rows
+        for key, value in row.items()
+        if isinstance(value, Path) or (isinstance(value, str) and ("/" in value or "\\" in value))
+    ]
+    raise_all(problems, DataError, "per-case tables hold names, not paths; put the case's name under 'case'")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=fields)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a CSV file of ``write_rows``: names as str, flags as bool, everything else as float.
+
+    Raises:
+        DataError: the file is not there, lacks a column or holds something that is not a number; all lines at once.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"no per-case table at {path}; run evaluate first, or give the path of its CSV file")
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in (*LABELS, *FLAGS) if name not in (reader.fieldnames or [])]
+        raise_all([f"no column {name!r}" for name in missing], DataError, f"{path} is not a per-case table")
+        rows, problems = [], []
+        for line in reader:
+            try:
+                rows.append({key: _parsed(key, text) for key, text in line.items()})
+            except (TypeError, ValueError) as error:  # TypeError: a line with too few or too many cells
+                problems.append(f"line {reader.line_num}: {error}")
+    raise_all(problems, DataError, f"{path} cannot be read")
+    return rows
+
+
+def paired_difference(
+    rows_a: Sequence[Row], rows_b: Sequence[Row], *, value: str = "dice", seed: int = 0
+) -> dict[str, Any]:
+    """Mean difference a - b of one score over the same cases, with a bootstrap 95 % interval.
+
+    A case and class counts where neither side excludes it; differences are averaged over classes, then over cases.
+
+    Returns:
+        ``difference``, ``ci_low``, ``ci_high`` (unit of the score; NaN without cases), ``n`` cases, ``n_excluded``
+        pairs of rows left out, and ``verdict``: "a higher", "b higher", or "not distinguishable" when the interval
+        holds 0 or there are fewer than 6 cases (too few for any 95 % statement).
+
+    Raises:
+        DataError: the two do not hold the same cases and classes, or lack the score.
+    """
+    a, b = _indexed(rows_a, value), _indexed(rows_b, value)
+    problems = [f"only in a: {case}, {name}" for case, name in sorted(a.keys() - b.keys())]
+    problems += [f"only in b: {case}, {name}" for case, name in sorted(b.keys() - a.keys())]
+    raise_all(problems, DataError, "a paired comparison needs the same cases and classes on both sides")
+    excluded = {key for key in a if a[key]["excluded"] or b[key]["excluded"]}
+    differences = [
+        {
+            "case": key[0],
+            "class": key[1],
+            "excluded": key in excluded,
+            value: float(a[key][value]) - float(b[key][value]),
+        }
+        for key in a
+    ]
+    per_case = np.array(list(case_means(differences, value).values()))
+    low, high = _bootstrap_interval(per_case, seed)
+    verdict = "not distinguishable"
+    if len(per_case) >= MIN_PAIRED_CASES and not low <= 0.0 <= high:
+        verdict = "a higher" if low > 0.0 else "b higher"
+    return {
+        "difference": _mean(per_case.tolist()),
+        "ci_low": low,
+        "ci_high": high,
+        "n": float(len(per_case)),
+        "n_excluded": float(len(excluded)),
+        "verdict": verdict,
+    }
+
+
+def _bootstrap_interval(values: np.ndarray, seed: int) -> tuple[float, float]:
+    if not len(values):
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(BOOTSTRAP_DRAWS)]
+    tail = 100.0 * (1.0 - CONFIDENCE) / 2.0
+    low, high = np.percentile(means, [tail, 100.0 - tail])
+    return float(low), float(high)
+
+
+def _indexed(rows: Sequence[Row], column: str) -> dict[tuple[str, str], Row]:
+    """Rows by case and class, each sure to have ``column``."""
+    problems, indexed = [], {}
+    for row in rows:
+        key = (row["case"], row["class"])
+        if column not in row:
+            problems.append(f"case {key[0]}, class {key[1]}: no score {column!r}, there are {_score_names([row])}")
+        if key in indexed:
+            problems.append(f"case {key[0]}, class {key[1]}: two rows")
+        indexed[key] = row
+    raise_all(problems, DataError, "rows cannot be summarised; give the rows of one run, and a score they have")
+    return indexed
+
+
+def _score_names(rows: Sequence[Row]) -> list[str]:
+    names = dict.fromkeys(key for row in rows for key in row if key not in (*LABELS, *FLAGS, *VOLUMES))
+    return list(names) if rows else list(score_columns())
+
+
+def _counts(rows: Sequence[Row]) -> dict[str, float]:
+    counted = [row for row in rows if not row["excluded"]]
+    return {
+        "n": float(len({row["case"] for row in counted})),
+        "n_excluded": float(len(rows) - len(counted)),
+        "n_empty_prediction": float(sum(bool(row["empty_prediction"]) for row in counted)),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    # fsum rounds once, so the mean is the same whatever the order of cases or the number of processes
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+def _parsed(key: str, text: str) -> Any:
+    if key in LABELS:
+        return text
+    if key in FLAGS:
+        if text not in ("True", "False"):
+            raise ValueError(f"{key} must be True or False, got {text!r}")
+        return text == "True"
+    return float(text)
