@@ -1,0 +1,26 @@
+"""SAM's weights: find (or download) the file, read it whatever its layout, load it with an exact report.
+
+``find`` knows the official files and where they may lie; ``download`` fetches one, resumed; ``read`` turns any file
+into a flat float32 state dict or says what the file really is; ``load`` fits position tables to the image size of the
+network and refuses everything else that does not fit.
+"""
+
+from __future__ import annotations
+
+from samseg_monai.sam.weights.find import ENVIRONMENT, KNOWN, RANDOM, WeightsFile, cache_folder, find_weights, sha256_of
+from samseg_monai.sam.weights.load import LoadReport, load_sam_weights
+from samseg_monai.sam.weights.read import is_samed, read_state
+
+__all__ = [
+    "ENVIRONMENT",
+    "KNOWN",
+    "RANDOM",
+    "LoadReport",
+    "WeightsFile",
+    "cache_folder",
+    "find_weights",
+    "is_samed",
+    "load_sam_weights",
+    "read_state",
+    "sha256_of",
+]

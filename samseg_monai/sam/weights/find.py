@@ -1,0 +1,180 @@
+"""Where SAM's weights are: explicit path, ``SAMSEG_WEIGHTS_DIR``, the user cache, and last a checked, resumed download.
+
+The official files are those of Kirillov et al. 2023 (arXiv:2304.02643), https://github.com/facebookresearch/segment-anything.
+Their sha256 are not published by the authors; they agree across independent public projects.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pooch
+import requests
+from filelock import FileLock
+
+from samseg_monai.errors import WeightsError
+from samseg_monai.sam.weights.download import ResumingDownloader
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT = "SAMSEG_WEIGHTS_DIR"
+RANDOM = "random"  # the word that asks for a random start, in place of a file
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """One published file.
+
+    Args:
+        name: file name, also in the cache and in ``SAMSEG_WEIGHTS_DIR``.
+        url: where it is published.
+        size: bytes, as far as known; the hash decides.
+        sha256: of its contents.
+    """
+
+    name: str
+    url: str
+    size: int
+    sha256: str
+
+
+def _official(name: str, size: int, sha256: str) -> WeightsFile:
+    return WeightsFile(name, f"https://dl.fbaipublicfiles.com/segment_anything/{name}", size, sha256)
+
+
+KNOWN: dict[str, WeightsFile] = {
+    "vit_b": _official(
+        "sam_vit_b_01ec64.pth", 375_042_383, "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"
+    ),
+    "vit_l": _official(
+        "sam_vit_l_0b3195.pth", 1_249_524_607, "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"
+    ),
+    "vit_h": _official(
+        "sam_vit_h_4b8939.pth", 2_564_550_879, "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"
+    ),
+}
+
+PICO_FILE = Path(__file__).resolve().parent.parent / "pico.safetensors"
+
+
+def cache_folder() -> Path:
+    """The user cache of this package (honours ``XDG_CACHE_HOME``); it need not exist."""
+    return Path(pooch.os_cache("samseg-monai"))
+
+
+def find_weights(variant: str, checkpoint: str | Path | None = None, *, download: bool = True) -> Path:
+    """Path of the weights of a SAM variant; downloads the official file only when it is nowhere on this machine.
+
+    Args:
+        variant: ``"vit_b"``, ``"vit_l"``, ``"vit_h"`` (official files), ``"pico"`` (packaged), ``"tiny"`` (none).
+        checkpoint: file to use instead, or a folder that holds the official file; ``"random"`` asks for a random start
+            and is handed back as ``Path("random")``, which :func:`load_sam_weights` understands.
+        download: False never touches the network.
+
+    Raises: WeightsError if ``checkpoint`` does not exist, if a file of the official name has another sha256, or if the
+        file is absent and cannot be downloaded; the text then has URL, name, hash and the three ways to provide it.
+    """
+    if checkpoint is not None:
+        return _explicit(variant, checkpoint)
+    if variant == "pico":
+        if not PICO_FILE.is_file():
+            raise WeightsError(
+                f"{PICO_FILE} is not installed: run 'make pico', or set sam_checkpoint to a file or 'random'"
+            )
+        return PICO_FILE
+    if variant not in KNOWN:
+        raise WeightsError(
+            f"SAM variant {variant!r} has no published weights: set sam_checkpoint to a file or to 'random', "
+            f"or sam_variant to one of {', '.join([*KNOWN, 'pico'])}"
+        )
+    file = KNOWN[variant]
+    folders = [Path(folder).expanduser() for folder in [os.environ.get(ENVIRONMENT)] if folder] + [cache_folder()]
+    for folder in folders:
+        if (folder / file.name).is_file():
+            return _checked(folder / file.name, file)
+    if not download:
+        raise WeightsError(_absent(variant, file, folders, "downloading is switched off"))
+    return _download(variant, file, folders)
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hexadecimal sha256 of a file; computed again only when its size or modification time changed.
+
+    Raises: WeightsError if the file does not exist.
+    """
+    path = Path(path).expanduser().resolve()
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist")
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _explicit(variant: str, checkpoint: str | Path) -> Path:
+    if str(checkpoint) == RANDOM:
+        return Path(RANDOM)
+    path = Path(checkpoint).expanduser()
+    if path.is_dir() and variant in KNOWN and (path / KNOWN[variant].name).is_file():
+        return _checked(path / KNOWN[variant].name, KNOWN[variant])
+    if not path.is_file():
+        raise WeightsError(
+            f"sam_checkpoint {str(checkpoint)!r} is not a file ({path.absolute()}): give the path of a SAM "
+            f"weights file, {RANDOM!r} for a random start, or leave it out"
+        )
+    return path
+
+
+def _checked(path: Path, file: WeightsFile) -> Path:
+    """A file that carries an official name must be the official file; this one may be cut, old or a copy of another."""
+    got = sha256_of(path)
+    if got != file.sha256:
+        size = path.stat().st_size
+        raise WeightsError(
+            f"{path} is not the official {file.name}: sha256 {got} ({size:,} bytes), expected {file.sha256} "
+            f"({file.size:,} bytes). Delete it or copy it again from {file.url}; "
+            "to use a file of your own, name it in sam_checkpoint"
+        )
+    return path
+
+
+def _download(variant: str, file: WeightsFile, folders: list[Path]) -> Path:
+    """Fetch into the user cache. The lock makes the processes of one multi-GPU run wait for the first."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{file.name}.lock"):
+            downloader = ResumingDownloader(folder / f"{file.name}.part")
+            path = pooch.retrieve(
+                file.url, known_hash=f"sha256:{file.sha256}", fname=file.name, path=folder, downloader=downloader
+            )
+    except (requests.RequestException, OSError, ValueError) as error:  # ValueError is pooch's word for a wrong hash
+        raise WeightsError(_absent(variant, file, folders, f"the download failed: {error}")) from error
+    return Path(path)
+
+
+def _absent(variant: str, file: WeightsFile, folders: list[Path], reason: str) -> str:
+    looked = ", ".join(str(folder) for folder in folders)
+    return (
+        f"The weights of SAM {variant!r} are not on this machine and {reason}\n"
+        f"  file:      {file.name} ({file.size:,} bytes)\n"
+        f"  URL:       {file.url}\n"
+        f"  sha256:    {file.sha256}\n"
+        f"  looked in: {looked}\n"
+        "Provide it in one of three ways:\n"
+        "  1. set sam_checkpoint to the path of the file\n"
+        f"  2. put the file into a folder of yours and set the environment variable {ENVIRONMENT} to that folder\n"
+        f"  3. put the file into {cache_folder()}, or run once with a network connection"
+    )

@@ -1,0 +1,236 @@
+"""Load base weights into SAM: position tables fitted to the image size, everything that does not fit named.
+
+Position tables are interpolated as SAMed (Zhang & Liu 2023, arXiv:2304.13785) and SAM-LST (Chai et al. 2023) publish
+it, but the tables to change are found from the blocks themselves and not from digits in their names.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from samseg_monai.errors import WeightsError, raise_all
+from samseg_monai.sam.build import SamModel, build_sam
+from samseg_monai.sam.spec import SPECS
+from samseg_monai.sam.weights.find import RANDOM, sha256_of
+from samseg_monai.sam.weights.read import is_samed, read_state
+
+logger = logging.getLogger(__name__)
+
+POS_EMBED = "image_encoder.pos_embed"
+# Tensors whose shape or number follows the number of masks; SAMed starts all of them anew when it differs.
+MASK_HEAD = re.compile(r"mask_decoder\.(mask_tokens|output_hypernetworks_mlps|iou_prediction_head)\.")
+ADAPTER = "lora_"
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading did, by name.
+
+    Args:
+        path: file read, or ``"random"``.
+        sha256: of the file; None for a random start.
+        loaded: number of the network's tensors that now hold the file's values.
+        changed: how many of those had other values before; 0 means that the network already held this file.
+        resized: position tables that were interpolated to the network's image size.
+        missing: the network's tensors that the file lacks (only with ``strict=False``).
+        unexpected: the file's tensors that the network lacks (only with ``strict=False``).
+        skipped: tensors of the mask head left as built because the number of masks differs.
+        ignored: adapter tensors, which no base file has.
+    """
+
+    path: str
+    sha256: str | None
+    loaded: int = 0
+    changed: int = 0
+    resized: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """One line for the log."""
+        if self.sha256 is None:
+            return "random start: no base weights were loaded"
+        counts = [f"{len(names)} {word}" for word, names in self._lists().items() if names]
+        extra = f" ({', '.join(counts)})" if counts else ""
+        return f"{self.path}: {self.loaded} tensors loaded, {self.changed} changed{extra}, sha256 {self.sha256[:12]}"
+
+    def _lists(self) -> dict[str, tuple[str, ...]]:
+        return {word: getattr(self, word) for word in ("resized", "missing", "unexpected", "skipped", "ignored")}
+
+
+@dataclass
+class _Plan:
+    """Decisions taken before the first tensor is touched, so that a refused file leaves the network as it was."""
+
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+    resized: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+
+
+def load_sam_weights(
+    sam: nn.Module,
+    path: str | Path,
+    *,
+    strict: bool = True,
+    ignore: Collection[str] = (),
+    allow_new_masks: bool = False,
+) -> LoadReport:
+    """Copy the weights of a file into a SAM, whatever its image size, or refuse and leave the SAM untouched.
+
+    ``pos_embed`` and the relative position tables of global blocks are interpolated when the file was made for another
+    image size. Linear layers may have been replaced by adapters that keep ``weight`` and ``bias``.
+
+    Args:
+        sam: SAM with SAM's own names; device and dtype of its tensors are kept.
+        path: weights file, or ``"random"``: nothing is read and the network stays as built.
+        strict: False reports missing and unexpected names instead of raising; other shapes raise in any case.
+        ignore: names that a base file cannot have (adapter tensors); names with ``lora_`` always count as such. A
+            leading ``sam.`` is dropped. Names that plain SAM has too (a trained decoder) are required all the same.
+        allow_new_masks: True leaves the mask head (tokens, hyper-networks, IoU head) as built when the file was made
+            for another number of masks, and names it in ``skipped``.
+
+    Raises: WeightsError if the file is unreadable (see :func:`read_state`), is a SAMed adapter file, fits nowhere, or
+        has missing, unexpected or differently shaped tensors: all are listed with both shapes.
+    """
+    if str(path) == RANDOM:
+        logger.warning("SAM starts from random weights, as asked")
+        return LoadReport(RANDOM, None)
+    state = read_state(path)
+    if is_samed(state):
+        raise WeightsError(
+            f"{path} is a SAMed file: {len(state)} tensors of LoRA adapters (w_a_000 ...) and decoder "
+            "without SAM's image encoder. Give the SAM file it was trained on as sam_checkpoint"
+        )
+    owned = {name.removeprefix("sam.") for name in ignore}
+    plan = _plan(sam, state, owned=owned - _plain_names(sam), new_masks=allow_new_masks)
+    _refuse(plan, sam, state, path=path, strict=strict)
+    changed = _copy(sam, plan.values)
+    report = LoadReport(
+        str(path),
+        sha256_of(path),
+        loaded=len(plan.values),
+        changed=changed,
+        resized=tuple(plan.resized),
+        missing=tuple(plan.missing),
+        unexpected=tuple(plan.unexpected),
+        skipped=tuple(plan.skipped),
+        ignored=tuple(plan.ignored),
+    )
+    for word in ("missing", "unexpected", "skipped"):
+        if names := getattr(report, word):
+            logger.warning("%s: %s: %s", path, word, ", ".join(names))
+    logger.info(report.summary())
+    return report
+
+
+def resize_pos_embed(table: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Absolute position table (1, h, w, C) to (1, *size, C), bilinear."""
+    image = table.permute(0, 3, 1, 2)  # (1, h, w, C) -> (1, C, h, w)
+    return F.interpolate(image, size, mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+
+
+def resize_rel_pos(table: torch.Tensor, length: int) -> torch.Tensor:
+    """Relative position table (2 n - 1, C) to (length, C), bilinear along the first axis; C is kept."""
+    size = (length, table.shape[1])
+    return F.interpolate(table[None, None], size, mode="bilinear", align_corners=False)[0, 0]
+
+
+def _plan(sam: nn.Module, state: Mapping[str, torch.Tensor], *, owned: set[str], new_masks: bool) -> _Plan:
+    targets = sam.state_dict()
+    tables = _global_tables(sam)
+    tokens = "mask_decoder.mask_tokens.weight"
+    new_head = new_masks and tokens in state and tokens in targets and state[tokens].shape != targets[tokens].shape
+    plan = _Plan()
+    for name, target in targets.items():
+        if new_head and MASK_HEAD.match(name):
+            plan.skipped.append(name)
+        elif name not in state:
+            (plan.ignored if name in owned or ADAPTER in name else plan.missing).append(name)
+        elif state[name].shape == target.shape:
+            plan.values[name] = state[name]
+        elif name in tables and state[name].shape[-1] == target.shape[-1] and state[name].ndim == target.ndim:
+            plan.values[name] = _resized(state[name], target)
+            plan.resized.append(name)
+        else:
+            plan.mismatched.append(name)
+    for name in state:
+        if name not in targets:
+            (plan.skipped if new_head and MASK_HEAD.match(name) else plan.unexpected).append(name)
+    return plan
+
+
+def _plain_names(sam: nn.Module) -> set[str]:
+    """Names that this SAM had before any adapter: a strategy may own some, but a base file must have them."""
+    if not isinstance(sam, SamModel):
+        return set()
+    with torch.device("meta"):  # names only, no memory
+        plain = build_sam(sam.spec, image_size=sam.image_size, num_masks=sam.mask_decoder.num_multimask_outputs)
+    return set(plain.state_dict())
+
+
+def _resized(table: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    if target.ndim == 4:
+        return resize_pos_embed(table, (target.shape[1], target.shape[2]))
+    return resize_rel_pos(table, target.shape[0])
+
+
+def _global_tables(sam: nn.Module) -> set[str]:
+    """Names of the tables that follow the image size; those of windowed blocks follow the window and never change."""
+    blocks = sam.get_submodule("image_encoder.blocks").named_children()
+    names = {
+        f"image_encoder.blocks.{index}.attn.rel_pos_{axis}"
+        for index, block in blocks
+        if getattr(block, "window_size", None) == 0
+        for axis in "hw"
+    }
+    return {POS_EMBED} | names
+
+
+def _refuse(plan: _Plan, sam: nn.Module, state: Mapping[str, torch.Tensor], *, path: str | Path, strict: bool) -> None:
+    shapes = {name: tuple(value.shape) for name, value in sam.state_dict().items()}
+    problems = [f"shape: {name}: file {tuple(state[name].shape)}, network {shapes[name]}" for name in plan.mismatched]
+    if strict:
+        problems += [f"missing: {name}: file has none, network {shapes[name]}" for name in plan.missing]
+        problems += [
+            f"unexpected: {name}: file {tuple(state[name].shape)}, network has none" for name in plan.unexpected
+        ]
+    heading = f"{path} does not fit this SAM{_hint(plan, sam, state)}"
+    raise_all(problems, WeightsError, heading)
+    if not plan.values:
+        raise WeightsError(f"{heading}: none of its {len(state)} tensors has a name that the network knows")
+
+
+def _hint(plan: _Plan, sam: nn.Module, state: Mapping[str, torch.Tensor]) -> str:
+    """The likely reason, so that nobody has to read two hundred shapes to find it."""
+    table, target = state.get(POS_EMBED), sam.state_dict().get(POS_EMBED)
+    if table is not None and target is not None and table.shape[-1] != target.shape[-1]:
+        likely = [name for name, spec in SPECS.items() if spec.embed_dim == table.shape[-1]]
+        return f"; it looks like a file for sam_variant {' or '.join(map(repr, likely))}" if likely else ""
+    if plan.mismatched and all(MASK_HEAD.match(name) for name in plan.mismatched):
+        return "; it was made for another number of masks: pass allow_new_masks=True to start the mask head anew"
+    return ""
+
+
+@torch.no_grad()
+def _copy(sam: nn.Module, values: Mapping[str, torch.Tensor]) -> int:
+    targets = sam.state_dict()  # shares storage with the network
+    changed = 0
+    for name, value in values.items():
+        value = value.to(targets[name])
+        changed += not torch.equal(targets[name], value)
+        targets[name].copy_(value)
+    return changed
