@@ -1,0 +1,10 @@
+"""Adapter layers: small trainable parts that share the frozen tensors of the layer they take over.
+
+Layers only: they know torch and nothing of SAM, strategies or files.
+"""
+
+from __future__ import annotations
+
+from samseg_monai.adapters.lora import LoRALinear, merge_all
+
+__all__ = ["LoRALinear", "merge_all"]

@@ -1,0 +1,139 @@
+"""Low-rank adaptation of linear layers (Hu et al. 2021, arXiv:2106.09685).
+
+A frozen ``y = W x + b`` becomes ``y = W x + b + s B A x`` with ``A (r, d_in)`` and ``B (d_out, r)`` learned.
+``s = alpha / r``, or ``alpha / sqrt(r)`` when rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from samseg_monai.errors import AdapterError, raise_all
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer with low-rank updates to some of its equal output parts.
+
+    SAM fuses query, key and value into one ``Linear(d, 3 d)``: with ``num_parts=3``, parts 0, 1, 2 are q, k, v.
+    The tensors of ``base`` are shared, not copied, and keep the keys ``weight`` and ``bias``, so that a plain
+    checkpoint loads before or after. The learned tensors are ``lora_a.<part> (rank, in_features)``, Kaiming uniform
+    with a = sqrt(5), and ``lora_b.<part> (out_features / num_parts, rank)``, zeros: a fresh layer changes nothing.
+
+    Args:
+        base: layer to take over.
+        rank: rank of each update, 1 to min(in_features, out_features / num_parts).
+        alpha: strength of the update (no unit), greater than 0; None means ``rank``, that is a scaling of 1 when
+            not rank-stabilised.
+        parts: output parts to adapt, each in 0 .. num_parts - 1, no repetition.
+        num_parts: number of equal parts that the output consists of.
+        dropout: probability, 0 <= p < 1, of dropping an input value of ``A`` during training.
+        rank_stabilised: scale by ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
+    Shape: ``(..., in_features)`` to ``(..., out_features)``.
+    Raises:
+        AdapterError: listing everything that is wrong with the arguments.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        *,
+        rank: int,
+        alpha: float | None = None,
+        parts: Sequence[int] = (0,),
+        num_parts: int = 1,
+        dropout: float = 0.0,
+        rank_stabilised: bool = False,
+    ) -> None:
+        raise_all(_problems(base, rank, alpha, parts, num_parts, dropout), AdapterError, "LoRALinear cannot be built")
+        # "meta": no memory is taken and no random number drawn for tensors that are replaced at once.
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.rank, self.num_parts, self.parts = rank, num_parts, tuple(sorted(parts))
+        self.scaling = float(rank if alpha is None else alpha) / (math.sqrt(rank) if rank_stabilised else rank)
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        width = base.out_features // num_parts
+        self.lora_a = nn.ParameterDict({str(p): _like(base.weight, rank, base.in_features) for p in self.parts})
+        self.lora_b = nn.ParameterDict({str(p): _like(base.weight, width, rank) for p in self.parts})
+        self.reset_lora()
+        self.train(base.training)
+
+    def reset_lora(self) -> None:
+        """Draw ``A`` anew and set ``B`` to zero, so that the layer equals its base again."""
+        for a in self.lora_a.values():
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        for b in self.lora_b.values():
+            nn.init.zeros_(b)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``."""
+        outputs = list(super().forward(input).chunk(self.num_parts, dim=-1))
+        dropped = self.dropout(input)  # one mask for all parts: they read the same input
+        for part in self.parts:
+            low = functional.linear(dropped, self.lora_a[str(part)])  # (..., rank)
+            outputs[part] = outputs[part] + self.scaling * functional.linear(low, self.lora_b[str(part)])
+        return torch.cat(outputs, dim=-1) if self.num_parts > 1 else outputs[0]
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """A plain ``nn.Linear`` that computes the same in evaluation mode; this layer stays as it is."""
+        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        weight = self.weight.detach().clone()
+        for part, rows in enumerate(weight.chunk(self.num_parts, dim=0)):  # views: the sum lands in ``weight``
+            if part in self.parts:
+                # In float32 whatever the stored type is: a merge happens once and should lose nothing.
+                update = self.lora_b[str(part)].float() @ self.lora_a[str(part)].float()
+                rows.copy_(rows.float() + self.scaling * update)
+        plain.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        plain.bias = self.bias
+        return plain.train(self.training)
+
+    def lora_names(self) -> list[str]:
+        """Names of the learned tensors, relative to this layer."""
+        return [name for name, _ in self.named_parameters() if name not in ("weight", "bias")]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, parts={self.parts} of {self.num_parts}"
+
+
+def merge_all(module: nn.Module) -> int:
+    """Replace every ``LoRALinear`` below ``module`` by its merged plain layer; returns how many there were."""
+    merged = 0
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRALinear):
+                setattr(parent, name, child.merge())
+                merged += 1
+    return merged
+
+
+def _like(weight: Tensor, rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(rows, columns, device=weight.device, dtype=weight.dtype))
+
+
+def _problems(
+    base: nn.Linear, rank: int, alpha: float | None, parts: Sequence[int], num_parts: int, dropout: float
+) -> list[str]:
+    if not isinstance(base, nn.Linear):
+        return [f"base must be an nn.Linear, got {type(base).__name__}; name a linear layer"]
+    if isinstance(base, LoRALinear):
+        return ["base is a LoRALinear already; merge it first or build the network anew"]
+    if num_parts < 1 or base.out_features % num_parts:
+        return [f"out_features {base.out_features} do not split into {num_parts} equal parts; choose a divisor"]
+    problems = []
+    width = base.out_features // num_parts
+    largest = min(base.in_features, width)
+    if not 1 <= rank <= largest:
+        shape = f"{base.in_features}-to-{width}"
+        problems.append(f"rank must be 1 to {largest} for a {shape} update, got {rank}; choose a smaller rank")
+    if not parts or len(set(parts)) < len(parts) or not set(parts) <= set(range(num_parts)):
+        problems.append(f"parts must be different numbers of 0 .. {num_parts - 1}, got {tuple(parts)}")
+    if not 0 <= dropout < 1:
+        problems.append(f"dropout must be a probability, 0 <= p < 1, got {dropout}")
+    if alpha is not None and not alpha > 0:
+        problems.append(f"alpha must be greater than 0, got {alpha}; None means rank")
+    return problems

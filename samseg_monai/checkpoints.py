@@ -1,0 +1,284 @@
+"""Files of trained networks: adapters that explain themselves, full models, and how to load whichever there is.
+
+An adapter is a folder with ``adapter.safetensors`` (the tensors a strategy owns, buffers included) and ``card.json``
+(what they belong to). A model is one file with a bare, full state dict, as MONAI bundles keep in ``models/model.pt``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import zipfile
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from samseg_monai.errors import CheckpointError, raise_all
+from samseg_monai.networks import SamSegmenter
+from samseg_monai.sam.weights import sha256_of
+from samseg_monai.trainable import owned_state
+
+FORMAT_VERSION = 1
+TENSORS, CARD = "adapter.safetensors", "card.json"
+
+StrPath = str | os.PathLike[str]
+
+# What must be equal for an adapter to mean anything in another network.
+_MUST_AGREE = (
+    "strategy",
+    "sam_variant",
+    "base_sha256",
+    "num_classes",
+    "image_size",
+    "scans",
+    "scan_mode",
+    "input_scale",
+    "prompt",
+)
+
+
+def save_adapter(
+    network: SamSegmenter,
+    folder: StrPath,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write what the strategy owns, and a card that says what it belongs to.
+
+    Each file is written under a temporary name and then moved; the card goes last and holds the hash of the tensors, so
+    that a broken write is never taken for an adapter.
+
+    Args:
+        network: with base weights loaded and a strategy installed.
+        folder: made if absent; other files in it are left alone.
+        metrics: JSON values, for example ``{"dice_mean": 0.81}``.
+        extra: further JSON values, kept under ``extra``.
+    Returns:
+        The folder.
+    Raises:
+        CheckpointError: base weights were never loaded, or the network was merged and has no adapter any more.
+    """
+    folder = Path(folder)
+    if network.strategy is None:
+        raise CheckpointError("adapter: this network was merged and has none; save it with save_model")
+    if network.base_sha256 is None:
+        raise CheckpointError(
+            "adapter: the network's base weights were never loaded, so the adapter would fit nothing; "
+            "call load_base() first (load_base('random') for a random start on purpose)"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    state = owned_state(network, network.owned)
+    _replace(folder / TENSORS, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    card = {
+        "format_version": FORMAT_VERSION,
+        **_facts(network),
+        "rectangular": network.sam.rectangular,
+        "tensors": len(state),
+        "values": sum(tensor.numel() for tensor in state.values()),
+        "adapter_sha256": sha256_of(folder / TENSORS),
+        "package_version": _package_version(),
+        "git_commit": git_commit(),
+        "metrics": dict(metrics or {}),
+        "extra": dict(extra or {}),
+    }
+    text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
+    _replace(folder / CARD, lambda path: path.write_text(text, encoding="utf-8"))
+    return folder
+
+
+def read_card(folder: StrPath) -> dict[str, Any]:
+    """The card of an adapter folder.
+
+    Raises:
+        CheckpointError: absent, unreadable, or of a format that this version does not know.
+    """
+    path = Path(folder) / CARD
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file; an adapter folder holds {TENSORS} and {CARD}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); get the file again") from error
+    found = card.get("format_version") if isinstance(card, dict) else None
+    if found != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: card format {found!r}, this version of samseg-monai reads {FORMAT_VERSION}; "
+            "use the version that wrote it"
+        )
+    return card
+
+
+def load_adapter(network: SamSegmenter, folder: StrPath) -> dict[str, Any]:
+    """Load an adapter into a network with the same base weights and strategy; nothing is changed on refusal.
+
+    Returns:
+        The card.
+    Raises:
+        CheckpointError: with one list of all differences between the card (or the tensors) and the network.
+    """
+    folder = Path(folder)
+    card = read_card(folder)
+    raise_all(_differences(card, network), CheckpointError, f"{folder}: the adapter does not belong to this network")
+    path = folder / TENSORS
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file, though {CARD} is there; get both files again")
+    if sha256_of(path) != card.get("adapter_sha256"):
+        raise CheckpointError(f"{path}: not the file that {CARD} describes (sha256 differs); get both files again")
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); get the file again") from error
+    mine = network.state_dict()
+    _refuse_differences(state, {name: mine[name] for name in network.owned}, f"{path}: does not fit this network")
+    network.load_state_dict(state, strict=False)  # the names were compared one by one above
+    return card
+
+
+def save_model(network: nn.Module, path: StrPath) -> Path:
+    """Write the bare, full state dict (plain CPU tensors), readable with ``weights_only=True``."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+    _replace(path, lambda temporary: torch.save(state, temporary))
+    return path
+
+
+def load_model(network: nn.Module, path: StrPath) -> None:
+    """Load a full state dict strictly.
+
+    A ``SamSegmenter`` remembers the file's hash as its base: what is trained from here on starts from this file.
+
+    Raises:
+        CheckpointError: absent, unreadable, or listing every missing, unexpected and differently shaped tensor.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; train first, or give the model.pt of a run or bundle")
+    if not zipfile.is_zipfile(path):  # what torch.save writes; the table of contents is at its end
+        raise CheckpointError(
+            f"{path}: cannot be read as a model ({path.stat().st_size:,} bytes, not or not wholly "
+            "written by torch.save); get the file again"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read without running code from it; write the state dict with save_model"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        raise CheckpointError(f"{path}: cannot be read as a model ({error}); get the file again") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path}: not a bare state dict of tensors; write it with save_model")
+    _refuse_differences(state, network.state_dict(), f"{path}: does not fit this network")
+    network.load_state_dict(state)
+    if isinstance(network, SamSegmenter):
+        network.base_sha256 = sha256_of(path)
+
+
+def load_trained(
+    network: SamSegmenter, *, checkpoint: StrPath | None = None, sam_checkpoint: StrPath | None = None
+) -> str:
+    """Load whatever there is.
+
+    Args:
+        checkpoint: an adapter folder (base weights are loaded first), a full model file, or None: SAM's base weights
+            alone, that is zero-shot.
+        sam_checkpoint: base weights as for ``SamSegmenter.load_base``; not needed for a full model.
+    Returns:
+        One line saying what was loaded.
+    Raises:
+        CheckpointError: ``checkpoint`` is given but absent, or does not fit.
+        WeightsError: base weights are needed and absent.
+    """
+    if checkpoint is None:
+        network.load_base(sam_checkpoint)
+        return f"SAM {network.spec.name} base weights only (zero-shot)"
+    path = Path(checkpoint)
+    if path.is_dir() and (path / CARD).is_file():
+        card = read_card(path)
+        network.load_base(sam_checkpoint)
+        load_adapter(network, path)
+        return f"adapter {path} ({card['strategy']['_target_']}, {card['values']:,} values) on SAM {network.spec.name}"
+    if path.is_file():
+        load_model(network, path)
+        return f"full model {path}"
+    raise CheckpointError(
+        f"checkpoint {path}: {'no ' + CARD + ' in this folder' if path.is_dir() else 'no such file or folder'}; give "
+        f"(1) a folder with {TENSORS} and {CARD}, (2) a model.pt written by training, or (3) null for SAM as it is"
+    )
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout this package runs from, or None when it was installed or git is absent."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # a package in site-packages must not report the commit of its surroundings
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _facts(network: SamSegmenter) -> dict[str, Any]:
+    facts = {key: getattr(network, key) for key in _MUST_AGREE if key not in ("strategy", "sam_variant")}
+    strategy = None if network.strategy is None else network.strategy.card()
+    return {"strategy": strategy, "sam_variant": network.spec.name, **facts}
+
+
+def _differences(card: Mapping[str, Any], network: SamSegmenter) -> list[str]:
+    ignored = () if network.strategy is None else network.strategy.training_only
+    theirs, ours = _flat(card, ignored), _flat(_facts(network), ignored)
+    return [
+        f"{key}: adapter {theirs.get(key)!r}, network {ours.get(key)!r}"
+        for key in {**ours, **theirs}
+        if theirs.get(key) != ours.get(key)
+    ]
+
+
+def _flat(facts: Mapping[str, Any], ignored: tuple[str, ...]) -> dict[str, Any]:
+    """The facts that must agree, with one entry per argument of the strategy."""
+    flat = {key: facts.get(key) for key in _MUST_AGREE if key != "strategy"}
+    strategy = facts.get("strategy") or {}
+    arguments = strategy.get("arguments", {})
+    flat["strategy"] = strategy.get("_target_")
+    return flat | {f"strategy {name}": value for name, value in arguments.items() if name not in ignored}
+
+
+def _refuse_differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], heading: str) -> None:
+    problems = [f"{name}: missing in the file" for name in expected if name not in state]
+    problems += [f"{name}: in the file, not in the network" for name in state if name not in expected]
+    problems += [
+        f"{name}: shape {tuple(state[name].shape)} in the file, {tuple(tensor.shape)} in the network"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    raise_all(problems, CheckpointError, heading)
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a temporary file beside ``path`` and move it there, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _package_version() -> str:
+    try:
+        return version("samseg-monai")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,186 @@
+"""Strategies: how SAM learns.
+
+A strategy installs itself into a segmenter once and returns the names of the tensors it owns, which are then the only
+ones that learn and the only ones in an adapter file. The dotted path of the class in JSON is the registry.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+
+from samseg_monai.adapters.lora import LoRALinear
+from samseg_monai.errors import AdapterError, raise_all
+from samseg_monai.sam.build import SamModel
+
+# Where the targets live in a block of SAM's image encoder: (module path, part of its output, number of parts).
+_TARGETS = {
+    "q": ("attn.qkv", 0, 3),
+    "k": ("attn.qkv", 1, 3),
+    "v": ("attn.qkv", 2, 3),
+    "proj": ("attn.proj", 0, 1),
+    "lin1": ("mlp.lin1", 0, 1),
+    "lin2": ("mlp.lin2", 0, 1),
+}
+
+
+class Segmenter(nn.Module):
+    """What a strategy needs to know of the network it is installed into."""
+
+    sam: SamModel
+    num_classes: int
+    strategy: Strategy | None
+
+
+class Strategy:
+    """How SAM learns: owns nothing until a subclass says what.
+
+    Subclasses keep every constructor argument under its own name (``arguments`` reads them back for the card) and
+    override ``_install``.
+    """
+
+    name: ClassVar[str] = "strategy"
+    training_only: ClassVar[tuple[str, ...]] = ()  # arguments that do not change what a trained network computes
+
+    def install(self, segmenter: Segmenter) -> list[str]:
+        """Install into ``segmenter`` and return the names of the owned tensors.
+
+        Returns:
+            Names of parameters and buffers in ``segmenter.state_dict()``, in its order.
+        Raises:
+            AdapterError: when a strategy is installed already, or this one does not fit the network.
+        """
+        if segmenter.strategy is not None:
+            raise AdapterError(
+                f"strategy {self.name!r} cannot be installed: {segmenter.strategy.name!r} is installed already; "
+                "build a new network, or merge() this one first"
+            )
+        return self._install(segmenter)
+
+    def _install(self, segmenter: Segmenter) -> list[str]:
+        return []
+
+    def unused(self, segmenter: Segmenter) -> list[str]:
+        """Tensors that belong to the parts this strategy trains but that the task never uses; they stay frozen."""
+        return []
+
+    def arguments(self) -> dict[str, Any]:
+        """Constructor arguments as JSON values."""
+        names = list(inspect.signature(type(self)).parameters)
+        values = {name: getattr(self, name) for name in names}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    def card(self) -> dict[str, Any]:
+        """``{"_target_": dotted path, "arguments": {...}}``, from which the strategy can be built again."""
+        return {"_target_": f"{type(self).__module__}.{type(self).__qualname__}", "arguments": self.arguments()}
+
+
+class ZeroShot(Strategy):
+    """SAM as it is: nothing learns. The baseline with the same prompts and the same evaluation."""
+
+    name = "zero_shot"
+
+
+class LoRA(Strategy):
+    """Low-rank updates in SAM's image encoder (Hu et al. 2021, arXiv:2106.09685; on SAM: Zhang and Liu 2023, SAMed).
+
+    Args:
+        rank: rank of each update.
+        alpha: scaling is ``alpha / rank``; None means ``rank`` (scaling 1, as SAMed).
+        targets: subset of q, k, v (attention inputs), proj (attention output), lin1, lin2 (MLP).
+        blocks: encoder blocks to adapt, 0-based; None means all.
+        dropout: probability, 0 <= p < 1, on the input of the update during training.
+        rank_stabilised: scale by ``alpha / sqrt(rank)`` (Kalajdzievski 2023, arXiv:2312.03732).
+        decoder: also train what the task uses of the mask decoder.
+    Raises:
+        AdapterError: listing what is wrong with the arguments; on installing also when they do not fit the encoder.
+    """
+
+    name = "lora"
+    training_only = ("dropout",)
+
+    def __init__(
+        self,
+        rank: int = 4,
+        *,
+        alpha: float | None = None,
+        targets: Sequence[str] = ("q", "v"),
+        blocks: Sequence[int] | None = None,
+        dropout: float = 0.0,
+        rank_stabilised: bool = False,
+        decoder: bool = False,
+    ) -> None:
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.targets = tuple(targets)
+        self.blocks = None if blocks is None else tuple(blocks)
+        self.rank_stabilised, self.decoder = rank_stabilised, decoder
+        options = ", ".join(_TARGETS)
+        problems = [f"target {t!r} is unknown; the options are {options}" for t in self.targets if t not in _TARGETS]
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            problems.append(f"targets must name different layers of {options}, got {self.targets}")
+        if self.blocks is not None and (not self.blocks or len(set(self.blocks)) < len(self.blocks)):
+            problems.append(f"blocks must be different block numbers, got {self.blocks}; None means all")
+        raise_all(problems, AdapterError, "LoRA cannot be built")
+
+    def _install(self, segmenter: Segmenter) -> list[str]:
+        layers = list(segmenter.sam.image_encoder.blocks)
+        chosen = range(len(layers)) if self.blocks is None else self.blocks
+        outside = [index for index in chosen if not 0 <= index < len(layers)]
+        if outside:
+            raise AdapterError(f"LoRA blocks {outside} are not in this encoder; it has blocks 0 .. {len(layers) - 1}")
+        replacements = [replacement for index in chosen for replacement in self._layers(layers[index])]
+        if not replacements:
+            raise AdapterError(f"LoRA replaces no layer (targets {self.targets}, blocks {self.blocks}): nothing learns")
+        for parent, child, layer in replacements:  # only now: an error above leaves the network as it was
+            setattr(parent, child, layer)
+        owned = {
+            f"{prefix}.{name}"
+            for prefix, layer in segmenter.named_modules()
+            if isinstance(layer, LoRALinear)
+            for name in layer.lora_names()
+        }
+        if self.decoder:
+            owned |= set(_decoder_names(segmenter)) - set(self.unused(segmenter))
+        return [name for name in segmenter.state_dict() if name in owned]
+
+    def unused(self, segmenter: Segmenter) -> list[str]:
+        """With ``decoder``: the mask quality head, and the networks of masks that are not returned."""
+        if not self.decoder:
+            return []
+        decoder = "sam.mask_decoder"
+        prefixes = [f"{decoder}.iou_prediction_head."]  # predicts mask quality, which no loss here looks at
+        if segmenter.num_classes == 1:  # SAM's single mask is token 0: the networks behind it make no map
+            extra = range(1, segmenter.sam.mask_decoder.num_mask_tokens)
+            prefixes += [f"{decoder}.output_hypernetworks_mlps.{index}." for index in extra]
+        return [name for name in _decoder_names(segmenter) if name.startswith(tuple(prefixes))]
+
+    def _layers(self, block: nn.Module) -> list[tuple[nn.Module, str, LoRALinear]]:
+        """Parent, attribute name and new layer for everything that is to be replaced in one encoder block."""
+        parts: dict[tuple[str, int], list[int]] = {}
+        for target in self.targets:
+            path, part, num_parts = _TARGETS[target]
+            parts.setdefault((path, num_parts), []).append(part)
+        replacements = []
+        for (path, num_parts), chosen in parts.items():
+            parent, _, child = path.rpartition(".")
+            base = block.get_submodule(path)
+            if not isinstance(base, nn.Linear):
+                raise AdapterError(f"LoRA needs a linear layer at {path} of each block, got {type(base).__name__}")
+            layer = LoRALinear(
+                base,
+                rank=self.rank,
+                alpha=self.alpha,
+                parts=chosen,
+                num_parts=num_parts,
+                dropout=self.dropout,
+                rank_stabilised=self.rank_stabilised,
+            )
+            replacements.append((block.get_submodule(parent), child, layer))
+        return replacements
+
+
+def _decoder_names(segmenter: Segmenter) -> list[str]:
+    return [f"sam.mask_decoder.{name}" for name in segmenter.sam.mask_decoder.state_dict()]

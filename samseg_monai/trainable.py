@@ -1,0 +1,58 @@
+"""Which tensors of a network learn: gradients, running statistics, state and counts, all from one list of names.
+
+The list is what ``Strategy.install`` returns: names of parameters and buffers in ``network.state_dict()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from samseg_monai.errors import AdapterError, raise_all
+
+
+def keep_only(module: nn.Module, owned: Iterable[str]) -> None:
+    """Let the owned parameters of ``module`` learn and freeze all others.
+
+    Args:
+        module: network whose ``state_dict()`` the names refer to.
+        owned: names of parameters and buffers (buffers never get gradients; they are only checked).
+    Raises:
+        AdapterError: listing every name that the network does not have.
+    """
+    names = set(owned)
+    unknown = sorted(names - module.state_dict().keys())
+    raise_all([f"{name}: no such tensor" for name in unknown], AdapterError, "owned tensors are not in the network")
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in names)
+
+
+def owned_state(module: nn.Module, owned: Iterable[str]) -> dict[str, Tensor]:
+    """The owned tensors, buffers included, as copies on the CPU, in the order of ``module.state_dict()``.
+
+    Raises:
+        AdapterError: listing every name that the network does not have.
+    """
+    state, names = module.state_dict(), set(owned)
+    unknown = sorted(names - state.keys())
+    raise_all([f"{name}: no such tensor" for name in unknown], AdapterError, "owned tensors are not in the network")
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items() if name in names}
+
+
+def count_trainable(module: nn.Module) -> int:
+    """Number of values (not tensors) that get gradients."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def hold_statistics(module: nn.Module, owned: Iterable[str]) -> None:
+    """Put every layer with running statistics, none of whose tensors is owned, into evaluation mode.
+
+    A frozen batch normalisation in training mode would still move its mean and variance; trainers call ``train()``
+    in every iteration, so a network must call this at the end of its own ``train()``.
+    """
+    names = set(owned)
+    for prefix, layer in module.named_modules():
+        own = {f"{prefix}.{name}" if prefix else name for name in layer.state_dict()}
+        if getattr(layer, "running_mean", None) is not None and not own & names:
+            layer.eval()
