@@ -1,0 +1,96 @@
+"""Commands about data: ``prepare brats-men``, ``bbox`` and ``phantom brats``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+prepare_app = typer.Typer(help="Check a data set and write its datalist.", no_args_is_help=True)
+phantom_app = typer.Typer(help="Write synthetic cases for demos and tests.", no_args_is_help=True)
+
+
+@prepare_app.callback()
+@phantom_app.callback()
+def _group() -> None:
+    # Without a callback Typer would fold a group of one command into that command.
+    return
+
+
+@prepare_app.command("brats-men")
+def prepare_brats_men_command(
+    src: Annotated[Path, typer.Option(help="Folder that holds the case folders.")],
+    output: Annotated[Path, typer.Option(help="Datalist (JSON) to write.")],
+    label_coding: Annotated[
+        str, typer.Option(help="2023: labels 0 1 2 3. 2021: labels 0 1 2 4, as in BraTS 2017 to 2022.")
+    ] = "2023",
+    fractions: Annotated[str, typer.Option(help="Of patients, for training, validation, testing.")] = "0.7,0.1,0.2",
+    split_file: Annotated[
+        Path | None, typer.Option(help="JSON with case or patient ids under training, validation, testing.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad cases out and list them.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Cases read at the same time.")] = 4,
+) -> None:
+    """Check cases in the layout of BraTS 2023 and write a datalist, split by patient."""
+    from samseg_monai.data.brats import prepare_brats_men
+
+    parts = _numbers(fractions, float, count=3, option="--fractions")
+    summary = prepare_brats_men(
+        src,
+        output,
+        label_coding=label_coding,
+        fractions=parts,
+        split_file=split_file,
+        seed=seed,
+        skip_bad=skip_bad,
+        num_threads=threads,
+    )
+    typer.echo("\n".join(summary.lines()))
+
+
+def bbox(
+    datalist: Annotated[Path, typer.Argument(help="Datalist (JSON).")],
+    dataset_dir: Annotated[Path, typer.Option(help="Folder that its paths are relative to.")],
+    crop: Annotated[str, typer.Option(help="Centre crop whose losses are counted.")] = "138,202",
+    output: Annotated[Path | None, typer.Option(help="Write the report as JSON, too.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Cases read at the same time.")] = 4,
+) -> None:
+    """Measure the smallest in-plane centre crop that holds every training brain."""
+    from samseg_monai.data.crops import smallest_crop
+
+    sides = _numbers(crop, int, count=2, option="--crop")
+    report = smallest_crop(datalist, dataset_dir, crop=sides, num_threads=threads, progress=True)
+    typer.echo("\n".join(report.lines()))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+
+
+@phantom_app.command("brats")
+def phantom_brats_command(
+    output: Annotated[Path, typer.Option(help="Folder to write the case folders into.")],
+    cases: Annotated[int, typer.Option(min=0, help="Labelled cases.")] = 44,
+    unlabelled: Annotated[int, typer.Option(min=0, help="More cases without a mask, in OUTPUT/unlabelled.")] = 0,
+    shape: Annotated[str, typer.Option(help="Voxels; 240,240,155 is the real size.")] = "64,72,24",
+    seed: Annotated[int, typer.Option(help="Everything is drawn from it.")] = 0,
+) -> None:
+    """Write phantoms in the layout of BraTS 2023."""
+    from samseg_monai.data.phantoms import write_brats_cases
+
+    size = _numbers(shape, int, count=3, option="--shape")
+    ids = write_brats_cases(output, cases, shape=size, seed=seed, unlabelled=unlabelled, progress=True)
+    typer.echo(f"wrote {len(ids)} labelled and {unlabelled} unlabelled phantoms to {output}")
+
+
+def _numbers(text: str, kind: type, *, count: int, option: str) -> list:
+    try:
+        values = [kind(part) for part in text.replace("x", ",").split(",")]
+    except ValueError:
+        values = []
+    if len(values) != count or min(values) < 0:
+        raise typer.BadParameter(f"expected {count} numbers separated by commas, got {text!r}", param_hint=option)
+    return values

@@ -1,0 +1,218 @@
+"""Lists of cases in the style of the Medical Segmentation Decathlon: read, write, check, split by patient.
+
+A datalist is a JSON object with the sections ``training``, ``validation`` and ``testing``; an item is
+``{"case", "image": [one file per scan] or file, "label", "reference", "patient"}``, paths relative to a data folder.
+``reference`` names the label a second time: the copy that no crop ever touches, against which metrics are computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from samseg_monai.data.volumes import stem_of
+from samseg_monai.errors import DataError, raise_all
+
+SECTIONS = ("training", "validation", "testing")
+_FILE_KEYS = ("image", "label", "reference")
+
+
+def patient_of(case: str) -> str:
+    """Patient of a BraTS case id: the id without its time point (``BraTS-MEN-00004-001`` -> ``BraTS-MEN-00004``)."""
+    return re.sub(r"-\d{3}$", "", case)
+
+
+def read_datalist(path: str | Path) -> dict[str, Any]:
+    """Read and check a datalist file; items get the keys they lack (``case``, ``patient``, ``reference``).
+
+    Raises:
+        DataError: no such file, not JSON, or as ``check_datalist``.
+    """
+    path = Path(path)
+    try:
+        datalist = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"datalist {path}: cannot be read ({error.strerror}); 'samseg prepare' or 'samseg phantom' makes one"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"datalist {path}: is not JSON ({error})") from error
+    if not isinstance(datalist, dict):
+        kind = type(datalist).__name__
+        raise DataError(f"datalist {path}: expected a JSON object with {', '.join(SECTIONS)}, got a {kind}")
+    for section in SECTIONS:
+        items = datalist.get(section, [])
+        datalist[section] = [_complete(item) for item in items] if isinstance(items, list) else items
+    check_datalist(datalist, name=str(path))
+    return datalist
+
+
+def write_datalist(datalist: Mapping[str, Any], path: str | Path) -> None:
+    """Check a datalist and write it; an interrupted write leaves no half file behind."""
+    check_datalist(datalist, name=str(path))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(datalist, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def check_datalist(datalist: Mapping[str, Any], *, name: str = "datalist") -> None:
+    """Check structure, not files.
+
+    Raises:
+        DataError: every item without an image, with another number of scans than ``scans`` says, every case listed
+            twice and every patient in two sections, all at once.
+    """
+    problems = []
+    scans = datalist.get("scans")
+    seen: Counter[str] = Counter()
+    homes: dict[str, set[str]] = {}
+    for section in SECTIONS:
+        items = datalist.get(section, [])
+        if not isinstance(items, list):
+            problems.append(f"{section}: expected a list of items, got a {type(items).__name__}")
+            continue
+        for number, item in enumerate(items):
+            problem = _item_problem(item, scans)
+            if problem:
+                problems.append(f"{section}[{number}]: {problem}")
+                continue
+            seen[item["case"]] += 1
+            homes.setdefault(item.get("patient") or patient_of(item["case"]), set()).add(section)
+    problems += [f"case {case} is listed {count} times" for case, count in seen.items() if count > 1]
+    problems += [_leak(patient, sections) for patient, sections in homes.items() if len(sections) > 1]
+    raise_all(problems, DataError, f"{name}: not a usable datalist")
+
+
+def load_datalist(path: str | Path, dataset_dir: str | Path, section: str = "training") -> list[dict[str, Any]]:
+    """Items of one section with absolute paths, ready for ``LoadImaged``.
+
+    Args:
+        path: datalist file.
+        dataset_dir: folder that its paths are relative to.
+        section: ``training``, ``validation`` or ``testing``.
+
+    Raises:
+        DataError: unknown or empty section, no such folder, all missing files at once, or as ``read_datalist``.
+    """
+    if section not in SECTIONS:
+        raise DataError(f"unknown datalist section {section!r}; choose one of {', '.join(SECTIONS)}")
+    datalist = read_datalist(path)
+    root = Path(dataset_dir)
+    if not root.is_dir():
+        raise DataError(f"dataset_dir {root} is not a folder; set it to the folder that holds the cases of {path}")
+    if not datalist[section]:
+        filled = ", ".join(f"{s} {len(datalist[s])}" for s in SECTIONS)
+        raise DataError(f"{path}: section {section!r} has no cases ({filled}); prepare it with another split")
+    root = root.resolve()
+    items, problems = [], []
+    for stored in datalist[section]:
+        item = dict(stored)
+        for key in _FILE_KEYS:
+            files = stored.get(key)
+            if files is None:
+                continue
+            paths = [str(root / file) for file in ([files] if isinstance(files, str) else files)]
+            if key != "reference" or files != stored.get("label"):
+                problems += [f"{item['case']}: no file {file}" for file in paths if not os.path.isfile(file)]
+            item[key] = paths[0] if isinstance(files, str) else paths
+        items.append(item)
+    raise_all(problems, DataError, f"{path}: files of section {section!r} are missing; is dataset_dir right")
+    return items
+
+
+def datalist_hash(datalist: Mapping[str, Any] | str | Path) -> str:
+    """sha256 over sections, scans, label coding and content hashes: equal when equal data are split equally."""
+    if isinstance(datalist, (str, Path)):
+        datalist = read_datalist(datalist)
+    kept = {key: datalist.get(key) for key in (*SECTIONS, "scans", "label_coding", "hashes")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def split_by_patient(
+    patients: Mapping[str, str], fractions: Sequence[float] = (0.7, 0.1, 0.2), *, seed: int = 0
+) -> dict[str, list[str]]:
+    """Split cases so that all cases of a patient share a section.
+
+    Patients are ordered by a hash of seed and id: the order depends on no library, and adding patients leaves the
+    order of the others unchanged.
+
+    Args:
+        patients: case -> patient.
+        fractions: of patients, for training, validation, testing; they must sum to 1. A fraction of 0 leaves its
+            section empty, any other gets at least one patient.
+        seed: another seed, another split.
+
+    Raises:
+        DataError: fractions are not three non-negative numbers with sum 1, or there are too few patients.
+    """
+    fractions = tuple(float(f) for f in fractions)
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise DataError(f"fractions must be three numbers >= 0 with sum 1 (for {', '.join(SECTIONS)}), got {fractions}")
+    order = sorted(set(patients.values()), key=lambda p: hashlib.sha256(f"{seed}:{p}".encode()).hexdigest())
+    wanted = sum(f > 0 for f in fractions)
+    if len(order) < wanted:
+        raise DataError(
+            f"{len(order)} patients cannot fill {wanted} sections; set fractions to 0 for some, such as 0.5,0.5,0"
+        )
+    section_of: dict[str, str] = {}
+    start = 0
+    for section, count in zip(SECTIONS, _counts(len(order), fractions), strict=True):
+        section_of.update(dict.fromkeys(order[start : start + count], section))
+        start += count
+    split: dict[str, list[str]] = {section: [] for section in SECTIONS}
+    for case in sorted(patients):
+        split[section_of[patients[case]]].append(case)
+    return split
+
+
+def _counts(total: int, fractions: Sequence[float]) -> list[int]:
+    """Largest remainders, at least one patient for every non-zero fraction."""
+    shares = [total * f for f in fractions]
+    counts = [max(int(share + 1e-9), 1 if share > 0 else 0) for share in shares]
+    while sum(counts) != total:
+        step = 1 if sum(counts) < total else -1
+        gaps = [step * (share - count) for share, count in zip(shares, counts, strict=True)]
+        open_to = [i for i, f in enumerate(fractions) if f > 0 and counts[i] + step >= 1]
+        counts[max(open_to, key=lambda i: gaps[i])] += step
+    return counts
+
+
+def _complete(item: Any) -> Any:
+    """Decathlon files name neither case nor patient: derive them from the image's name."""
+    if not isinstance(item, dict) or not item.get("image"):
+        return item
+    image = item["image"]
+    stems = [stem_of(f) or str(f) for f in ([image] if isinstance(image, str) else image)]
+    case = stems[0]
+    while not all(stem.startswith(case) for stem in stems):
+        case = re.sub(r"[-_]?[^-_]*$", "", case)  # drop the last word: where names differ is the scan
+    item = {"case": case or stems[0], **item}
+    item.setdefault("patient", patient_of(str(item["case"])))
+    if item.get("label"):
+        item.setdefault("reference", item["label"])
+    return item
+
+
+def _item_problem(item: Any, scans: Sequence[str] | None) -> str:
+    if not isinstance(item, Mapping):
+        return f"expected an object with case, image, label, got {item!r}"
+    image = item.get("image")
+    files = [image] if isinstance(image, str) else image
+    if not item.get("case") or not files or not isinstance(files, list) or not all(isinstance(f, str) for f in files):
+        return f"needs a case and an image (file name or list of them), got {dict(item)!r}"
+    if scans and not isinstance(image, str) and len(files) != len(scans):
+        return f"case {item['case']}: {len(files)} image files for {len(scans)} scans ({', '.join(scans)})"
+    return ""
+
+
+def _leak(patient: str, sections: set[str]) -> str:
+    named = " and ".join(s for s in SECTIONS if s in sections)
+    return f"patient {patient} is in {named}: scores would be too good; keep all time points of a patient together"

@@ -1,0 +1,184 @@
+"""Read one image file completely, and say in plain words what is wrong with it.
+
+A file is read once: the same bytes are hashed, unpacked and parsed, so that a truncated gzip stream or a damaged check
+sum is found here and not in the middle of a run. NIfTI goes through nibabel, MHA and NRRD through SimpleITK; both give
+arrays in (i, j, k) order and affines to RAS mm, as MONAI's loaders do.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from samseg_monai.errors import DataError
+
+SUFFIXES = (".nii.gz", ".nii", ".mha", ".nrrd")
+AFFINE_TOLERANCE_MM = 1e-3
+_FORM_TOLERANCE_MM = 0.1
+_SHEAR_TOLERANCE = 1e-2
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One file as it is stored.
+
+    Attributes:
+        array: (X, Y, Z) or (X, Y, Z, C), numbers scaled as the header says.
+        affine: (4, 4) float64, voxel indices to RAS mm.
+        sha256: of the file's bytes.
+        notes: oddities that do not prevent its use.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size along the three axes."""
+        x, y, z = (round(float(length), 4) for length in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return x, y, z
+
+
+def stem_of(path: str | Path) -> str | None:
+    """File name without a known image suffix; None when it is no image or a hidden file (``._`` files of macOS)."""
+    name = Path(path).name
+    if name.startswith("."):
+        return None
+    for suffix in SUFFIXES:
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return None
+
+
+def read_volume(path: str | Path) -> Volume:
+    """Read a NIfTI, MHA or NRRD file to its last byte.
+
+    Raises:
+        DataError: ``<file name>: <reason>`` when the file is missing, empty, a git-lfs pointer or a web page, truncated
+            or damaged, has fewer than three axes or a singular affine, or holds something other than real numbers.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error.strerror or error})") from error
+    reason = _not_an_image(content)
+    if reason:
+        raise DataError(f"{path.name}: {reason}")
+    is_nifti = path.name.lower().endswith((".nii", ".nii.gz"))
+    array, affine, notes = _parse_nifti(path, content) if is_nifti else _parse_itk(path)
+    reason = _unusable(array, affine)
+    if reason:
+        raise DataError(f"{path.name}: {reason}")
+    return Volume(array, affine, hashlib.sha256(content).hexdigest(), notes)
+
+
+def value_problem(array: np.ndarray) -> str:
+    """What makes these intensities unusable: NaN, infinity, one value everywhere; empty when nothing does."""
+    if array.dtype.kind == "f":
+        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+        if bad:
+            return f"{bad} voxels are NaN or infinite; replace them, for example with 0"
+    low, high = array.min(), array.max()
+    return f"every voxel has the value {low:g}: there is no image in it" if low == high else ""
+
+
+def grid_difference(volume: Volume, reference: Volume) -> str:
+    """How the grid of ``volume`` differs from that of ``reference``; empty when shape and affine agree."""
+    if volume.array.shape != reference.array.shape:
+        return f"shape {volume.array.shape} differs from {reference.array.shape}"
+    gap = float(np.abs(volume.affine - reference.affine).max())
+    if gap > AFFINE_TOLERANCE_MM:
+        mine, other = (np.array2string(v.affine[:3], precision=3, separator=",") for v in (volume, reference))
+        return "affine differs (by up to {:.4g}): {} against {}".format(
+            gap, " ".join(mine.split()), " ".join(other.split())
+        )
+    return ""
+
+
+def _not_an_image(content: bytes) -> str:
+    if not content:
+        return "the file is empty (0 bytes); copy it again"
+    if content.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the image; run 'git lfs pull' where it came from"
+    if content.lstrip()[:5].lower() in (b"<html", b"<!doc", b"<?xml"):
+        return "is a web page, not an image: the download failed; log in and download it again"
+    return ""
+
+
+def _parse_nifti(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    name = path.name
+    packed = content.startswith(_GZIP_MAGIC)
+    if packed != name.lower().endswith(".gz"):
+        kind, suffix = ("a gzip file", ".nii.gz") if packed else ("not a gzip file", ".nii")
+        raise DataError(f"{name}: is {kind}, whatever its name says; rename it to {suffix} if it is a NIfTI file")
+    try:
+        raw = gzip.decompress(content) if packed else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{name}: truncated or damaged gzip file ({error}); copy it again") from error
+    version_2 = int.from_bytes(raw[:4], "little") == 540 or int.from_bytes(raw[:4], "big") == 540
+    kind_class = nib.Nifti2Image if version_2 else nib.Nifti1Image
+    try:
+        image = kind_class.from_stream(io.BytesIO(raw))
+        array = np.asanyarray(image.dataobj)
+    except (OSError, EOFError, ValueError, ImageFileError, HeaderDataError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{name}: truncated or damaged NIfTI file ({first_line}); copy it again") from error
+    return array, np.asarray(image.affine, dtype=float), tuple(f"{name}: {text}" for text in _header_notes(image))
+
+
+def _header_notes(image: nib.Nifti1Image) -> list[str]:
+    qform, sform = image.get_qform(coded=True)[0], image.get_sform(coded=True)[0]
+    notes = []
+    if qform is None and sform is None:
+        notes.append("has neither qform nor sform: left and right are a guess")
+    if qform is not None and sform is not None and np.abs(qform - sform).max() > _FORM_TOLERANCE_MM:
+        notes.append("qform and sform differ: the sform is used")
+    axes = image.affine[:3, :3] / np.maximum(np.linalg.norm(image.affine[:3, :3], axis=0), 1e-12)
+    if np.abs(axes.T @ axes - np.eye(3)).max() > _SHEAR_TOLERANCE:
+        notes.append("its axes are not at right angles: distances in mm will be off")
+    return notes
+
+
+def _parse_itk(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    import SimpleITK as sitk
+
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise DataError(f"{path.name}: truncated or damaged file ({lines[-1]}); copy it again") from error
+    dimension = image.GetDimension()
+    if dimension != 3:
+        raise DataError(f"{path.name}: has {dimension} axes, expected 3; save one volume, or use NIfTI")
+    array = sitk.GetArrayFromImage(image)  # (Z, Y, X) or (Z, Y, X, C)
+    array = array.transpose(2, 1, 0, *range(3, array.ndim))
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    affine[:2] *= -1  # ITK counts towards left and posterior, NIfTI towards right and anterior
+    return array, affine, ()
+
+
+def _unusable(array: np.ndarray, affine: np.ndarray) -> str:
+    if array.dtype.kind not in "buif":
+        return f"holds {array.dtype} values, expected real numbers; save it as a grey-scale volume"
+    if array.ndim not in (3, 4):
+        return f"has {array.ndim} axes {array.shape}, expected 3"
+    if array.size == 0:
+        return f"has no voxels: shape {array.shape}"
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        return f"its affine is singular: {affine[:3].tolist()}; mend the header"
+    return ""

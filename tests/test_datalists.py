@@ -1,0 +1,148 @@
+"""Datalists are read, checked, split and hashed without surprises."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from samseg_monai.data.datalists import (
+    SECTIONS,
+    check_datalist,
+    datalist_hash,
+    load_datalist,
+    patient_of,
+    read_datalist,
+    split_by_patient,
+    write_datalist,
+)
+from samseg_monai.errors import DataError
+
+
+def item(case, scans=("a", "b")):
+    return {"case": case, "image": [f"{case}/{case}-{s}.nii.gz" for s in scans], "label": f"{case}/{case}-seg.nii.gz"}
+
+
+def datalist(**sections):
+    return {"scans": ["a", "b"], **{s: [item(c) for c in sections.get(s, ())] for s in SECTIONS}}
+
+
+def test_items_come_with_absolute_paths_and_an_uncropped_reference(tmp_path):
+    path = tmp_path / "lists" / "datalist.json"
+    write_datalist(datalist(training=["P-001-000"]), path)
+    (tmp_path / "P-001-000").mkdir()
+    for name in ("a", "b", "seg"):
+        (tmp_path / "P-001-000" / f"P-001-000-{name}.nii.gz").touch()
+    (loaded,) = load_datalist(path, tmp_path, "training")
+    folder = tmp_path / "P-001-000"
+    assert loaded["image"] == [str(folder / "P-001-000-a.nii.gz"), str(folder / "P-001-000-b.nii.gz")]
+    assert loaded["reference"] == loaded["label"] == str(folder / "P-001-000-seg.nii.gz")
+    assert loaded["patient"] == "P-001"
+
+
+def test_all_missing_files_are_named_at_once(tmp_path):
+    write_datalist(datalist(training=["P-001-000", "P-002-000"]), tmp_path / "d.json")
+    with pytest.raises(DataError, match="is dataset_dir right") as error:
+        load_datalist(tmp_path / "d.json", tmp_path, "training")
+    assert str(error.value).count("no file") == 6  # two scans and a label of two cases; the reference is the label
+
+
+@pytest.mark.parametrize(
+    ("section", "folder", "message"),
+    [
+        ("test", ".", "unknown datalist section 'test'"),
+        ("testing", ".", "has no cases"),
+        ("training", "no", "not a folder"),
+    ],
+)
+def test_what_cannot_be_loaded_is_told(tmp_path, section, folder, message):
+    write_datalist(datalist(training=["P-001-000"]), tmp_path / "d.json")
+    with pytest.raises(DataError, match=message):
+        load_datalist(tmp_path / "d.json", tmp_path / folder, section)
+
+
+def test_every_structural_defect_is_named_at_once():
+    bad = datalist(training=["P-001-000", "P-002-000", "P-002-000"], testing=["P-001-001"])
+    bad["validation"] = [{"case": "P-003-000"}, item("P-004-000", scans=("a",))]
+    with pytest.raises(DataError) as error:
+        check_datalist(bad)
+    text = str(error.value)
+    assert "(4 problems)" in text
+    assert "validation[0]: needs a case and an image" in text
+    assert "P-004-000: 1 image files for 2 scans" in text
+    assert "P-002-000 is listed 2 times" in text
+    assert "patient P-001 is in training and testing" in text
+
+
+def test_files_that_are_no_datalist_are_refused(tmp_path):
+    for content, message in (
+        ("{", "is not JSON"),
+        ("[1]", "expected a JSON object"),
+        ('{"training": {}}', "a list of"),
+    ):
+        (tmp_path / "d.json").write_text(content)
+        with pytest.raises(DataError, match=message):
+            read_datalist(tmp_path / "d.json")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_datalist(tmp_path / "absent.json")
+
+
+def test_decathlon_items_get_the_keys_they_lack(tmp_path):
+    (tmp_path / "d.json").write_text(
+        json.dumps({"training": [{"image": "./images/h_001.nii.gz", "label": "l.nii.gz"}]})
+    )
+    (item,) = read_datalist(tmp_path / "d.json")["training"]
+    assert (item["case"], item["patient"], item["reference"]) == ("h_001", "h_001", "l.nii.gz")
+    scans = {"training": [{"image": ["c/X-00001-000-t1n.nii.gz", "c/X-00001-000-t2w.nii.gz"]}]}
+    (tmp_path / "d.json").write_text(json.dumps(scans))
+    assert read_datalist(tmp_path / "d.json")["training"][0]["case"] == "X-00001-000"
+
+
+def test_patient_is_the_case_without_its_time_point():
+    assert patient_of("BraTS-MEN-00004-001") == "BraTS-MEN-00004"
+    assert patient_of("hippocampus_003") == "hippocampus_003"
+
+
+def test_split_keeps_patients_together_and_the_fractions():
+    patients = {f"P-{p:03d}-{t:03d}": f"P-{p:03d}" for p in range(200) for t in range(1 + p % 3)}
+    split = split_by_patient(patients, (0.7, 0.1, 0.2), seed=1)
+    assert sorted(case for cases in split.values() for case in cases) == sorted(patients)
+    members = {section: {patients[case] for case in cases} for section, cases in split.items()}
+    assert {section: len(p) for section, p in members.items()} == {"training": 140, "validation": 20, "testing": 40}
+    assert max(Counter(p for group in members.values() for p in group).values()) == 1
+
+
+def test_split_is_the_same_everywhere_and_differs_by_seed():
+    patients = {f"C{n}": f"C{n}" for n in range(10)}
+    golden = split_by_patient(patients, (0.6, 0.2, 0.2), seed=0)
+    # order by sha256 of "0:C<n>", worked out with hashlib alone
+    assert golden == {
+        "training": ["C0", "C2", "C3", "C5", "C7", "C8"],
+        "validation": ["C1", "C9"],
+        "testing": ["C4", "C6"],
+    }
+    assert split_by_patient(patients, (0.6, 0.2, 0.2), seed=1) != golden
+
+
+def test_every_section_with_a_fraction_gets_a_patient():
+    patients = {f"C{n}": f"C{n}" for n in range(3)}
+    assert [len(c) for c in split_by_patient(patients, (0.9, 0.05, 0.05)).values()] == [1, 1, 1]
+    assert [len(c) for c in split_by_patient(patients, (0.5, 0.5, 0)).values()] in ([1, 2, 0], [2, 1, 0])
+    with pytest.raises(DataError, match="2 patients cannot fill 3 sections"):
+        split_by_patient({"a": "a", "b": "b"})
+    with pytest.raises(DataError, match="with sum 1"):
+        split_by_patient(patients, (0.5, 0.1, 0.1))
+
+
+def test_hash_follows_data_and_split_but_not_layout(tmp_path):
+    first = {**datalist(training=["P-001-000"], testing=["P-002-000"]), "hashes": {"P-001-000": "1", "P-002-000": "2"}}
+    write_datalist(first, tmp_path / "d.json")
+    (tmp_path / "other.json").write_text(json.dumps(dict(reversed(first.items()))))
+    assert datalist_hash(tmp_path / "d.json") == datalist_hash(tmp_path / "other.json")
+    assert datalist_hash(first) != datalist_hash({**first, "hashes": {"P-001-000": "1", "P-002-000": "3"}})
+    swapped = {**first, "training": first["testing"], "testing": first["training"]}
+    assert datalist_hash(first) != datalist_hash(swapped)
+
+
+def test_hash_of_a_file_equals_the_hash_of_what_was_read_from_it(tmp_path):
+    write_datalist(datalist(training=["P-001-000"]), tmp_path / "d.json")
+    assert datalist_hash(tmp_path / "d.json") == datalist_hash(read_datalist(tmp_path / "d.json"))
