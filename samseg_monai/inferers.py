@@ -1,0 +1,202 @@
+"""Volumes through a network that sees slices: the way there is the training set's own, the way back its inverse.
+
+MONAI's ``SliceInferer`` drops further inputs of the network, and prompts are such inputs; hence this one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.inferers import Inferer
+from monai.transforms import Compose, MapTransform
+from monai.transforms.traits import RandomizableTrait
+from monai.transforms.utils import allow_missing_keys_mode, convert_applied_interp_mode
+
+from samseg_monai.errors import ConfigError, PromptError, raise_all
+from samseg_monai.transforms import BoxFromPromptd, boxes_of
+
+logger = logging.getLogger(__name__)
+
+EMPTY_LOGIT = -20.0  # SamSegmenter's own value for "no box": probability 2e-9, still finite in every type
+IMAGE, PROMPT = "image", "prompt"
+
+Network = Callable[..., torch.Tensor]
+
+
+class SliceVolumeInferer(Inferer):
+    """Run a slice network over volumes, with a box per slice if it is prompted.
+
+    Every slice goes through ``slice_transforms`` alone, exactly as in the training set (so a transform may look at the
+    whole slice, as an intensity scaling does); boxes are computed behind them. Logits are taken back to the grid of the
+    volume by the inverse of the same transforms, bilinearly. Slices without a box are not run: their logits are -20
+    (and 20 for the background, which is channel 0 of several).
+
+    Args:
+        slice_transforms: deterministic MONAI dictionary transforms, or one Compose, on "image" and "prompt"; other keys
+            that they name ("label") are passed over. Without ``BoxFromPromptd``.
+        batch_size: slices per call of the network, at least 1; batches do not span volumes.
+        prompted: call ``network(images, boxes)``; else ``network(images)``.
+        per_component: a box per connected component of the prompt, (b, max_boxes, 4), instead of one, (b, 4).
+        max_boxes: boxes per slice at most, with ``per_component``.
+    Shape: inputs (B, S, H, W, D), prompt (B, 1, H, W, D) to logits (B, C, H, W, D), float32. The network sees
+        (b, S, h, w) and returns (b, C, h, w). Where the input is a MetaTensor, so is the result, with the same metadata
+        and history: ``Invertd`` takes both back to the file's grid.
+    Raises: ConfigError if ``slice_transforms`` hold a random transform or ``BoxFromPromptd``, cannot be undone, or the
+        prompt is missing; PromptError if the prompt does not fit the input.
+    """
+
+    def __init__(
+        self,
+        slice_transforms: Sequence[Callable[[Any], Any]] | Callable[[Any], Any] | None,
+        *,
+        batch_size: int = 8,
+        prompted: bool = True,
+        per_component: bool = False,
+        max_boxes: int = 8,
+    ) -> None:
+        super().__init__()
+        self.slice_transforms = slice_transforms if isinstance(slice_transforms, Compose) else Compose(slice_transforms)
+        if batch_size < 1 or max_boxes < 1:
+            raise ConfigError(f"batch_size and max_boxes must be at least 1, got {batch_size} and {max_boxes}")
+        members = list(_members(self.slice_transforms))
+        problems = [f"{type(t).__name__} is random" for t in members if isinstance(t, RandomizableTrait)]
+        problems += ["BoxFromPromptd is only for the training set" for t in members if isinstance(t, BoxFromPromptd)]
+        raise_all(problems, ConfigError, "the inferer takes the deterministic slice transforms, without boxes")
+        self._has_map_transforms = any(isinstance(t, MapTransform) for t in members)
+        self.batch_size = batch_size
+        self.prompted = prompted
+        self.per_component = per_component
+        self.max_boxes = max_boxes
+
+    def __call__(
+        self,
+        inputs: torch.Tensor,
+        network: Network,
+        *args: Any,
+        prompt: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Predict a batch of volumes; see the class for shapes and errors."""
+        if args or kwargs:
+            raise ConfigError(f"SliceVolumeInferer takes only 'prompt', got {len(args)} inputs and {sorted(kwargs)}")
+        if inputs.ndim != 5:
+            raise ConfigError(f"SliceVolumeInferer needs volumes (B, S, H, W, D), got shape {tuple(inputs.shape)}")
+        images = inputs.as_subclass(torch.Tensor)
+        prompts = self._checked(prompt, images) if self.prompted else [None] * len(images)
+        logits = torch.stack([self._volume(image, p, network) for image, p in zip(images, prompts, strict=True)])
+        return MetaTensor(logits).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else logits
+
+    def _checked(self, prompt: torch.Tensor | None, images: torch.Tensor) -> torch.Tensor:
+        if prompt is None:
+            raise ConfigError(
+                "a prompted inferer needs the prompt volume: give the evaluator "
+                'PrepareBatchExtraInput(extra_keys={"prompt": "prompt"}), or the inferer prompted=False'
+            )
+        expected = (len(images), 1, *images.shape[2:])
+        if tuple(prompt.shape) != expected:
+            raise PromptError(f"prompt must have shape {expected} to fit the image, got {tuple(prompt.shape)}")
+        return prompt.as_subclass(torch.Tensor)
+
+    def _volume(self, image: torch.Tensor, prompt: torch.Tensor | None, network: Network) -> torch.Tensor:
+        """(S, H, W, D) and (1, H, W, D) to (C, H, W, D)."""
+        size, depth = image.shape[1:3], image.shape[3]
+        if prompt is None:
+            wanted = list(range(depth))
+        else:
+            wanted = (prompt > 0).flatten(0, 2).any(dim=0).nonzero()[:, 0].tolist()
+        volume: torch.Tensor | None = None
+        for start in range(0, len(wanted), self.batch_size):
+            numbers, prepared, boxes = self._batch(image, prompt, wanted[start : start + self.batch_size])
+            if not numbers:
+                continue
+            logits = self._undo(_run(network, prepared, boxes), prepared[0], size)
+            if volume is None:
+                volume = _empty(logits.shape[1], (*size, depth), logits.device)
+            volume[..., numbers] = logits.permute(1, 2, 3, 0)  # (b, C, H, W) -> (C, H, W, b)
+        if volume is None:
+            # no slice has a box: the network is asked once, for the number of its channels only
+            prepared = [self._prepare(image[..., 0], None)[0]]
+            boxes = prepared[0].new_full((1, self.max_boxes, 4) if self.per_component else (1, 4), torch.nan)
+            channels = _run(network, prepared, boxes.as_subclass(torch.Tensor)).shape[1]
+            volume = _empty(channels, (*size, depth), image.device)
+        return volume
+
+    def _batch(
+        self, image: torch.Tensor, prompt: torch.Tensor | None, wanted: list[int]
+    ) -> tuple[list[int], list[MetaTensor], torch.Tensor | None]:
+        """Transformed slices that the network has to see, their numbers and their boxes."""
+        pairs = [self._prepare(image[..., z], None if prompt is None else prompt[..., z]) for z in wanted]
+        if prompt is None:
+            return wanted, [prepared for prepared, _ in pairs], None
+        found = [(z, prepared, b) for z, (prepared, b) in zip(wanted, pairs, strict=True) if b is not None]
+        kept = [entry for entry in found if not torch.isnan(entry[2]).all()]
+        if len(kept) < len(wanted):
+            lost = sorted(set(wanted) - {z for z, _, _ in kept})
+            logger.warning(
+                "prompts of slices %s vanish in slice_transforms; predicted empty. Resize prompts with mode 'area'",
+                lost,
+            )
+        boxes = torch.stack([b for _, _, b in kept]) if kept else None
+        return [z for z, _, _ in kept], [prepared for _, prepared, _ in kept], boxes
+
+    def _prepare(self, image: torch.Tensor, prompt: torch.Tensor | None) -> tuple[MetaTensor, torch.Tensor | None]:
+        """One slice (S, H, W) as the network sees it, (S, h, w) with its history, and its box."""
+        d: dict[str, torch.Tensor] = {IMAGE: MetaTensor(image.clone())}
+        if prompt is not None:
+            d[PROMPT] = MetaTensor(prompt.clone())
+        d = self._apply(self.slice_transforms, d)
+        boxes = None
+        if prompt is not None:
+            boxes = boxes_of(d[PROMPT], per_component=self.per_component, max_boxes=self.max_boxes)
+        prepared = d[IMAGE]
+        return prepared if isinstance(prepared, MetaTensor) else MetaTensor(prepared), boxes
+
+    def _undo(self, logits: torch.Tensor, prepared: MetaTensor, size: Sequence[int]) -> torch.Tensor:
+        """(b, C, h, w) to (b, C, H, W): all slices went through the same geometry, so one call undoes it for all."""
+        batch, channels = logits.shape[:2]
+        if logits.shape[2:] != prepared.shape[1:]:
+            raise ConfigError(
+                f"the network must return logits of its input's size {tuple(prepared.shape[1:])}, "
+                f"got {tuple(logits.shape[2:])}"
+            )
+        history = convert_applied_interp_mode(prepared.applied_operations, mode="bilinear", align_corners=False)
+        stack = MetaTensor(logits.flatten(0, 1), meta=dict(prepared.meta), applied_operations=list(history))
+        undone = self._apply(self.slice_transforms.inverse, {IMAGE: stack})[IMAGE].as_subclass(torch.Tensor)
+        if tuple(undone.shape[1:]) != tuple(size):
+            raise ConfigError(
+                f"slice_transforms cannot be undone: slices of {tuple(size)} come back as {tuple(undone.shape[1:])}; "
+                "use invertible transforms"
+            )
+        return undone.unflatten(0, (batch, channels))
+
+    def _apply(self, function: Callable[[Any], Any], d: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not self._has_map_transforms:
+            return d
+        with allow_missing_keys_mode(self.slice_transforms):
+            return function(d)
+
+
+def _run(network: Network, prepared: Sequence[MetaTensor], boxes: torch.Tensor | None) -> torch.Tensor:
+    images = torch.stack([image.as_subclass(torch.Tensor) for image in prepared])  # (b, S, h, w)
+    logits = network(images) if boxes is None else network(images, boxes)
+    return logits.as_subclass(torch.Tensor).float()
+
+
+def _empty(channels: int, size: Sequence[int], device: torch.device) -> torch.Tensor:
+    volume = torch.full((channels, *size), EMPTY_LOGIT, device=device)
+    if channels > 1:
+        volume[0] = -EMPTY_LOGIT
+    return volume
+
+
+def _members(compose: Compose) -> Iterator[Any]:
+    """The transforms in a Compose and its nested ones; a Compose that chooses at random is a transform itself."""
+    for transform in compose.transforms:
+        if type(transform) is Compose:
+            yield from _members(transform)
+        else:
+            yield transform

@@ -1,0 +1,23 @@
+"""MONAI dictionary transforms that MONAI lacks: prompts as a volume, the boxes in it, a check that files share a grid.
+
+Volumes are channel-first (C, H, W, D), slices (C, H, W). The first spatial axis is y (H), the second is x (W) of the
+network input.
+"""
+
+from __future__ import annotations
+
+from samseg_monai.transforms.boxes import BoxFromPromptd, EllipseFromPromptd, boxes_of
+from samseg_monai.transforms.grids import CheckSameGridd
+from samseg_monai.transforms.naming import NameAfterCased
+from samseg_monai.transforms.prompts import PromptFromBoxesd, PromptFromImaged, PromptFromLabeld
+
+__all__ = [
+    "BoxFromPromptd",
+    "CheckSameGridd",
+    "EllipseFromPromptd",
+    "NameAfterCased",
+    "PromptFromBoxesd",
+    "PromptFromImaged",
+    "PromptFromLabeld",
+    "boxes_of",
+]
