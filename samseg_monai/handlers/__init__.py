@@ -1,0 +1,30 @@
+"""Handlers for MONAI's trainers and evaluators: guards against silent failure, records, saving and resuming.
+
+All can be written in JSON as ``{"_target_": "samseg_monai.handlers.NAME", ...}`` and have ``attach(engine)``. Files are
+written by rank 0 only; attach them on every rank nevertheless, since those that stop a training must stop all ranks.
+"""
+
+from __future__ import annotations
+
+from samseg_monai.handlers.flow import GradientFlow
+from samseg_monai.handlers.guards import CollapseDetector, NonFiniteGuard
+from samseg_monai.handlers.records import CaseTable, CurveLog
+from samseg_monai.handlers.run_card import RunCard
+from samseg_monai.handlers.saving import BestAdapter, ResumeSaver
+from samseg_monai.handlers.seeding import EpochSeeder
+from samseg_monai.handlers.stepping import GradientClip
+from samseg_monai.handlers.stopping import EarlyStop
+
+__all__ = [
+    "BestAdapter",
+    "CaseTable",
+    "CollapseDetector",
+    "CurveLog",
+    "EarlyStop",
+    "EpochSeeder",
+    "GradientClip",
+    "GradientFlow",
+    "NonFiniteGuard",
+    "ResumeSaver",
+    "RunCard",
+]

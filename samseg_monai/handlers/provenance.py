@@ -1,0 +1,153 @@
+"""Facts about a run that are safe to share: versions, commit, hardware, memory; plain JSON without anybody's paths.
+
+Run cards travel with results and are published. An absolute path tells a user's name and a hospital's layout, so only
+the last part of it is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import samseg_monai
+from samseg_monai.checkpoints import git_commit
+
+PACKAGES = ("torch", "monai", "numpy", "pytorch-ignite", "segment-anything")
+# where things lie on one machine; what they contain is recorded by hashes of contents instead
+PLACES = ("bundle_root", "dataset_dir", "datalist", "output_dir", "sam_checkpoint", "cache_dir")
+
+_HOME = re.compile(r"(?:[A-Za-z]:)?[/\\](?:home|Users)[/\\][^\s/\\:'\",;()]+(?![\w./\\-])")
+_QUOTED = re.compile(r"(['\"])(?:~|[A-Za-z]:)?[/\\](?:[^'\"\n]*[/\\])?([^'\"/\\\n]*)\1")
+_ABSOLUTE = re.compile(r"(?<![\w.:/\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\:'\",;()\[\]]+[/\\])+")
+_WHOLE = re.compile(r"(?:~|[A-Za-z]:)?[/\\][^\n:,;'\"]*")
+
+
+def scrub(text: str) -> str:
+    """``text`` with every absolute path in it cut down to its last part; a home folder becomes ``~``.
+
+    Paths with blanks are known as such when they are quoted or the whole text.
+    """
+    home = str(Path.home())
+    if len(home) > 1:
+        text = re.sub(re.escape(home) + r"(?![\w./\\-])", "~", text)
+    text = _QUOTED.sub(r"\1\2\1", _HOME.sub("~", text))
+    if _WHOLE.fullmatch(text):
+        return re.split(r"[/\\]", text.rstrip("/\\"))[-1]
+    return _ABSOLUTE.sub("", text)
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON values: numbers out of tensors, no NaN or infinity (null), no absolute paths, else its text."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return [plain(item) for item in value]
+    return scrub(str(value))
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write ``plain(value)``; a reader, or a crash, never meets half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON object; an empty one where there is no file, or no readable object in it."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def config_hash(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of the settings without places: equal on every machine for the same recipe and values."""
+    kept = {key: value for key, value in plain(settings).items() if key not in PLACES}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def file_hash(path: str | os.PathLike[str]) -> str | None:
+    """SHA-256 of a file's contents; None where there is no file."""
+    path = Path(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of this package, Python and what the numbers depend on; None for what is not installed."""
+    found: dict[str, str | None] = {"samseg_monai": samseg_monai.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+@functools.cache  # the code that runs was read when the process began
+def git_state() -> str | None:
+    """Commit of the package's own checkout, with ``+changes`` if it is not clean; None when installed without one."""
+    commit = git_commit()
+    if commit is None:
+        return None
+    root = Path(samseg_monai.__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return commit
+    return commit + ("+changes" if done.stdout.strip() else "")
+
+
+def hardware() -> dict[str, Any]:
+    """Processor name, usable cores, system, and the GPUs' names."""
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {"cpu": _cpu_name(), "cpu_cores": _usable_cores(), "system": platform.system(), "gpus": gpus}
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_mb() -> dict[str, float]:
+    """Largest resident memory of this process so far, and largest GPU memory allocated, in MB (10^6 bytes)."""
+    peak: dict[str, float] = {}
+    if sys.platform != "win32":
+        import resource  # not on Windows
+
+        # Linux counts in units of 1024 bytes, macOS in bytes
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["ram"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+    if torch.cuda.is_available():
+        peak["gpu"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    return peak

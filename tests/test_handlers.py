@@ -1,0 +1,423 @@
+"""Handlers in real MONAI trainers and evaluators, on a linear network and made-up batches."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import logging
+
+import pytest
+import torch
+from ignite.engine import Events
+from ignite.metrics import Metric
+from monai.bundle import ConfigParser
+from monai.data import DataLoader, Dataset
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.engines.utils import IterationEvents
+from monai.handlers import StatsHandler, ValidationHandler
+from torch import nn
+
+from samseg_monai import handlers
+from samseg_monai.errors import ConfigError, TrainingError
+from samseg_monai.handlers.provenance import config_hash, plain, scrub
+
+ITEMS = 10
+
+
+class Rows(Metric):
+    """Publishes prepared rows and values, one set for each evaluation."""
+
+    def __init__(self, script):
+        self.script = list(script)
+        super().__init__()
+
+    def reset(self):
+        pass
+
+    def update(self, output):
+        pass
+
+    def compute(self):
+        return self.script.pop(0)
+
+    def completed(self, engine, name):
+        value, rows = self.compute()
+        engine.state.metrics[name] = value
+        engine.state.metric_details[name] = rows
+
+
+def items(count=ITEMS):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {"image": torch.randn(4, generator=generator), "label": torch.randn(2, generator=generator),
+         "case": f"case-{i // 3}", "slice": 10 + i}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+
+
+def trainer(network, train_handlers=(), *, data=None, batch_size=2, lr=0.1, epochs=1, **options):
+    return SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=epochs,
+        train_data_loader=DataLoader(Dataset(data or items()), batch_size=batch_size),
+        network=network,
+        optimizer=torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=lr),
+        loss_function=nn.MSELoss(),
+        train_handlers=list(train_handlers),
+        **options,
+    )
+
+
+def evaluator(network, script, val_handlers=()):
+    return SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(Dataset(items(2)), batch_size=2),
+        network=network,
+        key_val_metric={"dice": Rows(script)},
+        val_handlers=list(val_handlers),
+    )
+
+
+def test_accumulated_gradients_are_clipped_once_as_a_whole(network):
+    """5 batches of 2 with 2 accumulated: steps after 2, 4 and (flush) 5, each written out by hand."""
+    other = copy.deepcopy(network)
+    clip = handlers.GradientClip(max_norm=0.05)
+    trainer(network, [clip], accumulation_steps=2).run()
+
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    data = items()
+    batches = [data[i : i + 2] for i in range(0, ITEMS, 2)]
+    for group in (batches[0:2], batches[2:4], batches[4:5]):
+        optimizer.zero_grad()
+        for batch in group:
+            image, label = (torch.stack([item[key] for item in batch]) for key in ("image", "label"))
+            (nn.functional.mse_loss(other(image), label) / 2).backward()
+        norm = nn.utils.clip_grad_norm_(other.parameters(), 0.05)
+        assert norm > 0.05  # or the test would show nothing
+        optimizer.step()
+    torch.testing.assert_close(list(network.parameters()), list(other.parameters()), rtol=1e-6, atol=1e-7)
+    assert clip.last_norm == pytest.approx(float(norm), rel=1e-5)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_clipping_and_checks_see_unscaled_gradients_under_a_scaler(network, alone):
+    """The scaler of MONAI's amp works on the CPU too; only the autocast around the forward pass is for CUDA."""
+    other = copy.deepcopy(network)
+    trainer(other, [handlers.GradientClip(max_norm=0.05)]).run()
+    others = [] if alone else [handlers.NonFiniteGuard(), handlers.GradientFlow(network)]
+    scaled = trainer(network, [*others, handlers.GradientClip(max_norm=0.05)], amp=True, amp_kwargs={"enabled": False})
+
+    def use_cpu_scaler(engine):
+        engine.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    scaled.add_event_handler(Events.STARTED, use_cpu_scaler)
+    scaled.run()
+    torch.testing.assert_close(list(network.parameters()), list(other.parameters()), rtol=1e-5, atol=1e-7)
+
+
+def test_clip_refuses_a_norm_that_is_not_positive():
+    with pytest.raises(ConfigError, match="got 0"):
+        handlers.GradientClip(0)
+
+
+@pytest.mark.parametrize("decollate", [True, False])
+def test_a_nan_loss_names_case_and_slice_and_leaves_the_weights_alone(network, decollate):
+    data = items()
+    data[5]["image"][0] = float("nan")
+    run = trainer(network, [handlers.NonFiniteGuard()], data=data, decollate=decollate)
+    before: list[torch.Tensor] = []
+    def remember(engine):
+        before[:] = [p.detach().clone() for p in network.parameters()]
+
+    run.add_event_handler(IterationEvents.FORWARD_COMPLETED, remember)
+    with pytest.raises(TrainingError) as caught:
+        run.run()
+    text = str(caught.value)
+    assert "epoch 1, iteration 3" in text
+    assert "case case-1 slice 14, case case-1 slice 15" in text
+    assert "the prediction itself is not finite for case case-1 slice 15." in text
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+
+
+def test_infinite_gradients_are_found_though_the_loss_is_finite(network):
+    network[0].weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(TrainingError, match="gradients are not finite for case case-0 slice 10"):
+        trainer(network, [handlers.NonFiniteGuard()]).run()
+    assert all(torch.isfinite(p).all() for p in network.parameters())
+
+
+def test_gradient_flow_reports_groups_and_counts(network, caplog):
+    flow = handlers.GradientFlow(network)
+    run = trainer(network, [flow])
+    with caplog.at_level(logging.INFO, logger="samseg_monai"):
+        run.run()
+    assert [(row["group"], row["tensors"], row["parameters"]) for row in flow.rows] == [("0", 2, 15), ("2", 2, 8)]
+    assert all(row["gradient_norm"] > 0 and row["silent"] == [] for row in flow.rows)
+    assert run.state.gradient_flow == flow.rows and json.dumps(flow.rows)
+    assert "gradient norm" in caplog.text
+
+
+class LowRank(nn.Module):
+    """x W + x A B with B = 0 at first, as LoRA starts: A has no gradient in the first step."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 2)]).requires_grad_(False)
+        self.lora_a = nn.Parameter(torch.randn(4, 2))
+        self.lora_b = nn.Parameter(torch.zeros(2, 2))
+        self.forgotten = nn.Parameter(torch.ones(3))
+        self.dead = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.blocks[0](x) + x @ self.lora_a @ self.lora_b + 0 * self.dead
+
+
+def test_gradient_flow_waits_for_low_rank_layers_and_names_what_never_learns():
+    torch.manual_seed(0)
+    network = LowRank()
+    run = trainer(network, [handlers.GradientFlow(network)])
+    run.optimizer = torch.optim.SGD([network.lora_a, network.forgotten, network.dead], lr=0.1)
+    run.optimizer.add_param_group({"params": [network.lora_b]})
+    network.extra = nn.Parameter(torch.ones(1))
+    with pytest.raises(TrainingError) as caught:
+        run.run()
+    text = str(caught.value)
+    assert run.state.iteration == 2
+    assert "3 problems" in text
+    assert "extra is trainable but not in the optimiser" in text
+    assert "forgotten got no gradient at all" in text
+    assert "dead got only zero gradients" in text
+    assert "lora" not in text
+
+
+def test_gradient_flow_counts_steps_not_batches_and_can_only_warn(network, caplog):
+    network.register_parameter("forgotten", nn.Parameter(torch.ones(3)))
+    run = trainer(network, [handlers.GradientFlow(network, strict=False)], accumulation_steps=2)
+    seen = []
+    flow = handlers.GradientFlow(network, strict=False)
+    flow._report = lambda engine: seen.append(engine.state.iteration)
+    flow.attach(run)
+    with caplog.at_level(logging.WARNING, logger="samseg_monai"):
+        run.run()
+    assert seen == [4]
+    assert "forgotten got no gradient at all" in caplog.text
+
+
+def volumes(**by_class):
+    return [
+        {"case": f"c{i}", "class": name, "dice": 0.0, "prediction_ml": value, "reference_ml": 1.0}
+        for name, values in by_class.items()
+        for i, value in enumerate(values)
+    ]
+
+
+def test_collapse_warns_after_patience_and_stops_the_trainer_when_asked(network, caplog):
+    script = [(0.1, volumes(liver=[0.0, 0.0], spleen=[0.0, 2.0])) for _ in range(6)]
+    script[1] = (0.1, volumes(liver=[0.0, 0.1], spleen=[0.0, 0.0]))  # found once: the count starts again
+    detector = handlers.CollapseDetector(patience=2, stop=True)
+    validator = evaluator(network, script, [detector])
+    run = trainer(network, [ValidationHandler(1, validator)], epochs=6)
+    detector.set_trainer(run)
+    with caplog.at_level(logging.WARNING, logger="samseg_monai"):
+        run.run()
+    assert run.state.epoch == 4  # empty in 1, found in 2, empty in 3 and 4
+    assert "COLLAPSE" in run.state.stop_reason and "liver" in run.state.stop_reason
+    assert "spleen" not in caplog.text
+    assert validator.state.collapsed == ["liver"]
+    assert detector.state_dict() == {"empty_runs": {"liver": 2, "spleen": 0}}
+
+
+def test_collapse_forgives_empty_references_and_rows_without_volumes(network):
+    rows = [{"case": "a", "class": "x", "prediction_ml": 0.0, "reference_ml": 0.0}, {"case": "b", "class": "y"}]
+    detector = handlers.CollapseDetector(patience=1)
+    validator = evaluator(network, [(0.5, rows)], [detector])
+    validator.run()
+    assert detector.empty_runs == {} and not hasattr(validator.state, "collapsed")
+
+
+def test_early_stop_counts_nan_as_no_improvement_and_resumes_its_patience(network):
+    script = [(value, []) for value in (0.5, float("nan"), 0.5, 0.9)]
+    stop = handlers.EarlyStop(patience=2)
+    run = trainer(network, [ValidationHandler(1, evaluator(network, script, [stop]))], epochs=4)
+    stop.set_trainer(run)
+    run.run()
+    assert run.state.epoch == 3
+    again = handlers.EarlyStop(patience=2)
+    again.load_state_dict(stop.state_dict())
+    assert again.exhausted and again.best_score == 0.5
+
+
+def test_early_stop_names_the_metrics_there_are(network):
+    stop = handlers.EarlyStop(2, metric="val_dice", trainer=trainer(network))
+    with pytest.raises(TrainingError, match="no metric 'val_dice'; the evaluator has dice"):
+        evaluator(network, [(0.5, [])], [stop]).run()
+
+
+def read(path):
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_curves_hold_loss_rate_and_metrics_and_survive_a_resume(network, tmp_path):
+    def run(script, epochs, start=0):
+        validator = evaluator(network, script)
+        curves = handlers.CurveLog(tmp_path, evaluator=validator)
+        engine = trainer(network, [ValidationHandler(2, validator), curves], epochs=epochs)
+        engine.state.epoch, engine.state.iteration = start, start * 5
+        engine.run()
+        return read(tmp_path / "history.csv")
+
+    first = run([(0.25, []), (0.5, [])], 5)
+    assert [row["name"] for row in first if row["epoch"] == "2"] == ["dice", "train_loss", "lr"]
+    assert [(r["epoch"], r["iteration"], r["value"]) for r in first if r["name"] == "dice"] == [
+        ("2", "10", "0.25"), ("4", "20", "0.5"),
+    ]  # fmt: skip
+    resumed = run([(0.75, []), (0.875, [])], 6, start=3)  # what came after epoch 3 was lost and is run again
+    assert [row["value"] for row in resumed if row["name"] == "dice"] == ["0.25", "0.75", "0.875"]
+    assert [row["epoch"] for row in resumed if row["name"] == "lr"] == list("123456")
+    assert [row for row in resumed if row["epoch"] < "3"] == [row for row in first if row["epoch"] < "3"]
+    assert {row["epoch"] for row in run([], 1)} == {"1"}  # from scratch: anew
+
+
+def test_the_recorded_loss_is_the_mean_over_batches(network, tmp_path):
+    other = copy.deepcopy(network)
+    trainer(network, [handlers.CurveLog(tmp_path)], lr=1e-12).run()
+    data = items()
+    image, label = (torch.stack([item[key] for item in data]) for key in ("image", "label"))
+    expected = float(nn.functional.mse_loss(other(image), label))
+    loss = next(float(row["value"]) for row in read(tmp_path / "history.csv") if row["name"] == "train_loss")
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_case_table_holds_rows_and_aggregates(network, tmp_path):
+    rows = volumes(tumour=[1.5, 2.5])
+    table = handlers.CaseTable(tmp_path, name="dice", prompt_source="label", policy="honest")
+    evaluator(network, [(torch.tensor(0.5), rows)], [table]).run()
+    table_rows = read(tmp_path / "cases.csv")
+    assert [(row["case"], float(row["prediction_ml"])) for row in table_rows] == [("c0", 1.5), ("c1", 2.5)]
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    assert written == {
+        "metrics": {"dice": 0.5}, "cases": 2, "cases_file": "cases.csv",
+        "prompt_source": "label", "policy": "honest", "epoch": 1,
+    }  # fmt: skip
+
+
+def test_the_case_table_of_a_training_is_that_of_the_best_validation(network, tmp_path):
+    script = [(value, volumes(tumour=[value])) for value in (0.5, 0.75, 0.25)]
+    table = handlers.CaseTable(tmp_path, only_best=True)
+    trainer(network, [ValidationHandler(1, evaluator(network, script, [table]))], epochs=3).run()
+    assert read(tmp_path / "cases.csv")[0]["prediction_ml"] == "0.75"
+    assert json.loads((tmp_path / "metrics.json").read_text())["epoch"] == 2
+
+
+def test_the_case_table_says_which_rows_there_are(network, tmp_path):
+    with pytest.raises(TrainingError, match="no per-case rows under 'iou'; metric_details has dice"):
+        evaluator(network, [(0.5, [])], [handlers.CaseTable(tmp_path, name="iou")]).run()
+
+
+def test_the_run_card_tells_the_whole_run(network, tmp_path):
+    (tmp_path / "datalist.json").write_text("{}")
+    validator = evaluator(network, [(0.5, []), (float("nan"), [])])
+    settings = {"lr": 0.1, "dataset_dir": "/somewhere/private/brats", "output_dir": str(tmp_path)}
+    card = handlers.RunCard(
+        tmp_path / "out", settings=settings, seed=7, prompt_source="label", network=network, evaluator=validator,
+        datalist=tmp_path / "datalist.json", facts={"phantoms": True},
+    )  # fmt: skip
+    run = trainer(network, [card, handlers.GradientFlow(network), ValidationHandler(1, validator)], epochs=2)
+    path = tmp_path / "out" / "run_card.json"
+    statuses = []
+    run.add_event_handler(  # the card is there from the start
+        Events.ITERATION_STARTED, lambda engine: statuses.append(json.loads(path.read_text())["status"])
+    )
+    run.run()
+    text = path.read_text()
+    written = json.loads(text)
+    assert set(statuses) == {"running"}
+    assert written["status"] == "completed" and written["epochs"] == 2 and written["seconds"] > 0
+    assert written["best"] == {"metric": 0.5, "epoch": 1} and written["metrics"] == {"dice": None}
+    assert written["data_hash"] == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"  # sha256 of "{}"
+    assert written["trainable_parameters"] == 23 and written["phantoms"] is True and written["seed"] == 7
+    assert written["versions"]["monai"] and written["hardware"]["cpu_cores"] >= 1
+    assert written["peak_memory_mb"]["ram"] > 10
+    assert [row["group"] for row in written["gradient_flow"]] == ["0", "2"]
+    assert "/somewhere" not in text and str(tmp_path) not in text and "private" not in text
+
+
+def test_the_run_card_of_a_failed_run_says_why_also_beside_a_stats_handler(network, tmp_path):
+    data = items()
+    data[5]["image"][0] = float("nan")
+    card = handlers.RunCard(tmp_path, settings={})
+    run = trainer(network, [card, StatsHandler(), handlers.NonFiniteGuard()], data=data)
+    with pytest.raises(TrainingError):
+        run.run()
+    written = json.loads((tmp_path / "run_card.json").read_text())
+    assert written["status"] == "failed"
+    assert written["error"].startswith("TrainingError: epoch 1, iteration 3: the loss is nan for case case-1 slice 14")
+
+
+def test_an_interrupted_run_and_an_evaluation_get_a_card_too(network, tmp_path):
+    def interrupt(engine):
+        raise KeyboardInterrupt
+
+    run = trainer(network, [handlers.RunCard(tmp_path, settings={})])
+    run.add_event_handler(Events.ITERATION_STARTED, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert json.loads((tmp_path / "run_card.json").read_text())["status"] == "interrupted"
+    evaluator(network, [(0.5, [])], [handlers.RunCard(tmp_path, settings={})]).run()
+    written = json.loads((tmp_path / "run_card.json").read_text())
+    assert written["status"] == "completed" and written["metrics"] == {"dice": 0.5}
+    assert written["resumed_from_epoch"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("/data/private/case1.nii.gz: unreadable", "case1.nii.gz: unreadable"),
+        ("see '/mnt/jane doe/x.nii' and /a/b/c.nii, please", "see 'x.nii' and c.nii, please"),
+        ("/mnt/jane doe/brats men", "brats men"),
+        ("/home/jane", "~"),
+        ("C:\\Users\\jane\\x.nii is bad", "x.nii is bad"),
+        ("models/model.pt at https://host.org/a/b 1/2", "models/model.pt at https://host.org/a/b 1/2"),
+    ],
+)
+def test_scrub_leaves_no_absolute_path(text, expected):
+    assert scrub(text) == expected
+
+
+def test_plain_values_are_json_and_the_config_hash_ignores_places():
+    value = {"a": torch.tensor([1.0, float("inf")]), 3: (True, None), "d": torch.device("cpu")}
+    assert plain(value) == {"a": [1.0, None], "3": [True, None], "d": "cpu"}
+    assert config_hash({"lr": 1, "dataset_dir": "/x/y"}) == config_hash({"dataset_dir": "/z", "lr": 1})
+    assert config_hash({"lr": 1}) != config_hash({"lr": 2})
+
+
+def test_every_handler_can_be_written_in_json(network, tmp_path):
+    run = trainer(network)
+    arguments = {
+        "BestAdapter": {"network": "@net", "output_dir": "@out"},
+        "CaseTable": {"output_dir": "@out", "prompt_source": "label"},
+        "CollapseDetector": {"patience": 3, "stop": True, "trainer": "@trainer"},
+        "CurveLog": {"output_dir": "@out"},
+        "EarlyStop": {"patience": 5, "trainer": "@trainer"},
+        "EpochSeeder": {"seed": 0},
+        "GradientClip": {"max_norm": 1.0},
+        "GradientFlow": {"network": "@net"},
+        "NonFiniteGuard": {"gradients": True},
+        "ResumeSaver": {"output_dir": "@out", "network": "@net", "optimizer": "$@trainer.optimizer"},
+        "RunCard": {"output_dir": "@out", "settings": {"lr": 0.1}},
+    }
+    assert sorted(arguments) == sorted(handlers.__all__)
+    config = {"net": network, "out": str(tmp_path), "trainer": run, "all": []}
+    config["all"] = [{"_target_": f"samseg_monai.handlers.{name}", **given} for name, given in arguments.items()]
+    for handler in ConfigParser(config).get_parsed_content("all"):
+        handler.attach(run)
+    progress = ConfigParser({"bar": {"_target_": "ignite.handlers.ProgressBar", "persist": True}})
+    progress.get_parsed_content("bar").attach(run)

@@ -1,0 +1,91 @@
+"""Schedules against their closed formulas, and against SAMed's loop written out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from samseg_monai.errors import ConfigError
+from samseg_monai.schedules import warmup_schedule
+
+BASE = 0.005
+
+
+def rates(iterations: int, **options: object) -> list[float]:
+    """The rate that each iteration runs with."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=BASE)
+    schedule = warmup_schedule(optimizer, **options)
+    seen = []
+    for _ in range(iterations):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+def test_poly_equals_the_published_loop_which_is_one_iteration_late():
+    warmup, total, published, current = 25, 200, [], BASE / 25
+    for it in range(total):
+        published.append(current)  # SAMed and SAM-LST set the rate of the next iteration after the step
+        current = BASE * (it + 1) / warmup if it < warmup else BASE * (1 - (it - warmup) / total) ** 0.9
+    ours = rates(total, total=total, warmup=warmup)
+    assert ours[:-1] == pytest.approx(published[1:], rel=1e-12)
+    assert ours[0] == pytest.approx(published[0], rel=1e-12)
+
+
+def test_the_first_step_learns_and_warm_up_ends_at_the_base_rate():
+    seen = rates(10, total=40, warmup=4, decay="constant")
+    assert seen[:5] == pytest.approx([BASE / 4, BASE / 2, 3 * BASE / 4, BASE, BASE])
+    assert min(seen) > 0
+
+
+def test_cosine_goes_from_the_base_rate_to_the_floor():
+    total, warmup, floor = 50, 10, 0.1
+    seen = rates(total + 5, total=total, warmup=warmup, decay="cosine", floor=floor)
+    expected = [
+        BASE * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (it - warmup) / (total - warmup))))
+        for it in range(warmup, total)
+    ]
+    assert seen[warmup:total] == pytest.approx(expected, rel=1e-12)
+    assert seen[total:] == pytest.approx([BASE * floor] * 5, rel=1e-9)
+
+
+def test_poly_without_warm_up_stays_at_zero_after_its_end():
+    seen = rates(12, total=8, power=2.0)
+    assert seen[:8] == pytest.approx([BASE * (1 - it / 8) ** 2 for it in range(8)])
+    assert seen[8:] == [0.0] * 4
+
+
+def test_all_bad_values_are_named_at_once():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=BASE)
+    with pytest.raises(ConfigError) as caught:
+        warmup_schedule(optimizer, total=10, warmup=10, decay="step", power=0, floor=2)
+    text = str(caught.value)
+    assert "4 problems" in text
+    for word in ("warmup", "'step'", "power", "floor"):
+        assert word in text
+
+
+def test_the_state_goes_through_a_weights_only_file_and_continues(tmp_path):
+    whole = rates(20, total=20, warmup=3)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=BASE)
+    schedule = warmup_schedule(optimizer, total=20, warmup=3)
+    for _ in range(7):
+        optimizer.step()
+        schedule.step()
+    torch.save({"schedule": schedule.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    fresh = torch.optim.SGD([weight], lr=BASE)
+    again = warmup_schedule(fresh, total=20, warmup=3)
+    fresh.load_state_dict(state["optimizer"])
+    again.load_state_dict(state["schedule"])
+    rest = []
+    for _ in range(13):
+        rest.append(fresh.param_groups[0]["lr"])
+        fresh.step()
+        again.step()
+    assert rest == whole[7:]
