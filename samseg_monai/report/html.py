@@ -1,0 +1,193 @@
+"""One self-contained HTML page of a few runs: what was run, table, curves, cases, overlays, how to reproduce it.
+
+Nothing on the page is fetched: CSS is inline, figures are inline SVG, fonts are the reader's own. It follows the
+reader's light or dark scheme, fits a narrow window and prints.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from samseg_monai.metrics.rows import BOOTSTRAP_DRAWS
+from samseg_monai.report import tables
+from samseg_monai.report.facts import facts
+from samseg_monai.report.figures import curves_svg, dice_svg
+from samseg_monai.report.montage import OverlayCase, overlay_svg, pick_cases, slice_svg
+from samseg_monai.report.palette import css_variables, looks
+from samseg_monai.report.runs import LORA, NOT_RECORDED, PICO_LABEL, RunResult, check_runs
+
+_TEMPLATE = "template.html.jinja"
+_ROLES = ("best", "median", "worst")
+
+
+def write_report(
+    output: str | Path,
+    *,
+    title: str,
+    runs: Sequence[RunResult],
+    montage: Sequence[OverlayCase] = (),
+    commands: Sequence[str] = (),
+    notes: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the page.
+
+    Args:
+        output: HTML file; its folder is made.
+        title: heading of the page.
+        runs: rows of the table, in this order; each with its own name.
+        montage: slices to show, best, median and worst case of the LoRA run as `pick_cases` names them.
+        commands: shell lines that made the runs and this page.
+        notes: heading -> sentence, shown below the table; ``headline`` replaces the generated first sentence.
+
+    Returns: the path written.
+
+    Raises:
+        BundleError: no run, or two of one name.
+    """
+    check_runs(runs)
+    notes = dict(notes or {})
+    names = [run.name for run in runs]
+    source = resources.files("samseg_monai.report").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(source).render(
+        title=title,
+        banner=banner(runs),
+        warnings=[line for run in runs for line in run.warnings],
+        headline=notes.pop("headline", None) or headline(runs),
+        light=css_variables(names, "light"),
+        dark=css_variables(names, "dark"),
+        head=_head(runs),
+        rows=_rows(runs),
+        hd95=_hd95_definition(runs),
+        gaps=_gaps(runs),
+        curves=curves_svg(runs),
+        dice=dice_svg(runs),
+        montage=_montage(runs, montage),
+        commands=list(commands),
+        facts=facts(runs),
+        runs=[(run.title, json.dumps(run.card, indent=2, default=str)) for run in runs],
+        notes=notes,
+        resamples=f"{BOOTSTRAP_DRAWS:,}",
+        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page, encoding="utf-8")
+    return output
+
+
+def banner(runs: Sequence[RunResult]) -> str | None:
+    """Warning over the page, from what the cards say; None when the numbers are of real SAM on real images."""
+    parts = []
+    if any(run.is_pico for run in runs):
+        parts.append(PICO_LABEL)
+    if any(run.is_phantom for run in runs):
+        parts.append("phantoms, not patients")
+    return ": ".join(parts) or None
+
+
+def headline(runs: Sequence[RunResult]) -> str:
+    """What was run and what came out, in one sentence, from the files alone."""
+    dice = {run.name: tables.dice_of_cases(run) for run in runs}
+    scores = [f"{run.title}: {tables.fixed(tables.mean(dice[run.name].values()))}" for run in runs]
+    count = max(len(cases) for cases in dice.values())
+    prompts = "; ".join(dict.fromkeys(run.prompt_source for run in runs))
+    kind = "phantoms" if all(run.is_phantom for run in runs) else "cases"
+    return f"Mean Dice of {count} held-out {kind} (prompts: {prompts}). {'; '.join(scores)}."
+
+
+def _head(runs: Sequence[RunResult]) -> list[str]:
+    others = [tables.MEASURES[name][0] for name in tables.other_measures(runs)]
+    dice = tables.MEASURES[tables.dice_column(runs[0])][0]
+    first = ["Strategy", "SAM", "Prompt source", "n", f"{dice}, mean ± SD (95 % CI)", "Median"]
+    return [*first, *others, "Excluded", "Trainable parameters", "Seconds"]
+
+
+def _rows(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
+    """Rows of the table: colour index, and cells as (text, second line)."""
+    index = {run.name: position for position, run in enumerate(runs)}
+    rows = []
+    for line in tables.table_lines(runs):
+        run, several = line.run, len(line.run.classes) > 1
+        prompt = run.prompt_source.replace(" %", "\u00a0%")
+        cells = [(run.title, line.klass if several else ""), (run.sam, ""), (prompt, ""), (str(line.dice.n), "")]
+        spread = f"{tables.fixed(line.dice.mean)} ± {tables.fixed(line.dice.sd)}"
+        cells += [(spread, f"({tables.interval(line.low, line.high)})"), (tables.fixed(line.dice.median), "")]
+        for name in tables.other_measures(runs):
+            mean = line.values[name].mean if name in line.values else float("nan")
+            cells.append((tables.fixed(mean, tables.digits(name)), ""))
+        cells += [(str(line.excluded), ""), (tables.count_text(run.trainable), ""), _seconds(run)]
+        rows.append({"color": index[run.name], "cells": cells})
+    return rows
+
+
+def _seconds(run: RunResult) -> tuple[str, str]:
+    """Cell of seconds: training above evaluation where something was trained."""
+    evaluation = tables.seconds_text(run.seconds)
+    if run.training_seconds is None:
+        return evaluation, "" if run.seconds is None else "evaluation"
+    return tables.seconds_text(run.training_seconds), f"training; {evaluation}\u00a0evaluation"
+
+
+def _hd95_definition(runs: Sequence[RunResult]) -> str:
+    """What the HD95 columns are; the two policies of `samseg_monai.metrics` measure differently."""
+    found = tables.measures(runs)
+    texts = []
+    if "hd95_mm" in found:
+        texts.append("HD95 mm: larger of the two directed 95th percentiles of surface distances (MONAI's definition)")
+    if "hd95_transunet_voxel" in found:
+        texts.append(
+            "HD95 voxel: 95th percentile of both directions' distances pooled (medpy's definition), in voxels, "
+            "with the special cases for empty masks of the TransUNet tables"
+        )
+    return "; ".join(texts)
+
+
+def _gaps(runs: Sequence[RunResult]) -> dict[str, Any] | None:
+    """Table of differences: headings, and per run its cells as (text, interval, verdict)."""
+    found = tables.differences(runs)
+    if not found:
+        return None
+    index = {run.name: position for position, run in enumerate(runs)}
+    head = list(dict.fromkeys(one.measure for one in found))
+    rows = []
+    for name in dict.fromkeys(one.run.name for one in found):
+        mine = {one.measure: one for one in found if one.run.name == name}
+        run = next(iter(mine.values())).run
+        cells = [_gap_cell(mine[measure]) if measure in mine else ("-", "", "") for measure in head]
+        n = max(one.n for one in mine.values())
+        rows.append({"color": index[name], "title": run.title, "sam": run.sam, "n": n, "cells": cells})
+    return {"head": [tables.MEASURES[measure][0] for measure in head], "rows": rows}
+
+
+def _gap_cell(one: tables.Difference) -> tuple[str, str, str]:
+    places = tables.digits(one.measure)
+    mean, low, high = (tables.signed(value, places).replace("-", "\u2212") for value in (one.mean, one.low, one.high))
+    return mean, f"({low} to {high})", one.verdict
+
+
+def _montage(runs: Sequence[RunResult], montage: Sequence[OverlayCase]) -> list[dict[str, Any]]:
+    """Per case its role, its caption and its panels; strategies in the order of the table."""
+    names = [run.name for run in runs]
+    titles = {run.name: run.title for run in runs}
+    ranked = next((run for run in runs if run.name == LORA), runs[-1])
+    picked = pick_cases(ranked)
+    shown = []
+    for position, case in enumerate(montage):
+        roles = [role for role in _ROLES if picked.get(role) == case.case]
+        role = case.role or (f"{' and '.join(roles)} of {ranked.title}" if roles else "")
+        panels = [{"svg": slice_svg(case, f"m{position}"), "title": "Whole slice", "dice": None, "color": ""}]
+        for name in [name for name in names if name in case.predictions]:
+            svg = overlay_svg(case, name, f"m{position}-{names.index(name)}", names=names)
+            value = tables.fixed(case.dice[name]) if name in case.dice else NOT_RECORDED
+            panels.append({"svg": svg, "title": titles[name], "dice": value, "color": looks(names)[name].overlay})
+        place = "" if case.slice_index is None else f", slice {case.slice_index}"
+        shown.append({"role": role, "case": case.case, "place": place, "panels": panels})
+    return shown

@@ -1,0 +1,362 @@
+"""The report: numbers equal those of the files, nothing is fetched, every row says which SAM, figures are not blank."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import re
+import shutil
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from samseg_monai.errors import BundleError, DataError
+from samseg_monai.metrics import paired_difference, write_rows
+from samseg_monai.report import (
+    OverlayCase,
+    RunResult,
+    curves_svg,
+    dice_svg,
+    differences,
+    display,
+    display_box,
+    pick_cases,
+    results_json,
+    table_text,
+    write_report,
+)
+from samseg_monai.report.montage import overlay_svg, slice_svg
+from samseg_monai.report.palette import SURFACES, contrast, looks
+
+CASES = [f"case{i:02d}" for i in range(9)]
+DICE = {"zero_shot": 0.60, "lora": 0.75, "box_ellipse": 0.60}
+PICO = "pico, not SAM"
+
+
+def _rows(values: list[float], classes: tuple[str, ...] = ("tumour",)) -> list[dict]:
+    """One row per case and class; the last case is excluded."""
+    rows = []
+    for case, value in zip(CASES, values, strict=True):
+        gone = case == CASES[-1]
+        for shift, name in enumerate(classes):
+            score = float("nan") if gone else value - 0.1 * shift
+            scores = {"dice": score, "hd95_mm": 20 * (1 - score), "nsd_1mm": score - 0.2, "nsd_2mm": score - 0.1}
+            flags = {"excluded": gone, "empty_prediction": gone, "empty_reference": gone}
+            rows.append({"case": case, "class": name, **scores, **flags, "prediction_ml": 1.0, "reference_ml": 1.0})
+    return rows
+
+
+def _write_run(folder: Path, rows: list[dict], **card: object) -> Path:
+    facts = {"sam_variant": "pico", "prompt_source": "label", "prompt_loosen": [0.0, 0.3], "phantoms": True, "seed": 7}
+    folder.mkdir(parents=True)
+    write_rows(rows, folder / "cases.csv")
+    (folder / "metrics.json").write_text(json.dumps({"policy": "honest"}))
+    (folder / "run_card.json").write_text(json.dumps({**facts, "git_commit": "abc1234", "seconds": 12.5, **card}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three evaluations: LoRA clearly better than zero-shot, the ellipse as good as it; LoRA's training lies above."""
+    tmp_path = tmp_path_factory.mktemp("runs")
+    rng = np.random.default_rng(1)
+    base = rng.normal(0, 0.05, len(CASES))
+    made = {}
+    for name, mean in DICE.items():
+        values = (mean + base + rng.normal(0, 0.01, len(CASES))).tolist()
+        arguments = {"rank": 4} if name == "lora" else {}
+        card = {"strategy": {"name": name, "arguments": arguments}, "trainable_parameters": 24576 if arguments else 0}
+        made[name] = _write_run(tmp_path / name / "evaluation", _rows(values), **card)
+    with open(tmp_path / "lora" / "history.csv", "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["epoch", "iteration", "name", "value"])
+        for epoch in range(1, 7):
+            writer.writerow([epoch, 10 * epoch, "train_loss", 1 / epoch])
+            writer.writerow([epoch, 10 * epoch, "val_dice", 0.8 - 0.1 / epoch])
+            writer.writerow([epoch, 10 * epoch, "dice_std", 0.05])
+    (tmp_path / "lora" / "run_card.json").write_text(json.dumps({"status": "completed", "seconds": 99.0, "epochs": 6}))
+    return made
+
+
+@pytest.fixture(scope="module")
+def runs(made: dict[str, Path]) -> list[RunResult]:
+    return [RunResult.load(made[name]) for name in ("box_ellipse", "zero_shot", "lora")]
+
+
+def _altered(folder: Path, to: Path, **changes: object) -> RunResult:
+    """A copy of a run with other facts on its card."""
+    shutil.copytree(folder, to)
+    card = json.loads((to / "run_card.json").read_text())
+    (to / "run_card.json").write_text(json.dumps({**card, **changes}))
+    return RunResult.load(to)
+
+
+def _overlay(case: str = CASES[0], **changes: object) -> OverlayCase:
+    image = np.random.default_rng(0).normal(100, 10, (40, 50))
+    masks = {name: np.zeros((40, 50), bool) for name in ("reference", *DICE)}
+    for shift, mask in enumerate(masks.values()):
+        mask[5 + shift : 15, 30:44] = True
+    reference = masks.pop("reference")
+    arguments = {"box": (28, 3, 46, 17), "dice": dict.fromkeys(DICE, 0.5), **changes}
+    return OverlayCase(case, image, reference, masks, **arguments)
+
+
+class _Page(HTMLParser):
+    """Collects addresses that a browser would fetch, ids, and the text of tables by id."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.ids: list[str] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self._table: list[list[str]] | None = None
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        for name in ("src", "href", "xlink:href", "srcset", "data", "poster", "action"):
+            if name in found:
+                self.fetched.append(found[name] or "")
+        if "id" in found:
+            self.ids.append(found["id"] or "")
+        if tag == "table":
+            self._table = self.tables.setdefault(found.get("id") or "", [])
+        if self._table is not None and tag == "tr":
+            self._table.append([])
+        if self._table and tag in ("td", "th"):
+            self._table[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "table":
+            self._table = None
+        if self._table and self._table[-1] and tag in ("td", "th"):
+            self._table[-1][-1] = self._table[-1][-1].strip()
+
+    def handle_data(self, data: str) -> None:
+        if self._table and self._table[-1]:
+            self._table[-1][-1] += data.strip("\n")
+
+
+@pytest.fixture(scope="module")
+def page(runs: list[RunResult], tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("page")
+    montage = [_overlay(case) for case in pick_cases(runs[2]).values()]
+    path = write_report(folder / "new" / "report.html", title="T <1>", runs=runs, montage=montage, commands=["a && b"])
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def results(runs: list[RunResult]) -> dict:
+    return results_json(runs)
+
+
+def test_page_fetches_nothing(page):
+    fetched = _Page(page).fetched
+    assert len(fetched) >= 12  # 3 cases of 4 panels with one picture each
+    assert all(address.startswith(("data:", "#")) for address in fetched)
+    assert not re.search(r"@import|url\((?!#)|<script|https?://", page)
+
+
+def test_ids_of_the_page_are_unique(page):
+    ids = _Page(page).ids
+    assert len(ids) > 50
+    assert len(ids) == len(set(ids))
+
+
+def test_every_row_of_every_table_of_results_says_pico(page, runs, results):
+    tables = _Page(page).tables
+    rows = tables["results"][1:] + tables["differences"][1:]
+    assert len(rows) == 3 + 2
+    assert all(any(PICO in cell for cell in row) for row in rows)
+    assert all(PICO in entry["sam"] for entry in results.values())
+    text = [line for line in table_text(runs).splitlines() if line.startswith(("Box", "Zero", "LoRA"))]
+    assert len(text) == 3 + 2 + 3
+    assert all(PICO in line for line in text)
+
+
+def test_banner_says_pico_and_phantoms_only_where_the_cards_do(page, made, tmp_path):
+    assert "pico, not SAM: phantoms, not patients" in page
+    run = _altered(made["lora"], tmp_path / "real", sam_variant="vit_b", phantoms=False)
+    other = write_report(tmp_path / "b.html", title="t", runs=[run]).read_text(encoding="utf-8")
+    assert "not SAM" not in other
+    assert "not patients" not in other
+    assert "vit_b" in other
+
+
+def test_numbers_of_the_table_are_those_of_the_csv(page, made):
+    row = next(row for row in _Page(page).tables["results"] if "LoRA" in row[0])
+    with open(made["lora"] / "cases.csv", newline="") as stream:
+        cases = [case for case in csv.DictReader(stream) if case["excluded"] == "False"]
+    dice = [float(case["dice"]) for case in cases]
+    assert row[3] == "8"
+    assert f"{statistics.fmean(dice):.3f} ± {statistics.pstdev(dice):.3f}" in row[4]
+    assert row[5] == f"{statistics.median(dice):.3f}"
+    for cell, (column, places) in zip(row[6:9], (("hd95_mm", 2), ("nsd_1mm", 3), ("nsd_2mm", 3)), strict=True):
+        assert cell == f"{statistics.fmean(float(case[column]) for case in cases):.{places}f}"
+    assert row[9:11] == ["1", "24,576"]
+    assert row[11].startswith("99.0")
+
+
+def test_interval_of_the_mean_is_the_bootstrap_over_cases(runs, results):
+    result = results["lora"]
+    values = np.array([row["dice"] for row in runs[2].rows if not row["excluded"]])
+    draws = np.random.default_rng(5).choice(values, (20_000, len(values))).mean(axis=1)
+    # two bootstraps with other seeds: their ends differ by sampling noise, here below 0.002
+    np.testing.assert_allclose(result["dice_ci95"], np.percentile(draws, (2.5, 97.5)), atol=0.002)
+
+
+def test_results_json_holds_the_promised_keys_and_valid_json(results):
+    result = json.loads(json.dumps(results, allow_nan=False))
+    assert set(result) == {"zero_shot", "lora", "box_ellipse"}
+    for entry in result.values():
+        assert {"dice_mean", "dice_std", "n", "sam", "prompt_source"} <= set(entry)
+        assert entry["n"] == 8
+        assert entry["prompt_source"].startswith("GT boxes on GT slices")
+    assert result["lora"]["dice_mean"] == pytest.approx(0.75, abs=0.05)
+    assert result["lora"]["seconds_training"] == 99.0
+
+
+def test_verdicts_of_differences(page, runs):
+    found = {(one.run.name, one.measure): one for one in differences(runs)}
+    assert found["lora", "dice"].verdict == "better"
+    assert found["lora", "hd95_mm"].verdict == "better"  # smaller, and less is better
+    assert found["lora", "hd95_mm"].mean < 0
+    ellipse = found["box_ellipse", "dice"]
+    assert ellipse.verdict == "not distinguishable"
+    assert ellipse.low <= 0 <= ellipse.high
+    oracle = paired_difference(runs[2].rows, runs[1].rows, value="dice", seed=0)
+    assert found["lora", "dice"].mean == oracle["difference"]
+    row = next(row for row in _Page(page).tables["differences"] if "ellipse" in row[0])
+    assert "not distinguishable" in row[3]
+
+
+def test_worse_is_called_worse(made):
+    swapped = [RunResult.load(made["lora"], name="zero_shot"), RunResult.load(made["zero_shot"], name="other")]
+    assert {one.verdict for one in differences(swapped, only="dice")} == {"worse"}
+
+
+def test_several_classes_give_their_mean_and_each(tmp_path):
+    values = [0.8] * len(CASES)
+    folder = _write_run(tmp_path / "two", _rows(values, ("core", "oedema")), strategy="lora")
+    result = results_json([RunResult.load(folder)])["lora"]
+    assert result["dice_mean"] == pytest.approx(0.75)
+    assert result["classes"]["core"]["dice_mean"] == pytest.approx(0.8)
+    assert result["classes"]["oedema"]["dice_mean"] == pytest.approx(0.7)
+
+
+def test_missing_files_are_all_named_with_the_way_to_make_them(tmp_path):
+    with pytest.raises(BundleError) as caught:
+        RunResult.load(tmp_path / "none")
+    for word in ("run_card.json", "metrics.json", "cases.csv", "3 problems", "evaluate.json"):
+        assert word in str(caught.value)
+
+
+def test_case_counted_twice_is_refused(tmp_path):
+    rows = _rows([0.5] * len(CASES))
+    folder = _write_run(tmp_path / "twice", [*rows, rows[0]], strategy="lora")
+    with pytest.raises(BundleError, match="case00, class tumour: 2 rows"):
+        RunResult.load(folder)
+
+
+def test_two_runs_of_one_name_are_refused(made):
+    with pytest.raises(BundleError, match="lora: 2 runs"):
+        results_json([RunResult.load(made["lora"]), RunResult.load(made["lora"])])
+
+
+def test_run_that_failed_is_called_so_on_the_page(made, tmp_path):
+    run = _altered(made["lora"], tmp_path / "failed", status="failed", error="out of memory")
+    page = write_report(tmp_path / "c.html", title="t", runs=[run]).read_text(encoding="utf-8")
+    assert "evaluation is failed (out of memory)" in page
+
+
+def test_provenance_says_what_is_not_recorded(page):
+    facts = {row[0]: row[1:] for row in _Page(page).tables["provenance"]}
+    assert facts["commit"] == ["abc1234"]
+    assert facts["seed"] == ["7"]
+    assert facts["empty masks (policy)"] == ["honest"]
+    assert facts["data hash"] == ["not recorded"]
+    assert facts["training: epochs"] == ["-", "-", "6"]
+
+
+def test_titles_and_commands_are_escaped(page):
+    assert "<h1>T &lt;1&gt;</h1>" in page
+    assert "a &amp;&amp; b" in page
+
+
+def test_curves_show_loss_and_mean_dice_but_no_spread(runs):
+    loss, dice = curves_svg(runs)
+    assert "train loss" in loss
+    assert "best 0.783, epoch 6" in dice
+    assert (
+        dice.count("stroke-width: 2;") + dice.count('stroke-width: 2"') == 2
+    )  # the curve and its sample in the legend
+    assert curves_svg(runs[:2]) == []
+
+
+def test_box_plot_has_a_point_per_case_and_strategy(runs):
+    svg = dice_svg(runs)
+    for index in range(3):
+        assert f"var(--c{index})" in svg
+    points = re.findall(r'<g id="cases-PathCollection_\d+">(.*?)</g>\s*</g>', svg, re.DOTALL)
+    assert len(points) == 3
+    assert all(group.count("<use ") == 8 for group in points)
+
+
+def test_panels_hold_a_picture_that_is_not_blank():
+    for svg in (slice_svg(_overlay(), "a"), overlay_svg(_overlay(), "lora", "b", names=list(DICE))):
+        data = base64.b64decode(re.search(r"data:image/png;base64,\s*([^\"]+)", svg).group(1))
+        assert data.startswith(b"\x89PNG")
+        assert np.asarray(Image.open(io.BytesIO(data)).convert("L")).std() > 5
+
+
+def test_overlay_draws_reference_prediction_and_box_in_their_colours():
+    svg = overlay_svg(_overlay(), "lora", "b", names=list(DICE))
+    assert looks(list(DICE))["lora"].overlay in svg
+    assert "#ffffff" in svg
+    assert "stroke-dasharray" in svg
+    assert "stroke-dasharray" not in overlay_svg(_overlay(box=None), "lora", "b", names=list(DICE))
+
+
+def test_display_is_radiological():
+    volume = np.zeros((4, 6))
+    volume[3, 5] = 1  # the patient's right, front
+    assert display(volume).shape == (6, 4)
+    assert display(volume)[0, 0] == 1  # top left for the viewer
+
+
+def test_box_goes_with_its_pixels_into_the_display():
+    mask = np.zeros((8, 10))
+    mask[2:5, 6:9] = 1  # y 2..4, x 6..8
+    left, top, right, bottom = display_box((6, 2, 9, 5), mask.shape)
+    rows, columns = np.nonzero(display(mask))
+    assert (left, top, right, bottom) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+
+
+def test_best_median_and_worst_are_ranked_by_dice_without_excluded_cases(runs):
+    dice = {row["case"]: row["dice"] for row in runs[2].rows if not row["excluded"]}
+    ranked = sorted(dice, key=dice.get)
+    assert pick_cases(runs[2]) == {"best": ranked[-1], "median": ranked[3], "worst": ranked[0]}
+
+
+def test_overlay_of_unequal_shapes_is_refused():
+    with pytest.raises(DataError, match=r"prediction of lora: shape \(2, 2\)"):
+        OverlayCase("c", np.zeros((4, 4)), np.zeros((4, 4)), {"lora": np.zeros((2, 2))}, None, {})
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_of_strategies_have_contrast_and_differ(scheme):
+    names = [*DICE, "full", "adapter", "ladder"]
+    colours = [getattr(look, scheme) for look in looks(names).values()]
+    assert len(set(colours)) == len(names)
+    assert min(contrast(colour, SURFACES[scheme]) for colour in colours) >= 3  # WCAG 2.2, 1.4.11
+    assert len({look.marker for look in looks(names).values()}) == len(names)
+
+
+def test_a_strategy_keeps_its_colour_on_every_page():
+    assert looks(["lora"])["lora"] == looks(["full", "zero_shot", "lora"])["lora"]
