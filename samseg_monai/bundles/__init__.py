@@ -1,0 +1,21 @@
+"""MONAI bundles: built from recipes, guarded while they run, packed to travel."""
+
+from samseg_monai.bundles.build import build_bundle, recipe_names
+from samseg_monai.bundles.pack import pack_bundle, verify_sums
+from samseg_monai.bundles.record import facts, record_bundle, settings
+from samseg_monai.bundles.running import bundle_root, find_checkpoint, guard, join_processes, rank_device
+
+__all__ = [
+    "build_bundle",
+    "bundle_root",
+    "facts",
+    "find_checkpoint",
+    "guard",
+    "join_processes",
+    "pack_bundle",
+    "rank_device",
+    "recipe_names",
+    "record_bundle",
+    "settings",
+    "verify_sums",
+]

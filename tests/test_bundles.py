@@ -1,0 +1,178 @@
+"""Laws of every bundle: fresh from its recipes, valid for MONAI, runnable from anywhere, deaf to no typo."""
+
+import filecmp
+import json
+import os
+from pathlib import Path
+
+import pytest
+from monai.bundle import create_workflow, verify_metadata, verify_net_in_out
+
+from samseg_monai import bundles
+from samseg_monai.bundles.build import OVERLAYS, RECIPES, expand, merge, read_json
+from samseg_monai.bundles.running import unknown_keys
+from samseg_monai.cli.workflow import run_workflow
+from samseg_monai.errors import BundleError, ConfigError
+from tests.conftest import TINY
+
+ROOT = Path(__file__).parents[1] / "bundles"
+BUNDLES = sorted(p.name for p in ROOT.iterdir() if p.is_dir())
+CONFIGS = [(b, p.stem) for b in BUNDLES for p in sorted((ROOT / b / "configs").glob("*.json")) if p.stem != "metadata"]
+RUNNABLE = [(b, c) for b, c in CONFIGS if c in ("train", "evaluate", "inference")]
+
+
+def recipes_of(bundle: str) -> tuple[str, str]:
+    task, _, strategy = bundle.partition("_segmentation_")
+    return task, strategy
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_as_many_bundles_as_expected_are_tested():
+    assert BUNDLES == ["meningioma_segmentation_lora", "meningioma_segmentation_zero_shot"]
+    assert len(CONFIGS) == 9
+    assert len(RUNNABLE) == 5
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_committed_bundle_equals_a_fresh_build(bundle, tmp_path):
+    task, strategy = recipes_of(bundle)
+    fresh = bundles.build_bundle(task, strategy, tmp_path)
+    assert files_below(fresh) == files_below(ROOT / bundle)
+    _, differing, unreadable = filecmp.cmpfiles(fresh, ROOT / bundle, files_below(fresh), shallow=False)
+    assert not differing and not unreadable, "run `make bundles` and commit the result"
+
+
+def test_every_task_builds_with_every_strategy(tmp_path):
+    tasks, strategies = bundles.recipe_names("tasks"), bundles.recipe_names("strategies")
+    built = [bundles.build_bundle(t, s, tmp_path) for t in tasks for s in strategies]
+    assert len(built) == len(tasks) * len(strategies) >= 2
+    assert all((b / "configs" / "inference.json").is_file() for b in built)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_bundle_holds_what_the_specification_asks_for(bundle):
+    root = ROOT / bundle
+    for name in ("LICENSE", "configs/metadata.json", "configs/inference.json", "configs/logging.conf", "large_files.yml"):
+        assert (root / name).is_file(), name
+    assert (root / "docs" / "README.md").is_file() and (root / "docs" / "data_license.txt").is_file()
+    assert not (root / "scripts").exists()
+    metadata = read_json(root / "configs" / "metadata.json")
+    assert metadata["version"] in metadata["changelog"]
+    assert isinstance(metadata["supported_apps"], dict)
+    assert "samseg-monai" in metadata["required_packages_version"]
+    assert "hash_type" in (root / "large_files.yml").read_text()
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_metadata_is_valid_for_the_newest_schema(bundle, realdata, tmp_path):
+    schema = tmp_path / "schema.json"
+    schema.write_bytes((realdata / "monai" / "meta_schema_20240725.json").read_bytes())
+    digest = "cd64aa8a5904426f6fc6855dabe46af8c742d5bad644b4e9cfb78ebad09ad678"
+    meta = str(ROOT / bundle / "configs" / "metadata.json")
+    verify_metadata(meta_file=meta, filepath=str(schema), hash_val=digest, hash_type="sha256")
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_network_has_the_stated_input_and_output(bundle):
+    configs = ROOT / bundle / "configs"
+    tiny = {k: TINY[k] for k in ("sam_variant", "image_size")}
+    verify_net_in_out(
+        net_id="network_def",
+        meta_file=str(configs / "metadata.json"),
+        config_file=str(configs / "inference.json"),
+        device="cpu",
+        any=40,
+        **tiny,
+    )
+
+
+@pytest.mark.parametrize(("bundle", "config"), RUNNABLE)
+def test_workflow_has_every_property_monai_wants(bundle, config, phantoms, tmp_path):
+    kind = "train" if config == "train" else "infer"
+    data = phantoms / "unlabelled" if config == "inference" else phantoms
+    workflow = create_workflow(
+        workflow_type=kind,
+        config_file=str(ROOT / bundle / "configs" / f"{config}.json"),
+        dataset_dir=str(data),
+        output_dir=str(tmp_path),
+        **TINY,
+    )
+    assert workflow.check_properties() == []
+
+
+@pytest.mark.parametrize(("bundle", "config"), RUNNABLE)
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [("image_sise", 64, "image_size"), ("prompt::sorce", "label", "prompt::source"), ("network_def::scns", 4, "scans")],
+)
+def test_a_misspelt_override_is_refused_by_name(bundle, config, key, value, named, phantoms, tmp_path):
+    configs = [ROOT / bundle / "configs" / f"{config}.json"]
+    with pytest.raises(ConfigError, match=key) as caught:
+        run_workflow(configs, {"dataset_dir": str(phantoms), "output_dir": str(tmp_path), key: value})
+    assert named in str(caught.value)
+    assert not list(tmp_path.iterdir()), "nothing may have been written before the refusal"
+
+
+def test_a_component_given_whole_is_no_typo():
+    known = {"loss": {}, "loss::_target_": {}, "loss::sigmoid": {}}
+    assert unknown_keys({"loss": {"_target_": "monai.losses.DiceLoss", "softmax": True}}, known) == []
+    assert unknown_keys({"loss": {"_target_": "monai.losses.DiceLoss", "sofmax": True}}, known) != []
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_configs_hold_no_path_of_a_machine_and_no_code(bundle):
+    for path in (ROOT / bundle / "configs").glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert '"/' not in text
+        assert "__" not in text.replace("_target_", "").replace("_disabled_", "").replace("_desc_", "")
+
+
+def test_recipe_key_that_overrides_nothing_is_named():
+    with pytest.raises(BundleError, match="train::optimiser::lr"):
+        merge({"train": {"optimizer": {"lr": 1}}}, {"train::optimiser::lr": 2, "train::optimizer::lr": 3}, "test")
+
+
+def test_value_left_open_is_named():
+    with pytest.raises(BundleError, match="strategy"):
+        expand(read_json(RECIPES / "tasks" / "meningioma.json"), {}, "evaluate")
+
+
+def test_key_given_twice_is_named(tmp_path):
+    (tmp_path / "twice.json").write_text('{"lr": 1, "lr": 2}')
+    with pytest.raises(BundleError, match="lr"):
+        read_json(tmp_path / "twice.json")
+
+
+def test_unknown_recipe_lists_those_there_are(tmp_path):
+    with pytest.raises(BundleError, match="meningioma"):
+        bundles.build_bundle("menigioma", "lora", tmp_path)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_overlays_name_only_known_parents(bundle):
+    configs = ROOT / bundle / "configs"
+    for overlay in (o for o in OVERLAYS if (configs / f"{o}.json").is_file()):
+        main = "evaluate.json" if overlay == "multi_gpu_evaluate" or not (configs / "train.json").is_file() else "train.json"
+        keys = [k.rpartition("::")[0] for k in json.loads((configs / f"{overlay}.json").read_text())]
+        merge(json.loads((configs / main).read_text()), {k: 0 for k in keys if k}, overlay)
+
+
+def test_train_evaluate_inference_from_another_folder(phantoms, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    configs = Path(os.path.relpath(ROOT / "meningioma_segmentation_lora" / "configs", tmp_path))
+    shared = {**TINY, "dataset_dir": str(phantoms), "output_dir": "run"}
+    run_workflow([configs / "train.json"], {**shared, "epochs": 2, "batch_size": 2, "strategy::rank": 2})
+    assert (tmp_path / "run" / "adapter.safetensors").is_file()
+    assert json.loads(Path("run/run_card.json").read_text())["status"] == "completed"
+    rank = {"strategy::rank": 2}
+    run_workflow([configs / "train.json", configs / "evaluate.json"], {**shared, **rank})
+    metrics = json.loads(Path("run/evaluation/metrics.json").read_text())
+    assert metrics["cases"] == 2
+    assert 0 <= metrics["metrics"]["dice_mean"] <= 1
+    shared["dataset_dir"] = str(phantoms / "unlabelled")
+    run_workflow([configs / "inference.json"], {**shared, **rank})
+    assert len(list(Path("run/predictions").glob("*_seg.nii.gz"))) == 1
