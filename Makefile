@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup dev demo test lint pico bench clean
+.PHONY: setup dev demo test lint pico bundles bench clean
 
 setup: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
@@ -31,6 +31,10 @@ lint: dev
 
 pico: setup
 	$(BIN)/python -m samseg_monai.pretrain --output samseg_monai/sam
+
+bundles: setup
+	$(BIN)/samseg bundle build --task meningioma --strategy zero_shot --out bundles
+	$(BIN)/samseg bundle build --task meningioma --strategy lora --out bundles
 
 bench: dev
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

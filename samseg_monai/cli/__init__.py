@@ -1,0 +1,46 @@
+"""The command ``samseg``: prepare data, build and pack bundles, predict, and show it all in one demo.
+
+Training and evaluation stay ``python -m monai.bundle run``. Exit code 0: done; 1: an error in data, weights or files, told
+in words; 2: a wrong command line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from samseg_monai.cli.bundle import bundle_app, predict
+from samseg_monai.cli.data import bbox, phantom_app, prepare_app
+from samseg_monai.cli.demo import demo, report
+from samseg_monai.cli.reproduce import reproduce_app
+from samseg_monai.errors import SamsegError
+
+app = typer.Typer(
+    name="samseg",
+    help="Fine-tune the Segment Anything Model for medical images, as MONAI bundles.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(prepare_app, name="prepare")
+app.command(name="bbox")(bbox)
+app.add_typer(phantom_app, name="phantom")
+app.add_typer(bundle_app, name="bundle")
+app.command(name="predict")(predict)
+app.command(name="report")(report)
+app.command(name="demo")(demo)
+app.add_typer(reproduce_app, name="reproduce")
+
+
+def main() -> None:
+    """Run the command line; our own errors end it with their text and exit code 1, without a traceback."""
+    try:
+        app()
+    except SamsegError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of our output has left, as in `samseg ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

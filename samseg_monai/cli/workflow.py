@@ -1,0 +1,54 @@
+"""Run a bundle's workflow in this process and show the command that does the same from a shell."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from samseg_monai.errors import BundleError, SamsegError
+
+
+def shell_command(configs: Sequence[str | Path], overrides: dict[str, Any]) -> str:
+    """Return the ``python -m monai.bundle run`` line for config files (later ones override) and override values."""
+    files = str(configs[0]) if len(configs) == 1 else json.dumps([str(c) for c in configs]).replace('"', "'")
+    words = ["python", "-m", "monai.bundle", "run", "--config_file", shlex.quote(files) if len(configs) > 1 else files]
+    for key, value in overrides.items():
+        words += [f"--{key}", shlex.quote(value if isinstance(value, str) else repr(value))]
+    return " ".join(words)
+
+
+def run_workflow(configs: Sequence[str | Path], overrides: dict[str, Any], *, echo: bool = True) -> str:
+    """Run config files of a bundle with ``overrides`` and return the equivalent shell command.
+
+    Raises:
+        BundleError: a config file does not exist.
+        SamsegError: what our code raised, wherever MONAI wrapped it.
+    """
+    missing = [str(c) for c in configs if not Path(c).is_file()]
+    if missing:
+        raise BundleError(f"no such config: {', '.join(missing)}; give the folder of a bundle")
+    command = shell_command(configs, overrides)
+    if echo:
+        typer.echo(f"$ {command}", err=True)
+    from monai.bundle import run
+
+    try:
+        run(config_file=[str(c) for c in configs], **overrides)
+    except Exception as error:
+        own = _own_error(error)
+        if own is None:
+            raise
+        raise own from None
+    return command
+
+
+def _own_error(error: BaseException | None) -> SamsegError | None:
+    """Return the error of ours behind ``error``: MONAI wraps what an expression raises."""
+    while error is not None and not isinstance(error, SamsegError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -1,0 +1,23 @@
+"""Exit with 1 and name the file when a JSON file does not parse or gives a key twice."""
+
+import sys
+from pathlib import Path
+
+from samseg_monai.bundles.build import read_json
+from samseg_monai.errors import BundleError
+
+
+def main(paths: list[str]) -> int:
+    """Check the files and return the exit code."""
+    failed = 0
+    for path in paths:
+        try:
+            read_json(Path(path))
+        except BundleError as error:
+            print(error)
+            failed = 1
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
