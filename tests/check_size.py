@@ -8,7 +8,11 @@ LIMIT = 6_000_000
 
 def main(paths: list[str]) -> int:
     """Check the files and return the exit code."""
-    large = [f"{path}: {Path(path).stat().st_size} bytes, at most {LIMIT}" for path in paths if Path(path).stat().st_size > LIMIT]
+    large = [
+        f"{path}: {Path(path).stat().st_size} bytes, at most {LIMIT}"
+        for path in paths
+        if Path(path).stat().st_size > LIMIT
+    ]
     print("\n".join(large))
     return int(bool(large))
 

@@ -133,6 +133,7 @@ def test_a_nan_loss_names_case_and_slice_and_leaves_the_weights_alone(network, d
     data[5]["image"][0] = float("nan")
     run = trainer(network, [handlers.NonFiniteGuard()], data=data, decollate=decollate)
     before: list[torch.Tensor] = []
+
     def remember(engine):
         before[:] = [p.detach().clone() for p in network.parameters()]
 

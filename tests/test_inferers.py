@@ -18,6 +18,7 @@ from monai.transforms import (
     Compose,
     EnsureChannelFirstd,
     Invertd,
+    Lambdad,
     LoadImaged,
     NormalizeIntensityd,
     OneOf,
@@ -203,11 +204,37 @@ def test_batch_size_does_not_change_the_result_of_whole_slice_transforms(volumes
     torch.testing.assert_close(one, many, rtol=0, atol=1e-6)
 
 
-def test_inputs_are_left_alone(volumes):
+def test_logits_come_back_bilinearly_whatever_mode_the_image_was_resized_by(volumes):
+    image, prompt = volumes
+    logits = []
+    for mode in ("nearest", "bilinear"):
+        chain = [Resized(KEYS, spatial_size=48, size_mode="longest", mode=mode)]
+        ramp = torch.linspace(-1, 1, 48).expand(1, 35, 48)
+        logits.append(
+            SliceVolumeInferer(chain)(image, lambda x, boxes, r=ramp: r.repeat(len(x), 1, 1, 1), prompt=prompt)
+        )
+    torch.testing.assert_close(*logits)
+    expected = F.interpolate(ramp[None], size=(22, 30), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(logits[0][0, ..., 1], expected)
+
+
+def test_inputs_are_left_alone_by_transforms_that_write_in_place(volumes):
     image, prompt = volumes
     before = image.clone(), prompt.clone()
-    SliceVolumeInferer(None)(image, BoxNetwork(), prompt=prompt)
+    network = BoxNetwork()
+    SliceVolumeInferer([Lambdad(KEYS, func=lambda x: x.add_(1))])(image, network, prompt=prompt)
+    assert torch.equal(network.calls[0][0][0], image[0, ..., 1] + 1)
     assert torch.equal(image, before[0]) and torch.equal(prompt, before[1])
+
+
+def test_prediction_carries_metadata_and_history_of_the_input(volumes):
+    crop = ResizeWithPadOrCropd("image", spatial_size=(20, 20, -1))
+    case = {"image": MetaTensor(volumes[0][0], affine=torch.tensor(oblique_affine()))}
+    batch = next(iter(DataLoader(Dataset([case] * 2, crop), batch_size=2)))["image"]
+    logits = SliceVolumeInferer([resize()], prompted=False)(batch, BoxNetwork(1))
+    assert isinstance(logits, MetaTensor) and logits.is_batch
+    assert torch.equal(logits.affine, batch.affine)
+    assert logits.applied_operations == batch.applied_operations and len(batch.applied_operations[0]) == 1
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,9 @@ def settings() -> dict[str, Any]:
 def _is_wiring(value: Any) -> bool:
     """Tell whether a value is a component, a list of components or an expression, rather than a setting."""
     if isinstance(value, dict):
-        return "_target_" in value and "strategies" not in str(value["_target_"]) or any(map(_is_wiring, value.values()))
+        return (
+            "_target_" in value and "strategies" not in str(value["_target_"]) or any(map(_is_wiring, value.values()))
+        )
     if isinstance(value, list):
         return any(map(_is_wiring, value))
     return isinstance(value, str) and value.startswith(("$", "@", "%"))
@@ -98,7 +100,9 @@ def record_bundle(output_dir: str, *, keep: bool = False) -> None:
         return
     configs = Path(workflow.config_root_path).resolve()
     target = Path(output_dir) / RECORD
-    if configs == (target / "configs").resolve() or (keep and (Path(output_dir) / "adapter.safetensors").is_file() and target.is_dir()):
+    if configs == (target / "configs").resolve() or (
+        keep and (Path(output_dir) / "adapter.safetensors").is_file() and target.is_dir()
+    ):
         return
     shutil.rmtree(target, ignore_errors=True)
     (target / "configs").mkdir(parents=True)

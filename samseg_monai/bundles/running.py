@@ -115,7 +115,13 @@ def unknown_keys(config: dict[str, Any], known: dict[str, Any]) -> list[str]:
     problems = []
     for name, owner in _ids(config).items():
         key = name.rpartition("::")[2]
-        if name in known or name.split("::")[0] in INTERNAL or key.startswith("_") or "_target_" in owner and _accepts(owner, key):
+        if (
+            name in known
+            or name.split("::")[0] in INTERNAL
+            or key.startswith("_")
+            or "_target_" in owner
+            and _accepts(owner, key)
+        ):
             continue
         if "::" in name and name.rpartition("::")[0] not in known:
             continue  # its parent is reported, or is a component given whole
@@ -145,9 +151,7 @@ def guard() -> None:
     raise_all(problems, ConfigError, "config: keys that this bundle does not know")
 
 
-def _plain_errors(
-    kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
-) -> None:
+def _plain_errors(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
     """Print one of our errors without its traceback, wherever MONAI has wrapped it; leave others as they are."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, SamsegError):

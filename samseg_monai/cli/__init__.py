@@ -1,7 +1,7 @@
 """The command ``samseg``: prepare data, build and pack bundles, predict, and show it all in one demo.
 
-Training and evaluation stay ``python -m monai.bundle run``. Exit code 0: done; 1: an error in data, weights or files, told
-in words; 2: a wrong command line.
+Training and evaluation stay ``python -m monai.bundle run``. Exit code 0: done; 1: an error in data, weights or files,
+told in words; 2: a wrong command line.
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ def predict(
 ) -> None:
     """Segment cases without labels; the result has exactly the grid and the affine of its image.
 
-    Prompts: --boxes, or --prompts, or (neither) the whole slice. Bad cases are named and left out; the exit code is then 1.
+    Prompts: --boxes, or --prompts, or (neither) the whole slice. Bad cases are named and left out; the exit code is
+    then 1.
     """
     if boxes and prompts:
         raise BundleError("predict: got both --boxes and --prompts; give one source of prompts")

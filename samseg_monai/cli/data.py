@@ -54,7 +54,9 @@ def prepare_brats_men_command(
 
 def bbox(
     datalist: Annotated[Path, typer.Argument(help="Datalist (JSON).")],
-    dataset_dir: Annotated[Path, typer.Option(help="Folder that its paths are relative to.")],
+    dataset_dir: Annotated[
+        Path | None, typer.Option(help="Folder that its paths are relative to; default: the datalist's own.")
+    ] = None,
     crop: Annotated[str, typer.Option(help="Centre crop whose losses are counted.")] = "138,202",
     output: Annotated[Path | None, typer.Option(help="Write the report as JSON, too.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Cases read at the same time.")] = 4,
@@ -63,7 +65,7 @@ def bbox(
     from samseg_monai.data.crops import smallest_crop
 
     sides = _numbers(crop, int, count=2, option="--crop")
-    report = smallest_crop(datalist, dataset_dir, crop=sides, num_threads=threads, progress=True)
+    report = smallest_crop(datalist, dataset_dir or datalist.parent, crop=sides, num_threads=threads, progress=True)
     typer.echo("\n".join(report.lines()))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
-"""``samseg demo``: the whole story on phantoms with pico SAM, in minutes; ``samseg report``: a page from finished runs."""
+"""``samseg demo``: the whole story on phantoms with pico SAM, in minutes; ``samseg report``: a page of runs."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,20 +16,24 @@ from samseg_monai.cli.workflow import run_workflow
 
 TASK = "meningioma"
 NOTE = (
-    "Every number here comes from generated phantoms and from pico, a network of two million parameters that this project "
-    "trained on drawn shapes. It shows that the pipeline works and learns. It says nothing about SAM or about patients."
+    "Every number here comes from generated phantoms and from pico, a network of two million parameters that this "
+    "project trained on drawn shapes. It shows that the pipeline works and learns. It says nothing about SAM or about "
+    "patients."
 )
 
 
 def demo(
     output: Annotated[Path, typer.Option(help="folder for phantoms, runs and the report")] = Path("demo"),
     cases: Annotated[int, typer.Option(help="labelled phantoms", min=8)] = 44,
-    epochs: Annotated[int | None, typer.Option(help="epochs of the LoRA training; default: the bundle's demo.json")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="epochs of the LoRA training; default: the bundle's demo.json")
+    ] = None,
     seed: Annotated[int, typer.Option(help="seed of phantoms, split and training")] = 0,
 ) -> None:
     """Generate phantoms, evaluate zero-shot, train and evaluate LoRA, pack, predict an unlabelled case, report."""
     began = time.monotonic()
     commands: list[str] = []
+    shutil.rmtree(output / "runs", ignore_errors=True)  # a finished training would refuse to be trained again
     bundles = _bundles(output)
     data = _phantoms(output, cases, seed, commands)
     runs = {name: output / "runs" / name for name in ("zero_shot", "lora")}
@@ -134,7 +139,9 @@ def _write_report(output: Path, runs: dict[str, Path], data: Path, commands: lis
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="evaluation folders (with run_card.json, metrics.json, cases.csv)")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="evaluation folders (with run_card.json, metrics.json, cases.csv)")
+    ],
     output: Annotated[Path, typer.Option(help="HTML file to write")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="heading of the page")] = "samseg-monai report",
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 
 from samseg_monai.report import OverlayCase, RunResult, pick_cases
 from samseg_monai.transforms import boxes_of
@@ -40,7 +41,7 @@ def overlay_cases(
         k = int(label.sum((0, 1)).argmax())
         predictions = {n: _canonical(f / "predictions" / f"{case}_seg.nii.gz")[0][..., k] for n, f in runs.items()}
         prompt = _canonical(next(iter(runs.values())) / "predictions" / f"{case}_prompt.nii.gz")[0][..., k]
-        box = boxes_of(np.ascontiguousarray(prompt)).tolist()
+        box = boxes_of(torch.from_numpy(np.ascontiguousarray(prompt))).tolist()
         found.append(
             OverlayCase(
                 case=case,

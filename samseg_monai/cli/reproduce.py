@@ -26,9 +26,12 @@ def honours(
     output: Annotated[Path, typer.Option(help="folder for datalist, runs and report")] = Path("runs/honours"),
     rank: Annotated[list[int] | None, typer.Option(help="LoRA ranks; default 64, 128 and 256")] = None,
     epochs: Annotated[int, typer.Option(help="epochs of each training", min=1)] = 50,
-    split_file: Annotated[Path | None, typer.Option(help="JSON of case lists; default: 680 of 880 patients train")] = None,
+    split_file: Annotated[
+        Path | None, typer.Option(help="JSON of case lists; default: 680 of 880 patients train")
+    ] = None,
     autocast: Annotated[str | None, typer.Option(help="'bf16' for mixed precision; default fp32")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    checkpointing: Annotated[bool, typer.Option(help="recompute activations: less memory, more time")] = False,
+    seed: Annotated[int, typer.Option(help="seed of split and training")] = 0,
 ) -> None:
     """LoRA of rank 64, 128, 256 in SAM ViT-B's encoder against zero-shot, on BraTS 2023 meningioma with boxes.
 
@@ -49,6 +52,8 @@ def honours(
     }  # fmt: skip
     if autocast:
         shared["autocast"] = autocast
+    if checkpointing:
+        shared["checkpointing"] = True
     commands = [_run(bundles["zero_shot"], "evaluate", {**shared, "output_dir": str(output / "zero_shot")})]
     for value in ranks:
         run = {**shared, "output_dir": str(output / f"lora_rank{value}"), "strategy::rank": value}

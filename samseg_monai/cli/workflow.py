@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from samseg_monai.errors import BundleError, SamsegError
 
 def shell_command(configs: Sequence[str | Path], overrides: dict[str, Any]) -> str:
     """Return the ``python -m monai.bundle run`` line for config files (later ones override) and override values."""
-    files = str(configs[0]) if len(configs) == 1 else json.dumps([str(c) for c in configs]).replace('"', "'")
-    words = ["python", "-m", "monai.bundle", "run", "--config_file", shlex.quote(files) if len(configs) > 1 else files]
+    names = ",".join(f"'{config}'" for config in configs)
+    files = shlex.quote(str(configs[0])) if len(configs) == 1 else f'"[{names}]"'
+    words = ["python", "-m", "monai.bundle", "run", "--config_file", files]
     for key, value in overrides.items():
         words += [f"--{key}", shlex.quote(value if isinstance(value, str) else repr(value))]
     return " ".join(words)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from samseg_monai.data.brats_case import LABELS, SCANS, CaseCheck, check_case, find_case_folders
 from samseg_monai.data.datalists import SECTIONS, patient_of, split_by_patient, write_datalist
+from samseg_monai.data.phantoms import is_phantom
 from samseg_monai.errors import ConfigError, DataError, raise_all
 
 DEFAULT_FRACTIONS = (0.7, 0.1, 0.2)
@@ -126,6 +127,7 @@ def _datalist(header: dict[str, Any], sections: dict[str, list[CaseCheck]], src:
     return {
         "name": "BraTS-MEN",
         "modality": "MRI",
+        "phantoms": all(is_phantom(check.files["seg"]) for members in sections.values() for check in members),
         **header,
         **{section: [_item(check, src) for check in members] for section, members in sections.items()},
         "hashes": {check.case: check.sha256 for members in sections.values() for check in members},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -34,6 +35,7 @@ from samseg_monai.errors import DataError
 SCANS = ("t1n", "t1c", "t2w", "t2f")
 DEMO_SHAPE = (64, 72, 24)
 FIELD_MM = (160.0, 180.0, 144.0)
+MARK = b"samseg-monai phantom"
 LOG = logging.getLogger(__name__)
 
 # Mean intensity by scan, relative to the scan's own gain; tumour entries are (low, high), drawn per case.
@@ -94,6 +96,12 @@ def make_case(
     return case
 
 
+def is_phantom(path: str | Path) -> bool:
+    """Tell whether a NIfTI file was written by ``write_brats_cases``; reads its header only."""
+    header: Any = nib.load(path).header
+    return "descrip" in header and bytes(header["descrip"].item()).startswith(MARK)
+
+
 def brats_affine(shape: Sequence[int], spacing_mm: Sequence[float]) -> np.ndarray:
     """Affine of the BraTS files, diag(-1, -1, 1) with origin (0, 239, 0) at 1 mm, scaled to another grid."""
     affine = np.diag([-spacing_mm[0], -spacing_mm[1], spacing_mm[2], 1.0])
@@ -135,6 +143,7 @@ def write_brats_cases(
         folder.mkdir(parents=True, exist_ok=True)
         for name, values in case.items():
             image = nib.Nifti1Image(values, affine)
+            image.header["descrip"] = MARK  # survives copying and renaming: results on phantoms must say so
             image.set_qform(affine, code=1)
             image.set_sform(affine, code=1)
             nib.save(image, folder / f"{case_id}-{name}.nii.gz")

@@ -1,1 +1,1 @@
-"""Segment Anything (Kirillov et al. 2023, arXiv:2304.02643), built from segment_anything's modules and made trainable."""
+"""Segment Anything (Kirillov et al. 2023, arXiv:2304.02643): segment_anything's modules, made trainable."""

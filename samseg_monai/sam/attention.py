@@ -1,8 +1,8 @@
 """SAM's attention with decomposed relative positions, computed by one fused kernel.
 
 SAM adds to the logit of query (y, x) and key (y', x') the terms ``q . R_h[y - y']`` and ``q . R_w[x - x']``
-(Li et al. 2022, arXiv:2112.01526, equation 4). Both are inner products of a vector that depends on the query alone with a
-one-hot code of the key's row or column. So they are appended to query and key as extra channels, and
+(Li et al. 2022, arXiv:2112.01526, equation 4). Both are inner products of a vector that depends on the query alone with
+a one-hot code of the key's row or column. So they are appended to query and key as extra channels, and
 ``scaled_dot_product_attention`` needs no bias matrix: the (H*W) x (H*W) attention map is never stored.
 """
 

@@ -62,6 +62,18 @@ class SamModel(Sam):
             return F.pad(image, (0, -width % patch, 0, -height % patch))
         return F.pad(image, (0, self.image_size - width, 0, self.image_size - height))
 
+    def postprocess_masks(
+        self, masks: torch.Tensor, input_size: tuple[int, ...], original_size: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Scale low-resolution logits up by 4, cut off the padding and resize to ``original_size`` (H, W).
+
+        Equal to SAM's own for a square input; SAM's would stretch the logits of a rectangular one to the square.
+        """
+        size = [4 * side for side in masks.shape[-2:]]
+        masks = F.interpolate(masks, size, mode="bilinear", align_corners=False)
+        masks = masks[..., : input_size[0], : input_size[1]]
+        return F.interpolate(masks, original_size, mode="bilinear", align_corners=False)
+
     def embed(
         self, image: torch.Tensor, taps: Sequence[int] = ()
     ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:

@@ -11,7 +11,7 @@ from monai.transforms import MapTransform
 
 
 class NameAfterCased(MapTransform):
-    """Let ``SaveImaged`` call a file ``<case>_<postfix>``: a case of several scans has no single file to be named after.
+    """Let ``SaveImaged`` call a file ``<case>_<postfix>``: a case of several scans has no one file to be named after.
 
     Args:
         keys: entries to be saved; MetaTensors.

@@ -1,0 +1,223 @@
+"""A trained run is packed, travels, and does offline and elsewhere what it did at home."""
+
+import csv
+import json
+import shutil
+import socket
+import sys
+import zipfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+
+from samseg_monai import cli
+from samseg_monai.bundles import pack_bundle, verify_sums
+from samseg_monai.cli.workflow import run_workflow
+from samseg_monai.errors import BundleError, SamsegError
+from tests.conftest import TINY
+
+ROOT = Path(__file__).parents[1] / "bundles"
+LORA = ROOT / "meningioma_segmentation_lora" / "configs"
+
+
+@pytest.fixture(scope="module")
+def run(phantoms, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    shared = {**TINY, "dataset_dir": str(phantoms), "output_dir": str(folder), "strategy::rank": 2}
+    overlay = LORA / "demo.json"
+    run_workflow([LORA / "train.json", overlay], {**shared, "epochs": 2, "batch_size": 2, "lr": 0.01})
+    run_workflow([LORA / "evaluate.json", overlay], shared)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def archive(run, tmp_path_factory) -> Path:
+    return pack_bundle(run, tmp_path_factory.mktemp("pack") / "bundle.zip", sam_checkpoint="random")
+
+
+@pytest.fixture
+def unpacked(archive, tmp_path) -> Path:
+    with zipfile.ZipFile(archive) as content:
+        content.extractall(tmp_path)
+    return tmp_path / "meningioma_segmentation_lora"
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a packed bundle must not open a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+
+
+def samseg(monkeypatch, *words: object) -> int:
+    """Run the command line in this process and return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["samseg", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+def test_archive_holds_everything_and_its_sums_fit(unpacked):
+    for name in ("LICENSE", "docs/data_license.txt", "configs/train.json", "models/model.pt", "models/card.json",
+                 "models/adapter.safetensors", "metrics/metrics.json", "metrics/cases.csv", "SHA256SUMS"):  # fmt: skip
+        assert (unpacked / name).is_file(), name
+    assert [p.name for p in (unpacked / "models").glob("*.pt")] == ["model.pt"]
+    assert verify_sums(unpacked) > 10
+    config = json.loads((unpacked / "configs" / "inference.json").read_text())
+    assert (config["sam_variant"], config["strategy"]["rank"], config["crop_size"]) == ("tiny", 2, [32, 36])
+    assert json.loads((unpacked / "configs" / "train.json").read_text())["epochs"] == 2
+
+
+def test_archive_names_no_folder_of_the_machine_it_was_made_on(unpacked, run, phantoms):
+    texts = [p for p in unpacked.rglob("*") if p.suffix in {".json", ".csv", ".md", ".txt", ".yml"}]
+    assert len(texts) > 10
+    for path in texts:
+        text = path.read_text(encoding="utf-8")
+        assert str(run) not in text and str(phantoms) not in text and str(Path.home()) not in text, path.name
+
+
+def test_full_model_is_plain_tensors(unpacked):
+    state = torch.load(unpacked / "models" / "model.pt", weights_only=True)
+    assert state and all(type(value) is torch.Tensor for value in state.values())
+
+
+def test_evaluation_elsewhere_and_offline_reproduces_the_card(unpacked, phantoms, offline, monkeypatch):
+    monkeypatch.chdir(unpacked.parent)
+    card = json.loads((unpacked / "models" / "card.json").read_text())
+    run_workflow([unpacked / "configs" / "evaluate.json"], {"dataset_dir": str(phantoms), "output_dir": "again"})
+    metrics = json.loads(Path("again/evaluation/metrics.json").read_text())["metrics"]
+    stored = card["metrics"]["metrics"]
+    assert stored["n"] == 2
+    for name in ("dice_mean", "hd95_mm_mean", "nsd_1mm_mean", "nsd_2mm_mean", "ellipse_dice_mean"):
+        assert metrics[name] == pytest.approx(stored[name], abs=1e-6)
+
+
+def test_changed_file_is_named(unpacked, phantoms, monkeypatch, capsys):
+    (unpacked / "configs" / "inference.json").write_text("{}")
+    (unpacked / "LICENSE").unlink()
+    code = samseg(monkeypatch, "predict", unpacked, "--input", phantoms / "unlabelled", "--output", unpacked / "out")
+    message = capsys.readouterr().err
+    assert code == 1 and "configs/inference.json: changed" in message and "LICENSE: missing" in message
+
+
+def boxes_for(case: str, path: Path) -> Path:
+    path.write_text(json.dumps({case: [{"slices": [4, 8], "box": [8, 8, 24, 24]}]}))
+    return path
+
+
+@pytest.mark.parametrize("source", ["boxes", "mask", "image"])
+def test_prediction_has_the_grid_of_its_image(source, archive, phantoms, tmp_path, offline, monkeypatch):
+    case = "BraTS-MEN-00008-000"
+    scan = nib.load(phantoms / "unlabelled" / case / f"{case}-t1c.nii.gz")
+    extra: list[object] = []
+    if source == "boxes":
+        extra = ["--boxes", boxes_for(case, tmp_path / "boxes.json")]
+    elif source == "mask":
+        mask = np.zeros(scan.shape, dtype=np.uint8)
+        mask[10:20, 10:20, 5:7] = 1
+        (tmp_path / "masks").mkdir()
+        nib.save(nib.Nifti1Image(mask, scan.affine), tmp_path / "masks" / f"{case}.nii.gz")
+        extra = ["--prompts", tmp_path / "masks"]
+    words = ["predict", archive, "--input", phantoms / "unlabelled", "--output", tmp_path / "out", *extra]
+    assert samseg(monkeypatch, *words) == 0
+    result = nib.load(tmp_path / "out" / f"{case}_seg.nii.gz")
+    assert result.shape == scan.shape
+    assert np.array_equal(result.affine, scan.affine)
+    values = np.asarray(result.dataobj)
+    assert set(np.unique(values)) <= {0, 1}
+    if source == "boxes":  # slices without a box stay empty
+        assert not values[..., :4].any() and not values[..., 9:].any()
+
+
+@pytest.mark.parametrize("axes", ["RAS", "PIR", "LSA"])
+def test_oblique_and_permuted_images_keep_their_geometry(axes, archive, phantoms, tmp_path, monkeypatch):
+    source = phantoms / "unlabelled" / "BraTS-MEN-00008-000"
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(0.2), -np.sin(0.2)], [np.sin(0.2), np.cos(0.2)]]
+    (tmp_path / "in" / "turned").mkdir(parents=True)
+    for path in source.iterdir():
+        image = nib.as_closest_canonical(nib.load(path))
+        target = nib.orientations.axcodes2ornt(axes)
+        image = image.as_reoriented(nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), target))
+        image = nib.Nifti1Image(np.asarray(image.dataobj), turn @ image.affine)
+        nib.save(image, tmp_path / "in" / "turned" / path.name.replace(source.name, "turned"))
+    assert samseg(monkeypatch, "predict", archive, "--input", tmp_path / "in", "--output", tmp_path / "out") == 0
+    result = nib.load(tmp_path / "out" / "turned_seg.nii.gz")
+    assert result.shape == image.shape
+    np.testing.assert_allclose(result.affine, image.affine, atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
+def test_other_formats_give_nifti_in_the_same_place(suffix, archive, phantoms, tmp_path, monkeypatch):
+    source = phantoms / "unlabelled" / "BraTS-MEN-00008-000"
+    for path in source.iterdir():
+        image = sitk.ReadImage(str(path))
+        sitk.WriteImage(image, str(tmp_path / (path.name.removesuffix(".nii.gz") + suffix)))
+    words = ["predict", archive, "--input", tmp_path, "--output", tmp_path / "out"]
+    assert samseg(monkeypatch, *words) == 0
+    [result] = (tmp_path / "out").glob("*_seg.nii.gz")
+    written = sitk.ReadImage(str(result))
+    assert written.GetSize() == image.GetSize()
+    np.testing.assert_allclose(written.GetOrigin(), image.GetOrigin(), atol=1e-3)
+    np.testing.assert_allclose(written.GetDirection(), image.GetDirection(), atol=1e-5)
+    np.testing.assert_allclose(written.GetSpacing(), image.GetSpacing(), atol=1e-4)
+
+
+def test_bad_cases_are_named_and_the_others_finished(archive, phantoms, tmp_path, monkeypatch, capsys):
+    shutil.copytree(phantoms / "unlabelled", tmp_path / "in")
+    good = "BraTS-MEN-00008-000"
+    for bad in ("BraTS-MEN-00100-000", "BraTS-MEN-00101-000"):
+        shutil.copytree(tmp_path / "in" / good, tmp_path / "in" / bad)
+        for path in (tmp_path / "in" / bad).iterdir():
+            path.rename(path.with_name(path.name.replace(good, bad)))
+    truncated = tmp_path / "in" / "BraTS-MEN-00100-000" / "BraTS-MEN-00100-000-t2w.nii.gz"
+    truncated.write_bytes(truncated.read_bytes()[:2000])
+    (tmp_path / "in" / "BraTS-MEN-00101-000" / "BraTS-MEN-00101-000-t1c.nii.gz").unlink()
+    code = samseg(monkeypatch, "predict", archive, "--input", tmp_path / "in", "--output", tmp_path / "out")
+    message = capsys.readouterr().err
+    assert code == 1
+    assert "BraTS-MEN-00100-000" in message and "BraTS-MEN-00101-000" in message and "Traceback" not in message
+    assert [p.name for p in (tmp_path / "out").glob("*_seg.nii.gz")] == [f"{good}_seg.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["predict", "nowhere.zip", "--input", ".", "--output", "out"], "nowhere.zip"),
+        (["predict", "{archive}", "--input", "nowhere", "--output", "out"], "nowhere"),
+        (["predict", "{archive}", "--input", "{data}", "--output", "o", "--boxes", "none.json"], "none.json"),
+        (["bundle", "pack", "nowhere", "--output", "x.zip"], "nowhere"),
+        (["bundle", "build", "--task", "meningoma", "--strategy", "lora", "--out", "b"], "meningioma"),
+        (["prepare", "brats-men", "--src", "nowhere", "--output", "d.json"], "nowhere"),
+        (["report", "nowhere"], "run_card.json"),
+    ],
+)
+def test_wrong_paths_end_in_one_sentence(words, expected, archive, phantoms, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = samseg(monkeypatch, *[w.format(archive=archive, data=phantoms / "unlabelled") for w in words])
+    message = capsys.readouterr().err
+    assert code == 1 and expected in message and "Traceback" not in message
+
+
+def test_unfinished_run_says_what_is_missing(tmp_path):
+    with pytest.raises(BundleError, match=r"evaluation/metrics\.json is missing"):
+        pack_bundle(tmp_path, tmp_path / "x.zip")
+
+
+def test_finished_training_is_not_trained_again_by_mistake(run, phantoms):
+    shared = {**TINY, "dataset_dir": str(phantoms), "output_dir": str(run), "strategy::rank": 2}
+    with pytest.raises(SamsegError, match="epochs"):
+        run_workflow([LORA / "train.json", LORA / "demo.json"], {**shared, "epochs": 2, "batch_size": 2, "lr": 0.01})
+
+
+def test_per_case_table_has_no_path(run):
+    with open(run / "evaluation" / "cases.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert len(rows) == 2
+    assert not any("/" in value for row in rows for value in row.values())
