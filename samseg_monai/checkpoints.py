@@ -191,15 +191,21 @@ def load_trained(
 
     Args:
         checkpoint: an adapter folder (base weights are loaded first), a full model file, or None: SAM's base weights
-            alone, that is zero-shot.
+            alone, for a strategy that trains nothing (zero-shot).
         sam_checkpoint: base weights as for ``SamSegmenter.load_base``; not needed for a full model.
     Returns:
         One line saying what was loaded.
     Raises:
-        CheckpointError: ``checkpoint`` is given but absent, or does not fit.
+        CheckpointError: ``checkpoint`` is given but absent, or does not fit; or it is None and the strategy trains.
         WeightsError: base weights are needed and absent.
     """
     if checkpoint is None:
+        if network.owned:
+            # base weights with an untrained adapter score like zero-shot, and nobody would notice
+            raise CheckpointError(
+                f"nothing trained was found for {type(network.strategy).__name__}: no {TENSORS} in output_dir and no "
+                "models/model.pt in the bundle; train first, or set checkpoint"
+            )
         network.load_base(sam_checkpoint)
         return f"SAM {network.spec.name} base weights only (zero-shot)"
     path = Path(checkpoint)

@@ -12,7 +12,7 @@ from samseg_monai import bundles
 from samseg_monai.bundles.build import OVERLAYS, RECIPES, expand, merge, read_json
 from samseg_monai.bundles.running import unknown_keys
 from samseg_monai.cli.workflow import run_workflow
-from samseg_monai.errors import BundleError, ConfigError
+from samseg_monai.errors import BundleError, CheckpointError, ConfigError
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1] / "bundles"
@@ -183,3 +183,10 @@ def test_train_evaluate_inference_from_another_folder(phantoms, tmp_path, monkey
     shared["dataset_dir"] = str(phantoms / "unlabelled")
     run_workflow([configs / "inference.json"], {**shared, **rank})
     assert len(list(Path("run/predictions").glob("*_seg.nii.gz"))) == 1
+
+
+def test_a_strategy_that_trains_is_not_evaluated_untrained(phantoms, tmp_path):
+    configs = [ROOT / "meningioma_segmentation_lora" / "configs" / "evaluate.json"]
+    overrides = {**TINY, "dataset_dir": str(phantoms), "output_dir": str(tmp_path), "strategy::rank": 2}
+    with pytest.raises(CheckpointError, match="train first"):
+        run_workflow(configs, overrides)

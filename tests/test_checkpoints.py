@@ -219,9 +219,13 @@ def test_a_file_that_is_no_state_dict_is_a_clear_error(build, tmp_path):
 
 class TestLoadTrained:
     def test_without_checkpoint_it_loads_the_base(self, build, base, output):
-        network = SamSegmenter("tiny", LoRA(2))
+        network = SamSegmenter("tiny")
         assert "zero-shot" in load_trained(network, sam_checkpoint=base)
         assert torch.equal(output(network), output(build()))
+
+    def test_without_checkpoint_a_strategy_that_trains_is_refused(self, base):
+        with pytest.raises(CheckpointError, match="train first"):
+            load_trained(SamSegmenter("tiny", LoRA(2)), sam_checkpoint=base)
 
     def test_an_adapter_folder_gets_its_base_first(self, build, base, output, tmp_path):
         trained = build(trained=True)

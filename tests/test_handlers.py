@@ -198,6 +198,22 @@ def test_gradient_flow_waits_for_low_rank_layers_and_names_what_never_learns():
     assert "lora" not in text
 
 
+def test_gradient_flow_passes_over_steps_that_teach_nothing(network):
+    flow = handlers.GradientFlow(network, steps=1)
+    run = trainer(network, [flow])
+    silent = iter([True, True])
+
+    def silence(engine):
+        for parameter in network.parameters():
+            parameter.grad.mul_(0.0 if next(silent, False) else 1.0)
+
+    flow_first = run._event_handlers[IterationEvents.BACKWARD_COMPLETED]
+    run.add_event_handler(IterationEvents.BACKWARD_COMPLETED, silence)
+    flow_first.insert(0, flow_first.pop())
+    run.run()
+    assert all(row["gradient_norm"] > 0 and not row["silent"] for row in flow.rows)
+
+
 def test_gradient_flow_counts_steps_not_batches_and_can_only_warn(network, caplog):
     network.register_parameter("forgotten", nn.Parameter(torch.ones(3)))
     run = trainer(network, [handlers.GradientFlow(network, strict=False)], accumulation_steps=2)

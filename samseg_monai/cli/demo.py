@@ -15,6 +15,7 @@ from samseg_monai.cli.overlays import overlay_cases
 from samseg_monai.cli.workflow import run_workflow
 
 TASK = "meningioma"
+FRACTIONS = (0.6, 0.1, 0.3)  # of the phantoms, to train, choose the epoch and test
 NOTE = (
     "Every number here comes from generated phantoms and from pico, a network of two million parameters that this "
     "project trained on drawn shapes. It shows that the pipeline works and learns. It says nothing about SAM or about "
@@ -73,8 +74,11 @@ def _phantoms(output: Path, cases: int, seed: int, commands: list[str]) -> Path:
     commands.append(f"samseg phantom brats --cases {cases} --unlabelled 1 --seed {seed} --output {data}")
     write_brats_cases(data, cases, seed=seed, unlabelled=1, progress=True)
     _say(commands, "datalist, split by patient")
-    commands.append(f"samseg prepare brats-men --src {data} --output {data / 'datalist.json'} --seed {seed}")
-    prepare_brats_men(data, data / "datalist.json", seed=seed)
+    parts = ",".join(map(str, FRACTIONS))
+    commands.append(
+        f"samseg prepare brats-men --src {data} --output {data / 'datalist.json'} --fractions {parts} --seed {seed}"
+    )
+    prepare_brats_men(data, data / "datalist.json", fractions=FRACTIONS, seed=seed)
     return data
 
 

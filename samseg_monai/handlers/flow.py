@@ -20,6 +20,7 @@ from samseg_monai.errors import ConfigError, TrainingError, raise_all
 from samseg_monai.handlers.stepping import optimised, steps_now, unscale_once
 
 logger = logging.getLogger(__name__)
+MAX_IDLE = 20  # steps without any gradient at all that are passed over: slices without a box teach nothing
 
 
 @dataclass
@@ -39,7 +40,8 @@ class GradientFlow:
 
     Args:
         network: what is trained; DDP is unwrapped.
-        steps: optimiser steps to look at, at least 1.
+        steps: optimiser steps to look at, at least 1; up to ``MAX_IDLE`` in which no tensor has a gradient do not
+            count.
         strict: raise TrainingError on a tensor that gets no gradient or is not in the optimiser; else warn.
 
     Raises:
@@ -55,6 +57,7 @@ class GradientFlow:
         self.rows: list[dict[str, Any]] = []
         self._seen: dict[str, _Seen] = {}
         self._left = 0
+        self._idle = 0
 
     def attach(self, engine: Any) -> None:
         """Attach to a MONAI ``SupervisedTrainer``, before GradientClip if the norms are to be those of the loss."""
@@ -63,6 +66,7 @@ class GradientFlow:
 
     def _start(self, engine: Any) -> None:
         self._left = self.steps
+        self._idle = 0
         self._seen = {name: _Seen(parameter.numel()) for name, parameter in self._trainable()}
 
     def _trainable(self) -> list[tuple[str, nn.Parameter]]:
@@ -73,11 +77,14 @@ class GradientFlow:
         if self._left == 0 or not steps_now(engine):
             return
         unscale_once(engine)
-        for name, parameter in self._trainable():
-            if parameter.grad is not None:
-                norm = float(torch.linalg.vector_norm(parameter.grad.detach().float()))
-                seen = self._seen.setdefault(name, _Seen(parameter.numel()))
-                seen.norm = norm if norm > 0 or seen.norm is None else seen.norm
+        gradients = {n: p.grad.detach().float() for n, p in self._trainable() if p.grad is not None}
+        norms = {name: float(torch.linalg.vector_norm(gradient)) for name, gradient in gradients.items()}
+        if norms and not any(norms.values()) and self._idle < MAX_IDLE:
+            self._idle += 1
+            return
+        for name, norm in norms.items():
+            seen = self._seen.setdefault(name, _Seen(gradients[name].numel()))
+            seen.norm = norm if norm > 0 or seen.norm is None else seen.norm
         self._left -= 1
         if self._left == 0:
             self._report(engine)

@@ -120,7 +120,9 @@ class RunResult:
             return self.label
         base = _LABELS.get(self.name, self.name.replace("_", " "))
         rank = self.fact("strategy.arguments.rank")
-        return f"{base}, rank {rank}" if self.name == LORA and rank is not None else base
+        if self.name != LORA or rank is None:
+            return base
+        return f"{base}, rank {rank}" + (" + decoder" if self.fact("strategy.arguments.decoder") else "")
 
     @property
     def has_network(self) -> bool:

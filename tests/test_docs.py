@@ -1,0 +1,126 @@
+"""Every command that README and the bundles' pages show is run, at toy size, in a folder laid out as they assume."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import monai.bundle
+import pytest
+
+from samseg_monai import cli
+from tests.conftest import TINY
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("bundles/*/docs/README.md"))]
+# shown for real data and hours of training, or about this repository: tested by the file named here
+ELSEWHERE = {
+    "samseg reproduce": "test_reproduce.py",
+    "make ": "test_docs.py::test_makefile_has_the_targets_that_are_shown",
+    "pip install": "the Makefile",
+    "git clone": "",
+    "cd ": "",
+}
+SMALL = {"train": {"epochs": 1, "batch_size": 2, "strategy::rank": 2}, "lora": {"strategy::rank": 2}}
+
+
+def commands(page: Path) -> list[str]:
+    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def folder(phantoms, tmp_path_factory) -> Path:
+    """A working folder with data, unlabelled cases, boxes and bundles where the pages expect them."""
+    where = tmp_path_factory.mktemp("docs")
+    shutil.copytree(phantoms, where / "data" / "brats-men", ignore=shutil.ignore_patterns("unlabelled"))
+    shutil.copytree(phantoms / "unlabelled", where / "CASES")
+    shutil.copytree(ROOT / "bundles", where / "bundles")
+    for bundle in (ROOT / "bundles").iterdir():
+        shutil.copytree(bundle, where / bundle.name)
+    boxes = {"BraTS-MEN-00008-000": [{"slices": [4, 8], "box": [8, 8, 24, 24]}]}
+    (where / "boxes.json").write_text(json.dumps(boxes))
+    return where
+
+
+def value(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def small(words: list[str]) -> dict:
+    """Turn the words of a ``monai.bundle run`` into keyword arguments, with toy sizes on top."""
+    given = {k.removeprefix("--"): value(v) for k, v in zip(words[::2], words[1::2], strict=True)}
+    files = " ".join(given["config_file"]) if isinstance(given["config_file"], list) else given["config_file"]
+    extra = {
+        **TINY,
+        **(SMALL["lora"] if "_lora/" in files else {}),
+        **(SMALL["train"] if "train.json" in files else {}),
+    }
+    return {**given, **extra}
+
+
+def run_line(line: str, monkeypatch) -> None:
+    words = shlex.split(line)
+    if words[:4] == ["python", "-m", "monai.bundle", "run"]:
+        monai.bundle.run(**small(words[4:]))
+    elif words[0] == "torchrun":
+        overrides = small(words[words.index("run") + 1 :])
+        tail = [
+            part for key, val in overrides.items() for part in (f"--{key}", val if isinstance(val, str) else repr(val))
+        ]
+        command = [sys.executable, "-m", "torch.distributed.run", *words[1 : words.index("run") + 1], *tail]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=280)
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        assert words[0] == "samseg"
+        words = ["samseg" if w == "samseg" else "8" if w == "44" else w for w in words]
+        words += ["--shape", "32,36,12"] if words[1] == "phantom" else []
+        words += ["--fractions", "0.5,0.25,0.25"] if words[1] == "prepare" else []
+        words += ["--sam-checkpoint", "random"] if words[1:3] == ["bundle", "pack"] else []
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code, line
+
+
+def test_pages_show_commands():
+    assert len(PAGES) == 3 and all(len(commands(page)) > 4 for page in PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.parents[1].name if p.parent.name == "docs" else "README")
+def test_every_shown_command_runs(page, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    shutil.rmtree(folder / "runs", ignore_errors=True)
+    shown = [line for line in commands(page) if not line.startswith(tuple(ELSEWHERE))]
+    assert shown
+    trained = set()
+    for line in shown:
+        if "train.json" in line:  # a page may train twice into one folder; a finished training is not trained again
+            target = re.search(r"--output_dir (\S+)", line)[1]
+            if target in trained:
+                shutil.rmtree(target)
+            trained.add(target)
+        run_line(line, monkeypatch)
+
+
+def test_makefile_has_the_targets_that_are_shown():
+    shown = {word for page in PAGES for line in commands(page) if line.startswith("make ") for word in line.split()[1:]}
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
+    assert {"demo", "test"} <= shown <= targets
+
+
+def test_links_of_the_readme_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert len(links) > 3
+    assert [link for link in links if not (ROOT / link).exists()] == []
