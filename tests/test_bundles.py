@@ -190,3 +190,44 @@ def test_a_strategy_that_trains_is_not_evaluated_untrained(phantoms, tmp_path):
     overrides = {**TINY, "dataset_dir": str(phantoms), "output_dir": str(tmp_path), "strategy::rank": 2}
     with pytest.raises(CheckpointError, match="train first"):
         run_workflow(configs, overrides)
+
+
+def test_three_named_scans_become_sams_three_channels(phantoms, tmp_path):
+    configs = ROOT / "meningioma_segmentation_lora" / "configs"
+    overrides = {**TINY, "dataset_dir": str(phantoms), "output_dir": str(tmp_path), "strategy::rank": 2}
+    overrides |= {"scans": ["t2f", "t1c", "t1n"], "scan_mode": "channels"}
+    run_workflow([configs / "train.json"], {**overrides, "epochs": 1})
+    run_workflow([configs / "evaluate.json"], overrides)
+    assert read_json(tmp_path / "card.json")["scan_mode"] == "channels"
+    overrides["dataset_dir"] = str(phantoms / "unlabelled")
+    run_workflow([configs / "inference.json"], overrides)
+    assert len(list((tmp_path / "predictions").glob("*_seg.nii.gz"))) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train::optimizer::_target_": "torch.optim.AdamW", "clip_norm": 1.0, "accumulation_steps": 2},
+        {"schedule": {"warmup": 2, "decay": "poly", "power": 0.9}, "early_stop": 1},
+        {"schedule::decay": "cosine", "prompt::per_component": True, "prompt::loosen": [0.1, 0.2]},
+        {"slices::picker": {"_target_": "samseg_monai.data.slices.RandomN", "n": 2}, "slices::cache": "disk"},
+        {"input_scale": "sam", "rectangular": True, "checkpointing": True, "slices::num_workers": 1},
+        {"input_scale": "unit", "strategy::targets": ["q", "k", "v", "proj", "lin1", "lin2"], "strategy::dropout": 0.1},
+    ],
+    ids=[
+        "adamw-clip-accumulate",
+        "warmup-poly-stop",
+        "cosine-components",
+        "random-slices-disk",
+        "sam-scale",
+        "unit-all",
+    ],
+)
+def test_every_option_trains(options, phantoms, tmp_path):
+    configs = ROOT / "meningioma_segmentation_lora" / "configs"
+    overrides = {**TINY, "dataset_dir": str(phantoms), "output_dir": str(tmp_path), "strategy::rank": 2, **options}
+    if options.get("slices::cache") == "disk":
+        overrides["slices::cache_dir"] = str(tmp_path / "cache")
+    run_workflow([configs / "train.json"], {**overrides, "epochs": 2, "batch_size": 2, "val_interval": 1})
+    assert read_json(tmp_path / "run_card.json")["status"] == "completed"
+    assert (tmp_path / "adapter.safetensors").is_file()

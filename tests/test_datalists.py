@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -146,3 +147,15 @@ def test_hash_follows_data_and_split_but_not_layout(tmp_path):
 def test_hash_of_a_file_equals_the_hash_of_what_was_read_from_it(tmp_path):
     write_datalist(datalist(training=["P-001-000"]), tmp_path / "d.json")
     assert datalist_hash(tmp_path / "d.json") == datalist_hash(read_datalist(tmp_path / "d.json"))
+
+
+def test_scans_are_picked_by_name_and_in_order(tmp_path):
+    for name in ("a", "b", "c", "seg"):
+        (tmp_path / name).touch()
+    item = {"case": "X-000", "patient": "X", "image": ["a", "b", "c"], "label": "seg", "reference": "seg"}
+    path = tmp_path / "datalist.json"
+    path.write_text(json.dumps({"scans": ["t1", "t2", "t3"], "training": [item], "validation": [], "testing": []}))
+    [found] = load_datalist(path, tmp_path, "training", scans=["t3", "t1"])
+    assert [Path(file).name for file in found["image"]] == ["c", "a"]
+    with pytest.raises(DataError, match="t4"):
+        load_datalist(path, tmp_path, "training", scans=["t3", "t4"])

@@ -91,16 +91,20 @@ def check_datalist(datalist: Mapping[str, Any], *, name: str = "datalist") -> No
     raise_all(problems, DataError, f"{name}: not a usable datalist")
 
 
-def load_datalist(path: str | Path, dataset_dir: str | Path, section: str = "training") -> list[dict[str, Any]]:
+def load_datalist(
+    path: str | Path, dataset_dir: str | Path, section: str = "training", *, scans: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
     """Items of one section with absolute paths, ready for ``LoadImaged``.
 
     Args:
         path: datalist file.
         dataset_dir: folder that its paths are relative to.
         section: ``training``, ``validation`` or ``testing``.
+        scans: names of the scans wanted, in this order; None takes all as they are listed.
 
     Raises:
-        DataError: unknown or empty section, no such folder, all missing files at once, or as ``read_datalist``.
+        DataError: unknown or empty section, scans that the datalist does not have, no such folder, all missing files at
+            once, or as ``read_datalist``.
     """
     if section not in SECTIONS:
         raise DataError(f"unknown datalist section {section!r}; choose one of {', '.join(SECTIONS)}")
@@ -113,7 +117,7 @@ def load_datalist(path: str | Path, dataset_dir: str | Path, section: str = "tra
         raise DataError(f"{path}: section {section!r} has no cases ({filled}); prepare it with another split")
     root = root.resolve()
     items, problems = [], []
-    for stored in datalist[section]:
+    for stored in _select_scans(datalist, scans, name=str(path))[section]:
         item = dict(stored)
         for key in _FILE_KEYS:
             files = stored.get(key)
@@ -126,6 +130,18 @@ def load_datalist(path: str | Path, dataset_dir: str | Path, section: str = "tra
         items.append(item)
     raise_all(problems, DataError, f"{path}: files of section {section!r} are missing; is dataset_dir right")
     return items
+
+
+def _select_scans(datalist: dict[str, Any], scans: Sequence[str] | None, *, name: str) -> dict[str, Any]:
+    """Keep the files of the named scans, in that order; a datalist that names no scans is returned as it is."""
+    stored = datalist.get("scans")
+    if scans is None or not stored or list(scans) == list(stored):
+        return datalist
+    absent = [scan for scan in scans if scan not in stored]
+    raise_all(absent, DataError, f"{name}: scans that it does not have (it has {', '.join(stored)})")
+    chosen = [stored.index(scan) for scan in scans]
+    sections = {s: [{**item, "image": [item["image"][i] for i in chosen]} for item in datalist[s]] for s in SECTIONS}
+    return {**datalist, **sections}
 
 
 def datalist_hash(datalist: Mapping[str, Any] | str | Path) -> str:
