@@ -174,7 +174,11 @@ def test_train_evaluate_inference_from_another_folder(phantoms, tmp_path, monkey
     shared = {**TINY, "dataset_dir": str(phantoms), "output_dir": "run"}
     run_workflow([configs / "train.json"], {**shared, "epochs": 2, "batch_size": 2, "strategy::rank": 2})
     assert (tmp_path / "run" / "adapter.safetensors").is_file()
-    assert json.loads(Path("run/run_card.json").read_text())["status"] == "completed"
+    card = json.loads(Path("run/run_card.json").read_text())
+    assert card["status"] == "completed"
+    assert card["settings"]["strategy"]["rank"] == 2
+    assert card["settings"]["slices"]["picker"]["_target_"].endswith("MaxArea")
+    assert not {"dataset_dir", "output_dir", "train", "network_def", "load_transforms"} & set(card["settings"])
     rank = {"strategy::rank": 2}
     run_workflow([configs / "train.json", configs / "evaluate.json"], {**shared, **rank})
     metrics = json.loads(Path("run/evaluation/metrics.json").read_text())

@@ -12,6 +12,7 @@ import ignite.distributed as idist
 from samseg_monai.bundles.running import current_workflow
 
 RECORD = "bundle"
+CHOICES = ("samseg_monai.strategies.", "samseg_monai.data.slices.")  # components that a reader calls settings
 MAIN_CONFIGS = ("train.json", "evaluate.json", "inference.json")
 # where data and results lie on the machine of the run is nobody else's business, and wiring stays as built
 LOCAL = {
@@ -53,9 +54,8 @@ def settings() -> dict[str, Any]:
 def _is_wiring(value: Any) -> bool:
     """Tell whether a value is a component, a list of components or an expression, rather than a setting."""
     if isinstance(value, dict):
-        return (
-            "_target_" in value and "strategies" not in str(value["_target_"]) or any(map(_is_wiring, value.values()))
-        )
+        component = not str(value.get("_target_", CHOICES[0])).startswith(CHOICES)
+        return component or any(map(_is_wiring, value.values()))
     if isinstance(value, list):
         return any(map(_is_wiring, value))
     return isinstance(value, str) and value.startswith(("$", "@", "%"))
