@@ -12,7 +12,6 @@ import pickle
 import subprocess
 import zipfile
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from samseg_monai import __version__
 from samseg_monai.errors import CheckpointError, raise_all
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.weights import sha256_of
@@ -85,7 +85,7 @@ def save_adapter(
         "tensors": len(state),
         "values": sum(tensor.numel() for tensor in state.values()),
         "adapter_sha256": sha256_of(folder / TENSORS),
-        "package_version": _package_version(),
+        "package_version": __version__,
         "git_commit": git_commit(),
         "metrics": dict(metrics or {}),
         "extra": dict(extra or {}),
@@ -281,10 +281,3 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _package_version() -> str:
-    try:
-        return version("samseg-monai")
-    except PackageNotFoundError:
-        return "unknown"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -23,6 +22,7 @@ from samseg_monai.errors import TrainingError
 from samseg_monai.pretrain.evaluation import HELD_OUT_SEED, ShapeDataset, evaluate_dice, evaluate_pico
 from samseg_monai.pretrain.objective import Batch, Recipe, learning_rate, training_loss
 from samseg_monai.sam.build import build_sam
+from samseg_monai.sam.weights import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def write_weights(run: Pretraining, folder: Path, *, held_out: int) -> dict:
         },
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "sha256": sha256_of(weights),
     }
     text = json.dumps(card, indent=2) + "\n"
     (folder / f"{name}.json").write_text(text, encoding="utf-8")
