@@ -1,4 +1,4 @@
-"""Commands about data: ``prepare brats-men``, ``bbox`` and ``phantom brats``."""
+"""Commands about data: ``prepare brats-men | synapse | folders``, ``bbox`` and ``phantom brats | btcv``."""
 
 from __future__ import annotations
 
@@ -52,6 +52,72 @@ def prepare_brats_men_command(
     typer.echo("\n".join(summary.lines()))
 
 
+@prepare_app.command("synapse")
+def prepare_synapse_command(
+    src: Annotated[Path, typer.Option(help="BTCV's RawData, or the folder in it that holds img and label.")],
+    output: Annotated[Path, typer.Option(help="Datalist (JSON) to write.")],
+    label_coding: Annotated[
+        str, typer.Option(help="btcv13: as published. samed, merit, transunet: eight organs. totalsegmentator.")
+    ] = "btcv13",
+    validation: Annotated[int, typer.Option(min=0, help="Patients taken out of the 18; 0: as published.")] = 0,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Go on without missing cases.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of validation patients.")] = 0,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad cases out and list them.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Cases read at the same time.")] = 2,
+) -> None:
+    """Check BTCV's abdominal CTs and write a datalist with the published 18 training and 12 test cases."""
+    from samseg_monai.data.synapse import prepare_synapse
+
+    summary = prepare_synapse(
+        src,
+        output,
+        label_coding=label_coding,
+        validation=validation,
+        allow_missing=allow_missing,
+        seed=seed,
+        skip_bad=skip_bad,
+        num_threads=threads,
+    )
+    typer.echo("\n".join(summary.lines()))
+
+
+@prepare_app.command("folders")
+def prepare_folders_command(
+    src: Annotated[Path, typer.Option(help="Folder with imagesTr and labelsTr, or images and labels.")],
+    output: Annotated[Path, typer.Option(help="Datalist (JSON) to write.")],
+    labels: Annotated[str | None, typer.Option(help="Such as 1=anterior,2=posterior; default: dataset.json.")] = None,
+    label_coding: Annotated[str | None, typer.Option(help="A known coding instead, such as totalsegmentator.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the data set; default: dataset.json, or the folder.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Volumes for training, validation, testing in the order of their names.")
+    ] = None,
+    fractions: Annotated[str | None, typer.Option(help="Of the volumes instead; default 0.7,0.1,0.2.")] = None,
+    by_name: Annotated[bool, typer.Option("--by-name", help="Cut fractions from the order of names.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the order that fractions are cut from.")] = 0,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad cases out and list them.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Cases read at the same time.")] = 2,
+) -> None:
+    """Check a Decathlon folder, or plain folders of images and labels, and write a datalist, split by volume."""
+    from samseg_monai.data.folders import parse_labels, prepare_folders
+
+    if split is not None and fractions is not None:
+        raise typer.BadParameter("give counts or fractions, not both", param_hint="--split")
+    summary = prepare_folders(
+        src,
+        output,
+        labels=None if labels is None else parse_labels(labels),
+        label_coding=label_coding,
+        name=name,
+        counts=None if split is None else _numbers(split, int, count=3, option="--split"),
+        fractions=_numbers(fractions or "0.7,0.1,0.2", float, count=3, option="--fractions"),
+        by_name=by_name,
+        seed=seed,
+        skip_bad=skip_bad,
+        num_threads=threads,
+    )
+    typer.echo("\n".join(summary.lines()))
+
+
 def bbox(
     datalist: Annotated[Path, typer.Argument(help="Datalist (JSON).")],
     dataset_dir: Annotated[
@@ -85,6 +151,22 @@ def phantom_brats_command(
 
     size = _numbers(shape, int, count=3, option="--shape")
     ids = write_brats_cases(output, cases, shape=size, seed=seed, unlabelled=unlabelled, progress=True)
+    typer.echo(f"wrote {len(ids)} labelled and {unlabelled} unlabelled phantoms to {output}")
+
+
+@phantom_app.command("btcv")
+def phantom_btcv_command(
+    output: Annotated[Path, typer.Option(help="Folder to write img and label into.")],
+    cases: Annotated[int, typer.Option(min=0, max=30, help="Labelled cases, about 3 to train for 2 to test.")] = 30,
+    unlabelled: Annotated[int, typer.Option(min=0, help="More cases without a label.")] = 0,
+    shape: Annotated[str, typer.Option(help="Voxels; 512,512,130 is about the real size.")] = "96,80,40",
+    seed: Annotated[int, typer.Option(help="Everything is drawn from it.")] = 0,
+) -> None:
+    """Write abdominal CT phantoms in the layout of BTCV."""
+    from samseg_monai.data.abdomen_phantoms import write_btcv_cases
+
+    size = _numbers(shape, int, count=3, option="--shape")
+    ids = write_btcv_cases(output, cases, shape=size, seed=seed, unlabelled=unlabelled, progress=True)
     typer.echo(f"wrote {len(ids)} labelled and {unlabelled} unlabelled phantoms to {output}")
 
 

@@ -7,55 +7,16 @@ Layout and label coding: LaBella et al., arXiv:2405.09787 (``<case>/<case>-{t1n,
 from __future__ import annotations
 
 import json
-import logging
-from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from samseg_monai.data.brats_case import LABELS, SCANS, CaseCheck, check_case, find_case_folders
+from samseg_monai.data.brats_case import LABELS, SCANS, check_case, find_case_folders
+from samseg_monai.data.checks import CaseCheck, Summary, are_phantoms, check_all, split_off_bad, summarise
 from samseg_monai.data.datalists import SECTIONS, patient_of, split_by_patient, write_datalist
-from samseg_monai.data.phantoms import is_phantom
 from samseg_monai.errors import ConfigError, DataError, raise_all
 
 DEFAULT_FRACTIONS = (0.7, 0.1, 0.2)
-LOG = logging.getLogger(__name__)
-
-
-@dataclass
-class Summary:
-    """What ``prepare_brats_men`` found and wrote; counts are of cases unless named otherwise."""
-
-    datalist: Path
-    sections: dict[str, int]
-    patients: int
-    shapes: dict[str, int]
-    spacings_mm: dict[str, int]
-    voxels_per_label: dict[str, int]
-    cases_per_label: dict[str, int]
-    warnings: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        """The summary as text, one fact a line."""
-        total = sum(self.sections.values())
-        voxels = sum(self.voxels_per_label.values()) or 1
-        return [
-            f"{total} cases of {self.patients} patients: " + ", ".join(f"{n} {s}" for s, n in self.sections.items()),
-            "shapes: " + ", ".join(f"{shape} ({n})" for shape, n in self.shapes.items()),
-            "spacings in mm: " + ", ".join(f"{spacing} ({n})" for spacing, n in self.spacings_mm.items()),
-            *(
-                f"label {label}: {n} voxels ({100 * n / voxels:.3f} %), in {self.cases_per_label[label]} cases"
-                for label, n in self.voxels_per_label.items()
-            ),
-            *(f"warning: {text}" for text in self.warnings),
-            *(f"left out: {text}" for text in self.left_out),
-            f"wrote {self.datalist}",
-        ]
 
 
 def prepare_brats_men(
@@ -93,12 +54,12 @@ def prepare_brats_men(
     if label_coding not in LABELS:
         raise ConfigError(f"unknown label coding {label_coding!r}; choose one of {', '.join(LABELS)}")
     src = Path(src)
-    checks = _check_all(find_case_folders(src), scans, label_coding, num_threads=num_threads, progress=progress)
-    good = [check for check in checks if not check.problems]
-    problems = [f"{check.case}: {problem}" for check in checks for problem in check.problems]
-    if not skip_bad or not good:
-        fix = "" if not good else "; mend them, or leave these cases out with --skip-bad"
-        raise_all(problems, DataError, f"{len(checks) - len(good)} of {len(checks)} cases in {src} cannot be used{fix}")
+
+    def check(folder: Path) -> CaseCheck:
+        return check_case(folder, scans, label_coding=label_coding)
+
+    checks = check_all(check, find_case_folders(src), num_threads=num_threads, progress=progress)
+    good, problems = split_off_bad(checks, src, skip_bad=skip_bad)
     warnings = [f"{check.case}: {warning}" for check in good for warning in check.warnings]
     if split_file is None:
         split = split_by_patient({check.case: patient_of(check.case) for check in good}, fractions, seed=seed)
@@ -111,23 +72,16 @@ def prepare_brats_men(
     sections = {section: [used[case] for case in cases if case in used] for section, cases in split.items()}
     header = {"scans": list(scans), "labels": LABELS[label_coding], "label_coding": label_coding, "split": made_by}
     write_datalist(_datalist(header, sections, src), output)
-    return _summarise(Path(output), sections, warnings=warnings, left_out=problems)
-
-
-def _check_all(
-    folders: Sequence[Path], scans: Sequence[str], label_coding: str, *, num_threads: int, progress: bool
-) -> list[CaseCheck]:
-    # Unpacking and hashing release the interpreter lock, so threads are enough.
-    with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
-        jobs = pool.map(lambda folder: check_case(folder, scans, label_coding=label_coding), folders)
-        return list(tqdm(jobs, total=len(folders), desc="checking cases", disable=not progress))
+    patients = len({patient_of(check.case) for members in sections.values() for check in members})
+    labels = LABELS[label_coding]
+    return summarise(Path(output), sections, patients=patients, labels=labels, warnings=warnings, left_out=problems)
 
 
 def _datalist(header: dict[str, Any], sections: dict[str, list[CaseCheck]], src: Path) -> dict[str, Any]:
     return {
         "name": "BraTS-MEN",
         "modality": "MRI",
-        "phantoms": all(is_phantom(check.files["seg"]) for members in sections.values() for check in members),
+        "phantoms": are_phantoms(check.files["seg"] for members in sections.values() for check in members),
         **header,
         **{section: [_item(check, src) for check in members] for section, members in sections.items()},
         "hashes": {check.case: check.sha256 for members in sections.values() for check in members},
@@ -176,25 +130,3 @@ def _read_split(path: Path, cases: Sequence[str]) -> tuple[dict[str, list[str]],
     raise_all(problems, DataError, f"split file {path} does not fit the cases")
     named = {case for members in split.values() for case in members}
     return split, [case for case in cases if case not in named]
-
-
-def _summarise(
-    output: Path, sections: dict[str, list[CaseCheck]], *, warnings: list[str], left_out: list[str]
-) -> Summary:
-    checks = [check for members in sections.values() for check in members]
-    voxels: Counter[int] = Counter()
-    for check in checks:
-        voxels.update(check.voxels_per_label)
-    for text in warnings:
-        LOG.warning("%s", text)
-    return Summary(
-        datalist=output,
-        sections={section: len(members) for section, members in sections.items()},
-        patients=len({patient_of(check.case) for check in checks}),
-        shapes=dict(Counter("x".join(map(str, check.shape)) for check in checks).most_common()),
-        spacings_mm=dict(Counter("x".join(f"{s:g}" for s in check.spacing_mm) for check in checks).most_common()),
-        voxels_per_label={str(label): voxels[label] for label in sorted(voxels)},
-        cases_per_label={str(label): sum(label in c.voxels_per_label for c in checks) for label in sorted(voxels)},
-        warnings=warnings,
-        left_out=left_out,
-    )

@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from samseg_monai.data.volumes import Volume, grid_difference, read_volume, stem_of, value_problem
+from samseg_monai.data.checks import CaseCheck, check_files
+from samseg_monai.data.codings import BRATS, labels_in
+from samseg_monai.data.volumes import stem_of
 from samseg_monai.errors import DataError
 
 SCANS = ("t1n", "t1c", "t2w", "t2f")
-LABELS = {
-    "2023": {"0": "background", "1": "non-enhancing core", "2": "oedema", "3": "enhancing tumour"},
-    "2021": {"0": "background", "1": "non-enhancing core", "2": "oedema", "4": "enhancing tumour"},
-}
+LABELS = {coding: labels_in(coding) for coding in BRATS}
 _CASE_NAME = re.compile(r".+-\d{3,}-\d{3}$")
 LOG = logging.getLogger(__name__)
-
-
-@dataclass
-class CaseCheck:
-    """Result of ``check_case``; ``problems`` forbid the use of the case, ``warnings`` do not.
-
-    ``files`` maps scan (and ``seg``) to path, ``sha256`` is that of the lines ``<name> <sha256 of the file>``.
-    """
-
-    case: str
-    files: dict[str, Path] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    shape: tuple[int, ...] = ()
-    spacing_mm: tuple[float, ...] = ()
-    voxels_per_label: dict[int, int] = field(default_factory=dict)
-    sha256: str = ""
 
 
 def find_case_folders(src: str | Path) -> list[Path]:
@@ -80,49 +58,9 @@ def check_case(folder: Path, scans: Sequence[str] = SCANS, *, label_coding: str 
     if missing:
         check.problems.append(f"no file for {', '.join(missing)} (expected {folder.name}-{missing[0]}.nii.gz)")
     check.files = {name: path for name, path in found.items() if path is not None}
-    hashes = []
-    first: Volume | None = None
-    for name, path in check.files.items():
-        try:
-            volume = read_volume(path)
-        except DataError as error:
-            check.problems.append(str(error))
-            continue
-        hashes.append(f"{name} {volume.sha256}\n")
-        check.warnings += volume.notes
-        if volume.array.ndim != 3:
-            check.problems.append(f"{path.name}: has shape {volume.array.shape}, expected three axes")
-            continue
-        if first is None:
-            first, first_name = volume, path.name
-            check.shape, check.spacing_mm = volume.array.shape, volume.spacing_mm
-        elif difference := grid_difference(volume, first):
-            check.problems.append(f"{path.name}: {difference} of {first_name}")
-        if name == "seg":
-            _check_label(volume.array, path.name, check, label_coding=label_coding)
-        elif problem := value_problem(volume.array):
-            check.problems.append(f"{path.name}: {problem}")
-    check.sha256 = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    legal = [int(label) for label in LABELS[label_coding]]
+    check_files(check, label="seg", legal=legal, hint=lambda strange: _coding_hint(strange, label_coding))
     return check
-
-
-def _check_label(array: np.ndarray, name: str, check: CaseCheck, *, label_coding: str) -> None:
-    if not np.isfinite(array).all():
-        check.problems.append(f"{name}: labels are NaN or infinite")
-        return
-    values, counts = np.unique(array, return_counts=True)
-    fractional = [value for value in values if value != np.rint(value)]
-    if fractional:
-        shown = ", ".join(f"{value:g}" for value in fractional[:4])
-        check.problems.append(f"{name}: labels are not whole numbers ({shown}): resampled without nearest neighbour?")
-        return
-    check.voxels_per_label = {int(v): int(n) for v, n in zip(values, counts, strict=True)}
-    legal = sorted(int(label) for label in LABELS[label_coding])
-    strange = sorted(set(check.voxels_per_label) - set(legal))
-    if strange:
-        check.problems.append(f"{name}: labels {strange} are outside {legal}{_coding_hint(strange, label_coding)}")
-    elif list(check.voxels_per_label) == [0]:
-        check.warnings.append(f"{name}: the mask is empty: no training slice, and no Dice in an evaluation")
 
 
 def _coding_hint(strange: list[int], label_coding: str) -> str:

@@ -3,6 +3,8 @@
 A datalist is a JSON object with the sections ``training``, ``validation`` and ``testing``; an item is
 ``{"case", "image": [one file per scan] or file, "label", "reference", "patient"}``, paths relative to a data folder.
 ``reference`` names the label a second time: the copy that no crop ever touches, against which metrics are computed.
+``labels`` says what the numbers in the label files mean, ``label_coding`` how that table is called (``own``: it has no
+name). Files are never rewritten: ``RecodeLabeld`` maps their numbers to classes when they are loaded.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from samseg_monai.data.codings import CODINGS, labels_in
 from samseg_monai.data.volumes import stem_of
 from samseg_monai.errors import DataError, raise_all
 
@@ -67,10 +70,10 @@ def check_datalist(datalist: Mapping[str, Any], *, name: str = "datalist") -> No
     """Check structure, not files.
 
     Raises:
-        DataError: every item without an image, with another number of scans than ``scans`` says, every case listed
-            twice and every patient in two sections, all at once.
+        DataError: labels that are not those of the label coding, every item without an image, with another number of
+            scans than ``scans`` says, every case listed twice and every patient in two sections, all at once.
     """
-    problems = []
+    problems = _label_problems(datalist)
     scans = datalist.get("scans")
     seen: Counter[str] = Counter()
     homes: dict[str, set[str]] = {}
@@ -132,6 +135,21 @@ def load_datalist(
     return items
 
 
+def labels_of(path: str | Path) -> dict[str, str]:
+    """What the numbers in the label files of a datalist mean: ``{"0": "background", "1": "spleen", ...}``.
+
+    Raises:
+        DataError: the datalist has no ``labels``, or as ``read_datalist``.
+    """
+    labels = read_datalist(path).get("labels")
+    if not labels:
+        raise DataError(
+            f'{path}: has no "labels", so that nobody knows what its numbers mean; add {{"0": "background", '
+            '"1": "<name>", ...}, or let \'samseg prepare\' make the datalist'
+        )
+    return dict(labels)
+
+
 def _select_scans(datalist: dict[str, Any], scans: Sequence[str] | None, *, name: str) -> dict[str, Any]:
     """Keep the files of the named scans, in that order; a datalist that names no scans is returned as it is."""
     stored = datalist.get("scans")
@@ -169,28 +187,49 @@ def split_by_patient(
     Raises:
         DataError: fractions are not three non-negative numbers with sum 1, or there are too few patients.
     """
-    fractions = tuple(float(f) for f in fractions)
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise DataError(f"fractions must be three numbers >= 0 with sum 1 (for {', '.join(SECTIONS)}), got {fractions}")
-    order = sorted(set(patients.values()), key=lambda p: hashlib.sha256(f"{seed}:{p}".encode()).hexdigest())
-    wanted = sum(f > 0 for f in fractions)
-    if len(order) < wanted:
-        raise DataError(
-            f"{len(order)} patients cannot fill {wanted} sections; set fractions to 0 for some, such as 0.5,0.5,0"
-        )
-    section_of: dict[str, str] = {}
-    start = 0
-    for section, count in zip(SECTIONS, _counts(len(order), fractions), strict=True):
-        section_of.update(dict.fromkeys(order[start : start + count], section))
-        start += count
+    order = shuffled(patients.values(), seed=seed)
+    blocks = split_in_order(order, section_counts(len(order), fractions))
+    section_of = {patient: section for section, block in blocks.items() for patient in block}
     split: dict[str, list[str]] = {section: [] for section in SECTIONS}
     for case in sorted(patients):
         split[section_of[patients[case]]].append(case)
     return split
 
 
-def _counts(total: int, fractions: Sequence[float]) -> list[int]:
-    """Largest remainders, at least one patient for every non-zero fraction."""
+def shuffled(names: Iterable[str], *, seed: int = 0) -> list[str]:
+    """Distinct ``names`` in the order of a hash of seed and name: no library and no other name changes it."""
+    return sorted(set(names), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest())
+
+
+def split_in_order(names: Sequence[str], counts: Sequence[int]) -> dict[str, list[str]]:
+    """Consecutive blocks of ``names`` for training, validation and testing.
+
+    Raises:
+        DataError: not three counts >= 0 that sum to the number of names.
+    """
+    if len(counts) != 3 or min(counts) < 0 or sum(counts) != len(names):
+        raise DataError(
+            f"a split of {len(names)} cases needs three counts >= 0 with that sum (for {', '.join(SECTIONS)}), "
+            f"got {', '.join(map(str, counts))} with sum {sum(counts)}"
+        )
+    ends = [sum(counts[: n + 1]) for n in range(3)]
+    return {s: list(names[end - n : end]) for s, n, end in zip(SECTIONS, counts, ends, strict=True)}
+
+
+def section_counts(total: int, fractions: Sequence[float]) -> list[int]:
+    """Sizes of the three sections by largest remainders, at least 1 for every fraction that is not 0.
+
+    Raises:
+        DataError: fractions are not three non-negative numbers with sum 1, or ``total`` is too small for them.
+    """
+    fractions = tuple(float(f) for f in fractions)
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise DataError(f"fractions must be three numbers >= 0 with sum 1 (for {', '.join(SECTIONS)}), got {fractions}")
+    wanted = sum(f > 0 for f in fractions)
+    if total < wanted:
+        raise DataError(
+            f"{total} patients cannot fill {wanted} sections; set fractions to 0 for some, such as 0.5,0.5,0"
+        )
     shares = [total * f for f in fractions]
     counts = [max(int(share + 1e-9), 1 if share > 0 else 0) for share in shares]
     while sum(counts) != total:
@@ -215,6 +254,22 @@ def _complete(item: Any) -> Any:
     if item.get("label"):
         item.setdefault("reference", item["label"])
     return item
+
+
+def _label_problems(datalist: Mapping[str, Any]) -> list[str]:
+    labels, coding = datalist.get("labels"), datalist.get("label_coding")
+    if labels is None:
+        return []
+    if not isinstance(labels, Mapping) or not all(re.fullmatch(r"-?\d+", str(value)) for value in labels):
+        return [f'labels: expected {{"0": "background", "1": "<name>", ...}}, got {labels!r}']
+    if not isinstance(coding, str) or coding not in CODINGS:
+        return []
+    stored, expected = ({str(v): str(n) for v, n in table.items()} for table in (labels, labels_in(coding)))
+    differing = sorted({v for v, _ in stored.items() ^ expected.items()}, key=int)
+    return [
+        f"labels: {value} is {stored.get(value, 'absent')!r}, but {expected.get(value, 'absent')!r} in {coding}"
+        for value in differing
+    ]
 
 
 def _item_problem(item: Any, scans: Sequence[str] | None) -> str:

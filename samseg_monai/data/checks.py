@@ -1,0 +1,269 @@
+"""What all makers of datalists share: read the files of a case to the last byte, collect what is wrong, sum it up."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from samseg_monai.data.datalists import write_datalist
+from samseg_monai.data.phantoms import is_phantom
+from samseg_monai.data.volumes import Volume, grid_difference, read_volume, value_problem
+from samseg_monai.errors import DataError, raise_all
+
+LOG = logging.getLogger(__name__)
+Job = TypeVar("Job")
+
+
+@dataclass
+class CaseCheck:
+    """Result of ``check_files``; ``problems`` forbid the use of the case, ``warnings`` do not.
+
+    ``files`` maps scan or label to its path, ``sha256`` is that of the lines ``<name> <sha256 of the file>``,
+    ``label_dtype`` how the label's numbers are stored.
+    """
+
+    case: str
+    files: dict[str, Path] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    shape: tuple[int, ...] = ()
+    spacing_mm: tuple[float, ...] = ()
+    voxels_per_label: dict[int, int] = field(default_factory=dict)
+    label_dtype: str = ""
+    sha256: str = ""
+
+
+@dataclass
+class Summary:
+    """What a maker of datalists found and wrote; counts are of cases unless named otherwise.
+
+    ``patients`` is None where the data do not tell which cases share a patient; ``labels`` names the labels.
+    """
+
+    datalist: Path
+    sections: dict[str, int]
+    patients: int | None
+    shapes: dict[str, int]
+    spacings_mm: dict[str, int]
+    voxels_per_label: dict[str, int]
+    cases_per_label: dict[str, int]
+    labels: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The summary as text, one fact a line."""
+        total = sum(self.sections.values())
+        voxels = sum(self.voxels_per_label.values()) or 1
+        members = f"cases of {self.patients} patients"
+        if self.patients is None:
+            members = "volumes, it is not known which share a patient"
+        return [
+            f"{total} {members}: " + ", ".join(f"{n} {s}" for s, n in self.sections.items()),
+            f"shapes: {_commonest(self.shapes)}",
+            f"spacings in mm: {_commonest(self.spacings_mm)}",
+            *(
+                f"label {label} {self.labels.get(label, '')}".rstrip()
+                + f": {n} voxels ({100 * n / voxels:.3f} %), in {self.cases_per_label[label]} cases"
+                for label, n in self.voxels_per_label.items()
+            ),
+            *(f"warning: {text}" for text in self.warnings),
+            *(f"left out: {text}" for text in self.left_out),
+            f"wrote {self.datalist}",
+        ]
+
+
+def _commonest(counts: Mapping[str, int], shown: int = 6) -> str:
+    """The first few of ``counts``, which come with the most frequent first: cropped sets have a shape per volume."""
+    listed = ", ".join(f"{name} ({n})" for name, n in list(counts.items())[:shown])
+    return listed + (f" and {len(counts) - shown} others" if len(counts) > shown else "")
+
+
+def check_files(
+    check: CaseCheck, *, label: str, legal: Collection[int], hint: Callable[[list[int]], str] = lambda strange: ""
+) -> None:
+    """Read ``check.files`` completely and add to ``check`` all that is known and everything that is wrong.
+
+    Args:
+        check: case with its files, in the order in which they are hashed; the first gives the grid of all.
+        label: name of the label among the files; the others are images.
+        legal: values that the label may have.
+        hint: from the values that are not legal (sorted) to an advice, appended to the problem.
+    """
+    hashes = []
+    first: Volume | None = None
+    for name, path in check.files.items():
+        try:
+            volume = read_volume(path)
+        except DataError as error:
+            check.problems.append(str(error))
+            continue
+        hashes.append(f"{name} {volume.sha256}\n")
+        check.warnings += volume.notes
+        if volume.array.ndim != 3:
+            check.problems.append(f"{path.name}: has shape {volume.array.shape}, expected three axes")
+            continue
+        if first is None:
+            first, first_name = volume, path.name
+            check.shape, check.spacing_mm = volume.array.shape, volume.spacing_mm
+        elif difference := grid_difference(volume, first):
+            check.problems.append(f"{path.name}: {difference} of {first_name}")
+        if name == label:
+            _check_label(volume.array, path.name, check, legal=legal, hint=hint)
+        elif problem := value_problem(volume.array):
+            check.problems.append(f"{path.name}: {problem}")
+    check.sha256 = hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def _check_label(
+    array: np.ndarray, name: str, check: CaseCheck, *, legal: Collection[int], hint: Callable[[list[int]], str]
+) -> None:
+    if not np.isfinite(array).all():
+        check.problems.append(f"{name}: labels are NaN or infinite")
+        return
+    values, counts = np.unique(array, return_counts=True)
+    fractional = [value for value in values if value != np.rint(value)]
+    if fractional:
+        shown = ", ".join(f"{value:g}" for value in fractional[:4])
+        check.problems.append(f"{name}: labels are not whole numbers ({shown}): resampled without nearest neighbour?")
+        return
+    check.label_dtype = array.dtype.name
+    check.voxels_per_label = {int(v): int(n) for v, n in zip(values, counts, strict=True)}
+    strange = sorted(set(check.voxels_per_label) - set(legal))
+    if strange:
+        check.problems.append(f"{name}: labels {strange} are outside {_ranges(legal)}{hint(strange)}")
+    elif list(check.voxels_per_label) == [0]:
+        check.warnings.append(f"{name}: the mask is empty: no training slice, and no Dice in an evaluation")
+
+
+def _ranges(values: Collection[int]) -> str:
+    """All values while they fit into a line, else the ends."""
+    listed = sorted(values)
+    return str(listed) if len(listed) <= 20 else f"[{listed[0]} to {listed[-1]}]"
+
+
+def check_all(
+    check: Callable[[Job], CaseCheck], jobs: Sequence[Job], *, num_threads: int, progress: bool
+) -> list[CaseCheck]:
+    """Check cases at the same time, in their order; unpacking and hashing release the interpreter lock."""
+    with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
+        return list(tqdm(pool.map(check, jobs), total=len(jobs), desc="checking cases", disable=not progress))
+
+
+def split_off_bad(
+    checks: Sequence[CaseCheck], src: Path, *, skip_bad: bool, others: Sequence[str] = ()
+) -> tuple[list[CaseCheck], list[str]]:
+    """Good cases, and the problems of the bad ones as lines ``<case>: <problem>``.
+
+    Args:
+        checks: of all cases.
+        src: folder, for the message.
+        skip_bad: whether bad cases may be left out.
+        others: problems of the data set that belong to no case; they are never left out.
+
+    Raises:
+        DataError: all problems at once, unless ``skip_bad`` and some case is good.
+    """
+    good = [check for check in checks if not check.problems]
+    problems = [f"{check.case}: {problem}" for check in checks for problem in check.problems]
+    if others or not skip_bad or not good:
+        fix = "" if not good or others else "; mend them, or leave these cases out with --skip-bad"
+        bad = f"{len(checks) - len(good)} of {len(checks)} cases in {src} cannot be used{fix}"
+        raise_all([*others, *problems], DataError, bad if problems else f"{src} cannot be used")
+    return good, problems
+
+
+def are_phantoms(labels: Iterable[Path]) -> bool:
+    """Whether every one of these label files was written by ``samseg phantom``."""
+    return all(path.name.endswith((".nii", ".nii.gz")) and is_phantom(path) for path in labels)
+
+
+def case_notes(checks: Sequence[CaseCheck]) -> list[str]:
+    """Warnings of all cases, and one line for labels stored as fractions, which a strict reader would refuse."""
+    kinds = Counter(check.label_dtype for check in checks if check.label_dtype.startswith("float"))
+    return [
+        *(f"{check.case}: {warning}" for check in checks for warning in check.warnings),
+        *(
+            f"{count} labels are stored as {kind} and hold whole numbers only: they are read as integers"
+            for kind, count in sorted(kinds.items())
+        ),
+    ]
+
+
+def summarise(
+    output: Path,
+    sections: Mapping[str, Sequence[CaseCheck]],
+    *,
+    patients: int | None,
+    labels: Mapping[str, str],
+    warnings: list[str],
+    left_out: list[str],
+) -> Summary:
+    """Count shapes, spacings and labels over all sections, and log every warning."""
+    checks = [check for members in sections.values() for check in members]
+    voxels: Counter[int] = Counter()
+    for check in checks:
+        voxels.update(check.voxels_per_label)
+    for text in warnings:
+        LOG.warning("%s", text)
+    return Summary(
+        datalist=output,
+        sections={section: len(members) for section, members in sections.items()},
+        patients=patients,
+        shapes=dict(Counter("x".join(map(str, check.shape)) for check in checks).most_common()),
+        spacings_mm=dict(Counter("x".join(f"{s:g}" for s in check.spacing_mm) for check in checks).most_common()),
+        voxels_per_label={str(label): voxels[label] for label in sorted(voxels)},
+        cases_per_label={str(label): sum(label in c.voxels_per_label for c in checks) for label in sorted(voxels)},
+        labels=dict(labels),
+        warnings=warnings,
+        left_out=left_out,
+    )
+
+
+def write_single_scan_datalist(
+    output: str | Path,
+    src: Path,
+    sections: Mapping[str, Sequence[CaseCheck]],
+    *,
+    header: Mapping[str, Any],
+    patients: int | None,
+    warnings: list[str],
+    left_out: list[str],
+) -> Summary:
+    """Write the datalist of cases with the files ``image`` and ``label``, each its own patient, and sum it up.
+
+    Args:
+        output: datalist to write.
+        src: folder that its paths are relative to.
+        sections: section -> cases.
+        header: what stands above the sections; ``labels`` at least.
+        patients: as in ``Summary``.
+        warnings: to be logged and shown.
+        left_out: to be shown.
+    """
+    checks = [check for members in sections.values() for check in members]
+    datalist = {
+        **header,
+        "phantoms": are_phantoms(check.files["label"] for check in checks),
+        "scans": ["image"],
+        **{section: [_single_scan_item(check, src) for check in members] for section, members in sections.items()},
+        "hashes": {check.case: check.sha256 for check in checks},
+    }
+    write_datalist(datalist, output)
+    return summarise(
+        Path(output), sections, patients=patients, labels=header["labels"], warnings=warnings, left_out=left_out
+    )
+
+
+def _single_scan_item(check: CaseCheck, src: Path) -> dict[str, Any]:
+    image, label = (check.files[name].relative_to(src).as_posix() for name in ("image", "label"))
+    return {"case": check.case, "patient": check.case, "image": [image], "label": label, "reference": label}

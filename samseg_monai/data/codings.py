@@ -1,0 +1,96 @@
+"""Label codings by name: which number means which structure, since files cannot say it and several tables circulate.
+
+Sources: ``btcv13`` are the labels of BTCV's ``RawData``. Three tables of eight
+organs are derived from it: ``samed`` (SAMed, SAM-LST and H-SAM: ``hashmap`` of the preprocessing, ``class_to_name`` of
+``test.py``), ``merit`` (MERIT and EMCAD: ``dataset_synapse.py``) and ``transunet`` (the files on TransUNet's Drive; no
+code names them: inferred from per-class logs in the issues of RWKV-UNet and CSWin-UNet). ``totalsegmentator`` are the
+ids of TotalSegmentator's 117 classes, of which only the eight organs are told apart. ``2023`` and ``2021`` are those of
+BraTS (LaBella et al., arXiv:2405.09787; the older one of 2017 to 2022 had enhancing tumour as 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from samseg_monai.data.btcv import LABELS
+from samseg_monai.errors import ConfigError
+
+BACKGROUND = "background"
+OTHER = "other"
+# the order of the columns of SAMed and SAM-LST
+ORGANS = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
+_MERIT = ("spleen", "right kidney", "left kidney", "gallbladder", "pancreas", "liver", "stomach", "aorta")
+_TOTAL = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "pancreas")
+_TRANSUNET = ("aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas", "spleen", "stomach")
+ABDOMEN: dict[str, dict[int, str]] = {
+    "btcv13": dict(LABELS),
+    "samed": dict(enumerate(ORGANS, 1)),
+    "merit": dict(enumerate(_MERIT, 1)),
+    "transunet": dict(enumerate(_TRANSUNET, 1)),
+    "totalsegmentator": {**dict.fromkeys(range(1, 118), OTHER), **dict(enumerate(_TOTAL, 1)), 52: "aorta"},
+}
+BRATS: dict[str, dict[int, str]] = {
+    "2023": {1: "non-enhancing core", 2: "oedema", 3: "enhancing tumour"},
+    "2021": {1: "non-enhancing core", 2: "oedema", 4: "enhancing tumour"},
+}
+CODINGS = {**BRATS, **ABDOMEN}
+
+
+def labels_in(coding: str, among: Mapping[str, Mapping[int, str]] = CODINGS) -> dict[str, str]:
+    """Table of a coding as datalists record it: ``{"0": "background", "1": "spleen", ...}``.
+
+    Args:
+        coding: one of the names of ``among``.
+        among: codings that make sense where the question is asked.
+
+    Raises:
+        ConfigError: unknown coding; the known ones are listed.
+    """
+    if coding not in among:
+        raise ConfigError(f"unknown label coding {coding!r}; choose one of {', '.join(among)}")
+    return {"0": BACKGROUND, **{str(value): name for value, name in among[coding].items()}}
+
+
+def fitting(values: Collection[int], among: Mapping[str, Mapping[int, str]] = ABDOMEN) -> list[str]:
+    """Names of the codings in which all ``values`` are legal; 0 is legal in every one."""
+    return [name for name, table in among.items() if set(values) <= {0, *table}]
+
+
+def coding_hint(values: Collection[int], coding: str) -> str:
+    """The codings other than ``coding`` in which ``values`` would be legal, as an advice; empty when there is none."""
+    legal = [name for name in fitting(values) if name != coding]
+    size = min((len(ABDOMEN[name]) for name in legal), default=0)
+    others = [name for name in legal if len(ABDOMEN[name]) == size]  # the widest coding fits nearly everything
+    if not others:
+        return ""
+    which = others[0] if len(others) == 1 else f"one of {', '.join(others)}"
+    return f"looks like {which}: name it with --label-coding"
+
+
+def implausible_sizes(voxels_of_cases: Sequence[Mapping[int, int]], coding: str) -> list[str]:
+    """What speaks against ``coding`` in the sizes of the organs, one sentence each.
+
+    Files whose numbers are legal in two codings can be told apart by anatomy alone: the liver is the largest of these
+    organs, and a kidney is larger than the gallbladder.
+
+    Args:
+        voxels_of_cases: label -> voxels, one mapping per case.
+        coding: one of ``CODINGS``.
+    """
+    value_of = {name: value for value, name in CODINGS[coding].items() if name != OTHER}
+    cases = [{name: voxels.get(value, 0) for name, value in value_of.items()} for voxels in voxels_of_cases]
+    odd = {}
+    if "liver" in value_of:
+        smaller = sum(case["liver"] < max(case.values()) for case in cases)
+        odd[f"what it calls liver ({value_of['liver']}) is not the largest organ"] = smaller
+    if {"gallbladder", "right kidney"} <= set(value_of):
+        larger = sum(case["gallbladder"] > case["right kidney"] for case in cases)
+        odd[f"what it calls gallbladder ({value_of['gallbladder']}) is larger than the right kidney"] = larger
+    return [f"{text} in {count} of {len(cases)} cases" for text, count in odd.items() if 2 * count > len(cases)]
+
+
+def absent_labels(voxels_of_cases: Sequence[Mapping[int, int]], names: Mapping[int, str]) -> list[str]:
+    """One sentence on the labels that no case has; ``names`` maps the values that are expected to names."""
+    present = {value for voxels in voxels_of_cases for value in voxels}
+    absent = [f"{name} ({value})" for value, name in names.items() if value not in present and name != OTHER]
+    return [f"no case has {', '.join(absent)}"] if voxels_of_cases and absent else []

@@ -1,0 +1,110 @@
+"""From the numbers in a label file to the classes of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
+
+from samseg_monai.errors import ConfigError, DataError, raise_all
+from samseg_monai.transforms.grids import on_grid_of
+
+_UNKNOWN = 255  # no class: uint8 labels have at most 254 of them
+_CHUNK = 1 << 20  # voxels at a time: the integer copies of a whole CT would be eight times its label
+
+
+class RecodeLabeld(MapTransform):
+    """Map the values of label files to 0 (everything else) and 1 to K (position of the name in ``classes`` + 1).
+
+    Files keep the coding they came in; what their values mean is read from the datalist.
+
+    Args:
+        keys: labels of any shape, whole numbers of any dtype.
+        labels: value -> name for every value that is legal in the files (``datalists.labels_of``). Several values may
+            have one name; a name that is not among the classes becomes 0.
+        classes: names of the classes in the order of the network's channels, without the background.
+        case_key: where the name of the case is found for messages.
+        codings: other tables like ``labels`` by name; those in which a strange label would be legal are suggested.
+        allow_missing_keys: skip keys that the case does not have.
+    Returns: uint8 of the same shape; device, geometry and history of the label.
+    Raises:
+        ConfigError: at construction, for classes without a value in ``labels`` (all at once), classes named twice, more
+            than 254 of them, or labels whose values are not whole numbers.
+        DataError: for a label with values that are not whole or that ``labels`` does not know, naming case and values.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        labels: Mapping[str, str],
+        classes: Sequence[str],
+        *,
+        case_key: str = "case",
+        codings: Mapping[str, Mapping[Any, str]] | None = None,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        try:
+            names = {int(value): name for value, name in labels.items()}
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f'labels must be {{"0": "background", "1": "<name>", ...}}, got {labels!r}') from error
+        _check_classes(classes, names)
+        self.classes = tuple(classes)
+        self.case_key = case_key
+        self.names = names
+        self.codings = {coding: {0, *map(int, table)} for coding, table in (codings or {}).items()}
+        # one slot more at both ends: values beyond the table are clipped into them
+        self.lowest = min(names) - 1
+        table = np.full(max(names) - min(names) + 3, _UNKNOWN, dtype=np.uint8)
+        for value, name in names.items():
+            table[value - self.lowest] = self.classes.index(name) + 1 if name in self.classes else 0
+        self.table = table
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            values = torch.as_tensor(d[key]).as_subclass(torch.Tensor).detach().cpu().numpy()
+            flat = np.ascontiguousarray(values).reshape(-1)
+            recoded = np.empty(flat.size, dtype=np.uint8)
+            where = f"{d.get(self.case_key, 'unnamed case')}: {key}"
+            for start in range(0, flat.size, _CHUNK):
+                recoded[start : start + _CHUNK] = self._look_up(flat[start : start + _CHUNK], where)
+            if (recoded == _UNKNOWN).any():
+                self._refuse({int(value) for value in np.unique(flat)}, where)
+            d[key] = on_grid_of(d[key], torch.from_numpy(recoded.reshape(values.shape)))
+        return d
+
+    def _look_up(self, values: np.ndarray, where: str) -> np.ndarray:
+        if values.dtype.kind == "f":
+            odd = values[~np.isfinite(values) | (values != np.rint(values))]
+            if odd.size:
+                shown = ", ".join(f"{value:g}" for value in np.unique(odd)[:4])
+                raise DataError(
+                    f"{where} has values that are not whole numbers ({shown}): resample labels by nearest neighbour"
+                )
+        slots = values.astype(np.int64) - self.lowest
+        return self.table[np.clip(slots, 0, len(self.table) - 1, out=slots)]
+
+    def _refuse(self, present: set[int], where: str) -> None:
+        strange = sorted(present - set(self.names))
+        fitting = [coding for coding, legal in self.codings.items() if legal.issuperset(present)]
+        hint = f"its values are legal in {', '.join(fitting)}: " if fitting else ""
+        known = sorted(self.names)
+        legal = known if len(known) <= 20 else f"[{known[0]} to {known[-1]}]"
+        raise DataError(
+            f"{where} has values {strange[:20]} that the datalist's labels {legal} do not know; {hint}prepare the "
+            "datalist again with the label coding of these files"
+        )
+
+
+def _check_classes(classes: Sequence[str], names: Mapping[int, str]) -> None:
+    if isinstance(classes, str) or not classes or len(classes) >= _UNKNOWN:
+        raise ConfigError(f"classes must be a list of 1 to {_UNKNOWN - 1} names, got {classes!r}")
+    known = sorted({name for value, name in names.items() if value != 0})
+    problems = [f"{name}: no value has this name" for name in classes if name not in known]
+    problems += [f"{name}: named twice" for name in sorted(set(classes)) if list(classes).count(name) > 1]
+    raise_all(problems, ConfigError, f"classes do not fit the labels of the datalist ({', '.join(known)})")
