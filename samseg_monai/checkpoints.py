@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from samseg_monai import __version__
 from samseg_monai.errors import CheckpointError, raise_all
-from samseg_monai.networks import SamSegmenter
+from samseg_monai.networks import PlainSegmenter, SamSegmenter
 from samseg_monai.sam.weights import sha256_of
 from samseg_monai.trainable import owned_state
 
@@ -30,6 +30,7 @@ FORMAT_VERSION = 1
 TENSORS, CARD = "adapter.safetensors", "card.json"
 
 StrPath = str | os.PathLike[str]
+Network = SamSegmenter | PlainSegmenter
 
 # What must be equal for an adapter to mean anything in another network.
 _MUST_AGREE = (
@@ -46,7 +47,7 @@ _MUST_AGREE = (
 
 
 def save_adapter(
-    network: SamSegmenter,
+    network: Network,
     folder: StrPath,
     *,
     metrics: Mapping[str, Any] | None = None,
@@ -81,9 +82,10 @@ def save_adapter(
     card = {
         "format_version": FORMAT_VERSION,
         **_facts(network),
-        "rectangular": network.sam.rectangular,
+        "rectangular": isinstance(network, SamSegmenter) and network.sam.rectangular,
         "tensors": len(state),
         "values": sum(tensor.numel() for tensor in state.values()),
+        **network.strategy.facts(network),
         "adapter_sha256": sha256_of(folder / TENSORS),
         "package_version": __version__,
         "git_commit": git_commit(),
@@ -117,7 +119,7 @@ def read_card(folder: StrPath) -> dict[str, Any]:
     return card
 
 
-def load_adapter(network: SamSegmenter, folder: StrPath) -> dict[str, Any]:
+def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
     """Load an adapter into a network with the same base weights and strategy; nothing is changed on refusal.
 
     Returns:
@@ -155,7 +157,7 @@ def save_model(network: nn.Module, path: StrPath) -> Path:
 def load_model(network: nn.Module, path: StrPath) -> None:
     """Load a full state dict strictly.
 
-    A ``SamSegmenter`` remembers the file's hash as its base: what is trained from here on starts from this file.
+    A segmenter remembers the file's hash as its base: what is trained from here on starts from this file.
 
     Raises:
         CheckpointError: absent, unreadable, or listing every missing, unexpected and differently shaped tensor.
@@ -180,13 +182,11 @@ def load_model(network: nn.Module, path: StrPath) -> None:
         raise CheckpointError(f"{path}: not a bare state dict of tensors; write it with save_model")
     _refuse_differences(state, network.state_dict(), f"{path}: does not fit this network")
     network.load_state_dict(state)
-    if isinstance(network, SamSegmenter):
+    if isinstance(network, (SamSegmenter, PlainSegmenter)):
         network.base_sha256 = sha256_of(path)
 
 
-def load_trained(
-    network: SamSegmenter, *, checkpoint: StrPath | None = None, sam_checkpoint: StrPath | None = None
-) -> str:
+def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_checkpoint: StrPath | None = None) -> str:
     """Load whatever there is.
 
     Args:
@@ -211,7 +211,7 @@ def load_trained(
     path = Path(checkpoint)
     if path.is_dir() and (path / CARD).is_file():
         card = read_card(path)
-        network.load_base(sam_checkpoint)
+        network.load_base(sam_checkpoint, start=False)
         load_adapter(network, path)
         return f"adapter {path} ({card['strategy']['_target_']}, {card['values']:,} values) on SAM {network.spec.name}"
     if path.is_file():
@@ -237,13 +237,13 @@ def git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _facts(network: SamSegmenter) -> dict[str, Any]:
+def _facts(network: Network) -> dict[str, Any]:
     facts = {key: getattr(network, key) for key in _MUST_AGREE if key not in ("strategy", "sam_variant")}
     strategy = None if network.strategy is None else network.strategy.card()
     return {"strategy": strategy, "sam_variant": network.spec.name, **facts}
 
 
-def _differences(card: Mapping[str, Any], network: SamSegmenter) -> list[str]:
+def _differences(card: Mapping[str, Any], network: Network) -> list[str]:
     ignored = () if network.strategy is None else network.strategy.training_only
     theirs, ours = _flat(card, ignored), _flat(_facts(network), ignored)
     return [

@@ -1,7 +1,7 @@
 """Learning-rate schedules per iteration: warm-up, then polynomial, cosine or no decay.
 
 The polynomial one is that of SAMed (Zhang and Liu 2023, arXiv:2304.13785) and SAM-LST (Chai et al. 2023,
-arXiv:2306.15992): ``base * (1 - (it - warmup) / total) ** 0.9`` after a linear warm-up. Their code sets the rate after
+arXiv:2306.12737): ``base * (1 - (it - warmup) / total) ** 0.9`` after a linear warm-up. Their code sets the rate after
 the step, so that iteration ``it`` runs with the rate that ours has at ``it - 1``; nothing else differs.
 """
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from samseg_monai.adapters.lora import merge_all
-from samseg_monai.errors import ConfigError, raise_all
+from samseg_monai.errors import AdapterError
+from samseg_monai.networks.checks import check_inputs, check_new_masks, check_options, tensors_hash, versions_of
 from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.spec import SamSpec
 from samseg_monai.sam.weights import RANDOM, LoadReport, find_weights, load_sam_weights
@@ -20,15 +21,9 @@ from samseg_monai.strategies import Segmenter, Strategy, ZeroShot
 from samseg_monai.trainable import hold_statistics, keep_only
 
 EMPTY_LOGIT = -20.0  # of a class where there is nothing to predict: sigmoid(-20) = 2e-9, still finite in every type
+LOW_RES = 4  # SAM's decoder makes one logit per 4 x 4 pixels
 
-Side = Callable[[Tensor, Tensor, list[Tensor]], Tensor]
-
-_OPTIONS: dict[str, tuple[str | None, ...]] = {
-    "scan_mode": ("mean_logits", "channels"),
-    "input_scale": ("zscore", "unit", "sam"),
-    "prompt": ("box", "none"),
-    "autocast": (None, "bf16"),
-}
+Side = Callable[[Tensor, Tensor | None, list[Tensor]], Tensor]
 
 
 class SamSegmenter(Segmenter):
@@ -49,10 +44,14 @@ class SamSegmenter(Segmenter):
         prompt: "box": boxes may be given. "none": there are none, and giving one is an error.
         rectangular: pad to full patches only, not to the square; faster for oblong images.
         checkpointing: recompute encoder activations in the backward pass to save memory.
-        autocast: "bf16" runs the image encoder in mixed precision, on any device; None leaves precision alone.
+        autocast: "bf16" runs the image encoder and the side network in mixed precision, on any device, "bf16_all" the
+            mask decoder, too (its position codes stay float32); None leaves precision alone.
+        low_res_training: in training mode return the decoder's own logits, one per 4 x 4 pixels, as SAMed and SAM-LST
+            compare them with the label; only without prompts.
 
     Attributes:
-        owned: names of the tensors that learn; unused: names that the strategy froze because the task never uses them.
+        owned: names of the tensors that belong to the strategy and go into its adapter file; all learn but ``fixed``.
+        unused: names that the strategy froze because the task never uses them.
         base_sha256: hash of the base weights' file, "random" after an explicit random start, None before loading.
         side: None, or a callable ``side(image, embedding, taps) -> embedding`` that may change the embedding;
             ``side.taps`` (a sequence of block numbers) says which block outputs it wants to see.
@@ -77,21 +76,14 @@ class SamSegmenter(Segmenter):
         prompt: Literal["box", "none"] = "box",
         rectangular: bool = False,
         checkpointing: bool = False,
-        autocast: Literal["bf16"] | None = None,
+        autocast: Literal["bf16", "bf16_all"] | None = None,
+        low_res_training: bool = False,
     ) -> None:
         super().__init__()
-        chosen = {"scan_mode": scan_mode, "input_scale": input_scale, "prompt": prompt, "autocast": autocast}
-        problems = [
-            f"{key}: got {value!r}; choose one of {', '.join(map(repr, _OPTIONS[key]))}"
-            for key, value in chosen.items()
-            if value not in _OPTIONS[key]
-        ]
-        problems += [
-            f"{k}: got {v}; at least 1" for k, v in {"num_classes": num_classes, "scans": scans}.items() if v < 1
-        ]
-        if scan_mode == "channels" and scans != 3:
-            problems.append(f"scans: got {scans}, but scan_mode 'channels' needs exactly 3; or use 'mean_logits'")
-        raise_all(problems, ConfigError, "SamSegmenter cannot be built")
+        check_options(
+            {"scan_mode": scan_mode, "input_scale": input_scale, "prompt": prompt, "autocast": autocast},
+            num_classes=num_classes, scans=scans, low_res_training=low_res_training,
+        )  # fmt: skip
         # 3 masks behind the single one for a single class: SAM's own layout, which its checkpoints fit
         self.sam = build_sam(
             sam_variant,
@@ -102,14 +94,17 @@ class SamSegmenter(Segmenter):
         )
         self.num_classes, self.scans, self.scan_mode = num_classes, scans, scan_mode
         self.input_scale, self.prompt, self.autocast = input_scale, prompt, autocast
+        self.low_res_training = low_res_training
         self.base_sha256: str | None = None
+        self._encoder_hash: tuple[Any, str] | None = None
         self.side = None
         self.strategy = None
         strategy = ZeroShot() if strategy is None else strategy
         self.owned = strategy.install(self)
         self.unused = strategy.unused(self)
         self.strategy = strategy
-        keep_only(self, self.owned)
+        self.fixed = strategy.fixed(self)
+        keep_only(self, set(self.owned) - set(self.fixed))
         self.eval()
 
     @property
@@ -119,7 +114,7 @@ class SamSegmenter(Segmenter):
 
     @property
     def image_size(self) -> int:
-        """Side of the square that SAM sees, in pixels."""
+        """Side of the square, in pixels."""
         return self.sam.image_size
 
     @property
@@ -133,26 +128,44 @@ class SamSegmenter(Segmenter):
         hold_statistics(self, self.owned)
         return self
 
-    def load_base(self, checkpoint: str | os.PathLike[str] | None = None, *, download: bool = True) -> LoadReport:
+    @property
+    def encoder_frozen(self) -> bool:
+        """Whether an image's embedding never changes, so that it may be stored."""
+        return not any(name.startswith("sam.image_encoder.") for name in self.owned)
+
+    def embedding_identity(self) -> dict[str, Any]:
+        """Everything that an embedding made by ``encode`` depends on, beside the image, as JSON values."""
+        encoder = self.sam.image_encoder
+        versions = versions_of(encoder)
+        if self._encoder_hash is None or self._encoder_hash[0] != versions:
+            self._encoder_hash = (versions, tensors_hash(encoder))
+        facts = {key: getattr(self, key) for key in ("image_size", "scan_mode", "input_scale")}
+        facts |= {"rectangular": self.sam.rectangular, "autocast": self.autocast is not None}
+        return {"encoder_sha256": self._encoder_hash[1], **facts}
+
+    def load_base(
+        self, checkpoint: str | os.PathLike[str] | None = None, *, download: bool = True, start: bool = True
+    ) -> LoadReport:
         """Load SAM's weights.
 
         Args:
             checkpoint: file; None looks in the usual places; "random" starts from random weights on purpose.
             download: whether the file may be fetched when it is nowhere to be found.
+            start: also load what the strategy's own parts start from (a side network's weights); not before an adapter.
         Raises:
             WeightsError: absent, damaged or not fitting.
             ConfigError: the number of classes needs a new mask head that the strategy would leave untrained.
         """
         path = find_weights(self.spec.name, None if checkpoint is None else os.fspath(checkpoint), download=download)
         # Another number of masks than SAM's starts the mask head anew; then it has to learn, and to be saved.
-        report = load_sam_weights(self.sam, path, ignore=self.owned, allow_new_masks=self.num_classes > 1)
-        lost = {f"sam.{name}" for name in report.skipped} & self.state_dict().keys() - {*self.owned, *self.unused}
-        if lost:
-            raise ConfigError(
-                f"num_classes={self.num_classes} needs a new mask head, which the strategy does not train "
-                f"({len(lost)} tensors, first {min(lost)}): predictions would be noise; use a strategy that trains the "
-                "decoder (LoRA: decoder=true)"
-            )
+        strategy = Strategy() if self.strategy is None else self.strategy
+        report = load_sam_weights(
+            self.sam, path, ignore=self.owned, allow_new_masks=self.num_classes > 1, tile_masks=strategy.tile_masks
+        )
+        if not strategy.random_masks:
+            check_new_masks(self, report.skipped)
+        if start:
+            strategy.start(self, download=download)
         self.base_sha256 = report.sha256 or RANDOM
         return report
 
@@ -161,9 +174,13 @@ class SamSegmenter(Segmenter):
 
         Returns:
             The number of layers merged. ``self.sam.state_dict()`` then loads strictly into any plain SAM.
+        Raises:
+            AdapterError: there is a side network, which no layer of SAM can take in.
         """
+        if self.side is not None:
+            raise AdapterError("merge: got a network with a side network; SAM alone cannot replace it, use save_model")
         merged = merge_all(self)
-        self.strategy, self.owned, self.unused, self.base_sha256 = None, [], [], None
+        self.strategy, self.owned, self.unused, self.fixed, self.base_sha256 = None, [], [], [], None
         keep_only(self, self.owned)
         return merged
 
@@ -173,18 +190,21 @@ class SamSegmenter(Segmenter):
         Args:
             image: (B, S, H, W) with H, W <= image_size, intensities as ``input_scale`` says.
             boxes: (B, 4) or (B, N, 4) as x0 y0 x1 y1 in pixels of ``image``, x along W; a row with NaN is no box.
-            embedding: (B * S, C, gh, gw) of an earlier pass through the encoder (B when the scans are channels), which
-                is then not run.
+            embedding: (B * S, C, gh, gw) or (B, S, C, gh, gw) of an earlier pass through the encoder (1 for S when the
+                scans are channels), which is then not run.
         Returns:
-            Logits (B, C, H, W), float32, C = ``channels_out``. Several boxes of one image are joined by their largest
-            logit (background: smallest). An image whose boxes are all NaN gets -20 (background: +20).
+            Logits (B, C, H, W), float32, C = ``channels_out``; (B, C, H/4, W/4) in training mode with
+            ``low_res_training``. Several boxes of one image are joined by their largest logit (background: smallest).
+            An image whose boxes are all NaN gets -20 (background: +20).
         Raises:
             ConfigError: naming the shape that was got and the one expected.
         """
         # MetaTensor bookkeeping would be paid for in every layer
         image = image.as_subclass(torch.Tensor).float()
         boxes = None if boxes is None else boxes.as_subclass(torch.Tensor)
-        self._check(image, boxes, embedding)
+        if embedding is not None and embedding.ndim == 5:
+            embedding = embedding.flatten(0, 1)
+        check_inputs(self, image, boxes, embedding)
         if boxes is None:
             return self._segment(image, None, embedding)
         boxes = boxes[:, None] if boxes.ndim == 2 else boxes  # (B, N, 4)
@@ -204,10 +224,7 @@ class SamSegmenter(Segmenter):
         return torch.stack(result)
 
     def encode(self, image: Tensor) -> Tensor:
-        """Normalise, pad and encode (B, S, H, W) to the embedding (B * S, C, gh, gw) that ``forward`` takes.
-
-        With scans as channels the embedding is (B, C, gh, gw).
-        """
+        """Normalise, pad and encode (B, S, H, W) to the (B * S, C, gh, gw) that ``forward`` takes (channels: B)."""
         return self._run_encoder(self._prepare(image.as_subclass(torch.Tensor).float()), ())[0].float()
 
     def _run_encoder(self, prepared: Tensor, taps: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -219,7 +236,7 @@ class SamSegmenter(Segmenter):
         self, image: Tensor, boxes: Tensor | None, embedding: Tensor | None, *, owner: list[int] | None = None
     ) -> Tensor:
         """Logits (R, C, H, W) of R boxes (R, 4), box r on image ``owner[r]``; without boxes of the B images."""
-        views = self._views
+        views = self.views
         embedding = self._embed(image, embedding)  # (B * V, C, gh, gw)
         owner = list(range(len(image))) if owner is None else owner
         if owner != list(range(len(image))):
@@ -227,13 +244,25 @@ class SamSegmenter(Segmenter):
             embedding = embedding.unflatten(0, (-1, views))[rows].flatten(0, 1)
         if boxes is not None:
             boxes = boxes.float().repeat_interleave(views, 0)
-        # Float32 whatever the surroundings: bf16 cannot hold the phases 2 pi c of SAM's position code.
+        low = self._decode(embedding, boxes)
         with torch.autocast(image.device.type, enabled=False):
-            low, _ = self.sam.decode(embedding, boxes=boxes, multimask=False if self.num_classes == 1 else None)
             low = low.unflatten(0, (-1, views)).mean(1)  # resizing is linear: the mean may be taken first
+            if self.low_res_training and self.training:
+                return low[..., : -(-image.shape[-2] // LOW_RES), : -(-image.shape[-1] // LOW_RES)]
             size = [side * self.spec.patch_size for side in embedding.shape[-2:]]
             full = F.interpolate(low, size, mode="bilinear", align_corners=False)
         return full[..., : image.shape[-2], : image.shape[-1]]
+
+    def _decode(self, embedding: Tensor, boxes: Tensor | None) -> Tensor:
+        """``SamModel.decode`` in the wanted precision whatever the surroundings', prompts always in float32."""
+        kind, (rows, cols) = embedding.device.type, embedding.shape[-2:]
+        with torch.autocast(kind, enabled=False):  # bf16 cannot hold the phases 2 pi c of SAM's position code
+            sparse, dense = self.sam.prompt_encoder(points=None, boxes=boxes, masks=None, grid=(rows, cols))
+            position = self.sam.prompt_encoder.get_dense_pe((rows, cols))
+        sparse = sparse.expand(len(embedding), -1, -1)  # without a prompt there is one row for all
+        multimask = False if self.num_classes == 1 else None
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.autocast == "bf16_all"):
+            return self.sam.mask_decoder(embedding, position, sparse, dense, multimask)[0].float()
 
     def _embed(self, image: Tensor, embedding: Tensor | None) -> Tensor:
         if self.side is None:
@@ -241,8 +270,8 @@ class SamSegmenter(Segmenter):
         taps: list[Tensor] = []
         wanted = tuple(getattr(self.side, "taps", ()))
         prepared = self._prepare(image)
-        if embedding is None or wanted:  # block outputs are not part of a stored embedding
-            embedding, taps = self._run_encoder(prepared, wanted)
+        if getattr(self.side, "needs_embedding", True) and (embedding is None or wanted):
+            embedding, taps = self._run_encoder(prepared, wanted)  # block outputs are not part of a stored embedding
         with self._encoder_precision(image):
             return self.side(prepared, embedding, taps).float()
 
@@ -255,12 +284,12 @@ class SamSegmenter(Segmenter):
         return self.sam.pad(image)
 
     @property
-    def _views(self) -> int:
+    def views(self) -> int:
         """Passes through SAM per image."""
         return self.scans if self.scan_mode == "mean_logits" else 1
 
     def _of_images(self, embedding: Tensor | None, images: list[int]) -> Tensor | None:
-        return None if embedding is None else embedding.unflatten(0, (-1, self._views))[images].flatten(0, 1)
+        return None if embedding is None else embedding.unflatten(0, (-1, self.views))[images].flatten(0, 1)
 
     def _empty(self, image: Tensor) -> Tensor:
         logits = image.new_full((len(image), self.channels_out, *image.shape[-2:]), EMPTY_LOGIT, dtype=torch.float32)
@@ -269,24 +298,3 @@ class SamSegmenter(Segmenter):
 
     def _encoder_precision(self, image: Tensor) -> AbstractContextManager[object]:
         return nullcontext() if self.autocast is None else torch.autocast(image.device.type, dtype=torch.bfloat16)
-
-    def _check(self, image: Tensor, boxes: Tensor | None, embedding: Tensor | None) -> None:
-        if image.ndim != 4 or image.shape[1] != self.scans or max(image.shape[-2:]) > self.image_size:
-            raise ConfigError(
-                f"image: got shape {tuple(image.shape)}, expected (B, {self.scans}, H, W) with H and W at most "
-                f"{self.image_size}; check scans and image_size"
-            )
-        if boxes is not None and self.prompt == "none":
-            raise ConfigError("boxes: got some, but this network was built with prompt='none'; build it with 'box'")
-        if boxes is not None and (boxes.ndim not in (2, 3) or len(boxes) != len(image) or boxes.shape[-1] != 4):
-            raise ConfigError(
-                f"boxes: got shape {tuple(boxes.shape)}, expected (B, 4) or (B, N, 4) with B={len(image)}"
-            )
-        patch = self.spec.patch_size
-        sides = image.shape[-2:] if self.sam.rectangular else (self.image_size, self.image_size)
-        wanted = (len(image) * self._views, self.spec.prompt_dim, *(-(-side // patch) for side in sides))
-        if embedding is not None and tuple(embedding.shape) != wanted:
-            raise ConfigError(
-                f"embedding: got shape {tuple(embedding.shape)}, expected {wanted}: one per image and scan, "
-                "made by encode() at this image_size"
-            )

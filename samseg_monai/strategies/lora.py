@@ -1,20 +1,14 @@
-"""Strategies: how SAM learns.
-
-A strategy installs itself into a segmenter once and returns the names of the tensors it owns, which are then the only
-ones that learn and the only ones in an adapter file. The dotted path of the class in JSON is the registry.
-"""
+"""LoRA as a strategy: low-rank updates in the linear layers of SAM's image encoder, and the mask decoder if wanted."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from typing import Any, ClassVar
 
 from torch import nn
 
 from samseg_monai.adapters.lora import LoRALinear
 from samseg_monai.errors import AdapterError, raise_all
-from samseg_monai.sam.build import SamModel
+from samseg_monai.strategies.base import Segmenter, Strategy, decoder_names, unused_of_decoder
 
 # Where the targets live in a block of SAM's image encoder: (module path, part of its output, number of parts).
 _TARGETS = {
@@ -25,63 +19,6 @@ _TARGETS = {
     "lin1": ("mlp.lin1", 0, 1),
     "lin2": ("mlp.lin2", 0, 1),
 }
-
-
-class Segmenter(nn.Module):
-    """What a strategy needs to know of the network it is installed into."""
-
-    sam: SamModel
-    num_classes: int
-    strategy: Strategy | None
-
-
-class Strategy:
-    """How SAM learns: owns nothing until a subclass says what.
-
-    Subclasses keep every constructor argument under its own name (``arguments`` reads them back for the card) and
-    override ``_install``.
-    """
-
-    name: ClassVar[str] = "strategy"
-    training_only: ClassVar[tuple[str, ...]] = ()  # arguments that do not change what a trained network computes
-
-    def install(self, segmenter: Segmenter) -> list[str]:
-        """Install into ``segmenter`` and return the names of the owned tensors.
-
-        Returns:
-            Names of parameters and buffers in ``segmenter.state_dict()``, in its order.
-        Raises:
-            AdapterError: when a strategy is installed already, or this one does not fit the network.
-        """
-        if segmenter.strategy is not None:
-            raise AdapterError(
-                f"strategy {self.name!r} cannot be installed: {segmenter.strategy.name!r} is installed already; "
-                "build a new network, or merge() this one first"
-            )
-        return self._install(segmenter)
-
-    def _install(self, segmenter: Segmenter) -> list[str]:
-        return []
-
-    def unused(self, segmenter: Segmenter) -> list[str]:
-        """Tensors that belong to the parts this strategy trains but that the task never uses; they stay frozen."""
-        return []
-
-    def arguments(self) -> dict[str, Any]:
-        """Constructor arguments as JSON values."""
-        names = list(inspect.signature(type(self)).parameters)
-        values = {name: getattr(self, name) for name in names}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    def card(self) -> dict[str, Any]:
-        """``{"_target_": dotted path, "arguments": {...}}``, from which the strategy can be built again."""
-        return {"_target_": f"{type(self).__module__}.{type(self).__qualname__}", "arguments": self.arguments()}
-
-
-class ZeroShot(Strategy):
-    """SAM as it is: nothing learns. The baseline with the same prompts and the same evaluation."""
-
-    name = "zero_shot"
 
 
 class LoRA(Strategy):
@@ -143,19 +80,12 @@ class LoRA(Strategy):
             for name in layer.lora_names()
         }
         if self.decoder:
-            owned |= set(_decoder_names(segmenter)) - set(self.unused(segmenter))
+            owned |= set(decoder_names(segmenter)) - set(self.unused(segmenter))
         return [name for name in segmenter.state_dict() if name in owned]
 
     def unused(self, segmenter: Segmenter) -> list[str]:
         """With ``decoder``: the mask quality head, and the networks of masks that are not returned."""
-        if not self.decoder:
-            return []
-        decoder = "sam.mask_decoder"
-        prefixes = [f"{decoder}.iou_prediction_head."]  # predicts mask quality, which no loss here looks at
-        if segmenter.num_classes == 1:  # SAM's single mask is token 0: the networks behind it make no map
-            extra = range(1, segmenter.sam.mask_decoder.num_mask_tokens)
-            prefixes += [f"{decoder}.output_hypernetworks_mlps.{index}." for index in extra]
-        return [name for name in _decoder_names(segmenter) if name.startswith(tuple(prefixes))]
+        return unused_of_decoder(segmenter) if self.decoder else []
 
     def _layers(self, block: nn.Module) -> list[tuple[nn.Module, str, LoRALinear]]:
         """Parent, attribute name and new layer for everything that is to be replaced in one encoder block."""
@@ -180,7 +110,3 @@ class LoRA(Strategy):
             )
             replacements.append((block.get_submodule(parent), child, layer))
         return replacements
-
-
-def _decoder_names(segmenter: Segmenter) -> list[str]:
-    return [f"sam.mask_decoder.{name}" for name in segmenter.sam.mask_decoder.state_dict()]

@@ -8,12 +8,13 @@ network and refuses everything else that does not fit.
 from __future__ import annotations
 
 from samseg_monai.sam.weights.find import ENVIRONMENT, KNOWN, RANDOM, WeightsFile, cache_folder, find_weights, sha256_of
-from samseg_monai.sam.weights.load import LoadReport, load_sam_weights
+from samseg_monai.sam.weights.load import MASK_HEAD, LoadReport, load_sam_weights
 from samseg_monai.sam.weights.read import is_samed, read_state
 
 __all__ = [
     "ENVIRONMENT",
     "KNOWN",
+    "MASK_HEAD",
     "RANDOM",
     "LoadReport",
     "WeightsFile",

@@ -1,7 +1,8 @@
 """Where SAM's weights are: explicit path, ``SAMSEG_WEIGHTS_DIR``, the user cache, and last a checked, resumed download.
 
-The official files are those of Kirillov et al. 2023 (arXiv:2304.02643), https://github.com/facebookresearch/segment-anything.
-Their sha256 are not published by the authors; they agree across independent public projects.
+The official files are those of Kirillov et al. 2023 (arXiv:2304.02643), https://github.com/facebookresearch/segment-anything,
+and torchvision's ImageNet weights of ResNet18, whose file name holds the first 8 digits of the sha256. The whole sha256
+are not published by the authors; they agree across independent public projects.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ KNOWN: dict[str, WeightsFile] = {
     "vit_h": _official(
         "sam_vit_h_4b8939.pth", 2_564_550_879, "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"
     ),
+    "resnet18": WeightsFile(
+        "resnet18-f37072fd.pth",
+        "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+        46_830_571,
+        "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",
+    ),
 }
 
 PICO_FILE = Path(__file__).resolve().parent.parent / "pico.safetensors"
@@ -67,20 +74,24 @@ def cache_folder() -> Path:
     return Path(pooch.os_cache("samseg-monai"))
 
 
-def find_weights(variant: str, checkpoint: str | Path | None = None, *, download: bool = True) -> Path:
-    """Path of the weights of a SAM variant; downloads the official file only when it is nowhere on this machine.
+def find_weights(
+    variant: str, checkpoint: str | Path | None = None, *, download: bool = True, key: str = "sam_checkpoint"
+) -> Path:
+    """Path of the weights of a network; downloads the official file only when it is nowhere on this machine.
 
     Args:
-        variant: ``"vit_b"``, ``"vit_l"``, ``"vit_h"`` (official files), ``"pico"`` (packaged), ``"tiny"`` (none).
+        variant: ``"vit_b"``, ``"vit_l"``, ``"vit_h"``, ``"resnet18"`` (official files), ``"pico"`` (packaged),
+            ``"tiny"`` (none).
         checkpoint: file to use instead, or a folder that holds the official file; ``"random"`` asks for a random start
             and is handed back as ``Path("random")``, which :func:`load_sam_weights` understands.
         download: False never touches the network.
+        key: name of the setting that ``checkpoint`` comes from, for messages.
 
     Raises: WeightsError if ``checkpoint`` does not exist, if a file of the official name has another sha256, or if the
         file is absent and cannot be downloaded; the text then has URL, name, hash and the three ways to provide it.
     """
     if checkpoint is not None:
-        return _explicit(variant, checkpoint)
+        return _explicit(variant, checkpoint, key)
     if variant == "pico":
         if not PICO_FILE.is_file():
             raise WeightsError(
@@ -89,17 +100,17 @@ def find_weights(variant: str, checkpoint: str | Path | None = None, *, download
         return PICO_FILE
     if variant not in KNOWN:
         raise WeightsError(
-            f"SAM variant {variant!r} has no published weights: set sam_checkpoint to a file or to 'random', "
-            f"or sam_variant to one of {', '.join([*KNOWN, 'pico'])}"
+            f"{variant!r} has no published weights: set {key} to a file or to 'random'; "
+            f"there are some for {', '.join([*KNOWN, 'pico'])}"
         )
     file = KNOWN[variant]
     folders = [Path(folder).expanduser() for folder in [os.environ.get(ENVIRONMENT)] if folder] + [cache_folder()]
     for folder in folders:
         if (folder / file.name).is_file():
-            return _checked(folder / file.name, file)
+            return _checked(folder / file.name, file, key)
     if not download:
-        raise WeightsError(_absent(variant, file, folders, "downloading is switched off"))
-    return _download(variant, file, folders)
+        raise WeightsError(_absent(variant, file, folders, "downloading is switched off", key))
+    return _download(variant, file, folders, key)
 
 
 def sha256_of(path: str | Path) -> str:
@@ -123,21 +134,21 @@ def _sha256(path: Path, size: int, mtime_ns: int) -> str:
     return digest.hexdigest()
 
 
-def _explicit(variant: str, checkpoint: str | Path) -> Path:
+def _explicit(variant: str, checkpoint: str | Path, key: str) -> Path:
     if str(checkpoint) == RANDOM:
         return Path(RANDOM)
     path = Path(checkpoint).expanduser()
     if path.is_dir() and variant in KNOWN and (path / KNOWN[variant].name).is_file():
-        return _checked(path / KNOWN[variant].name, KNOWN[variant])
+        return _checked(path / KNOWN[variant].name, KNOWN[variant], key)
     if not path.is_file():
         raise WeightsError(
-            f"sam_checkpoint {str(checkpoint)!r} is not a file ({path.absolute()}): give the path of a SAM "
-            f"weights file, {RANDOM!r} for a random start, or leave it out"
+            f"{key} {str(checkpoint)!r} is not a file ({path.absolute()}): give the path of a weights file, "
+            f"{RANDOM!r} for a random start, or leave it out"
         )
     return path
 
 
-def _checked(path: Path, file: WeightsFile) -> Path:
+def _checked(path: Path, file: WeightsFile, key: str) -> Path:
     """A file that carries an official name must be the official file; this one may be cut, old or a copy of another."""
     got = sha256_of(path)
     if got != file.sha256:
@@ -145,12 +156,12 @@ def _checked(path: Path, file: WeightsFile) -> Path:
         raise WeightsError(
             f"{path} is not the official {file.name}: sha256 {got} ({size:,} bytes), expected {file.sha256} "
             f"({file.size:,} bytes). Delete it or copy it again from {file.url}; "
-            "to use a file of your own, name it in sam_checkpoint"
+            f"to use a file of your own, name it in {key}"
         )
     return path
 
 
-def _download(variant: str, file: WeightsFile, folders: list[Path]) -> Path:
+def _download(variant: str, file: WeightsFile, folders: list[Path], key: str) -> Path:
     """Fetch into the user cache. The lock makes the processes of one multi-GPU run wait for the first."""
     folder = cache_folder()
     try:
@@ -161,20 +172,20 @@ def _download(variant: str, file: WeightsFile, folders: list[Path]) -> Path:
                 file.url, known_hash=f"sha256:{file.sha256}", fname=file.name, path=folder, downloader=downloader
             )
     except (requests.RequestException, OSError, ValueError) as error:  # ValueError is pooch's word for a wrong hash
-        raise WeightsError(_absent(variant, file, folders, f"the download failed: {error}")) from error
+        raise WeightsError(_absent(variant, file, folders, f"the download failed: {error}", key)) from error
     return Path(path)
 
 
-def _absent(variant: str, file: WeightsFile, folders: list[Path], reason: str) -> str:
+def _absent(variant: str, file: WeightsFile, folders: list[Path], reason: str, key: str) -> str:
     looked = ", ".join(str(folder) for folder in folders)
     return (
-        f"The weights of SAM {variant!r} are not on this machine and {reason}\n"
+        f"The weights of {variant!r} are not on this machine and {reason}\n"
         f"  file:      {file.name} ({file.size:,} bytes)\n"
         f"  URL:       {file.url}\n"
         f"  sha256:    {file.sha256}\n"
         f"  looked in: {looked}\n"
         "Provide it in one of three ways:\n"
-        "  1. set sam_checkpoint to the path of the file\n"
+        f"  1. set {key} to the path of the file, or to {RANDOM!r} for a random start on purpose\n"
         f"  2. put the file into a folder of yours and set the environment variable {ENVIRONMENT} to that folder\n"
         f"  3. put the file into {cache_folder()}, or run once with a network connection"
     )

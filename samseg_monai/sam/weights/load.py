@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 POS_EMBED = "image_encoder.pos_embed"
 # Tensors whose shape or number follows the number of masks; SAMed starts all of them anew when it differs.
 MASK_HEAD = re.compile(r"mask_decoder\.(mask_tokens|output_hypernetworks_mlps|iou_prediction_head)\.")
+TOKENS = "mask_decoder.mask_tokens.weight"
+HYPER_NETWORK = re.compile(r"(mask_decoder\.output_hypernetworks_mlps\.)(\d+)(\..+)")
 ADAPTER = "lora_"
 
 
@@ -68,6 +70,11 @@ class LoadReport:
         return {word: getattr(self, word) for word in ("resized", "missing", "unexpected", "skipped", "ignored")}
 
 
+def _parts(names: Collection[str]) -> list[str]:
+    """Modules that the tensors ``names`` belong to, two levels deep, each once."""
+    return list(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
+
+
 @dataclass
 class _Plan:
     """Decisions taken before the first tensor is touched, so that a refused file leaves the network as it was."""
@@ -88,6 +95,7 @@ def load_sam_weights(
     strict: bool = True,
     ignore: Collection[str] = (),
     allow_new_masks: bool = False,
+    tile_masks: bool = False,
 ) -> LoadReport:
     """Copy the weights of a file into a SAM, whatever its image size, or refuse and leave the SAM untouched.
 
@@ -102,6 +110,8 @@ def load_sam_weights(
             leading ``sam.`` is dropped. Names that plain SAM has too (a trained decoder) are required all the same.
         allow_new_masks: True leaves the mask head (tokens, hyper-networks, IoU head) as built when the file was made
             for another number of masks, and names it in ``skipped``.
+        tile_masks: with a new mask head, mask ``i`` takes token and hyper-network of the file's mask ``i % n`` (the IoU
+            head stays as built). Equal starts part as soon as each learns its own class.
 
     Raises: WeightsError if the file is unreadable (see :func:`read_state`), is a SAMed adapter file, fits nowhere, or
         has missing, unexpected or differently shaped tensors: all are listed with both shapes.
@@ -116,7 +126,7 @@ def load_sam_weights(
             "without SAM's image encoder. Give the SAM file it was trained on as sam_checkpoint"
         )
     owned = {name.removeprefix("sam.") for name in ignore}
-    plan = _plan(sam, state, owned=owned - _plain_names(sam), new_masks=allow_new_masks)
+    plan = _plan(sam, state, owned=owned - _plain_names(sam), new_masks=allow_new_masks, tile=tile_masks)
     _refuse(plan, sam, state, path=path, strict=strict)
     changed = _copy(sam, plan.values)
     report = LoadReport(
@@ -132,7 +142,7 @@ def load_sam_weights(
     )
     for word in ("missing", "unexpected", "skipped"):
         if names := getattr(report, word):
-            logger.warning("%s: %s: %s", path, word, ", ".join(names))
+            logger.warning("%s: %s: %d tensors of %s", path, word, len(names), ", ".join(_parts(names)))
     logger.info(report.summary())
     return report
 
@@ -149,15 +159,18 @@ def resize_rel_pos(table: torch.Tensor, length: int) -> torch.Tensor:
     return F.interpolate(table[None, None], size, mode="bilinear", align_corners=False)[0, 0]
 
 
-def _plan(sam: nn.Module, state: Mapping[str, torch.Tensor], *, owned: set[str], new_masks: bool) -> _Plan:
+def _plan(sam: nn.Module, state: Mapping[str, torch.Tensor], *, owned: set[str], new_masks: bool, tile: bool) -> _Plan:
     targets = sam.state_dict()
     tables = _global_tables(sam)
-    tokens = "mask_decoder.mask_tokens.weight"
-    new_head = new_masks and tokens in state and tokens in targets and state[tokens].shape != targets[tokens].shape
+    new_head = new_masks and TOKENS in state and TOKENS in targets and state[TOKENS].shape != targets[TOKENS].shape
     plan = _Plan()
     for name, target in targets.items():
         if new_head and MASK_HEAD.match(name):
-            plan.skipped.append(name)
+            value = _tiled(state, name, len(targets[TOKENS])) if tile else None
+            if value is None or value.shape != target.shape:
+                plan.skipped.append(name)
+            else:
+                plan.values[name] = value
         elif name not in state:
             (plan.ignored if name in owned or ADAPTER in name else plan.missing).append(name)
         elif state[name].shape == target.shape:
@@ -171,6 +184,18 @@ def _plan(sam: nn.Module, state: Mapping[str, torch.Tensor], *, owned: set[str],
         if name not in targets:
             (plan.skipped if new_head and MASK_HEAD.match(name) else plan.unexpected).append(name)
     return plan
+
+
+def _tiled(state: Mapping[str, torch.Tensor], name: str, wanted: int) -> torch.Tensor | None:
+    """Value of a mask token table or hyper-network for ``wanted`` masks from a file with fewer or more; None of others.
+
+    Mask i takes what the file has for mask ``i % n``.
+    """
+    have = len(state[TOKENS])
+    if name == TOKENS:
+        return state[TOKENS][torch.arange(wanted) % have]
+    match = HYPER_NETWORK.match(name)
+    return None if match is None else state.get(f"{match[1]}{int(match[2]) % have}{match[3]}")
 
 
 def _plain_names(sam: nn.Module) -> set[str]:

@@ -1,0 +1,117 @@
+"""Ladder side-tuning: a network beside SAM's frozen encoder, mixed into its embedding by a learnable gate.
+
+Chai et al. 2023 (SAM-LST, arXiv:2306.12737), equation 3: ``x = g * x_sam + (1 - g) * x_side``; in their code
+``g = sigmoid(alpha)`` with ``alpha`` starting at 0, so both halves start with equal weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from samseg_monai.errors import AdapterError
+
+MIXES = ("gate", "side", "sam")
+
+
+class ResNetSide(nn.Sequential):
+    """ResNet18 up to ``layer3``: 13 convolutions of 3 x 3 and larger in a row, stride 16, 256 channels.
+
+    Keys are torchvision's (``conv1``, ``bn1``, ``layer1`` ...), so that its ImageNet weights load by name. The unused
+    ``layer4`` and ``fc`` do not exist here.
+
+    Shape: (B, 3, H, W) to (B, 256, H/16, W/16).
+    """
+
+    published = "resnet18"  # ImageNet weights in the table of known files
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = ResNet(BasicBlock, [2, 2, 2, 2])
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"):
+            self.add_module(name, getattr(whole, name))
+
+
+class FeatureMap(nn.Module):
+    """One of the feature maps of a network that returns several, as MONAI's encoders do.
+
+    Args:
+        net: (B, 3, H, W) to a sequence of feature maps.
+        index: which of them; its stride must be 16.
+    """
+
+    def __init__(self, net: nn.Module, index: int) -> None:
+        super().__init__()
+        self.net, self.index = net, index
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.net(image)[self.index]
+
+
+class GatedSide(nn.Module):
+    """A side network and how it meets SAM's embedding.
+
+    Args:
+        net: (B, 3, H, W) to (B, C', H/16, W/16). It is tried once on an empty image to learn C'.
+        channels: C of SAM's embedding; a 1 x 1 convolution projects C' to it where they differ.
+        mix: "gate": ``g * sam + (1 - g) * side``, ``g = sigmoid(alpha)``. "side": the side network alone; SAM's encoder
+            is then not needed (``needs_embedding``).
+        patch_size: stride of SAM's embedding, 16.
+
+    Attributes:
+        alpha: the gate's parameter, one value from 0; absent with "side".
+
+    Raises:
+        AdapterError: the network does not give one feature map of stride ``patch_size``.
+    """
+
+    taps: tuple[int, ...] = ()  # of SAM's blocks: the published ladder sees the embedding alone
+
+    def __init__(self, net: nn.Module, channels: int, *, mix: str = "gate", patch_size: int = 16) -> None:
+        super().__init__()
+        self.net = net
+        self.needs_embedding = mix == "gate"
+        found = _channels(net, patch_size)
+        self.project = nn.Identity() if found == channels else nn.Conv2d(found, channels, 1)
+        if self.needs_embedding:
+            self.alpha = nn.Parameter(torch.zeros(1))
+
+    @property
+    def gate(self) -> float:
+        """``g``: 1 is SAM alone, 0 the side network alone."""
+        return float(torch.sigmoid(self.alpha.detach())) if self.needs_embedding else 0.0
+
+    def forward(self, image: Tensor, embedding: Tensor | None, taps: list[Tensor]) -> Tensor:
+        """Mix: prepared image (B, 3, H, W) and embedding (B, C, H/16, W/16) to (B, C, H/16, W/16)."""
+        features = self.project(self.net(image))
+        if embedding is None or not self.needs_embedding:
+            return features
+        gate = torch.sigmoid(self.alpha)
+        return gate * embedding + (1 - gate) * features
+
+
+def _channels(net: nn.Module, patch_size: int) -> int:
+    """Channels of the feature map that ``net`` makes; statistics and mode stay as they are."""
+    side = 4 * patch_size
+    where = next((p.device for p in net.parameters()), torch.device("cpu"))
+    was_training = net.training
+    net.eval()
+    try:
+        with torch.no_grad():
+            found = net(torch.zeros(1, 3, side, side, device=where))
+    except (RuntimeError, TypeError, ValueError, LookupError) as error:
+        raise AdapterError(
+            f"side network {type(net).__name__} failed on an image (1, 3, {side}, {side}): {error}; it must map an "
+            f"image (B, 3, H, W) to one feature map (B, C, H/{patch_size}, W/{patch_size})"
+        ) from error
+    finally:
+        net.train(was_training)
+    shape = tuple(getattr(found, "shape", ()))
+    if len(shape) != 4 or shape[2:] != (4, 4):
+        got = f"shape {shape}" if shape else f"a {type(found).__name__}"
+        raise AdapterError(
+            f"side network {type(net).__name__}: an image (1, 3, {side}, {side}) gives {got}, expected (1, C, 4, 4); "
+            "choose one of several feature maps with samseg_monai.adapters.FeatureMap"
+        )
+    return shape[1]

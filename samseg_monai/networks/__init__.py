@@ -1,0 +1,8 @@
+"""Networks with the interface that MONAI's trainers and evaluators expect: SAM with a strategy, and plain ones."""
+
+from __future__ import annotations
+
+from samseg_monai.networks.plain import PlainSegmenter
+from samseg_monai.networks.segmenter import EMPTY_LOGIT, SamSegmenter
+
+__all__ = ["EMPTY_LOGIT", "PlainSegmenter", "SamSegmenter"]
