@@ -7,6 +7,7 @@ Drawn with matplotlib's Figure objects (no pyplot, so nothing global and no disp
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -22,6 +23,7 @@ from samseg_monai.report.tables import dice_of_cases
 _JITTER = 0.09  # half width of the band of points, in units of the distance between two boxes
 # Names under which the validation of a training records its key value.
 _KEY_CURVES = ("val_dice", "val_mean_dice")
+_FEW = 3  # more curves than this would lie under a legend inside the axes
 _Curve = Sequence[tuple[float, float, float]]
 
 
@@ -41,7 +43,8 @@ def curves_svg(runs: Sequence[RunResult]) -> list[str]:
         ("dice", "Validation Dice", "mean Dice of cases (no unit)"),
     ):
         with figure_style():
-            figure = Figure(figsize=(4.8, 3.4), layout="constrained")
+            below = 0.0 if len(trained) <= _FEW else 0.22 * len(trained)
+            figure = Figure(figsize=(4.8, 3.4 + below), layout="constrained")
             axes = figure.subplots()
             for run in trained:
                 per_epoch = _iterations_per_epoch(run.history)
@@ -57,7 +60,9 @@ def curves_svg(runs: Sequence[RunResult]) -> list[str]:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             if axes.lines:
                 axes.set_xlim(left=0)
-                axes.legend(frameon=False, fontsize=10)
+                (figure if below else axes).legend(
+                    frameon=False, fontsize=10, loc="outside lower left" if below else "best"
+                )
             else:
                 axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=MUTED)
             figures.append(to_svg(figure, key, title=f"{title} by epoch", names=names))
@@ -72,7 +77,7 @@ def dice_svg(runs: Sequence[RunResult]) -> str:
     values = [dice_of_cases(run) for run in runs]
     offsets = _offsets(values)
     with figure_style():
-        figure = Figure(figsize=(max(6.4, 2.2 * len(runs)), 4.6), layout="constrained")
+        figure = Figure(figsize=(max(6.4, (2.2 if len(runs) < 5 else 1.5) * len(runs)), 4.6), layout="constrained")
         axes = figure.subplots()
         for here, (first, second) in enumerate(pairwise(values)):
             for case in first.keys() & second.keys():
@@ -168,8 +173,8 @@ def _offsets(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _tick(run: RunResult, count: int) -> str:
-    """Label under a box: title without its bracket on one line, number of cases on the next."""
-    return f"{run.title.split(' (')[0]}\nn = {count}"
+    """Label under a box: title without its bracket, number of cases on a line of its own."""
+    return textwrap.fill(run.title.split(" (")[0], 18) + f"\nn = {count}"
 
 
 def _iterations_per_epoch(history: Mapping[str, _Curve]) -> float:

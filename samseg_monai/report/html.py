@@ -19,9 +19,12 @@ from samseg_monai.metrics.rows import BOOTSTRAP_DRAWS
 from samseg_monai.report import tables
 from samseg_monai.report.facts import facts
 from samseg_monai.report.figures import curves_svg, dice_svg
+from samseg_monai.report.labels import LORA, NO_PROMPTS, NOT_RECORDED, PICO_LABEL, gate_text
 from samseg_monai.report.montage import OverlayCase, overlay_svg, pick_cases, slice_svg
+from samseg_monai.report.organs import OrganTable
+from samseg_monai.report.organs_view import organs_section
 from samseg_monai.report.palette import css_variables, looks
-from samseg_monai.report.runs import LORA, NOT_RECORDED, PICO_LABEL, RunResult, check_runs
+from samseg_monai.report.runs import RunResult, check_runs
 
 _TEMPLATE = "template.html.jinja"
 _ROLES = ("best", "median", "worst")
@@ -35,6 +38,7 @@ def write_report(
     montage: Sequence[OverlayCase] = (),
     commands: Sequence[str] = (),
     notes: Mapping[str, str] | None = None,
+    organs: OrganTable | None = None,
 ) -> Path:
     """Write the page.
 
@@ -45,6 +49,7 @@ def write_report(
         montage: slices to show, best, median and worst case of the LoRA run as `pick_cases` names them.
         commands: shell lines that made the runs and this page.
         notes: heading -> sentence, shown below the table; ``headline`` replaces the generated first sentence.
+        organs: table of `organ_table`, shown as a section with the rows it quotes.
 
     Returns: the path written.
 
@@ -66,14 +71,18 @@ def write_report(
         head=_head(runs),
         rows=_rows(runs),
         hd95=_hd95_definition(runs),
+        by_class=_by_class(runs),
+        organs=organs and organs_section(organs),
+        colors={run.name: index for index, run in enumerate(runs)},
         gaps=_gaps(runs),
         curves=curves_svg(runs),
         dice=dice_svg(runs),
         montage=_montage(runs, montage),
+        boxes=any(case.box is not None for case in montage),
         commands=list(commands),
         facts=facts(runs),
         runs=[(run.title, json.dumps(run.card, indent=2, default=str)) for run in runs],
-        notes=notes,
+        notes=notes | _gates(runs),
         resamples=f"{BOOTSTRAP_DRAWS:,}",
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -98,9 +107,12 @@ def headline(runs: Sequence[RunResult]) -> str:
     dice = {run.name: tables.dice_of_cases(run) for run in runs}
     scores = [f"{run.title}: {tables.fixed(tables.mean(dice[run.name].values()))}" for run in runs]
     count = max(len(cases) for cases in dice.values())
-    prompts = "; ".join(dict.fromkeys(run.prompt_source for run in runs))
+    sources = dict.fromkeys(run.prompt_source for run in runs)
+    prompts = NO_PROMPTS if list(sources) == [NO_PROMPTS] else f"prompts: {'; '.join(sources)}"
     kind = "phantoms" if all(run.is_phantom for run in runs) else "cases"
-    return f"Mean Dice of {count} held-out {kind} (prompts: {prompts}). {'; '.join(scores)}."
+    several = len(tables.classes_of(runs))
+    over = f", mean over {several} classes" if several > 1 else ""
+    return f"Mean Dice of {count} held-out {kind}{over} ({prompts}). {'; '.join(scores)}."
 
 
 def _head(runs: Sequence[RunResult]) -> list[str]:
@@ -111,11 +123,13 @@ def _head(runs: Sequence[RunResult]) -> list[str]:
 
 
 def _rows(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
-    """Rows of the table: colour index, and cells as (text, second line)."""
+    """Rows of the table, one for each run: colour index, and cells as (text, second line)."""
     index = {run.name: position for position, run in enumerate(runs)}
     rows = []
     for line in tables.table_lines(runs):
         run, several = line.run, len(line.run.classes) > 1
+        if several and line.klass != tables.MEAN_OF_CLASSES:
+            continue
         prompt = run.prompt_source.replace(" %", "\u00a0%")
         cells = [(run.title, line.klass if several else ""), (run.sam, ""), (prompt, ""), (str(line.dice.n), "")]
         spread = f"{tables.fixed(line.dice.mean)} ± {tables.fixed(line.dice.sd)}"
@@ -126,6 +140,37 @@ def _rows(runs: Sequence[RunResult]) -> list[dict[str, Any]]:
         cells += [(str(line.excluded), ""), (tables.count_text(run.trainable), ""), _seconds(run)]
         rows.append({"color": index[run.name], "cells": cells})
     return rows
+
+
+def _gates(runs: Sequence[RunResult]) -> dict[str, str]:
+    """Note on the gates of the runs that have one."""
+    gates = [f"{run.title}: {gate_text(run.gate)}" for run in runs if run.gate is not None]
+    return {"Gate": "; ".join(gates)} if gates else {}
+
+
+def _by_class(runs: Sequence[RunResult]) -> dict[str, Any] | None:
+    """Table of classes against runs, None where there is one class: headings, cells as (Dice, HD95 below it)."""
+    classes = tables.classes_of(runs)
+    if len(classes) < 2:
+        return None
+    lines = {(line.run.name, line.klass): line for line in tables.table_lines(runs)}
+    shown = tables.other_measures(runs)[:1]  # the rest is in the JSON: more would not fit beside several runs
+    rows = [
+        (klass, [_class_cell(lines[run.name, klass], shown) if klass in run.classes else ("-", "") for run in runs])
+        for klass in classes
+    ]
+    return {"head": [(run.title, run.sam) for run in runs], "rows": rows}
+
+
+def _class_cell(line: tables.Line, shown: Sequence[str]) -> tuple[str, str]:
+    more = [
+        f"{tables.MEASURES[name][0]} {tables.fixed(line.values[name].mean, tables.digits(name))}"
+        for name in shown
+        if name in line.values
+    ]
+    more += [f"n {line.dice.n}, {line.excluded} excluded"] if line.excluded else []
+    dice = f"{tables.fixed(line.dice.mean)} ± {tables.fixed(line.dice.sd)}"
+    return dice, "; ".join(text.replace(" ", "\u00a0") for text in more)
 
 
 def _seconds(run: RunResult) -> tuple[str, str]:

@@ -19,25 +19,13 @@ from typing import Any
 
 from samseg_monai.errors import BundleError, raise_all
 from samseg_monai.metrics import read_rows
+from samseg_monai.report.labels import BOX_ELLIPSE, LADDER, LORA, NOT_RECORDED, PICO_LABEL, PROMPTS, STRATEGIES
 
 CARD_FILE = "run_card.json"
 METRICS_FILE = "metrics.json"
 CASES_FILE = "cases.csv"
 HISTORY_FILE = "history.csv"
-NOT_RECORDED = "not recorded"
-PICO_LABEL = "pico, not SAM"
-BOX_ELLIPSE = "box_ellipse"
-ZERO_SHOT = "zero_shot"
-LORA = "lora"
 _HOW = "run the bundle's evaluate.json (python -m monai.bundle run --config_file ...) with output_dir set to {folder}"
-_LABELS = {BOX_ELLIPSE: "Box ellipse (no network)", ZERO_SHOT: "Zero-shot", LORA: "LoRA"}
-_PROMPTS = {
-    "label": "GT boxes on GT slices",
-    "json": "boxes given by a person",
-    "mask": "boxes of a coarse mask",
-    "image": "whole slice",
-    "none": "none",
-}
 
 
 @dataclass(frozen=True)
@@ -118,7 +106,10 @@ class RunResult:
         """Label of the run for people, e.g. ``LoRA, rank 4``."""
         if self.label:
             return self.label
-        base = _LABELS.get(self.name, self.name.replace("_", " "))
+        base = STRATEGIES.get(self.name, self.name.replace("_", " "))
+        side = str(self.fact("strategy.arguments.side") or "").rpartition(".")[2]
+        if self.name == LADDER and side not in ("", "ResNetSide"):
+            return f"Ladder ({side} beside SAM)"
         rank = self.fact("strategy.arguments.rank")
         if self.name != LORA or rank is None:
             return base
@@ -150,12 +141,25 @@ class RunResult:
         return self.variant if self.has_network else f"no network (run: {self.variant})"
 
     @property
+    def gate(self) -> float | None:
+        """Share g of SAM in the ladder's mix, 0 to 1; None where the strategy has no gate."""
+        value = self.fact("gate")
+        return None if value is None else float(value)
+
+    @property
+    def split(self) -> str:
+        """Which part of the data was evaluated and how the parts were made, as far as recorded."""
+        made_by = self.fact("split.by", "split")
+        parts = [str(part) for part in (self.fact("settings.section"), made_by) if part]
+        return ", ".join(parts) or NOT_RECORDED
+
+    @property
     def prompt_source(self) -> str:
         """Where the boxes came from, spelt out, with how far they were loosened."""
         source = self.fact("prompt_source")
         if source is None:
             return NOT_RECORDED
-        text = _PROMPTS.get(str(source), str(source))
+        text = PROMPTS.get(str(source), str(source))
         loosen = self.fact("prompt_loosen", "settings.prompt.loosen")
         if isinstance(loosen, Sequence) and len(loosen) == 2 and max(loosen) > 0:
             text += f", sides enlarged {100 * loosen[0]:.0f} to {100 * loosen[1]:.0f} %"

@@ -1,4 +1,4 @@
-"""Numbers of the report: one line per strategy, differences against zero-shot, as data, JSON and plain text.
+"""Numbers of the report: one line per strategy, differences against zero-shot, as data and JSON.
 
 Every number is computed from the rows of the cases' CSV by `samseg_monai.metrics`; nothing is typed and nothing is
 taken from a log. Mean, SD (population) and median are over cases, the 95 % interval of the mean is a percentile
@@ -15,7 +15,8 @@ from typing import Any
 
 from samseg_monai.errors import BundleError
 from samseg_monai.metrics import aggregate, case_means, paired_difference
-from samseg_monai.report.runs import NOT_RECORDED, ZERO_SHOT, RunResult, check_runs
+from samseg_monai.report.labels import NOT_RECORDED, ZERO_SHOT
+from samseg_monai.report.runs import RunResult, check_runs
 
 SEED = 0
 MEAN_OF_CLASSES = "mean of classes"
@@ -154,60 +155,13 @@ def results_json(runs: Sequence[RunResult]) -> dict[str, dict[str, Any]]:
         entry |= {"sam": run.sam, "prompt_source": run.prompt_source}
         entry |= {"trainable_parameters": run.trainable, "phantoms": run.is_phantom}
         entry |= {"seconds": run.seconds, "seconds_training": run.training_seconds}
+        entry |= {} if run.gate is None else {"gate": run.gate}
         result[run.name] = entry
     for one in differences(runs):
         entry = {"mean": _or_none(one.mean), "ci95": [_or_none(one.low), _or_none(one.high)]}
         entry |= {"n": one.n, "verdict": one.verdict}
         result[one.run.name].setdefault("minus_zero_shot", {})[one.measure] = entry
     return result
-
-
-def table_text(runs: Sequence[RunResult]) -> str:
-    """The table as plain text for a terminal, about 110 columns; every row says which SAM."""
-    lines = table_lines(runs)
-    shown = other_measures(runs)
-    head = [
-        "strategy [SAM]",
-        "n",
-        "Dice mean +- SD",
-        "95 % CI",
-        "median",
-        *(MEASURES[name][0] for name in shown),
-        "excl.",
-    ]
-    body = []
-    for line in lines:
-        dice = line.dice
-        others = [fixed(line.values[name].mean, digits(name)) if name in line.values else "-" for name in shown]
-        spread = f"{fixed(dice.mean)} +- {fixed(dice.sd)}"
-        body.append(
-            [
-                _name(line),
-                str(dice.n),
-                spread,
-                interval(line.low, line.high),
-                fixed(dice.median),
-                *others,
-                str(line.excluded),
-            ]
-        )
-    text = _grid(head, body, left=1)
-    gaps = differences(runs, only=dice_column(runs[0]))
-    if gaps:
-        cells = [
-            [_named(g.run), str(g.n), signed(g.mean), f"{signed(g.low)} to {signed(g.high)}", g.verdict] for g in gaps
-        ]
-        text += "\n\n" + _grid(["Dice minus zero-shot", "n", "mean", "95 % CI", "verdict"], cells, left=1)
-    cost = [
-        [_named(r), r.prompt_source, count_text(r.trainable), seconds_text(r.training_seconds), seconds_text(r.seconds)]
-        for r in runs
-    ]
-    return (
-        text
-        + "\n\n"
-        + _grid(["strategy [SAM]", "prompt source", "trainable", "s training", "s evaluation"], cost, left=2)
-        + "\n"
-    )
 
 
 def fixed(value: float, digits: int = 3) -> str:
@@ -246,6 +200,17 @@ def digits(measure: str) -> int:
     return 2 if measure.startswith("hd95") else 3
 
 
+def named(run: RunResult) -> str:
+    """Short title of a run with its SAM, for a row or column of its own."""
+    short = run.title.split(" (")[0]
+    return short if run.variant in short else f"{short} [{run.variant}]"
+
+
+def classes_of(runs: Sequence[RunResult]) -> list[str]:
+    """Classes of all runs, in the order of their CSVs."""
+    return list(dict.fromkeys(name for run in runs for name in run.classes))
+
+
 def other_measures(runs: Sequence[RunResult]) -> list[str]:
     """Measures of the table but Dice."""
     return [name for name in measures(runs) if not name.startswith("dice")]
@@ -265,26 +230,5 @@ def _difference(run: RunResult, base: RunResult, measure: str) -> Difference:
     return Difference(run, measure, int(one["n"]), mean, low, high, verdict)
 
 
-def _named(run: RunResult) -> str:
-    return f"{run.title.split(' (')[0]} [{run.variant}]"
-
-
-def _name(line: Line) -> str:
-    return _named(line.run) + (f", {line.klass}" if len(line.run.classes) > 1 else "")
-
-
 def _or_none(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
-
-
-def _grid(head: Sequence[str], body: Sequence[Sequence[str]], *, left: int) -> str:
-    """Columns two spaces apart; the first ``left`` ones are flush left, the others right."""
-    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    rows = [list(head), ["-" * width for width in widths], *body]
-    aligned = [
-        "  ".join(
-            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join(row.rstrip() for row in aligned)
