@@ -25,6 +25,10 @@ class DataError(SamsegError):
     """Images, labels or datalists are unreadable or contradict each other."""
 
 
+class CacheError(SamsegError):
+    """A cache on disk is damaged, foreign, or does not fit on the disk."""
+
+
 class PromptError(SamsegError):
     """A prompt (box, mask) is malformed or does not fit its image."""
 

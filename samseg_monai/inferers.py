@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.inferers import Inferer
 from monai.transforms import Compose, MapTransform
 from monai.transforms.traits import RandomizableTrait
 from monai.transforms.utils import allow_missing_keys_mode, convert_applied_interp_mode
 
+from samseg_monai.data.encoding import VolumeEmbeddings
+from samseg_monai.data.slice_cache import describe
 from samseg_monai.errors import ConfigError, PromptError, raise_all
 from samseg_monai.transforms import BoxFromPromptd, boxes_of
 
@@ -23,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 EMPTY_LOGIT = -20.0  # SamSegmenter's own value for "no box": probability 2e-9, still finite in every type
 IMAGE, PROMPT = "image", "prompt"
+SAME_GRID = {"Resize", "Lambda"}  # what may lie in the history of a slice that was only resized
 
 Network = Callable[..., torch.Tensor]
 
@@ -35,6 +40,10 @@ class SliceVolumeInferer(Inferer):
     volume by the inverse of the same transforms, bilinearly. Slices without a box are not run: their logits are -20
     (and 20 for the background, which is channel 0 of several).
 
+    With ``embedding_dir`` the encoder sees each slice of a volume once: its embedding is kept on disk, in bf16, and
+    read in later passes, as long as weights, transforms and volume stay the same. The first pass uses the rounded
+    numbers too, so that all passes agree.
+
     Args:
         slice_transforms: deterministic MONAI dictionary transforms, or one Compose, on "image" and "prompt"; other keys
             that they name ("label") are passed over. Without ``BoxFromPromptd``.
@@ -42,11 +51,18 @@ class SliceVolumeInferer(Inferer):
         prompted: call ``network(images, boxes)``; else ``network(images)``.
         per_component: a box per connected component of the prompt, (b, max_boxes, 4), instead of one, (b, 4).
         max_boxes: boxes per slice at most, with ``per_component``.
+        embedding_dir: folder for the embeddings of a frozen encoder; None runs the encoder every time.
+        direct: take logits back by one bilinear resize to the slice's own size, not step by step; for transforms that
+            only resize, which then need not be invertible.
+        labels: return class numbers, the channel of the largest logit in the grid of the volume, instead of logits.
     Shape: inputs (B, S, H, W, D), prompt (B, 1, H, W, D) to logits (B, C, H, W, D), float32. The network sees
-        (b, S, h, w) and returns (b, C, h, w). Where the input is a MetaTensor, so is the result, with the same metadata
-        and history: ``Invertd`` takes both back to the file's grid.
+        (b, S, h, w) and returns (b, C, h, w). With ``labels`` the result is (B, 1, H, W, D), float32, whole numbers 0
+        to C - 1, and 0 in slices without a box. Where the input is a MetaTensor, so is the result, with the same
+        metadata and history: ``Invertd`` takes both back to the file's grid.
     Raises: ConfigError if ``slice_transforms`` hold a random transform or ``BoxFromPromptd``, cannot be undone, or the
-        prompt is missing; PromptError if the prompt does not fit the input.
+        prompt is missing; if ``labels`` are asked of one channel; if embeddings are to be kept that change, because
+        the encoder learns or because they depend on the prompt. PromptError if the prompt does not fit the input.
+        CacheError if the embeddings on disk are damaged, foreign, or find no room.
     """
 
     def __init__(
@@ -57,6 +73,9 @@ class SliceVolumeInferer(Inferer):
         prompted: bool = True,
         per_component: bool = False,
         max_boxes: int = 8,
+        embedding_dir: str | Path | None = None,
+        direct: bool = False,
+        labels: bool = False,
     ) -> None:
         super().__init__()
         self.slice_transforms = slice_transforms if isinstance(slice_transforms, Compose) else Compose(slice_transforms)
@@ -71,6 +90,10 @@ class SliceVolumeInferer(Inferer):
         self.prompted = prompted
         self.per_component = per_component
         self.max_boxes = max_boxes
+        self.embedding_dir = embedding_dir
+        self.direct = direct
+        self.labels = labels
+        self._settings = describe(self.slice_transforms)
 
     def __call__(
         self,
@@ -108,22 +131,40 @@ class SliceVolumeInferer(Inferer):
             wanted = list(range(depth))
         else:
             wanted = (prompt > 0).flatten(0, 2).any(dim=0).nonzero()[:, 0].tolist()
+        store = self._embeddings(image, prompt, network, wanted)
         volume: torch.Tensor | None = None
         for start in range(0, len(wanted), self.batch_size):
             numbers, prepared, boxes = self._batch(image, prompt, wanted[start : start + self.batch_size])
             if not numbers:
                 continue
-            logits = self._undo(_run(network, prepared, boxes), prepared[0], size)
+            embedding = None if store is None else store.get(numbers, _stack(prepared))
+            logits = self._finished(self._undo(_run(network, prepared, boxes, embedding), prepared[0], size))
             if volume is None:
-                volume = _empty(logits.shape[1], (*size, depth), logits.device)
+                volume = self._empty(logits.shape[1], (*size, depth), logits.device)
             volume[..., numbers] = logits.permute(1, 2, 3, 0)  # (b, C, H, W) -> (C, H, W, b)
         if volume is None:
             # no slice has a box: the network is asked once, for the number of its channels only
             prepared = [self._prepare(image[..., 0], None)[0]]
             boxes = prepared[0].new_full((1, self.max_boxes, 4) if self.per_component else (1, 4), torch.nan)
-            channels = _run(network, prepared, boxes.as_subclass(torch.Tensor)).shape[1]
-            volume = _empty(channels, (*size, depth), image.device)
+            logits = self._finished(_run(network, prepared, boxes.as_subclass(torch.Tensor)))
+            volume = self._empty(logits.shape[1], (*size, depth), image.device)
         return volume
+
+    def _embeddings(
+        self, image: torch.Tensor, prompt: torch.Tensor | None, network: Network, wanted: list[int]
+    ) -> VolumeEmbeddings | None:
+        if self.embedding_dir is None:
+            return None
+        if prompt is not None and wanted:
+            # the prompt is no part of what an embedding is known by, so it must not change the image
+            plane, mask = image[..., wanted[0]], prompt[..., wanted[0]]
+            one, other = (self._prepare(plane, m)[0] for m in (mask, torch.ones_like(mask)))
+            if one.shape != other.shape or not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True):
+                raise ConfigError(
+                    "slice_transforms change the image according to the prompt, so embeddings cannot be kept; leave "
+                    "embedding_dir out, or crop in the volume transforms"
+                )
+        return VolumeEmbeddings(self.embedding_dir, network, self._settings, image)
 
     def _batch(
         self, image: torch.Tensor, prompt: torch.Tensor | None, wanted: list[int]
@@ -163,6 +204,13 @@ class SliceVolumeInferer(Inferer):
                 f"the network must return logits of its input's size {tuple(prepared.shape[1:])}, "
                 f"got {tuple(logits.shape[2:])}"
             )
+        if self.direct:
+            steps = sorted({str(step["class"]) for step in prepared.applied_operations} - SAME_GRID)
+            if steps:
+                raise ConfigError(
+                    f"direct is for slice_transforms that only resize, got {', '.join(steps)}; leave it out"
+                )
+            return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
         history = convert_applied_interp_mode(prepared.applied_operations, mode="bilinear", align_corners=False)
         stack = MetaTensor(logits.flatten(0, 1), meta=dict(prepared.meta), applied_operations=list(history))
         undone = self._apply(self.slice_transforms.inverse, {IMAGE: stack})[IMAGE].as_subclass(torch.Tensor)
@@ -173,6 +221,22 @@ class SliceVolumeInferer(Inferer):
             )
         return undone.unflatten(0, (batch, channels))
 
+    def _finished(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits as they are, or (b, 1, H, W) class numbers."""
+        if not self.labels:
+            return logits
+        if logits.shape[1] == 1:
+            raise ConfigError("labels need a logit per class, but the network returns a single one; use labels=False")
+        return logits.argmax(dim=1, keepdim=True).float()
+
+    def _empty(self, channels: int, size: Sequence[int], device: torch.device) -> torch.Tensor:
+        if self.labels:
+            return torch.zeros((1, *size), device=device)
+        volume = torch.full((channels, *size), EMPTY_LOGIT, device=device)
+        if channels > 1:
+            volume[0] = -EMPTY_LOGIT
+        return volume
+
     def _apply(self, function: Callable[[Any], Any], d: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if not self._has_map_transforms:
             return d
@@ -180,17 +244,19 @@ class SliceVolumeInferer(Inferer):
             return function(d)
 
 
-def _run(network: Network, prepared: Sequence[MetaTensor], boxes: torch.Tensor | None) -> torch.Tensor:
-    images = torch.stack([image.as_subclass(torch.Tensor) for image in prepared])  # (b, S, h, w)
-    logits = network(images) if boxes is None else network(images, boxes)
+def _stack(prepared: Sequence[MetaTensor]) -> torch.Tensor:
+    return torch.stack([image.as_subclass(torch.Tensor) for image in prepared])  # (b, S, h, w)
+
+
+def _run(
+    network: Network,
+    prepared: Sequence[MetaTensor],
+    boxes: torch.Tensor | None,
+    embedding: torch.Tensor | None = None,
+) -> torch.Tensor:
+    inputs = [_stack(prepared)] if boxes is None else [_stack(prepared), boxes]
+    logits = network(*inputs) if embedding is None else network(*inputs, embedding=embedding)
     return logits.as_subclass(torch.Tensor).float()
-
-
-def _empty(channels: int, size: Sequence[int], device: torch.device) -> torch.Tensor:
-    volume = torch.full((channels, *size), EMPTY_LOGIT, device=device)
-    if channels > 1:
-        volume[0] = -EMPTY_LOGIT
-    return volume
 
 
 def _members(compose: Compose) -> Iterator[Any]:

@@ -16,10 +16,12 @@ from monai.transforms import (
     Activationsd,
     AsDiscreted,
     Compose,
+    CropForegroundd,
     EnsureChannelFirstd,
     Invertd,
     Lambdad,
     LoadImaged,
+    MapTransform,
     NormalizeIntensityd,
     OneOf,
     Orientationd,
@@ -30,10 +32,11 @@ from monai.transforms import (
     SpatialPadd,
 )
 from torch import nn
+from torch.nn.parallel import DataParallel
 
 from samseg_monai import networks
 from samseg_monai.data.slices import AllSlices, SliceDataset
-from samseg_monai.errors import ConfigError, PromptError
+from samseg_monai.errors import CacheError, ConfigError, PromptError
 from samseg_monai.inferers import EMPTY_LOGIT, SliceVolumeInferer
 from samseg_monai.transforms import BoxFromPromptd, PromptFromLabeld
 
@@ -346,3 +349,190 @@ def test_evaluator_brings_predictions_back_to_the_files_grid_and_misses_what_was
     assert np.array_equal(pred[0].numpy(), expected)
     dice = 2 * (pred * reference).sum() / (pred.sum() + reference.sum())
     assert dice.item() == pytest.approx(2 * 8 / (8 + 10))  # 8 of the tumour's 10 columns are inside the crop
+
+
+class EmbeddingNetwork(BoxNetwork):
+    """A ``BoxNetwork`` on the scans' embedding: a frozen convolution of each scan, as large as the image."""
+
+    encoder_frozen = True
+
+    def __init__(self, channels: int = 3, weight: float = 0.7) -> None:
+        super().__init__(channels)
+        self.weight, self.encoded = weight, 0
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        assert type(image) is torch.Tensor and not torch.is_grad_enabled()
+        self.encoded += len(image)
+        return self.weight * F.avg_pool2d(image, 3, stride=1, padding=1).flatten(0, 1)[:, None]
+
+    def embedding_identity(self) -> dict:
+        return {"weight": self.weight}
+
+    def forward(self, image, boxes=None, embedding=None):
+        if embedding is None:
+            with torch.no_grad():
+                embedding = self.encode(image).unflatten(0, (len(image), -1))
+        assert embedding.shape == (*image.shape[:2], 1, *image.shape[2:])  # (B, V, C, gh, gw)
+        return super().forward(embedding[:, :, 0].float(), boxes)
+
+
+@pytest.mark.parametrize("prompted", [True, False])
+def test_a_second_pass_over_a_volume_never_encodes_and_gives_the_same(volumes, tmp_path, prompted):
+    image, prompt = volumes
+    settings = {"batch_size": 3, "prompted": prompted}
+    given = {"prompt": prompt if prompted else None}
+    plain = SliceVolumeInferer([resize()], **settings)(image, EmbeddingNetwork(), **given)
+    network = EmbeddingNetwork()
+    passes = []
+    for _ in range(2):
+        inferer = SliceVolumeInferer([resize()], embedding_dir=str(tmp_path), **settings)
+        passes.append(inferer(image, network, **given))
+        assert network.encoded == (5 if prompted else 14)  # slices of both volumes, each once
+    assert torch.equal(*passes)
+    # bf16 rounds an embedding by 2**-9 of itself; logits are three times its mean over 5 x 5 and at most 4 here
+    torch.testing.assert_close(passes[0], plain, rtol=0, atol=3 * 4 * 2**-9)
+    assert not torch.equal(passes[0], plain)
+    assert len(list(tmp_path.glob("*.bank"))) == 2
+    if prompted:  # other boxes need other slices, and only those are encoded
+        inferer(image, network, prompt=torch.ones_like(prompt))
+        assert network.encoded == 14
+
+
+def test_embeddings_are_known_by_weights_transforms_and_volume_but_not_by_prompts_or_batches(volumes, tmp_path):
+    image, prompt = volumes[0][:1], volumes[1][:1]
+
+    def encoded(image=image, prompt=prompt, *, size=48, weight=0.7, wrap=lambda n: n, **settings) -> int:
+        network = EmbeddingNetwork(weight=weight)
+        inferer = SliceVolumeInferer([resize(size)], embedding_dir=tmp_path, **settings)
+        inferer(image, wrap(network), prompt=prompt)
+        return network.encoded
+
+    assert encoded() == 4
+    assert encoded(batch_size=1) == encoded(prompt=prompt.roll(1, 2)) == encoded(MetaTensor(image)) == 0
+    assert encoded(labels=True, direct=True, per_component=True) == encoded(wrap=DataParallel) == 0
+    changed = image.clone()
+    changed[0, 0, 0, 0, 6] += 1
+    assert encoded(changed) == encoded(size=40) == encoded(weight=0.8) == 4
+    assert encoded() == 0
+    wider = torch.cat([image.flatten(), torch.zeros(0)]).reshape(1, 3, 30, 22, 7)  # the same bytes in another shape
+    assert encoded(wider, prompt.reshape(1, 1, 30, 22, 7)) > 0
+
+
+def test_volume_without_a_box_needs_no_embedding(volumes, tmp_path):
+    image, network = volumes[0], EmbeddingNetwork()
+    inferer = SliceVolumeInferer([resize()], embedding_dir=tmp_path)
+    nothing = inferer(image[:1], network, prompt=torch.zeros(1, 1, 22, 30, 7))
+    assert (nothing[:, 1:] == -20).all() and list(tmp_path.glob("*.bank")) == []
+
+
+def test_embeddings_that_would_not_stay_the_same_are_refused(volumes, tmp_path):
+    image, prompt = volumes
+    inferer = SliceVolumeInferer([resize()], embedding_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"BoxNetwork has no encode, .*, encoder_frozen; use a SamSegmenter"):
+        inferer(image, BoxNetwork(), prompt=prompt)
+    network = EmbeddingNetwork()
+    network.encoder_frozen = False
+    with pytest.raises(ConfigError, match=r"encoder of this EmbeddingNetwork learns.*leave embedding_dir out"):
+        inferer(image, network, prompt=prompt)
+    around_prompt = CropForegroundd(KEYS, source_key="prompt", allow_smaller=True)
+    with pytest.raises(ConfigError, match="change the image according to the prompt"):
+        SliceVolumeInferer([around_prompt], embedding_dir=tmp_path)(image, EmbeddingNetwork(), prompt=prompt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_embedding_of_a_volume_is_told_and_mended_in_the_next_pass(volumes, tmp_path):
+    image, network = volumes[0][:1], EmbeddingNetwork()
+    inferer = SliceVolumeInferer([resize()], embedding_dir=tmp_path, prompted=False)
+    first = inferer(image, network)
+    data = next(tmp_path.glob("*.bank"))
+    data.write_bytes(data.read_bytes()[:-1] + b"?")
+    with pytest.raises(CacheError, match="row 6 of"):
+        inferer(image, network)
+    assert torch.equal(inferer(image, network), first) and network.encoded == 8
+
+
+def test_samsegmenter_predicts_from_kept_embeddings_what_it_predicts_without(volumes, tmp_path):
+    image, prompt = volumes
+    torch.manual_seed(0)
+    network = networks.SamSegmenter("tiny", scans=3)
+    chain = [resize(network.image_size)]
+    calls: list[int] = []
+    encode = network.encode
+    network.encode = lambda image: calls.append(len(image)) or encode(image)
+    with torch.no_grad():
+        plain = SliceVolumeInferer(chain)(image, network, prompt=prompt)
+        calls.clear()
+        kept = [SliceVolumeInferer(chain, embedding_dir=tmp_path)(image, network, prompt=prompt) for _ in range(2)]
+    assert sum(calls) == 5 and torch.equal(*kept)
+    found = plain > -20
+    assert (kept[0] - plain).abs().max() < 0.02 * plain[found].abs().max()
+
+
+@pytest.mark.parametrize("size", [48, 17])
+def test_direct_equals_the_inverse_of_a_single_resize(volumes, size):
+    image, prompt = volumes
+    ways = [SliceVolumeInferer([resize(size)], direct=d)(image, BoxNetwork(), prompt=prompt) for d in (False, True)]
+    torch.testing.assert_close(*ways, rtol=0, atol=1e-5)
+
+
+def test_direct_takes_one_step_where_the_way_there_had_two_or_cannot_be_undone(volumes):
+    image = volumes[0]
+
+    class Halved(MapTransform):  # has no inverse
+        def __call__(self, data):
+            return {**data, "image": F.avg_pool2d(data["image"].as_subclass(torch.Tensor), 2)}
+
+    def network(x):
+        return torch.cat([x[:, :1], -x[:, :1]], 1)
+
+    two_steps = [resize(60), Resized(KEYS, spatial_size=(20, 24), mode=["bilinear", "nearest"])]
+    for chain in (two_steps, [Halved("image")]):
+        logits = SliceVolumeInferer(chain, prompted=False, direct=True)(image, network)
+        for z in range(7):
+            x = Compose(chain)({"image": image[0, ..., z], "prompt": image[0, :1, ..., z]})["image"]
+            expected = F.interpolate(
+                network(torch.as_tensor(x)[None]).as_subclass(torch.Tensor), (22, 30), mode="bilinear"
+            )
+            torch.testing.assert_close(logits[0, ..., z], expected[0])
+    stepwise = SliceVolumeInferer(two_steps, prompted=False)(image, network)
+    direct = SliceVolumeInferer(two_steps, prompted=False, direct=True)(image, network)
+    assert not torch.allclose(stepwise, direct, atol=1e-3)
+    with pytest.raises(ConfigError, match="cannot be undone"):
+        SliceVolumeInferer([Halved("image")], prompted=False)(image, network)
+    with pytest.raises(ConfigError, match="only resize, got SpatialPad"):
+        pad = SpatialPadd(KEYS, spatial_size=(64, 64))
+        SliceVolumeInferer([resize(), pad], prompted=False, direct=True)(image, network)
+
+
+@pytest.mark.parametrize("prompted", [True, False])
+@pytest.mark.parametrize("direct", [True, False])
+def test_labels_are_the_largest_logit_in_the_grid_of_the_volume(volumes, prompted, direct):
+    image, prompt = volumes
+    settings = {"prompted": prompted, "direct": direct, "batch_size": 3}
+    given = {"prompt": prompt if prompted else None}
+
+    class Classes(BoxNetwork):
+        def forward(self, image, boxes=None):
+            shifts = [F.avg_pool2d(image, 3, stride=1, padding=1).roll(k, 2).mean(1) for k in range(4)]
+            return torch.stack(shifts, 1)
+
+    logits = SliceVolumeInferer([resize()], **settings)(image, Classes(), **given)
+    labels = SliceVolumeInferer([resize()], labels=True, **settings)(image, Classes(), **given)
+    assert labels.shape == (2, 1, 22, 30, 7) and labels.dtype == torch.float32
+    assert torch.equal(labels, logits.argmax(1, keepdim=True).float())
+    assert labels.unique().tolist() == [0, 1, 2, 3]
+    if prompted:
+        assert not labels[0, ..., [0, 3, 6]].any() and labels[0, ..., 1].any()
+
+
+def test_labels_keep_metadata_and_need_more_than_one_channel(volumes):
+    image, prompt = volumes
+    batch = MetaTensor(image, affine=torch.tensor(oblique_affine()))
+    inferer = SliceVolumeInferer([resize()], labels=True)
+    labels = inferer(batch, BoxNetwork(2), prompt=prompt)
+    assert isinstance(labels, MetaTensor) and torch.equal(labels.affine, batch.affine)
+    for mask in (prompt, torch.zeros_like(prompt)):
+        with pytest.raises(ConfigError, match=r"labels need a logit per class.*labels=False"):
+            inferer(image, BoxNetwork(1), prompt=mask)
+    nothing = inferer(image, BoxNetwork(3), prompt=torch.zeros_like(prompt))
+    assert nothing.shape == (2, 1, 22, 30, 7) and not nothing.any()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -10,13 +12,15 @@ import pickle
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from monai.transforms import Randomizable
 
 from samseg_monai.errors import DataError
 
@@ -127,7 +131,10 @@ def describe_item(item: Mapping[str, Any]) -> Any:
 
 
 def describe(value: Any, *, _above: tuple[int, ...] = ()) -> Any:
-    """A JSON-able description of a transform or value: class names and settings, no addresses, no random state."""
+    """A JSON-able description of a transform or value: class names and settings, no addresses, no random state.
+
+    What a random transform has drawn is left out as well, so that it is described alike before and after its calls.
+    """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if id(value) in _above:
@@ -157,9 +164,30 @@ def describe(value: Any, *, _above: tuple[int, ...] = ()) -> Any:
         return value.__name__
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
-    name = f"{type(value).__module__}.{type(value).__qualname__}"
-    settings = {k: v for k, v in getattr(value, "__dict__", {}).items() if k not in VOLATILE}
+    kind: type = type(value)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    drawn = drawn_by(kind) if isinstance(value, Randomizable) else frozenset()
+    settings = {k: v for k, v in getattr(value, "__dict__", {}).items() if k not in VOLATILE | drawn}
     if not settings:
         text = repr(value)
         return [name, text if " at 0x" not in text else ""]
     return [name, describe(settings, _above=above)]
+
+
+@cache
+def drawn_by(kind: type) -> frozenset[str]:
+    """Attributes that a random transform assigns to itself in its methods, in so far as they are no settings of it."""
+    found: set[str] = set()
+    for method in (inspect.unwrap(m) for part in kind.__mro__ for name, m in vars(part).items() if _runs(name, m)):
+        for before, step in pairwise(dis.get_instructions(method)):
+            if step.opname == "STORE_ATTR" and "self" in (before.argval, *_last(before.argval)):
+                found.add(step.argval)
+    return frozenset(found - set(inspect.signature(kind).parameters))
+
+
+def _runs(name: str, method: Any) -> bool:
+    return isinstance(method, FunctionType) and name != "__init__" and not name.startswith("set_")
+
+
+def _last(argval: Any) -> tuple[Any, ...]:
+    return argval[-1:] if isinstance(argval, tuple) else ()  # Python 3.13 loads two variables at a time

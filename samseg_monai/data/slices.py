@@ -88,18 +88,9 @@ class SliceDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]  # negative indices, and IndexError at the end
-        position, rank = self._index[index]
         epoch = int(self._epoch)
-        numbers = self._numbers[position]
-        number = self.picker.draw(numbers, np.random.default_rng((self.seed, epoch, position)))[rank]
-        slices = self._slices[position] or self._from_file(position, mapped=True)
-        row = numbers.index(number)
-        item: dict[str, Any] = {key: tensors[row].clone() for key, tensors in slices.tensors.items()}
-        item |= {"case": str(self.data[position]["case"]), "slice": number}
-        self.slice_transforms.set_random_state(seed=_seed_of(self.seed, epoch, index))
-        item = self.slice_transforms(item)
-        # history and metadata of a single slice are of no use later on, but cost time in every collate
-        return {k: v.as_subclass(torch.Tensor) if isinstance(v, torch.Tensor) else v for k, v in item.items()}
+        position, row = self._drawn(index, epoch)
+        return self._transformed(position, row, (self.seed, epoch, index))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (0, 1, ...) whose random draws the next items get."""
@@ -111,6 +102,22 @@ class SliceDataset(Dataset):
         for slices in self._slices:
             storages |= slices.storages() if slices is not None else {}
         return sum(storages.values())
+
+    def _drawn(self, index: int, epoch: int) -> tuple[int, int]:
+        """Case of an item, and which of the case's candidates it is in this epoch."""
+        position, rank = self._index[index]
+        numbers = self._numbers[position]
+        number = self.picker.draw(numbers, np.random.default_rng((self.seed, epoch, position)))[rank]
+        return position, numbers.index(number)
+
+    def _transformed(self, position: int, row: int, seeds: tuple[int, ...], **extra: Any) -> dict[str, Any]:
+        slices = self._slices[position] or self._from_file(position, mapped=True)
+        item: dict[str, Any] = {key: tensors[row].clone() for key, tensors in slices.tensors.items()}
+        item |= {"case": str(self.data[position]["case"]), "slice": self._numbers[position][row], **extra}
+        self.slice_transforms.set_random_state(seed=_seed_of(*seeds))
+        item = self.slice_transforms(item)
+        # history and metadata of a single slice are of no use later on, but cost time in every collate
+        return {k: v.as_subclass(torch.Tensor) if isinstance(v, torch.Tensor) else v for k, v in item.items()}
 
     def _prepare(self, num_threads: int, progress: bool) -> list[list[int]]:
         numbers: list[list[int]] = [[] for _ in self.data]
