@@ -15,6 +15,7 @@ from samseg_monai.data.cases import find_cases
 from samseg_monai.data.phantoms import SCANS, write_brats_cases
 from samseg_monai.data.volumes import read_volume
 from samseg_monai.errors import DataError, PromptError
+from tests.test_dicom import write_series
 
 REALDATA = Path(os.environ.get("SAMSEG_REALDATA", "absent"))
 IDS = [f"BraTS-MEN-{n:05d}-000" for n in range(3)]
@@ -223,6 +224,85 @@ def test_truncated_mha_and_nrrd_are_found(tmp_path, volume, suffix):
     cases = find_cases(tmp_path, scans=("ct",))
     assert names(cases) == ["good"]
     assert "truncated or damaged" in cases.bad["short"]
+
+
+def test_a_folder_of_dicom_files_is_a_case_and_so_is_each_of_several(tmp_path, monkeypatch):
+    for case in ("p2", "p1"):
+        write_series(tmp_path / case)
+    (tmp_path / "papers").mkdir()
+    cases = find_cases(tmp_path, scans=("ct",))
+    assert cases.good == [{"case": case, "image": str(tmp_path / case)} for case in ("p1", "p2")]
+    cases.finish()
+    assert find_cases(tmp_path / "p1", scans=("ct",)).good == cases.good[:1]
+    assert find_cases([tmp_path / "p2", tmp_path / "p1"], scans=("ct",)).good == cases.good
+    monkeypatch.chdir(tmp_path / "p2")
+    assert find_cases(".", scans=("ct",)).good == cases.good[1:]
+
+
+def test_dicom_series_of_several_scans_lie_in_folders_named_after_them(tmp_path):
+    from monai.transforms import LoadImaged
+
+    for case in ("p1", "p2"):
+        for n, scan in enumerate((*SCANS, "localizer")):
+            array, affine = write_series(tmp_path / case / scan, np.arange(210, dtype=np.int16).reshape(7, 6, 5) + n)
+    cases = find_cases(tmp_path)
+    assert names(cases) == ["p1", "p2"]
+    assert cases.good[0]["image"] == [str(tmp_path / "p1" / scan) for scan in SCANS]
+    image = LoadImaged("image", ensure_channel_first=True)(cases.good[0])["image"]
+    assert np.array_equal(image.numpy(), np.stack([array - 4 + n for n in range(4)]))
+    np.testing.assert_allclose(image.affine.numpy(), affine, atol=1e-5)
+    assert find_cases(tmp_path / "p1").good == cases.good[:1]
+    assert find_cases(tmp_path / "p1", scans=("t1c", "t1n")).good[0]["image"] == cases.good[0]["image"][1::-1]
+
+    shutil.rmtree(tmp_path / "p1" / "t2w")
+    write_series(tmp_path / "p3")
+    cases = find_cases(tmp_path)
+    assert names(cases) == ["p2"]
+    assert cases.bad["p1"] == "no folder of DICOM files for t2w beside t1n"
+    assert "wants 4 scans; put each scan's series into a folder of its own: p3/t1n, p3/t1c" in cases.bad["p3"]
+
+
+def test_one_scan_may_lie_in_a_folder_named_after_it(tmp_path):
+    write_series(tmp_path / "p1" / "ct")
+    wanted = [{"case": "p1", "image": str(tmp_path / "p1" / "ct")}]
+    assert find_cases(tmp_path, scans=("ct",)).good == find_cases(tmp_path / "p1", scans=("ct",)).good == wanted
+    write_series(tmp_path / "p1" / "p5")  # now ct is but one of several cases
+    assert names(find_cases(tmp_path / "p1", scans=("ct",))) == ["ct", "p5"]
+
+
+def test_dicom_files_in_the_wrong_place_are_named(tmp_path, volume, caplog):
+    write_series(tmp_path / "good")
+    write_series(tmp_path / "deep" / "study")
+    write_series(tmp_path / "mixed")
+    nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "mixed" / "a.nii.gz")
+    write_series(tmp_path / "masked")
+    nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "masked" / "a_seg.nii.gz")
+    cases = find_cases(tmp_path, scans=("ct",))
+    assert names(cases) == ["a", "good", "masked"]
+    assert set(cases.bad) == {"deep", "mixed"}
+    assert "one folder too deep (study)" in cases.bad["deep"]
+    assert "holds DICOM files beside a.nii.gz" in cases.bad["mixed"]
+
+    cases = find_cases([tmp_path / "good", tmp_path / "good" / "CT.0"], scans=("ct",))
+    assert cases.bad == {"CT.0": "is one slice of a DICOM series; give its folder"}
+    nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "b.nii.gz")
+    assert names(find_cases(tmp_path, scans=("ct",))) == ["b"]
+    assert f"ignored {tmp_path / 'good'}: a DICOM series below" in caplog.text
+
+
+def test_a_bad_series_costs_one_case_and_boxes_count_loaded_slices(tmp_path, caplog):
+    for case in ("flat", "gap", "good", "short"):
+        write_series(tmp_path / case, np.zeros((7, 6, 5), np.int16) if case == "flat" else None)
+    (tmp_path / "gap" / "CT.3").unlink()
+    for name in ("CT.0", "CT.3", "CT.1"):
+        (tmp_path / "short" / name).unlink()
+    table = {case: [{"slices": [0, 4], "box": [0, 0, 6, 5]}] for case in ("flat", "gap", "good", "short")}
+    cases = find_cases(tmp_path, scans=("ct",), boxes=write_boxes(tmp_path, table))
+    assert cases.good == [{"case": "good", "image": str(tmp_path / "good"), "boxes": table["good"]}]
+    assert "flat: every voxel has the value 0" in cases.bad["flat"]
+    assert "4 mm lie between" in cases.bad["gap"]
+    assert "slices [0, 4] are not within 0 to 1" in cases.bad["short"]
+    assert "short: short: has only 2 slices" in caplog.text
 
 
 ODD = {

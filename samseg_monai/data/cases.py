@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from samseg_monai.data.case_files import group_files
+from samseg_monai.data.dicom import read_series
 from samseg_monai.data.volumes import SUFFIXES, Volume, grid_difference, read_volume, stem_of, value_problem
 from samseg_monai.errors import DataError, PromptError, raise_all
 
@@ -27,8 +28,8 @@ class CaseList:
     """Cases of one prediction run.
 
     Attributes:
-        good: items ``{"case", "image": file or [one file per scan]}``, with ``"boxes"`` (list) or ``"prompt"`` (file)
-            when prompts were given; sorted by case.
+        good: items ``{"case", "image": path or [one path per scan]}``, with ``"boxes"`` (list) or ``"prompt"`` (file)
+            when prompts were given; sorted by case. A path is a file, or the folder of a DICOM series.
         bad: case -> why it cannot be predicted.
     """
 
@@ -53,11 +54,15 @@ def find_cases(
     """Find and check the cases of ``source``.
 
     Args:
-        source: folder of case folders, one case folder, folder of single NIfTI/MHA/NRRD files, a file, or a list.
-        scans: names of the scans in the order the network wants them. With one scan a file of any name is a case; with
-            several, files are named ``<case>-<scan>`` or hold that many channels on a fourth axis.
+        source: folder of case folders, one case folder, folder of single NIfTI/MHA/NRRD files, a file, folder of the
+            slices of one DICOM series, folder of such folders, or a list. Files of a series may have any name.
+        scans: names of the scans in the order the network wants them. With one scan a file of any name, or a folder
+            with a DICOM series, is a case; with several, files are named ``<case>-<scan>`` or hold that many channels
+            on a fourth axis, and DICOM series lie in folders ``<case>/<scan>``.
         boxes: JSON file ``{case: [{"slice": k | "slices": [k0, k1], "box": [i0, j0, i1, j1]}]}``: inclusive voxel
-            indices of the stored array.
+            indices of the stored array. Of a DICOM series, which stores none, it is the array as loaded: i is the
+            column and j the row of a slice's picture, k counts the slices from 0 in the order of their positions
+            (for the usual axial slices from the feet upwards), whatever their instance numbers.
         prompts: coarse masks on the image's grid: one file (for one case), or a folder with ``<case>.nii.gz`` or
             ``<case>_seg.nii.gz``, also in a sub-folder ``<case>/``.
         num_threads: cases read at the same time.
@@ -103,11 +108,11 @@ def find_cases(
 def _check(
     case: str, paths: list[Path], *, scans: Sequence[str], boxes: Mapping[str, Any] | None, prompts: Path | None
 ) -> dict[str, Any]:
-    first = read_volume(paths[0])
+    first = _read(paths[0])
     _check_axes(first, paths, scans)
     # One volume at a time: four scans of many cases side by side would fill the memory.
     for number, path in enumerate(paths):
-        volume = first if number == 0 else read_volume(path)
+        volume = first if number == 0 else _read(path)
         for note in volume.notes:
             LOG.warning("%s: %s", case, note)
         if difference := grid_difference(volume, first):
@@ -121,6 +126,10 @@ def _check(
     if prompts is not None:
         item["prompt"] = str(_mask_of(prompts, case, first).resolve())
     return item
+
+
+def _read(path: Path) -> Volume:
+    return read_series(path) if path.is_dir() else read_volume(path)
 
 
 def _check_axes(first: Volume, paths: list[Path], scans: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 A file is read once: the same bytes are hashed, unpacked and parsed, so that a truncated gzip stream or a damaged check
 sum is found here and not in the middle of a run. NIfTI goes through nibabel, MHA and NRRD through SimpleITK; both give
-arrays in (i, j, k) order and affines to RAS mm, as MONAI's loaders do.
+arrays in (i, j, k) order and affines to RAS mm, as MONAI's loaders do. Folders of DICOM slices: see ``dicom``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import SimpleITK as sitk
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
@@ -30,12 +31,12 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 @dataclass(frozen=True)
 class Volume:
-    """One file as it is stored.
+    """One file, or one series of DICOM slices, as it is stored.
 
     Attributes:
         array: (X, Y, Z) or (X, Y, Z, C), numbers scaled as the header says.
         affine: (4, 4) float64, voxel indices to RAS mm.
-        sha256: of the file's bytes.
+        sha256: of the file's bytes; for a series see ``dicom.read_series``.
         notes: oddities that do not prevent its use.
     """
 
@@ -74,7 +75,7 @@ def read_volume(path: str | Path) -> Volume:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path.name}: cannot be read ({error.strerror or error})") from error
-    reason = _not_an_image(content)
+    reason = not_an_image(content)
     if reason:
         raise DataError(f"{path.name}: {reason}")
     is_nifti = path.name.lower().endswith((".nii", ".nii.gz"))
@@ -108,7 +109,26 @@ def grid_difference(volume: Volume, reference: Volume) -> str:
     return ""
 
 
-def _not_an_image(content: bytes) -> str:
+def from_itk(image: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Array and affine of a SimpleITK image with three axes, as MONAI's ITKReader gives them.
+
+    Returns: array (X, Y, Z) or (X, Y, Z, C); affine (4, 4) float64, voxel indices to RAS mm.
+    """
+    array = sitk.GetArrayFromImage(image)  # (Z, Y, X) or (Z, Y, X, C)
+    array = array.transpose(2, 1, 0, *range(3, array.ndim))
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    affine[:2] *= -1  # ITK counts towards left and posterior, NIfTI towards right and anterior
+    return array, affine
+
+
+def not_an_image(content: bytes) -> str:
+    """What a file that any program could have left behind is instead of an image; empty when it may be an image.
+
+    Args:
+        content: all bytes of the file.
+    """
     if not content:
         return "the file is empty (0 bytes); copy it again"
     if content.startswith(b"version https://git-lfs"):
@@ -153,8 +173,6 @@ def _header_notes(image: nib.Nifti1Image) -> list[str]:
 
 
 def _parse_itk(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    import SimpleITK as sitk
-
     try:
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:
@@ -163,12 +181,7 @@ def _parse_itk(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     dimension = image.GetDimension()
     if dimension != 3:
         raise DataError(f"{path.name}: has {dimension} axes, expected 3; save one volume, or use NIfTI")
-    array = sitk.GetArrayFromImage(image)  # (Z, Y, X) or (Z, Y, X, C)
-    array = array.transpose(2, 1, 0, *range(3, array.ndim))
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    affine[:2] *= -1  # ITK counts towards left and posterior, NIfTI towards right and anterior
+    array, affine = from_itk(image)
     return array, affine, ()
 
 

@@ -27,6 +27,7 @@ class NameAfterCased(MapTransform):
         items = dict(data)
         for key in self.key_iterator(items):
             item = items[key].clone() if isinstance(items[key], MetaTensor) else MetaTensor(items[key])
-            item.meta["filename_or_obj"] = str(items[self.case_key])
+            # with a suffix: MONAI cuts off what looks like one, and names may hold dots, as those of DICOM folders do
+            item.meta["filename_or_obj"] = f"{items[self.case_key]}.nii.gz"
             items[key] = item
         return items
