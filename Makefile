@@ -35,6 +35,8 @@ pico: setup
 bundles: setup
 	$(BIN)/samseg bundle build --task meningioma --strategy zero_shot --out bundles
 	$(BIN)/samseg bundle build --task meningioma --strategy lora --out bundles
+	$(BIN)/samseg bundle build --task abdomen --strategy ladder --out bundles
+	$(BIN)/samseg bundle build --task abdomen --strategy ladder_paper --out bundles
 
 bench: dev
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -3,6 +3,9 @@
 import torch
 from torch import nn
 
+WINDOW_HU = (-125.0, 275.0)  # what the abdomen's bundles scale to 0 ... 1
+TOLERANCE_HU = 18.0
+
 
 class Known(nn.Module):
     """Stands in for SamSegmenter: tumour wherever the first scan is brighter than ``threshold``, in the box or not."""
@@ -20,3 +23,43 @@ class Empty(nn.Module):
 
     def forward(self, image, boxes=None):
         return torch.full_like(image[:, :1], -10.0)
+
+
+class KnownOrgans(nn.Module):
+    """Stands in for SamSegmenter on CT: class k + 1 wherever the image has the ``hu[k]``, background elsewhere."""
+
+    def __init__(self, hu: list[float]):
+        super().__init__()
+        self.register_buffer("hu", torch.tensor(hu)[:, None, None])
+
+    def forward(self, image):
+        low, high = WINDOW_HU
+        distance = (low + image[:, :1] * (high - low) - self.hu).abs()  # (b, K, h, w)
+        organs = (TOLERANCE_HU - distance).clamp(-TOLERANCE_HU, TOLERANCE_HU)
+        return torch.cat([torch.zeros_like(image[:, :1]), organs], dim=1)
+
+
+class NoOrgans(nn.Module):
+    """Background everywhere, in ``num_classes`` classes and the background."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.num_classes = num_classes
+
+    def forward(self, image):
+        logits = torch.full((len(image), self.num_classes + 1, *image.shape[2:]), -10.0)
+        logits[:, 0] = 10.0
+        return logits
+
+
+class Mixed(nn.Module):
+    """Smooth logits of all classes that depend on the image and on the place: no two classes are alike anywhere."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.phases = torch.arange(num_classes + 1)[:, None, None]
+
+    def forward(self, image):
+        h, w = image.shape[2:]
+        place = torch.linspace(0, 6, h)[:, None] + torch.linspace(0, 4, w)
+        return torch.sin(place * (1 + 0.3 * self.phases) + 2 * self.phases + 3 * image[:, :1])

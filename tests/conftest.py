@@ -1,8 +1,11 @@
 """Shared fixtures: seeded draws, tiny phantoms in the BraTS layout, real volumes where they are at hand."""
 
 import os
+import shutil
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +36,53 @@ def phantoms(tmp_path_factory) -> Path:
     write_brats_cases(folder, 8, shape=(32, 36, 12), seed=3, unlabelled=1)
     prepare_brats_men(folder, folder / "datalist.json", fractions=(0.5, 0.25, 0.25), seed=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def abdomen(tmp_path_factory) -> Path:
+    """Six labelled abdominal phantoms and one unlabelled, with a datalist: 3 to train, 1 to validate, 2 to test."""
+    from samseg_monai.data.abdomen_phantoms import write_btcv_cases
+    from samseg_monai.data.synapse import prepare_synapse
+
+    folder = tmp_path_factory.mktemp("abdomen")
+    write_btcv_cases(folder, 6, shape=(40, 32, 16), seed=3, unlabelled=1)
+    prepare_synapse(folder, folder / "datalist.json", validation=1, allow_missing=True, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hippocampi(tmp_path_factory) -> Path:
+    """Six volumes of unequal size in plain folders, two touching blobs in each: 3 train, 1 validates, 2 test."""
+    from samseg_monai.data.folders import prepare_folders
+
+    folder = tmp_path_factory.mktemp("hippocampi")
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        shape = (20 + number % 3, 28, 9)
+        label = np.zeros(shape, dtype=np.uint8)
+        label[6:14, 5:14, 2:7], label[6:14, 14:22, 2:7] = 1, 2
+        image = (100 * label + rng.normal(0, 20, shape)).astype(np.float32)
+        for kind, array in (("images", image), ("labels", label)):
+            (folder / kind).mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(array, np.eye(4)), folder / kind / f"volume_{number}.nii.gz")
+    prepare_folders(
+        folder,
+        folder / "datalist.json",
+        labels={"1": "anterior", "2": "posterior"},
+        counts=(3, 1, 2),
+        progress=False,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def phantoms_of(phantoms, abdomen, hippocampi):
+    """Folder of tiny cases of the task that a bundle is named after; ``images`` of single scans are its unlabelled."""
+    unlabelled = hippocampi / "unlabelled"
+    if not unlabelled.exists():
+        shutil.copytree(hippocampi / "images", unlabelled)
+    folders = {"meningioma": phantoms, "abdomen": abdomen, "hippocampus": hippocampi}
+    return lambda bundle: folders[bundle.partition("_segmentation_")[0]]
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import filecmp
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,23 @@ from samseg_monai.errors import BundleError, CheckpointError, ConfigError
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1] / "bundles"
-BUNDLES = sorted(p.name for p in ROOT.iterdir() if p.is_dir())
-CONFIGS = [(b, p.stem) for b in BUNDLES for p in sorted((ROOT / b / "configs").glob("*.json")) if p.stem != "metadata"]
+COMMITTED = sorted(p.name for p in ROOT.iterdir() if p.is_dir())
+BUILT = tempfile.TemporaryDirectory()  # bundles that are built on demand obey the same laws
+ON_DEMAND = [
+    bundles.build_bundle(*pair, BUILT.name).name
+    for pair in (("abdomen", "cnn_only"), ("abdomen", "sam_only"), ("hippocampus", "ladder"), ("hippocampus", "unet"))
+]
+BUNDLES = [*COMMITTED, *ON_DEMAND]
+
+
+def root_of(bundle: str) -> Path:
+    """Folder of a committed bundle, or of one built for these tests."""
+    return (ROOT if bundle in COMMITTED else Path(BUILT.name)) / bundle
+
+
+CONFIGS = [
+    (b, p.stem) for b in BUNDLES for p in sorted((root_of(b) / "configs").glob("*.json")) if p.stem != "metadata"
+]
 PICO = {"sam_variant": "pico", "image_size": 256}
 RUNNABLE = [(b, c) for b, c in CONFIGS if c in ("train", "evaluate", "inference")]
 
@@ -32,12 +48,14 @@ def files_below(folder: Path) -> list[str]:
 
 
 def test_as_many_bundles_as_expected_are_tested():
-    assert BUNDLES == ["meningioma_segmentation_lora", "meningioma_segmentation_zero_shot"]
-    assert len(CONFIGS) == 9
-    assert len(RUNNABLE) == 5
+    abdomen = ["abdomen_segmentation_ladder", "abdomen_segmentation_ladder_paper"]
+    assert [*abdomen, "meningioma_segmentation_lora", "meningioma_segmentation_zero_shot"] == COMMITTED
+    assert len(ON_DEMAND) == 4
+    assert len(CONFIGS) == 3 * 6 + 3 + 4 * 6
+    assert len(RUNNABLE) == 3 * 3 + 2 + 4 * 3
 
 
-@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize("bundle", COMMITTED)
 def test_committed_bundle_equals_a_fresh_build(bundle, tmp_path):
     task, strategy = recipes_of(bundle)
     fresh = bundles.build_bundle(task, strategy, tmp_path)
@@ -55,7 +73,7 @@ def test_every_task_builds_with_every_strategy(tmp_path):
 
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_bundle_holds_what_the_specification_asks_for(bundle):
-    root = ROOT / bundle
+    root = root_of(bundle)
     for name in (
         "LICENSE",
         "configs/metadata.json",
@@ -79,46 +97,48 @@ def test_metadata_is_valid_for_the_newest_schema(bundle, realdata, tmp_path):
     schema = tmp_path / "schema.json"
     schema.write_bytes((realdata / "monai" / "meta_schema_20240725.json").read_bytes())
     digest = "cd64aa8a5904426f6fc6855dabe46af8c742d5bad644b4e9cfb78ebad09ad678"
-    meta = str(ROOT / bundle / "configs" / "metadata.json")
+    meta = str(root_of(bundle) / "configs" / "metadata.json")
     verify_metadata(meta_file=meta, filepath=str(schema), hash_val=digest, hash_type="sha256")
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_network_has_the_stated_input_and_output(bundle):
-    configs = ROOT / bundle / "configs"
+    configs = root_of(bundle) / "configs"
     verify_net_in_out(
         net_id="network_def",
         meta_file=str(configs / "metadata.json"),
         config_file=str(configs / "inference.json"),
         device="cpu",
         any=40,
-        **PICO,
+        **(PICO if "_unet" not in bundle else {"image_size": 64}),
     )
 
 
 @pytest.mark.parametrize(("bundle", "config"), RUNNABLE)
-def test_workflow_has_every_property_monai_wants(bundle, config, phantoms, tmp_path):
+def test_workflow_has_every_property_monai_wants(bundle, config, phantoms_of, tmp_path):
     kind = "train" if config == "train" else "infer"
-    data = phantoms / "unlabelled" if config == "inference" else phantoms
+    data = phantoms_of(bundle)
+    data = data / "unlabelled" if config == "inference" else data
     workflow = create_workflow(
         workflow_type=kind,
-        config_file=str(ROOT / bundle / "configs" / f"{config}.json"),
+        config_file=str(root_of(bundle) / "configs" / f"{config}.json"),
         dataset_dir=str(data),
         output_dir=str(tmp_path),
-        **PICO,
+        **(PICO if "_unet" not in bundle else {"image_size": 64}),
     )
     assert workflow.check_properties() == []
 
 
-@pytest.mark.parametrize(("bundle", "config"), RUNNABLE)
+@pytest.mark.parametrize(("bundle", "config"), [(b, c) for b, c in RUNNABLE if b in COMMITTED])
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [("image_sise", 64, "image_size"), ("prompt::sorce", "label", "prompt::source"), ("network_def::scns", 4, "scans")],
 )
-def test_a_misspelt_override_is_refused_by_name(bundle, config, key, value, named, phantoms, tmp_path):
-    configs = [ROOT / bundle / "configs" / f"{config}.json"]
+def test_a_misspelt_override_is_refused_by_name(bundle, config, key, value, named, phantoms_of, tmp_path):
+    configs = [root_of(bundle) / "configs" / f"{config}.json"]
     with pytest.raises(ConfigError, match=key) as caught:
-        run_workflow(configs, {"dataset_dir": str(phantoms), "output_dir": str(tmp_path), key: value})
+        data = str(phantoms_of(bundle))
+        run_workflow(configs, {"dataset_dir": data, "output_dir": str(tmp_path), key: value})
     assert named in str(caught.value)
     assert not list(tmp_path.iterdir()), "nothing may have been written before the refusal"
 
@@ -131,7 +151,7 @@ def test_a_component_given_whole_is_no_typo():
 
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_configs_hold_no_path_of_a_machine_and_no_code(bundle):
-    for path in (ROOT / bundle / "configs").glob("*.json"):
+    for path in (root_of(bundle) / "configs").glob("*.json"):
         text = path.read_text(encoding="utf-8")
         assert '"/' not in text
         assert "__" not in text.replace("_target_", "").replace("_disabled_", "").replace("_desc_", "")
@@ -160,7 +180,7 @@ def test_unknown_recipe_lists_those_there_are(tmp_path):
 
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_overlays_change_only_what_exists(bundle):
-    configs = ROOT / bundle / "configs"
+    configs = root_of(bundle) / "configs"
     for overlay in (o for o in OVERLAYS if (configs / f"{o}.json").is_file()):
         trains = (configs / "train.json").is_file() and overlay != "multi_gpu_evaluate"
         parser = ConfigParser(read_json(configs / ("train.json" if trains else "evaluate.json")))
@@ -235,3 +255,45 @@ def test_every_option_trains(options, phantoms, tmp_path):
     run_workflow([configs / "train.json"], {**overrides, "epochs": 2, "batch_size": 2, "val_interval": 1})
     assert read_json(tmp_path / "run_card.json")["status"] == "completed"
     assert (tmp_path / "adapter.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "embeddings::variants": 2,
+            "val_interval": 1,
+            "slices::picker::_target_": "samseg_monai.data.slices.AllSlices",
+        },
+        {"val_interval": 0, "accumulation_steps": 2, "strategy::decoder": "full", "autocast": "bf16"},
+        {"input_scale": "sam", "strategy::masks": "random", "store_size": 32, "slices::num_workers": 1},
+    ],
+    ids=["embeddings", "last-epoch-accumulate-bf16", "stored-small-workers"],
+)
+def test_every_option_trains_the_ladder(options, abdomen, tmp_path):
+    configs = ROOT / "abdomen_segmentation_ladder" / "configs"
+    shared = {**TINY, "dataset_dir": str(abdomen), "output_dir": str(tmp_path), "batch_size": 8}
+    if "embeddings::variants" in options:
+        shared["embeddings::cache_dir"] = str(tmp_path / "embeddings")
+    training = {"epochs": 2, "schedule::warmup": 1, "strategy::side_weights": "random", **shared, **options}
+    run_workflow([configs / "train.json"], training)
+    card = read_json(tmp_path / "run_card.json")
+    assert card["status"] == "completed" and 0.4 < card["gate"] < 0.6
+    assert (tmp_path / "adapter.safetensors").is_file()
+    kept = {key: options[key] for key in ("input_scale", "store_size", "strategy::masks", "autocast") if key in options}
+    kept |= {"strategy::decoder": options.get("strategy::decoder", "masks")}
+    run_workflow([configs / "evaluate.json"], {**shared, **kept})
+    metrics = read_json(tmp_path / "evaluation" / "metrics.json")
+    assert metrics["cases"] == 2 and metrics["prompt_source"] == "none"
+    assert (tmp_path / "evaluation" / "transunet_cases.csv").is_file()
+
+
+def test_hippocampus_trains_evaluates_and_predicts_without_sam(hippocampi, tmp_path):
+    configs = root_of("hippocampus_segmentation_unet") / "configs"
+    shared = {"dataset_dir": str(hippocampi), "output_dir": str(tmp_path), "image_size": 32, "crop_size": [32, 32]}
+    run_workflow([configs / "train.json"], {**shared, "epochs": 1, "val_interval": 1})
+    run_workflow([configs / "evaluate.json"], shared)
+    card = read_json(tmp_path / "evaluation" / "run_card.json")
+    assert (card["sam_variant"], card["strategy"]["name"]) == ("no SAM", "unet")
+    run_workflow([configs / "inference.json"], {**shared, "dataset_dir": str(hippocampi / "images")})
+    assert len(list((tmp_path / "predictions").glob("*_seg.nii.gz"))) == 6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 
 import pytest
@@ -24,7 +25,7 @@ from samseg_monai.errors import CheckpointError, WeightsError
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.weights import sha256_of
-from samseg_monai.strategies import LoRA
+from samseg_monai.strategies import Ladder, LoRA
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,22 @@ def test_the_card_explains_the_file(build, base, tmp_path):
     assert {key: card[key] for key in expected} == expected
     assert card.keys() == expected.keys() | {"strategy", "package_version", "git_commit"}
     assert set(load_file(folder / "adapter.safetensors")) == set(network.owned)
+
+
+def test_the_card_of_a_ladder_says_what_its_gate_became(base, tmp_path):
+    network = SamSegmenter("tiny", Ladder(nn.Conv2d(3, 32, 16, 16)), num_classes=2, prompt="none")
+    network.load_base(base)
+    network.side.alpha.data.fill_(1.0)
+    card = read_card(save_adapter(network, tmp_path))
+    assert card["gate"] == pytest.approx(1 / (1 + math.exp(-1)))
+    assert card["strategy"] == {
+        "_target_": "samseg_monai.strategies.Ladder",
+        "arguments": {
+            "side": "torch.nn.modules.conv.Conv2d", "mix": "gate", "decoder": "masks", "masks": "sam",
+            "side_weights": None,
+        },
+    }  # fmt: skip
+    assert card["tensors"] == len(network.owned) and not card["rectangular"]
 
 
 def test_saving_again_replaces_both_files_and_leaves_others(build, output, tmp_path):

@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -405,6 +406,45 @@ def test_an_interrupted_run_and_an_evaluation_get_a_card_too(network, tmp_path):
     assert written["resumed_from_epoch"] is None
 
 
+class Gated(nn.Linear):
+    """A network whose strategy has learnt one number."""
+
+    def __init__(self):
+        super().__init__(4, 2)
+        self.strategy = SimpleNamespace(name="ladder", arguments=dict, facts=lambda network: {"gate": network.gate()})
+
+    def gate(self):
+        return round(float(self.bias[0]), 6)
+
+
+def test_the_run_card_records_what_the_strategy_has_learnt_at_the_end(tmp_path):
+    """Also through the wrapper of several processes, and also of a run that failed."""
+    network = Gated()
+    wrapped = nn.Sequential()
+    wrapped.module = network
+    for name, card_of in (("plain", network), ("wrapped", wrapped)):
+        before = network.gate()
+        trainer(network, [handlers.RunCard(tmp_path / name, settings={}, network=card_of)]).run()
+        assert json.loads((tmp_path / name / "run_card.json").read_text())["gate"] == network.gate() != before
+
+    def interrupt(engine):
+        if engine.state.iteration == 3:
+            raise KeyboardInterrupt
+
+    run = trainer(network, [handlers.RunCard(tmp_path, settings={}, network=network)])
+    run.add_event_handler(Events.ITERATION_STARTED, interrupt)
+    before = network.gate()
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    written = json.loads((tmp_path / "run_card.json").read_text())
+    assert written["status"] == "interrupted" and written["gate"] == network.gate() != before
+
+
+def test_networks_without_a_strategy_have_no_gate_in_their_card(network, tmp_path):
+    trainer(network, [handlers.RunCard(tmp_path, settings={}, network=network)]).run()
+    assert "gate" not in json.loads((tmp_path / "run_card.json").read_text())
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -438,6 +478,7 @@ def test_every_handler_can_be_written_in_json(network, tmp_path):
         "EpochSeeder": {"seed": 0},
         "GradientClip": {"max_norm": 1.0},
         "GradientFlow": {"network": "@net"},
+        "LastAdapter": {"network": "@net", "output_dir": "@out"},
         "NonFiniteGuard": {"gradients": True},
         "ResumeSaver": {"output_dir": "@out", "network": "@net", "optimizer": "$@trainer.optimizer"},
         "RunCard": {"output_dir": "@out", "settings": {"lr": 0.1}},

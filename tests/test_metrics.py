@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from medpy.metric import binary as medpy
+from monai.data import MetaTensor
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from scipy.ndimage import gaussian_filter
 from surface_distance import compute_surface_dice_at_tolerance, compute_surface_distances
 
 from samseg_monai.errors import ConfigError, DataError
-from samseg_monai.metrics import score_case, score_columns
+from samseg_monai.metrics import CaseScores, score_case, score_columns
 
 SPACINGS = [(1.0, 1.0, 1.0), (0.8, 0.5, 3.0)]
 
@@ -189,3 +190,67 @@ def test_bad_input_is_refused_with_the_reason(change, message):
 def test_unknown_policy_lists_the_known_ones():
     with pytest.raises(ConfigError, match="honest, transunet"):
         score_case(*cubes(1), spacing_mm=(1, 1, 1), policy="kind")
+
+
+ORGANS = ("liver", "spleen", "aorta")
+
+
+def label_maps(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predicted and true maps (1, H, W, D) of three organs that overlap in part; nobody has the last class's voxels."""
+    (p1, r1), (p2, r2) = (blobs(seed + i) for i in range(2))
+    prediction, reference = (
+        torch.as_tensor(np.where(a, 1, np.where(b, 2, 0)))[None].float() for a, b in ((p1, p2), (r1, r2))
+    )
+    return prediction, reference
+
+
+def scored(prediction, reference, spacing=(0.8, 0.5, 3.0), **options) -> list[dict]:
+    metric = CaseScores(classes=ORGANS, **options)
+    affine = torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64))
+    metric.update([{"case": "a", "pred": prediction, "reference": MetaTensor(reference, affine=affine)}])
+    metric.compute()
+    return metric.rows
+
+
+@pytest.mark.parametrize("policy", ["honest", "transunet"])
+def test_every_class_of_a_map_of_labels_is_scored_as_its_own_mask(policy):
+    prediction, reference = label_maps(3)
+    rows = scored(prediction, reference, policy=policy)
+    assert [row["class"] for row in rows] == list(ORGANS)
+    for number, row in enumerate(rows, 1):
+        masks = (np.asarray(volume[0]) == number for volume in (prediction, reference))
+        expected = score_case(*masks, spacing_mm=(0.8, 0.5, 3.0), policy=policy)
+        assert str({key: row[key] for key in expected}) == str(expected)  # NaN is NaN
+    assert 0 < rows[0][score_columns(policy)[0]] < 1 and rows[2]["excluded"] == (policy == "honest")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, torch.float32, torch.float16])
+def test_maps_and_channels_of_any_dtype_give_the_same_rows(dtype):
+    maps = label_maps(5)
+    channels = [torch.cat([(volume == number) for number in (1, 2, 3)]).float() for volume in maps]
+    expected = str(scored(*channels))
+    assert str(scored(*(volume.to(dtype) for volume in maps))) == expected
+    assert str(scored(channels[0], maps[1].to(dtype))) == expected  # one of each
+    assert str(scored(MetaTensor(maps[0]).to(dtype), channels[1])) == expected
+
+
+def test_exchanged_labels_cost_the_exchanged_classes_alone():
+    _, reference = label_maps(7)
+    reference[0, :3, :3, :3] = 3
+    exchanged = torch.tensor([0, 2, 1, 3])[reference.long()]
+    assert [row["dice"] for row in scored(exchanged, reference)] == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("value", [4, -1, 0.5, math.nan, math.inf])
+@pytest.mark.parametrize("key", ["pred", "reference"])
+def test_a_channel_that_is_no_map_of_the_classes_is_refused_by_name(key, value):
+    """Logits, probabilities or a foreign coding would else be scored: as classes that are hardly there."""
+    maps = dict(zip(("pred", "reference"), label_maps(2), strict=True))
+    maps[key][0, 3, 4, 5] = value
+    with pytest.raises(DataError, match=rf"case a .*\n.*{key} holds other values than the whole numbers 0 to 3"):
+        scored(*maps.values())
+
+
+def test_another_number_of_channels_is_refused():
+    with pytest.raises(DataError, match=r"pred has shape \(2, .*needs \(3, H, W, D\).*or one channel of whole numbers"):
+        scored(torch.zeros(2, 4, 5, 6), torch.zeros(1, 4, 5, 6))

@@ -12,7 +12,7 @@ from samseg_monai.errors import ConfigError, WeightsError
 from samseg_monai.networks import EMPTY_LOGIT, SamSegmenter
 from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.spec import SPECS
-from samseg_monai.strategies import LoRA
+from samseg_monai.strategies import LoRA, ZeroShot
 from samseg_monai.trainable import count_trainable
 
 NAN = float("nan")
@@ -187,7 +187,8 @@ def test_a_stored_embedding_replaces_the_encoder(boxes):
     embedding = network.encode(image)
     expected = network(image, boxes)
     seen = count_encoder_calls(network)
-    torch.testing.assert_close(network(image, boxes, embedding), expected, atol=1e-6, rtol=0)
+    for given in (embedding, embedding.unflatten(0, (2, 2))):
+        torch.testing.assert_close(network(image, boxes, given), expected, atol=1e-6, rtol=0)
     boxes[0] = NAN
     torch.testing.assert_close(network(image, boxes, embedding)[1], expected[1], atol=1e-5, rtol=0)
     assert seen == []
@@ -267,7 +268,8 @@ def test_checkpointing_gives_the_same_gradients(image, boxes):
         ({"scan_mode": "sum"}, "scan_mode: got 'sum'; choose one of 'mean_logits', 'channels'"),
         ({"input_scale": "255"}, "input_scale: got '255'"),
         ({"prompt": "point"}, "prompt: got 'point'"),
-        ({"autocast": "fp16"}, "autocast: got 'fp16'"),
+        ({"autocast": "fp16"}, "autocast: got 'fp16'; choose one of None, 'bf16', 'bf16_all'"),
+        ({"low_res_training": True}, "low_res_training: got true with prompts"),
         ({"num_classes": 0}, "num_classes: got 0"),
         ({"scans": 4, "scan_mode": "channels"}, "needs exactly 3"),
         ({"image_size": 50}, "multiple of its patch size 16"),
@@ -286,6 +288,7 @@ def test_wrong_arguments_say_what_is_needed(arguments, message):
         ([(2, 1, 65, 64)], "at most 64"),
         ([(2, 1, 40, 64), (1, 4)], r"boxes: got shape \(1, 4\), expected \(B, 4\) or \(B, N, 4\) with B=2"),
         ([(2, 1, 40, 64), (2, 5)], r"boxes: got shape \(2, 5\)"),
+        ([(2, 1, 40, 64), (2, 4), (1, 2, 32, 4, 3)], r"embedding: got .*\(2, 32, 4, 3\), expected \(2, 32, 4, 4\)"),
         ([(2, 1, 40, 64), (2, 4), (2, 32, 3, 4)], r"embedding: got .*\(2, 32, 3, 4\), expected \(2, 32, 4, 4\)"),
     ],
 )
@@ -313,8 +316,11 @@ def test_a_new_mask_head_that_nobody_trains_is_refused(tmp_path):
     torch.save(build_sam("tiny").state_dict(), tmp_path / "tiny.pth")
     with pytest.raises(ConfigError, match="num_classes=8 needs a new mask head"):
         tiny(LoRA(2), num_classes=8).load_base(tmp_path / "tiny.pth")
-    report = tiny(LoRA(2, decoder=True), num_classes=8).load_base(tmp_path / "tiny.pth")
-    assert any(name.startswith("mask_decoder.mask_tokens") for name in report.skipped)
+    with pytest.raises(ConfigError, match="use a strategy that trains the decoder"):
+        tiny(num_classes=8).load_base(tmp_path / "tiny.pth")
+    for strategy in (LoRA(2, decoder=True), ZeroShot(random_masks=True)):  # the second is noise on purpose
+        report = tiny(strategy, num_classes=8).load_base(tmp_path / "tiny.pth")
+        assert any(name.startswith("mask_decoder.mask_tokens") for name in report.skipped)
 
 
 def test_owned_normalisation_keeps_learning_its_statistics():

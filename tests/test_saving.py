@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def plain_adapters(monkeypatch):
         torch.save(network.state_dict(), folder / "adapter.safetensors")
         (folder / "card.json").write_text(json.dumps({"metrics": metrics}))
 
-    monkeypatch.setattr("samseg_monai.handlers.saving.save_adapter", save)
+    monkeypatch.setattr("samseg_monai.handlers.keeping.save_adapter", save)
 
 
 def cut(run, epoch, *, midway=False):
@@ -414,3 +415,70 @@ def test_a_real_segmenter_saves_its_adapter_resumes_only_owned_tensors_and_refus
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), net.state_dict().values(), strict=True))
     with pytest.raises(CheckpointError, match=r"strategy: .*'rank': 2.* in the file, .*'rank': 4.* now"):
         parts(4, 2)[2].load()
+
+
+class LastRun:
+    """A training of a fixed number of epochs without validation, as ``val_interval: 0`` wires it."""
+
+    def __init__(self, folder, *, epochs, wrapped=False):
+        torch.manual_seed(1)
+        self.network = nn.Linear(4, 2)
+        owner = self.network
+        if wrapped:
+            owner = nn.Sequential()
+            owner.module = self.network
+        self.saved: list[dict] = []
+        self.trainer = SupervisedTrainer(
+            device=torch.device("cpu"), max_epochs=epochs, train_data_loader=DataLoader(Drawing(), batch_size=3),
+            network=self.network, optimizer=torch.optim.SGD(self.network.parameters(), lr=0.1),
+            loss_function=nn.MSELoss(),
+            train_handlers=[
+                handlers.RunCard(folder, settings={}), handlers.EpochSeeder(0), handlers.LastAdapter(owner, folder),
+            ],
+        )  # fmt: skip
+        handlers.ResumeSaver(folder, self.network, optimizer=self.trainer.optimizer).attach(self.trainer)
+
+
+def kept(folder):
+    with open(folder / "adapter.safetensors", "rb") as stream:  # by its name torch would take it for what it is not
+        return torch.load(stream, weights_only=True), json.loads((folder / "card.json").read_text())
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_without_validation_the_adapter_of_the_last_epoch_is_kept(tmp_path, wrapped):
+    run = LastRun(tmp_path, epochs=3, wrapped=wrapped)
+    states = []
+
+    def remember(engine):
+        states.append({name: tensor.clone() for name, tensor in run.network.state_dict().items()})
+
+    run.trainer.add_event_handler(Events.EPOCH_COMPLETED, remember)
+    run.trainer.run()
+    tensors, card = kept(tmp_path)
+    assert card == {"metrics": {"epoch": 3}}
+    assert sorted(tensors) == ["bias", "weight"]
+    assert all(torch.equal(tensor, states[2][name]) for name, tensor in tensors.items())
+    assert not torch.equal(tensors["weight"], states[1]["weight"])
+    assert json.loads((tmp_path / "run_card.json").read_text())["best"] is None  # nothing was compared
+
+
+def test_a_training_that_is_killed_leaves_the_adapter_of_its_last_whole_epoch(tmp_path):
+    run = LastRun(tmp_path, epochs=3)
+
+    def die(engine):
+        if engine.state.epoch == 2 and engine.state.iteration == 5:
+            raise KeyboardInterrupt
+
+    run.trainer.add_event_handler(Events.ITERATION_COMPLETED, die)
+    with pytest.raises(KeyboardInterrupt):
+        run.trainer.run()
+    tensors, card = kept(tmp_path)
+    assert card["metrics"] == {"epoch": 1}
+    resumed = torch.load(tmp_path / "resume.pt", weights_only=True)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in resumed["network"].items())
+
+
+def test_only_the_first_process_writes_the_last_adapter(tmp_path, monkeypatch):
+    monkeypatch.setattr("samseg_monai.handlers.keeping.idist.get_rank", lambda: 1)
+    handlers.LastAdapter(nn.Linear(4, 2), tmp_path)(SimpleNamespace(state=SimpleNamespace(epoch=1)))
+    assert not list(tmp_path.iterdir())

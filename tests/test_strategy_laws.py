@@ -1,16 +1,22 @@
-"""Laws that every strategy obeys, and counts that are known from elsewhere."""
+"""Laws that every strategy obeys, and counts that are known from elsewhere.
+
+The names in ``golden/strategy_keys.json`` are written by ``python -m tests.test_strategy_laws``.
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from pydoc import locate
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 from samseg_monai import strategies
@@ -19,11 +25,17 @@ from samseg_monai.checkpoints import load_adapter, save_adapter
 from samseg_monai.errors import AdapterError, CheckpointError
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.build import build_sam
-from samseg_monai.strategies import LoRA, Strategy, ZeroShot
+from samseg_monai.strategies import Ladder, LoRA, Scratch, Strategy, ZeroShot
+from samseg_monai.strategies.base import head_names
 from samseg_monai.trainable import count_trainable, owned_state
 
 GOLDEN = Path(__file__).parent / "golden" / "strategy_keys.json"
 WIDTH, HIDDEN, DEPTH = 32, 128, 2  # of SAM "tiny": embedding, MLP, number of blocks
+CLASSES = {"num_classes": 5, "prompt": "none"}
+MASKS = 6  # five classes and the background
+
+RESNET = 2_782_784  # values of ResNet18 up to layer3, as SAM-LST counts them (Chai et al. 2023)
+NORMS = {64: 5, 128: 5, 256: 5}  # its batch normalisations, by channels
 
 # A shift of all keys cancels in the softmax: these biases are used, but their gradient is rounding noise.
 ROUNDING_ONLY = "k_proj.bias"
@@ -31,24 +43,57 @@ ROUNDING_ONLY = "k_proj.bias"
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy with arguments, and how many values it trains in SAM "tiny"."""
+    """One strategy with arguments, how many values it trains in SAM "tiny", and in what network.
+
+    ``kept`` counts what its adapter file holds beside those: running statistics, and its own but fixed tensors.
+    ``mixed`` says what embedding a fresh network decodes, from SAM's and the side network's. ``noise``: the mask head
+    is random on purpose, and nobody keeps it.
+    """
 
     make: Callable[[], Strategy]
     count: Callable[[SamSegmenter], int]
+    network: dict[str, Any] = field(default_factory=dict)
+    kept: int = 0
+    mixed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    noise: bool = False
 
 
 def decoder_values(network: SamSegmenter) -> int:
-    """Values of the mask decoder that make SAM's single mask, summed over modules."""
+    """Values of the mask decoder that make the maps that are returned, summed over modules."""
     decoder = network.sam.mask_decoder
     used = [
         decoder.transformer,
         decoder.iou_token,
         decoder.mask_tokens,
         decoder.output_upscaling,
-        decoder.output_hypernetworks_mlps[0],
+        decoder.output_hypernetworks_mlps[: network.channels_out],
     ]
     return sum(p.numel() for module in used for p in module.parameters())
 
+
+class SmallSide(nn.Sequential):
+    """A side network with statistics that is built in no time; its channels are those of SAM "tiny"."""
+
+    values = 3 * 8 * 16 + 2 * 8 + 8 * WIDTH * 16 + WIDTH
+    kept = 2 * 8 + 1
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 8, 4, 4, bias=False), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, WIDTH, 4, 4))
+
+
+def upscaling_values(width: int) -> int:
+    """Of two transposed 2 x 2 convolutions, C to C/4 to C/8 channels, with a normalisation between them."""
+    return 4 * width * width // 4 + width // 4 + 2 * width // 4 + 4 * (width // 4) * (width // 8) + width // 8
+
+
+def head_values(width: int, masks: int) -> int:
+    """Of mask tokens, and hyper-networks with three linear layers, C to C to C to C/8."""
+    return masks * (width + 2 * (width * width + width) + width * width // 8 + width // 8)
+
+
+UPSCALING, HEAD = upscaling_values(WIDTH), head_values(WIDTH, MASKS)
+CNN = RESNET + 256 * WIDTH + WIDTH  # with the projection to SAM's channels
+STATISTICS = sum(number * (2 * channels + 1) for channels, number in NORMS.items())
 
 ALL_SIX = ("q", "k", "v", "proj", "lin1", "lin2")
 ROWS = {
@@ -61,6 +106,43 @@ ROWS = {
     "lora_last_block": Row(lambda: LoRA(2, blocks=[1], targets=["k", "proj"]), lambda network: 2 * 2 * WIDTH * 2),
     "lora_decoder": Row(
         lambda: LoRA(2, decoder=True), lambda network: DEPTH * 2 * 2 * WIDTH * 2 + decoder_values(network)
+    ),
+    "lora_decoder_classes": Row(
+        lambda: LoRA(2, decoder=True), lambda network: DEPTH * 2 * 2 * WIDTH * 2 + decoder_values(network), CLASSES
+    ),
+    "zero_shot_random_masks": Row(lambda: ZeroShot(random_masks=True), lambda network: 0, CLASSES, noise=True),
+    "ladder": Row(
+        lambda: Ladder(SmallSide()),
+        lambda network: SmallSide.values + UPSCALING + HEAD + 1,
+        CLASSES,
+        kept=SmallSide.kept,
+        mixed=lambda sam, side: 0.5 * sam + 0.5 * side,
+    ),
+    "ladder_full": Row(
+        lambda: Ladder(SmallSide(), decoder="full"),
+        lambda network: SmallSide.values + decoder_values(network) + 1,
+        kept=SmallSide.kept,
+        mixed=lambda sam, side: 0.5 * sam + 0.5 * side,
+    ),
+    "ladder_paper": Row(
+        lambda: Ladder(side_weights="random", decoder="upscaling", masks="random"),
+        lambda network: CNN + UPSCALING + 1,
+        CLASSES,
+        kept=STATISTICS + HEAD,
+        mixed=lambda sam, side: 0.5 * sam + 0.5 * side,
+    ),
+    "cnn_only": Row(
+        lambda: Ladder(SmallSide(), mix="side", decoder="upscaling", masks="random"),
+        lambda network: SmallSide.values + UPSCALING,
+        CLASSES,
+        kept=SmallSide.kept + HEAD,
+        mixed=lambda sam, side: side,
+    ),
+    "sam_only": Row(
+        lambda: Ladder(mix="sam", decoder="upscaling", masks="random"),
+        lambda network: UPSCALING,
+        CLASSES,
+        kept=HEAD,
     ),
 }
 
@@ -82,9 +164,9 @@ def row(request):
 def build(row, base):
     """Builds the row's network, with the same base weights each time."""
 
-    def build_network(variant="tiny", *, strategy=None, **arguments):
-        torch.manual_seed(1)
-        network = SamSegmenter(variant, strategy or row.make(), **arguments)
+    def build_network(variant="tiny", *, strategy=None, seed=1, **arguments):
+        torch.manual_seed(seed)
+        network = SamSegmenter(variant, strategy or row.make(), **{**row.network, **arguments})
         if variant == "tiny" and not arguments:
             network.load_base(base)
         else:
@@ -95,11 +177,23 @@ def build(row, base):
 
 
 @pytest.fixture
-def batch():
+def batch(row):
+    return draw_batch(**row.network)
+
+
+def draw_batch(num_classes=1, prompt="box"):
+    """Two images, their boxes (None without prompts), their targets: a mask, or numbers of classes."""
     rng = torch.Generator().manual_seed(2)
     image = torch.randn(2, 1, 64, 48, generator=rng)
-    boxes = torch.tensor([[5.0, 6, 40, 50], [2, 20, 30, 44]])
-    return image, boxes, (torch.rand(2, 1, 64, 48, generator=rng) > 0.5).float()
+    boxes = torch.tensor([[5.0, 6, 40, 50], [2, 20, 30, 44]]) if prompt == "box" else None
+    if num_classes == 1:
+        return image, boxes, (torch.rand(2, 1, 64, 48, generator=rng) > 0.5).float()
+    return image, boxes, torch.randint(num_classes + 1, (2, 64, 48), generator=rng)
+
+
+def learning(network):
+    """Names of the parameters that learn: what is owned without running statistics and fixed tensors."""
+    return {name for name, _ in network.named_parameters()} & set(network.owned) - set(network.fixed)
 
 
 def learn(network, batch, *, steps=1):
@@ -108,41 +202,54 @@ def learn(network, batch, *, steps=1):
     largest: dict[str, float] = {}
     network.train()
     torch.manual_seed(3)
-    for _ in range(steps if network.owned else 0):
+    for step in range(steps if network.owned else 0):
         network.zero_grad()
-        F.binary_cross_entropy_with_logits(network(image, boxes), target).backward()
+        logits = network(image, boxes)
+        loss = F.cross_entropy if logits.shape[1] > 1 else F.binary_cross_entropy_with_logits
+        loss(logits, target).backward()
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 if parameter.grad is not None:
                     largest[name] = max(largest.get(name, 0.0), parameter.grad.abs().max().item())
-                    parameter -= 0.1 * parameter.grad / parameter.grad.norm().clamp_min(1e-12)
+                    size = 0.1 / (1 + step)  # shrinking: a single value must not step to and fro
+                    parameter -= size * parameter.grad / parameter.grad.norm().clamp_min(1e-12)
     network.eval()
     return largest
 
 
 class TestStrategyLaws:
-    def test_fresh_it_changes_nothing(self, build, base, batch):
-        plain = SamSegmenter("tiny")
+    def test_fresh_it_changes_nothing_but_what_it_mixes_in(self, build, row, base, batch):
+        network, plain = build(), SamSegmenter("tiny", ZeroShot(random_masks=True), **row.network)
         plain.load_base(base)
-        assert torch.equal(build()(*batch[:2]), plain(*batch[:2]))
+        head = {name: tensor for name, tensor in network.state_dict().items() if name in head_names(plain)}
+        plain.load_state_dict(head, strict=False)  # started anew where the number of masks is not SAM's
+        image, boxes, _ = batch
+        if row.mixed is None:
+            assert torch.equal(network(image, boxes), plain(image, boxes))
+            return
+        padded = F.pad(image.expand(-1, 3, -1, -1), (0, 64 - image.shape[-1]))
+        side = network.side.project(network.side.net(padded))
+        mixed = row.mixed(plain.encode(image), side)
+        assert (mixed - plain.encode(image)).abs().max() > 0.1
+        torch.testing.assert_close(network(image, boxes), plain(image, boxes, mixed), atol=1e-6, rtol=0)
 
     def test_after_a_step_only_owned_tensors_moved_bit_for_bit(self, build, batch):
         network = build()
         before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         learn(network, batch, steps=2)
         moved = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
-        assert moved <= set(network.owned)
-        assert all(name.endswith(ROUNDING_ONLY) for name in set(network.owned) - moved)
+        assert moved <= set(network.owned) - set(network.fixed)
+        assert all(name.endswith(ROUNDING_ONLY) for name in set(network.owned) - set(network.fixed) - moved)
 
     def test_trains_as_many_values_as_the_formula_says(self, build, row):
         network = build()
         assert count_trainable(network) == row.count(network)
-        assert sum(t.numel() for t in owned_state(network, network.owned).values()) == row.count(network)
+        assert sum(t.numel() for t in owned_state(network, network.owned).values()) == row.count(network) + row.kept
 
     def test_every_owned_tensor_has_a_gradient_within_two_steps(self, build, batch):
         network = build()
         largest = learn(network, batch, steps=2)
-        assert largest.keys() == set(network.owned)
+        assert largest.keys() == learning(network)
         dead = [name for name, size in largest.items() if size < 1e-7 and not name.endswith(ROUNDING_ONLY)]
         assert dead == []
 
@@ -158,12 +265,23 @@ class TestStrategyLaws:
             used = torch.autograd.grad(logits.sum(), [parameters[name] for name in network.unused], allow_unused=True)
             assert all(gradient is None for gradient in used)
 
-    def test_saved_and_loaded_into_a_fresh_network_it_gives_equal_output(self, build, batch, tmp_path):
+    def test_fixed_tensors_are_kept_in_the_file_and_have_no_gradient(self, build, batch, tmp_path):
+        network = build()
+        learn(network, batch, steps=1)
+        state = load_file(save_adapter(network, tmp_path) / "adapter.safetensors")
+        assert state.keys() == set(network.owned)
+        assert set(network.fixed) <= set(network.owned) - set(network.unused)
+        for name in network.fixed:
+            parameter = network.get_parameter(name)
+            assert not parameter.requires_grad and parameter.grad is None
+            assert torch.equal(state[name], parameter)
+
+    def test_saved_and_loaded_into_a_fresh_network_it_gives_equal_output(self, build, row, batch, tmp_path):
         network = build()
         untrained = network(*batch[:2])
         learn(network, batch, steps=2)
         save_adapter(network, tmp_path)
-        fresh = build()
+        fresh = build(seed=1 if row.noise else 4)
         load_adapter(fresh, tmp_path)
         assert torch.equal(fresh(*batch[:2]), network(*batch[:2]))
         assert not network.owned or not torch.equal(network(*batch[:2]), untrained)
@@ -172,10 +290,10 @@ class TestStrategyLaws:
         ("change", "message"),
         [
             ({"variant": "pico"}, "sam_variant: adapter 'tiny', network 'pico'"),
-            ({"num_classes": 2}, "num_classes: adapter 1, network 2"),
+            ({"num_classes": 2}, "num_classes: adapter [15], network 2"),
             ({"image_size": 32}, "image_size: adapter 64, network 32"),
             ({"scans": 2}, "scans: adapter 1, network 2"),
-            ({"strategy": LoRA(5)}, "strategy rank: adapter .*, network 5"),
+            ({"strategy": LoRA(5, decoder=True)}, "strategy rank: adapter .*, network 5"),
         ],
     )
     def test_the_card_refuses_another_network(self, build, tmp_path, change, message):
@@ -208,9 +326,15 @@ class TestStrategyLaws:
             row.make().install(network)
         assert list(network.state_dict()) == before
 
-    def test_merged_it_is_plain_sam_with_equal_output(self, build, batch):
+    def test_merged_it_is_plain_sam_with_equal_output(self, build, row, batch):
         network = build()
         learn(network, batch, steps=2)
+        if network.side is not None:
+            owned, before = list(network.owned), network(*batch[:2])
+            with pytest.raises(AdapterError, match="side network"):
+                network.merge()
+            assert network.owned == owned and torch.equal(network(*batch[:2]), before)
+            return
         with torch.no_grad():
             before = network(*batch[:2])
             adapters = sum(isinstance(module, LoRALinear) for module in network.modules())
@@ -218,16 +342,16 @@ class TestStrategyLaws:
             torch.testing.assert_close(network(*batch[:2]), before, atol=1e-5, rtol=0)
         assert not any(isinstance(module, LoRALinear) for module in network.modules())
         assert count_trainable(network) == 0 and network.owned == []
-        plain = SamSegmenter("tiny")
+        plain = SamSegmenter("tiny", **row.network)
         plain.sam.load_state_dict(network.sam.state_dict(), strict=True)
         torch.testing.assert_close(plain(*batch[:2]), before, atol=1e-5, rtol=0)
 
-    def test_keys_are_those_of_the_golden_list(self, build, request):
+    def test_keys_are_those_of_the_golden_list(self, build, row, request):
         golden = json.loads(GOLDEN.read_text())
         assert golden.keys() == ROWS.keys()
         network = build()
         assert network.owned == golden[request.node.callspec.params["row"]]
-        assert set(SamSegmenter("tiny").state_dict()) <= set(network.state_dict())
+        assert set(SamSegmenter("tiny", **row.network).state_dict()) <= set(network.state_dict())
 
     def test_a_copy_is_equal_and_independent(self, build, batch):
         network = build()
@@ -236,19 +360,27 @@ class TestStrategyLaws:
         assert torch.equal(twin(*batch[:2]), before)
         learn(twin, batch, steps=2)
         assert torch.equal(network(*batch[:2]), before)
+        assert twin.strategy.facts(twin).keys() == network.strategy.facts(network).keys()
+        assert not network.strategy.facts(network) or twin.strategy.facts(twin) != network.strategy.facts(network)
 
     def test_its_card_builds_it_again(self, row):
         card = json.loads(json.dumps(row.make().card()))
-        again = getattr(strategies, card["_target_"].removeprefix("samseg_monai.strategies."))(**card["arguments"])
+        arguments = card["arguments"]
+        if arguments.get("side"):  # a network is named by its class
+            arguments["side"] = locate(arguments["side"])()
+        again = getattr(strategies, card["_target_"].removeprefix("samseg_monai.strategies."))(**arguments)
         assert again.card() == row.make().card()
 
 
 def test_every_strategy_has_a_row():
     found = [cls for cls in vars(strategies).values() if isinstance(cls, type) and issubclass(cls, Strategy)]
     found.remove(Strategy)
-    assert len(found) == 2
-    assert {type(row.make()) for row in ROWS.values()} == set(found)
-    assert len({cls.name for cls in found}) == len(found)
+    found.remove(Scratch)  # is for networks without SAM: test_plain.py
+    made = [row.make() for row in ROWS.values()]
+    assert len(found) == 3 and {type(strategy) for strategy in made} == set(found)
+    names = {strategy.name: type(strategy) for strategy in made}
+    assert names.keys() == {"zero_shot", "lora", "ladder", "ladder_paper", "cnn_only", "sam_only"}
+    assert all(names[strategy.name] is type(strategy) for strategy in made)
 
 
 @pytest.mark.parametrize(
@@ -268,10 +400,28 @@ def test_vit_b_trains_the_published_number_of_values(arguments, classes, count):
     assert count_trainable(network) == count
 
 
-def test_each_target_gets_its_own_gradient(base, batch):
+@pytest.mark.parametrize(
+    ("strategy", "count"),
+    [
+        # SAM-LST's code (Chai et al. 2023) at 512 with eight organs, by running it: CNN, output_upscaling, gate
+        ({"decoder": "upscaling", "masks": "random"}, 2_782_784 + 73_952 + 1),
+        ({"decoder": "upscaling", "masks": "random", "mix": "side"}, 2_782_784 + 73_952),
+        ({"decoder": "upscaling", "masks": "random", "mix": "sam"}, 73_952),
+        ({"decoder": "masks"}, 2_782_784 + 73_952 + 1 + 9 * (256 + 2 * (256 * 256 + 256) + 256 * 32 + 32)),
+    ],
+)
+def test_vit_b_ladders_train_the_published_number_of_values(strategy, count):
+    with torch.device("meta"):
+        network = SamSegmenter("vit_b", Ladder(**strategy), image_size=512, num_classes=8, prompt="none")
+    assert count_trainable(network) == count
+    if network.strategy.name == "ladder_paper":
+        assert count == 2_856_737
+
+
+def test_each_target_gets_its_own_gradient(base):
     network = SamSegmenter("tiny", LoRA(2, targets=ALL_SIX))
     network.load_base(base)
-    names = [name for name in learn(network, batch, steps=2) if ".blocks.0." in name]
+    names = [name for name in learn(network, draw_batch(), steps=2) if ".blocks.0." in name]
     expected = [f"attn.qkv.lora_{m}.{part}" for m in "ab" for part in range(3)]
     expected += [f"{path}.lora_{m}.0" for path in ("attn.proj", "mlp.lin1", "mlp.lin2") for m in "ab"]
     assert names == [f"sam.image_encoder.blocks.0.{name}" for name in expected]
@@ -300,3 +450,13 @@ def test_a_refused_strategy_leaves_the_network_as_it_was():
     with pytest.raises(AdapterError, match="rank"):
         LoRA(33, targets=("lin1", "q")).install(network)
     assert not any(isinstance(module, LoRALinear) for module in network.modules())
+
+
+def write_golden() -> None:
+    """Write the names that each row owns; a change of the file is a change of every adapter saved before."""
+    keys = {name: SamSegmenter("tiny", row.make(), **row.network).owned for name, row in ROWS.items()}
+    GOLDEN.write_text(json.dumps(keys, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write_golden()

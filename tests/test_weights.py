@@ -1,4 +1,4 @@
-"""Finding, downloading, reading and loading SAM's weights: files are written here, the only server is on loopback."""
+"""Finding, downloading, reading and loading weights: files are written here, the only server is on loopback."""
 
 from __future__ import annotations
 
@@ -285,6 +285,31 @@ def test_another_number_of_masks_starts_the_mask_head_anew_only_on_request(num_m
         assert torch.equal(value, before[name] if name in report.skipped else state[name]), name
 
 
+@pytest.mark.parametrize("num_masks", [1, 8])
+def test_a_tiled_mask_head_repeats_the_files_masks_and_leaves_only_the_quality_head(num_masks, file, state):
+    sam = build_sam("tiny", num_masks=num_masks)
+    before = _snapshot(sam)
+    report = load_sam_weights(sam, file, allow_new_masks=True, tile_masks=True)
+    expected = {name: state.get(name) for name in before}
+    for index in range(num_masks + 1):
+        prefix = "mask_decoder.output_hypernetworks_mlps"
+        for name in [n for n in before if n.startswith(f"{prefix}.{index}.")]:
+            expected[name] = state[name.replace(f"{prefix}.{index}.", f"{prefix}.{index % 4}.")]
+    tokens = state["mask_decoder.mask_tokens.weight"]
+    expected["mask_decoder.mask_tokens.weight"] = tokens.repeat(3, 1)[: num_masks + 1]
+    kept = [n for n in before if "iou_prediction_head" in n]
+    _assert_same(_snapshot(sam), expected | {name: before[name] for name in kept if name in report.skipped})
+    behind = [n for n in state if n not in before]  # of the file's masks 2 and 3, when there are two only
+    assert set(report.skipped) >= {"mask_decoder.iou_prediction_head.layers.2.weight", *behind}
+    assert {n.split(".")[1] for n in set(report.skipped) - set(behind)} == {"iou_prediction_head"}
+    assert report.loaded == len(before) - len(set(report.skipped) - set(behind))
+
+
+def test_without_leave_a_tiled_mask_head_is_refused_too(file):
+    with pytest.raises(WeightsError, match="allow_new_masks"):
+        load_sam_weights(build_sam("tiny", num_masks=8), file, tile_masks=True)
+
+
 def test_nothing_is_skipped_when_the_number_of_masks_agrees(file):
     assert load_sam_weights(build_sam("tiny"), file, allow_new_masks=True).skipped == ()
 
@@ -352,6 +377,7 @@ def test_the_official_files_are_those_of_the_published_table():
         "vit_b": ("sam_vit_b_01ec64.pth", "ec2df627"),
         "vit_l": ("sam_vit_l_0b3195.pth", "3adcc431"),
         "vit_h": ("sam_vit_h_4b8939.pth", "a7bf3b02"),
+        "resnet18": ("resnet18-f37072fd.pth", "f37072fd"),  # the name holds the start of the hash
     }
     assert all(len(file.sha256) == 64 and file.url.endswith(file.name) for file in KNOWN.values())
 
@@ -434,7 +460,14 @@ def test_offline_and_absent_is_one_error_with_everything_needed(official, tmp_pa
 
 
 def test_absent_paths_and_variants_without_weights_say_what_to_do(tmp_path):
-    with pytest.raises(WeightsError, match="is not a file"):
+    with pytest.raises(WeightsError, match=r"sam_checkpoint .*is not a file"):
         find_weights("vit_b", tmp_path / "nowhere.pth")
+    with pytest.raises(WeightsError, match=r"^side_weights .*is not a file"):
+        find_weights("resnet18", tmp_path / "nowhere.pth", key="side_weights")
+    with pytest.raises(WeightsError, match=r"(?s)'resnet18' are not on .*download\.pytorch\.org.*set side_weights to"):
+        find_weights("resnet18", download=False, key="side_weights")
+    (tmp_path / "resnet18-f37072fd.pth").write_bytes(b"half a download")
+    with pytest.raises(WeightsError, match=r"not the official .* name it in side_weights"):
+        find_weights("resnet18", tmp_path, key="side_weights")
     with pytest.raises(WeightsError, match=r"'tiny' has no published weights.*'random'"):
         find_weights("tiny")

@@ -61,6 +61,7 @@ class GatedSide(nn.Module):
 
     Attributes:
         alpha: the gate's parameter, one value from 0; absent with "side".
+        idle: names of parameters of ``net`` that its feature map does not depend on, such as those of later stages.
 
     Raises:
         AdapterError: the network does not give one feature map of stride ``patch_size``.
@@ -72,7 +73,7 @@ class GatedSide(nn.Module):
         super().__init__()
         self.net = net
         self.needs_embedding = mix == "gate"
-        found = _channels(net, patch_size)
+        found, self.idle = _try_out(net, patch_size)
         self.project = nn.Identity() if found == channels else nn.Conv2d(found, channels, 1)
         if self.needs_embedding:
             self.alpha = nn.Parameter(torch.zeros(1))
@@ -91,14 +92,17 @@ class GatedSide(nn.Module):
         return gate * embedding + (1 - gate) * features
 
 
-def _channels(net: nn.Module, patch_size: int) -> int:
-    """Channels of the feature map that ``net`` makes; statistics and mode stay as they are."""
+def _try_out(net: nn.Module, patch_size: int) -> tuple[int, list[str]]:
+    """Channels of the feature map that ``net`` makes, and its parameters without influence on it.
+
+    Statistics and mode of ``net`` stay as they are.
+    """
     side = 4 * patch_size
     where = next((p.device for p in net.parameters()), torch.device("cpu"))
     was_training = net.training
     net.eval()
     try:
-        with torch.no_grad():
+        with torch.enable_grad():
             found = net(torch.zeros(1, 3, side, side, device=where))
     except (RuntimeError, TypeError, ValueError, LookupError) as error:
         raise AdapterError(
@@ -114,4 +118,9 @@ def _channels(net: nn.Module, patch_size: int) -> int:
             f"side network {type(net).__name__}: an image (1, 3, {side}, {side}) gives {got}, expected (1, C, 4, 4); "
             "choose one of several feature maps with samseg_monai.adapters.FeatureMap"
         )
-    return shape[1]
+    named = [(name, parameter) for name, parameter in net.named_parameters() if parameter.requires_grad]
+    if not named or not found.requires_grad:
+        return shape[1], []
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(found.sum(), [parameter for _, parameter in named], allow_unused=True)
+    return shape[1], [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is None]

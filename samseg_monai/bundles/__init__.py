@@ -3,11 +3,19 @@
 from samseg_monai.bundles.build import build_bundle, recipe_names
 from samseg_monai.bundles.pack import pack_bundle, verify_sums
 from samseg_monai.bundles.record import facts, record_bundle, settings
-from samseg_monai.bundles.running import bundle_root, find_checkpoint, guard, join_processes, rank_device
+from samseg_monai.bundles.running import (
+    bundle_root,
+    extra_inputs,
+    find_checkpoint,
+    guard,
+    join_processes,
+    rank_device,
+)
 
 __all__ = [
     "build_bundle",
     "bundle_root",
+    "extra_inputs",
     "facts",
     "find_checkpoint",
     "guard",

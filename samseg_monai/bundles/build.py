@@ -121,7 +121,17 @@ def build_bundle(task: str, strategy: str, output: str | Path) -> Path:
         metadata = merge(metadata, recipe.get("metadata", {}), f"{origin} recipe, metadata")
     raise_all(_placeholders(metadata), BundleError, "metadata.json: keys that neither task nor strategy has set")
     _write_json(root / "configs" / "metadata.json", metadata)
-    _write_texts(root, name, metadata, {**task_recipe["docs"], **strategy_recipe["docs"]}, wanted)
+    prompted = expand(task_recipe, strategy_recipe, "inference")["prompt"]["source"] != "none"
+    target = strategy_recipe["base"]["strategy"]["_target_"]
+    docs = {
+        "performance": "No results with SAM's official weights are published with this bundle yet.",
+        **task_recipe["docs"],
+        **strategy_recipe["docs"],
+        "prompted": prompted,
+        "has_sam": not target.endswith(".Scratch"),
+        "embeddings": target.endswith(".Ladder") and strategy_recipe["base"]["strategy"]["mix"] != "side",
+    }
+    _write_texts(root, name, metadata, docs, wanted)
     return root
 
 

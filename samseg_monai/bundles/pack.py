@@ -17,7 +17,7 @@ from samseg_monai.errors import BundleError, raise_all
 from samseg_monai.sam.weights import sha256_of
 
 SUMS = "SHA256SUMS"
-RESULTS = ("metrics.json", "cases.csv", "ellipse_cases.csv", "run_card.json")
+RESULTS = ("metrics.json", "cases.csv", "ellipse_cases.csv", "transunet_cases.csv", "run_card.json")
 
 
 def write_sums(folder: Path) -> None:

@@ -10,15 +10,18 @@ from typing import Any
 import ignite.distributed as idist
 
 from samseg_monai.bundles.running import current_workflow
+from samseg_monai.sam.weights import RANDOM
 
 RECORD = "bundle"
-CHOICES = ("samseg_monai.strategies.", "samseg_monai.data.slices.")  # components that a reader calls settings
+# components that a reader calls settings
+CHOICES = ("samseg_monai.strategies.", "samseg_monai.adapters.", "samseg_monai.data.slices.")
 MAIN_CONFIGS = ("train.json", "evaluate.json", "inference.json")
 # where data and results lie on the machine of the run is nobody else's business, and wiring stays as built
 LOCAL = {
     "_meta_", "bundle_root", "checkpoint", "datalist", "dataset_dir", "device", "finalize", "imports", "initialize",
     "is_rank0", "network", "output_dir", "results_dir", "run", "sam_checkpoint", "train", "validate",
 }  # fmt: skip
+PLACES = {"embeddings": "cache_dir", "slices": "cache_dir", "strategy": "side_weights"}  # likewise, within settings
 
 
 def with_values(config: dict[str, Any], original: dict[str, Any], effective: dict[str, Any]) -> dict[str, Any]:
@@ -29,13 +32,17 @@ def with_values(config: dict[str, Any], original: dict[str, Any], effective: dic
         original: the config file the run was started with, as it lies in the bundle.
         effective: what the run really used, overlays and overrides included.
 
-    A value is taken over where ``config`` had the same one as ``original``: the two meant the same thing.
+    A value is taken over where ``config`` had the same one as ``original``: the two meant the same thing. Places are
+    not: a file or folder that a run named stays as it is in ``config``.
     """
     changed = {
         key: effective[key]
         for key in config
         if key not in LOCAL and key in original and key in effective and config[key] == original[key]
     }
+    for key, place in PLACES.items():
+        if isinstance(changed.get(key), dict) and changed[key].get(place) not in (None, RANDOM):
+            changed[key] = {**changed[key], place: config[key].get(place)}
     return {**config, **changed}
 
 

@@ -63,6 +63,11 @@ def find_checkpoint(output_dir: str, root: str) -> str | None:
     return str(model) if model.is_file() else None
 
 
+def extra_inputs(**wanted: Any) -> dict[str, str]:
+    """Return what MONAI's ``PrepareBatchExtraInput`` hands to the network beside the image: the truthy ``wanted``."""
+    return {name: name for name, value in wanted.items() if value}
+
+
 def rank_device() -> torch.device:
     """Return the device of this process of a ``torchrun`` launch: its own GPU, or the CPU where there is none."""
     if not torch.cuda.is_available():

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from samseg_monai.handlers.flow import GradientFlow
 from samseg_monai.handlers.guards import CollapseDetector, NonFiniteGuard
+from samseg_monai.handlers.keeping import BestAdapter, LastAdapter
 from samseg_monai.handlers.records import CaseTable, CurveLog
 from samseg_monai.handlers.run_card import RunCard
-from samseg_monai.handlers.saving import BestAdapter, ResumeSaver
+from samseg_monai.handlers.saving import ResumeSaver
 from samseg_monai.handlers.seeding import EpochSeeder
 from samseg_monai.handlers.stepping import GradientClip
 from samseg_monai.handlers.stopping import EarlyStop
@@ -24,6 +25,7 @@ __all__ = [
     "EpochSeeder",
     "GradientClip",
     "GradientFlow",
+    "LastAdapter",
     "NonFiniteGuard",
     "ResumeSaver",
     "RunCard",

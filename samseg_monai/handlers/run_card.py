@@ -146,6 +146,7 @@ class RunCard:
             best=best,
             gradient_flow=getattr(state, "gradient_flow", None),
             collapsed_classes=getattr(measured, "collapsed", None),
+            **_of_strategy(self.network),
         )
 
     def _seconds(self) -> float:
@@ -174,3 +175,10 @@ def _of_network(network: Any) -> dict[str, Any]:
         "strategy": None if strategy is None else {"name": strategy.name, "arguments": strategy.arguments()},
         "trainable_parameters": count_trainable(network),
     }
+
+
+def _of_strategy(network: Any) -> dict[str, Any]:
+    """What the strategy says of what it has learnt, such as the ladder's ``gate``."""
+    network = getattr(network, "module", network)
+    strategy = getattr(network, "strategy", None)
+    return {} if strategy is None else strategy.facts(network)

@@ -30,9 +30,10 @@ class CaseScores(Metric):
     After each epoch ``engine.state.metrics[name]`` is the mean of ``value`` over classes, then over cases that count;
     ``engine.state.metrics`` also gets everything of ``aggregate`` under ``prefix``, and
     ``engine.state.metric_details[name]`` the per-case rows, sorted by case. Works on decollated items and on CPU.
-    Prediction and reference are channel-first (C, H, W, D) with one channel of 0 and 1 for each class; the reference is
-    a MetaTensor whose affine gives the spacing. Processes gather their rows; the copies that a distributed sampler adds
-    to even out its shares are dropped by case name.
+    Prediction and reference are channel-first: (C, H, W, D) with one channel of 0 and 1 for each class, or, for several
+    classes, (1, H, W, D) with whole numbers: 0 background, 1 the first class ... The reference is a MetaTensor whose
+    affine gives the spacing. Processes gather their rows; the copies that a distributed sampler adds to even out its
+    shares are dropped by case name.
 
     Args:
         pred_key, reference_key, case_key: where an item holds the prediction, the reference and the case's name; an
@@ -132,9 +133,10 @@ class CaseScores(Metric):
         if not isinstance(case, str) or "/" in case or "\\" in case:
             raise DataError(f"{self.case_key!r} must be a name, not {case!r}: it goes into tables that travel")
         wrong = [
-            f"{key} has shape {tuple(volume.shape)}, needs ({len(self.classes)}, H, W, D) for {list(self.classes)}"
+            f"{key} has shape {tuple(volume.shape)}, needs ({len(self.classes)}, H, W, D) for {list(self.classes)}, "
+            "or one channel of whole numbers"
             for key, volume in ((self.pred_key, pred), (self.reference_key, reference))
-            if volume.ndim != 4 or len(volume) != len(self.classes)
+            if volume.ndim != 4 or len(volume) not in (1, len(self.classes))
         ]
         if not isinstance(reference, MetaTensor):
             wrong.append(f"{self.reference_key} has no affine ({type(reference).__name__}); load it with LoadImaged")
@@ -142,16 +144,39 @@ class CaseScores(Metric):
         # plain tensors: indexing a MetaTensor carries its metadata along, which is slow and not needed here
         spacing_mm = reference.pixdim.tolist()
         pred, reference = (v.as_tensor() if isinstance(v, MetaTensor) else v for v in (pred, reference))
+        wrong = [
+            f"{key} holds other values than the whole numbers 0 to {len(self.classes)} of {list(self.classes)}"
+            for key, volume in ((self.pred_key, pred), (self.reference_key, reference))
+            if len(volume) < len(self.classes) and not self._is_map(volume)
+        ]
+        raise_all(wrong, DataError, f"case {case} cannot be scored")
         rows = []
-        for channel, name in enumerate(self.classes):
+        for index, name in enumerate(self.classes):
             try:
                 scores = score_case(
-                    pred[channel], reference[channel], spacing_mm=spacing_mm, policy=self.policy, surface=self.surface
+                    self._mask(pred, index),
+                    self._mask(reference, index),
+                    spacing_mm=spacing_mm,
+                    policy=self.policy,
+                    surface=self.surface,
                 )
             except DataError as error:
                 raise DataError(f"case {case}, class {name}: {error}") from error
             rows.append({"case": case, "class": name, **scores})
         return rows
+
+    def _is_map(self, labels: torch.Tensor) -> bool:
+        """Tell whether there is nothing but labels: a channel of logits, too, would be scored, as almost empty."""
+        legal = (labels >= 0) & (labels <= len(self.classes))
+        if labels.is_floating_point():
+            legal &= labels == labels.round()
+        return bool(legal.all())
+
+    def _mask(self, volume: torch.Tensor, index: int) -> torch.Tensor:
+        """Mask (H, W, D) of one class, out of one channel per class or of a map of labels."""
+        if len(volume) == len(self.classes):
+            return volume[index]
+        return volume[0] == index + 1
 
 
 def merge_rows(gathered: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:

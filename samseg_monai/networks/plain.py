@@ -81,17 +81,18 @@ class PlainSegmenter(Segmenter):
     def forward(self, image: Tensor) -> Tensor:
         """Segment slices (B, S, H, W), H and W at most ``image_size``, into logits (B, C, H, W), float32."""
         image = image.as_subclass(torch.Tensor).float()
-        height, width = image.shape[-2:]
-        if image.ndim != 4 or image.shape[1] != self.scans or max(height, width) > self.image_size:
+        if image.ndim != 4 or image.shape[1] != self.scans or max(image.shape[-2:]) > self.image_size:
             raise ConfigError(
                 f"image: got shape {tuple(image.shape)}, expected (B, {self.scans}, H, W) with H and W at most "
                 f"{self.image_size}; check scans and image_size"
             )
+        height, width = image.shape[-2:]
         logits = self.net(F.pad(image, (0, self.image_size - width, 0, self.image_size - height)))
         expected = (len(image), self.channels_out, self.image_size, self.image_size)
-        if tuple(getattr(logits, "shape", ())) != expected:
+        shape = tuple(getattr(logits, "shape", ()))
+        if shape != expected:
             raise ConfigError(
-                f"{type(self.net).__name__} must return logits {expected}, got {tuple(getattr(logits, 'shape', ()))}; "
-                "check its output channels against the classes"
+                f"{type(self.net).__name__} must return logits {expected}, got "
+                f"{shape or f'a {type(logits).__name__}'}; check its output channels against the classes"
             )
         return logits[..., :height, :width].float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -67,15 +68,18 @@ class Ladder(Strategy):
             self.name = "ladder_paper"
 
     def arguments(self) -> dict[str, Any]:
-        """Constructor arguments as JSON values; a side network is named by its class."""
+        """Constructor arguments as JSON values; a side network is named by its class, a file by its last part."""
         kind = type(self.side)
-        return {**super().arguments(), "side": None if self.side is None else f"{kind.__module__}.{kind.__qualname__}"}
+        named: dict[str, Any] = {"side": None if self.side is None else f"{kind.__module__}.{kind.__qualname__}"}
+        if self.side_weights is not None:  # cards travel: they must not tell where files lie on a machine
+            named["side_weights"] = Path(self.side_weights).name
+        return {**super().arguments(), **named}
 
     def _install(self, segmenter: Segmenter) -> list[str]:
         if self.side is not None:
             spec = segmenter.sam.spec
             segmenter.side = GatedSide(self.side, spec.prompt_dim, mix=self.mix, patch_size=spec.patch_size)
-        owned = {name for name in segmenter.state_dict() if name.startswith("side.")}
+        owned = {name for name in segmenter.state_dict() if name.startswith("side.")} - set(self.unused(segmenter))
         owned |= set(self._learnt(segmenter)) | set(self.fixed(segmenter))
         return [name for name in segmenter.state_dict() if name in owned]
 
@@ -87,8 +91,10 @@ class Ladder(Strategy):
         return [name for name in head_names(segmenter) if name not in kept]
 
     def unused(self, segmenter: Segmenter) -> list[str]:
-        """The mask quality head, and for one class the hyper-networks of masks that are not returned."""
-        return unused_of_decoder(segmenter)
+        """The mask quality head, for one class the hyper-networks of other masks, idle parts of the side network."""
+        side = getattr(segmenter, "side", None)
+        idle = side.idle if isinstance(side, GatedSide) else []
+        return unused_of_decoder(segmenter) + [f"side.net.{name}" for name in idle]
 
     def start(self, segmenter: Segmenter, *, download: bool = True) -> None:
         """Load the side network's weights by name; see ``side_weights``.

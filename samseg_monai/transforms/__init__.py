@@ -1,4 +1,5 @@
-"""MONAI dictionary transforms that MONAI lacks: prompts as a volume, the boxes in it, a check that files share a grid.
+"""MONAI dictionary transforms that MONAI lacks: prompts as a volume, the boxes in it, a check that files share a
+grid, labels recoded to classes.
 
 Volumes are channel-first (C, H, W, D), slices (C, H, W). The first spatial axis is y (H), the second is x (W) of the
 network input.
@@ -8,8 +9,10 @@ from __future__ import annotations
 
 from samseg_monai.transforms.boxes import BoxFromPromptd, EllipseFromPromptd, boxes_of
 from samseg_monai.transforms.grids import CheckSameGridd
+from samseg_monai.transforms.labels import RecodeLabeld
 from samseg_monai.transforms.naming import NameAfterCased
 from samseg_monai.transforms.prompts import PromptFromBoxesd, PromptFromImaged, PromptFromLabeld
+from samseg_monai.transforms.spline import SplineResized
 
 __all__ = [
     "BoxFromPromptd",
@@ -19,5 +22,7 @@ __all__ = [
     "PromptFromBoxesd",
     "PromptFromImaged",
     "PromptFromLabeld",
+    "RecodeLabeld",
+    "SplineResized",
     "boxes_of",
 ]

@@ -1,0 +1,105 @@
+"""Experiments of days: a finished training is kept, and nothing else is taken for it; overlays show label maps."""
+
+import json
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from samseg_monai.cli.overlays import overlay_cases
+from samseg_monai.cli.story import is_trained
+from samseg_monai.errors import DataError
+from samseg_monai.handlers.provenance import file_hash
+from samseg_monai.report import RunResult
+from samseg_monai.report.montage import overlay_svg
+from samseg_monai.sam.weights import sha256_of
+
+LABELS = {"0": "background", "4": "liver", "7": "spleen", "9": "vein"}
+CLASSES = ["spleen", "liver"]
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Overrides of a training, and the folder it has left behind."""
+    (tmp_path / "datalist.json").write_text("{}")
+    (tmp_path / "sam.pth").write_bytes(b"weights")
+    (tmp_path / "adapter.safetensors").touch()
+    card = {
+        "status": "completed", "epochs": 3, "data_hash": file_hash(tmp_path / "datalist.json"),
+        "base_sha256": sha256_of(tmp_path / "sam.pth"),
+        "settings": {"seed": 5, "batch_size": 2, "strategy": {"rank": 4, "side_weights": "resnet.pth"}},
+    }  # fmt: skip
+    (tmp_path / "run_card.json").write_text(json.dumps(card))
+    return {
+        "output_dir": str(tmp_path), "datalist": str(tmp_path / "datalist.json"), "epochs": 3, "seed": 5,
+        "sam_checkpoint": str(tmp_path / "sam.pth"), "strategy::rank": 4, "strategy::side_weights": "/a/b/resnet.pth",
+        "dataset_dir": "/data",
+    }  # fmt: skip
+
+
+def test_finished_training_is_recognised(finished):
+    assert is_trained(finished)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epochs": 4}, {"seed": 6}, {"batch_size": 3}, {"strategy::rank": 8}, {"sam_checkpoint": "random"}]
+    + [{"strategy::side_weights": "random"}, {"sam_checkpoint": "nowhere.pth"}, {"datalist": "nowhere.json"}],
+    ids=lambda change: "=".join(map(str, *change.items())),
+)
+def test_another_training_is_not_taken_for_it(change, finished):
+    assert not is_trained({**finished, **change})
+
+
+def test_interrupted_training_and_empty_folder_are_not_finished(finished, tmp_path):
+    card = json.loads((tmp_path / "run_card.json").read_text())
+    (tmp_path / "run_card.json").write_text(json.dumps({**card, "status": "interrupted"}))
+    assert not is_trained(finished)
+    (tmp_path / "run_card.json").unlink()
+    assert not is_trained(finished)
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """One case of two organs with values 7 and 4, three slices; the prediction swaps them in slice 2."""
+    label = np.zeros((6, 8, 3), np.uint8)
+    label[1:5, 1:7, 0] = 7  # larger, but a single organ
+    label[1:3, 1:3, 2], label[3:5, 5:7, 2], label[0, 0, 1] = 7, 4, 9
+    prediction = np.where(label == 7, 2, np.where(label == 4, 1, 0)).astype(np.uint8)
+    image = np.linspace(-1000, 1000, label.size).reshape(label.shape)
+    folder = tmp_path / "run"
+    (folder / "predictions").mkdir(parents=True)
+    for path, array in (
+        (tmp_path / "img.nii.gz", image),
+        (tmp_path / "label.nii.gz", label),
+        (folder / "predictions" / "a_seg.nii.gz", prediction),
+    ):
+        nib.save(nib.Nifti1Image(array, np.diag([2.0, 3, 4, 1])), path)
+    head = "case,class,dice,empty_prediction,empty_reference,excluded"
+    rows = [f"a,{name},{dice},False,False,False" for name, dice in (("spleen", 0.25), ("liver", 0.75))]
+    (folder / "cases.csv").write_text("\n".join([head, *rows]) + "\n")
+    (folder / "run_card.json").write_text("{}")
+    (folder / "metrics.json").write_text("{}")
+    return folder, [{"case": "a", "image": str(tmp_path / "img.nii.gz"), "label": str(tmp_path / "label.nii.gz")}]
+
+
+def test_overlays_show_the_slice_with_most_organs_in_the_classes_of_the_network(scored):
+    folder, items = scored
+    run = RunResult.load(folder, name="ladder")
+    [case] = overlay_cases(run, {"ladder": folder}, items, labels=LABELS, classes=CLASSES, window=(-100, 100))
+    assert case.slice_index == 2 and case.box is None and case.spacing_mm == (2.0, 3.0)
+    assert case.reference[1, 1] == 1 and case.reference[3, 5] == 2 and set(np.unique(case.reference)) == {0, 1, 2}
+    assert case.predictions["ladder"][1, 1] == 2
+    assert case.dice == {"ladder": 0.5}
+    assert case.image.min() == -100 and case.image.max() == 100
+    joined = replace(case, predictions={"ladder": case.predictions["ladder"] > 0})
+    several, one = (overlay_svg(c, "ladder", "p", names=["ladder"]).count("<path") for c in (case, joined))
+    assert several > one
+
+
+def test_label_that_the_datalist_does_not_know_is_refused(scored):
+    folder, items = scored
+    labels = {value: name for value, name in LABELS.items() if value != "9"}
+    with pytest.raises(DataError, match=r"\[9\]"):
+        overlay_cases(RunResult.load(folder), {"ladder": folder}, items, labels=labels, classes=CLASSES)
