@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from samseg_monai import bundles, cli
 from samseg_monai.data import abdomen_phantoms
@@ -30,6 +31,8 @@ def story(tmp_path_factory):
     """Folder and printed text of a demo of 8 phantoms: 3 train, 2 validate, 3 test."""
     output = tmp_path_factory.mktemp("demo") / "out"
     printed: list[str] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the layers are so small that threads wait for each other most of the time
     with pytest.MonkeyPatch.context() as patch:
         cases = partial(abdomen_phantoms.write_btcv_cases, shape=SHAPE)
         patch.setattr(abdomen_phantoms, "write_btcv_cases", cases)
@@ -39,6 +42,7 @@ def story(tmp_path_factory):
         patch.setattr(sys, "argv", ["samseg", *map(str, words)])
         with pytest.raises(SystemExit) as stop:
             cli.main()
+    torch.set_num_threads(threads)
     assert not stop.value.code, printed[-3:]
     return output, "\n".join(printed)
 

@@ -1,0 +1,166 @@
+"""A training step of the ladder: embeddings from our bank against SAM's encoder in every step, as SAM-LST runs it.
+
+The reference is the step of Chai et al. 2023 (arXiv:2306.12737) written with segment_anything's own modules in float32:
+encoder without gradient, torchvision's ResNet18 up to layer3, the gate, prompt encoder without prompts, all maps of the
+mask decoder, 0.2 cross-entropy + 0.8 Dice on quarter-resolution logits, backward, AdamW. Ours is ``SamSegmenter`` with
+``Ladder(decoder="upscaling", masks="random")``, reading bf16 embeddings from an ``EmbeddingBank`` on disk within the
+step. Both train the same 2,856,737 values. Times are medians of alternating runs; peak memory is what one step needs
+above weights and input, in a fresh process. Usage:
+
+    python benchmarks/ladder_step.py --repeats 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from measuring import alternate, in_fresh_processes, record, resident_peak_bytes
+from monai.losses import DiceCELoss
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
+from torch import nn
+from torch.nn import functional as F
+from torchvision.models import resnet18
+
+from samseg_monai.data.embedding_bank import EmbeddingBank
+from samseg_monai.losses import OnLogitGrid
+from samseg_monai.networks import SamSegmenter
+from samseg_monai.sam.spec import SamSpec, get_spec
+from samseg_monai.strategies import Ladder
+from samseg_monai.trainable import count_trainable
+
+CLASSES = 8
+WARM = SamSpec("warm", 32, 2, 2, (1,), window_size=3, image_size=64)  # SAM's decoder behind next to no encoder
+PRECISIONS = {"fp32": None, "bf16": "bf16_all"}
+
+
+class Published(nn.Module):
+    """SAM-LST's network from segment_anything's modules."""
+
+    def __init__(self, variant: str | SamSpec, size: int) -> None:
+        super().__init__()
+        spec = get_spec(variant)
+        grid = size // spec.patch_size
+        self.encoder = ImageEncoderViT(
+            img_size=size,
+            embed_dim=spec.embed_dim,
+            depth=spec.depth,
+            num_heads=spec.num_heads,
+            out_chans=spec.prompt_dim,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=spec.window_size,
+            global_attn_indexes=spec.global_attn_indexes,
+        )
+        self.prompt_encoder = PromptEncoder(spec.prompt_dim, (grid, grid), (size, size), spec.mask_in_chans)
+        transformer = TwoWayTransformer(2, spec.prompt_dim, spec.decoder_heads, spec.decoder_mlp_dim)
+        self.decoder = MaskDecoder(
+            transformer_dim=spec.prompt_dim, transformer=transformer, num_multimask_outputs=CLASSES
+        )
+        self.cnn = resnet18()
+        self.alpha = nn.Parameter(torch.zeros(1))
+        for module in (self.encoder, self.prompt_encoder, self.decoder, self.cnn.layer4, self.cnn.fc):
+            module.requires_grad_(False)
+        self.decoder.output_upscaling.requires_grad_(True)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        image = image.expand(-1, 3, -1, -1)
+        embedding = self.encoder(image)
+        cnn = self.cnn
+        side = cnn.layer3(cnn.layer2(cnn.layer1(cnn.maxpool(cnn.relu(cnn.bn1(cnn.conv1(image)))))))
+        gate = torch.sigmoid(self.alpha)
+        sparse, dense = self.prompt_encoder(None, None, None)
+        mixed = gate * embedding + (1 - gate) * side
+        return self.decoder.predict_masks(mixed, self.prompt_encoder.get_dense_pe(), sparse, dense)[0]
+
+
+def make_step(which: str, options: argparse.Namespace, folder: str) -> tuple[nn.Module, Callable[[], None]]:
+    """Network and one training step of it on fixed input."""
+    torch.manual_seed(0)
+    image = torch.rand(options.batch, 1, options.size, options.size)
+    label = torch.randint(0, CLASSES + 1, (options.batch, 1, options.size, options.size)).float()
+    loss = OnLogitGrid(
+        DiceCELoss(softmax=True, to_onehot_y=True, squared_pred=True, batch=True, lambda_ce=0.2, lambda_dice=0.8)
+    )
+    bank: EmbeddingBank | None = None
+    if which == "reference":
+        network: nn.Module = Published(options.variant, options.size)
+    else:
+        strategy = Ladder(decoder="upscaling", masks="random", side_weights="random")
+        ours = network = SamSegmenter(
+            options.variant, strategy, image_size=options.size, num_classes=CLASSES, prompt="none",
+            input_scale="unit", low_res_training=True, autocast=PRECISIONS[which],
+        )  # fmt: skip
+        bank = filled_bank(folder, ours, options)
+    network.train()
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=0.001, weight_decay=0.1)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        stored = None if bank is None else torch.stack([bank.read(row) for row in range(options.batch)])
+        logits = network(image) if stored is None else network(image, embedding=stored)
+        loss(logits, label).backward()
+        optimizer.step()
+
+    return network, step
+
+
+def filled_bank(folder: str, network: SamSegmenter, options: argparse.Namespace) -> EmbeddingBank:
+    """A bank of embeddings of the right size; what they hold does not change the time of a step."""
+    grid = options.size // network.spec.patch_size
+    bank = EmbeddingBank(folder, {"benchmark": options.size}, options.batch, (network.spec.prompt_dim, grid, grid))
+    for row in bank.missing():
+        bank.write(row, F.normalize(torch.randn(network.spec.prompt_dim, grid, grid), dim=0).bfloat16())
+    return bank
+
+
+def peak_bytes(which: str, options: argparse.Namespace) -> int:
+    """Bytes that one step needs on top of weights, optimiser and input."""
+    with tempfile.TemporaryDirectory() as folder:
+        _, warm = make_step(which, argparse.Namespace(**{**vars(options), "variant": WARM, "size": 64}), folder)
+        warm()  # loads the libraries
+    with tempfile.TemporaryDirectory() as folder:
+        _, step = make_step(which, options, folder)
+        before = resident_peak_bytes()
+        step()
+        return resident_peak_bytes() - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", default="vit_b")
+    parser.add_argument("--size", type=int, default=512, help="side of the square input, in pixels")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        built = {which: make_step(which, options, f"{folder}/{which}") for which in ("reference", *PRECISIONS)}
+        trainable = {which: count_trainable(network) for which, (network, _) in built.items()}
+        median = alternate({which: step for which, (_, step) in built.items()}, options.repeats)
+    del built
+    peak = dict(zip(median, in_fresh_processes(peak_bytes, [(which, options) for which in median]), strict=True))
+    for which in PRECISIONS:
+        record(
+            f"ladder_step_cached_{which}",
+            {
+                "ratio": round(median["reference"] / median[which], 2),  # times faster
+                "memory_ratio": round(peak[which] / peak["reference"], 3),
+                "reference_s": round(median["reference"], 4),
+                "ours_s": round(median[which], 4),
+                "reference_peak_mib": round(peak["reference"] / 2**20, 1),
+                "ours_peak_mib": round(peak[which] / 2**20, 1),
+                "trainable": trainable,
+                "variant": options.variant,
+                "image_size": options.size,
+                "batch_size": options.batch,
+                "repeats": options.repeats,
+                "weights": "random: the time of a step does not depend on them",
+            },
+        )
+
+
+if __name__ == "__main__":
+    main()

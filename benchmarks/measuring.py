@@ -1,0 +1,81 @@
+"""What the benchmarks share: alternating timings in one process, peak memory in fresh ones, facts of the machine."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import samseg_monai
+
+RESULTS = Path(__file__).parent / "results"
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def alternate(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each after one warm-up; in turn, so that a busy machine slows all alike."""
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def resident_peak_bytes() -> int:
+    """High-water mark of this process (Linux). getrusage's would include that of the parent process."""
+    match = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
+
+
+def in_fresh_processes(function: Callable[..., int], arguments: Sequence[tuple[Any, ...]]) -> list[int]:
+    """Results of ``function``, each from a process of its own, one after the other."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return pool.starmap(function, arguments, 1)
+
+
+def machine() -> dict[str, Any]:
+    """Processor, instruction sets that matter to bf16, and threads."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    found = set((re.search(r"^flags\s*:\s*(.+)$", text, re.MULTILINE) or ["", ""])[1].split())
+    return {
+        "processor": model[1].strip() if model else platform.machine(),
+        "flags": {flag: flag in found for flag in FLAGS},
+        "system": platform.system(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def record(name: str, result: Mapping[str, Any]) -> None:
+    """Write ``results/<name>.json`` and show it."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "samseg_monai": samseg_monai.__version__,
+    }
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    entry = {"name": name, **result, "device": device, "machine": machine(), "versions": versions, "date": date}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(entry, indent=2) + "\n")
+    print(json.dumps(entry, indent=2))
