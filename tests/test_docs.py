@@ -26,7 +26,12 @@ ELSEWHERE = {
     "git clone": "",
     "cd ": "",
 }
-SMALL = {"train": {"epochs": 1, "batch_size": 2, "strategy::rank": 2}, "lora": {"strategy::rank": 2}}
+SMALL = {
+    "train": {"epochs": 1, "batch_size": 2},
+    "lora": {"strategy::rank": 2},
+    "ladder": {"strategy::side_weights": "random"},
+    "ladder train": {"schedule": {"warmup": 0, "decay": "poly", "power": 0.9}, "batch_size": 8},
+}
 
 
 def commands(page: Path) -> list[str]:
@@ -36,11 +41,13 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(phantoms, tmp_path_factory) -> Path:
+def folder(phantoms, abdomen, tmp_path_factory) -> Path:
     """A working folder with data, unlabelled cases, boxes and bundles where the pages expect them."""
     where = tmp_path_factory.mktemp("docs")
     shutil.copytree(phantoms, where / "data" / "brats-men", ignore=shutil.ignore_patterns("unlabelled"))
     shutil.copytree(phantoms / "unlabelled", where / "CASES")
+    shutil.copytree(abdomen, where / "data" / "synapse", ignore=shutil.ignore_patterns("unlabelled"))
+    shutil.copytree(abdomen / "unlabelled", where / "CASES_CT")
     shutil.copytree(ROOT / "bundles", where / "bundles")
     for bundle in (ROOT / "bundles").iterdir():
         shutil.copytree(bundle, where / bundle.name)
@@ -60,12 +67,12 @@ def small(words: list[str]) -> dict:
     """Turn the words of a ``monai.bundle run`` into keyword arguments, with toy sizes on top."""
     given = {k.removeprefix("--"): value(v) for k, v in zip(words[::2], words[1::2], strict=True)}
     files = " ".join(given["config_file"]) if isinstance(given["config_file"], list) else given["config_file"]
-    extra = {
-        **TINY,
-        **(SMALL["lora"] if "_lora/" in files else {}),
-        **(SMALL["train"] if "train.json" in files else {}),
-    }
-    return {**given, **extra}
+    ladder, train = "_ladder" in files, "train.json" in files
+    parts = {"train": train, "lora": "_lora/" in files, "ladder": ladder, "ladder train": ladder and train}
+    extra = {key: value for name, wanted in parts.items() if wanted for key, value in SMALL[name].items()}
+    if ladder and given.get("dataset_dir") == "CASES":
+        extra["dataset_dir"] = "CASES_CT"
+    return {**given, **TINY, **extra}
 
 
 def run_line(line: str, monkeypatch) -> None:
@@ -83,9 +90,11 @@ def run_line(line: str, monkeypatch) -> None:
         assert done.returncode == 0, done.stderr[-3000:]
     else:
         assert words[0] == "samseg"
-        words = ["samseg" if w == "samseg" else "8" if w == "44" else w for w in words]
-        words += ["--shape", "32,36,12"] if words[1] == "phantom" else []
-        words += ["--fractions", "0.5,0.25,0.25"] if words[1] == "prepare" else []
+        words = [{"44": "8", "15": "6"}.get(w, w) for w in words]
+        shapes = {"brats": "32,36,12", "btcv": "40,32,16"}
+        words += ["--shape", shapes[words[2]]] if words[1] == "phantom" else []
+        words += ["--fractions", "0.5,0.25,0.25"] if words[1:3] == ["prepare", "brats-men"] else []
+        words += ["--allow-missing"] if words[1:3] == ["prepare", "synapse"] else []
         words += ["--sam-checkpoint", "random"] if words[1:3] == ["bundle", "pack"] else []
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as stop:
@@ -94,13 +103,14 @@ def run_line(line: str, monkeypatch) -> None:
 
 
 def test_pages_show_commands():
-    assert len(PAGES) == 3 and all(len(commands(page)) > 4 for page in PAGES)
+    assert len(PAGES) == 5 and all(len(commands(page)) > 4 for page in PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.parents[1].name if p.parent.name == "docs" else "README")
 def test_every_shown_command_runs(page, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    shutil.rmtree(folder / "runs", ignore_errors=True)
+    for made in ("runs", "demo"):
+        shutil.rmtree(folder / made, ignore_errors=True)
     shown = [line for line in commands(page) if not line.startswith(tuple(ELSEWHERE))]
     assert shown
     trained = set()

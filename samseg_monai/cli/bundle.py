@@ -51,7 +51,10 @@ def pack(
 
 def predict(
     bundle: Annotated[Path, typer.Argument(help="folder or ZIP of a bundle")],
-    input: Annotated[Path, typer.Option(help="case folder, folder of cases or of NIfTI/MHA/NRRD files, or one file")],
+    input: Annotated[
+        Path,
+        typer.Option(help="case folder, folder of cases or of NIfTI/MHA/NRRD files, one file, or a DICOM series"),
+    ],
     output: Annotated[Path, typer.Option(help="folder for the segmentations")],
     boxes: Annotated[Path | None, typer.Option(help="JSON of boxes per case")] = None,
     prompts: Annotated[Path | None, typer.Option(help="coarse mask, or folder of <case>.nii.gz")] = None,
@@ -60,38 +63,55 @@ def predict(
 ) -> None:
     """Segment cases without labels; the result has exactly the grid and the affine of its image.
 
-    Prompts: --boxes, or --prompts, or (neither) the whole slice. Bad cases are named and left out; the exit code is
-    then 1.
+    Prompts of a bundle that takes boxes: --boxes, or --prompts, or (neither) the whole slice. Bad cases are named and
+    left out; the exit code is then 1.
     """
     if boxes and prompts:
         raise BundleError("predict: got both --boxes and --prompts; give one source of prompts")
-    overrides: dict[str, Any] = {
-        "dataset_dir": str(input),
-        "output_dir": str(output),
-        "predictions_dir": str(output),
-        "prompt::source": "json" if boxes else "mask" if prompts else "image",
-    }
-    for key, value in {"boxes": boxes, "prompts": prompts, "sam_checkpoint": sam_checkpoint}.items():
-        if value:
-            overrides[key] = str(value)
+    given = {key: str(value) for key, value in {"boxes": boxes, "prompts": prompts}.items() if value}
+    overrides: dict[str, Any] = {"dataset_dir": str(input), "output_dir": str(output), "predictions_dir": str(output)}
+    if sam_checkpoint:
+        overrides["sam_checkpoint"] = sam_checkpoint
     if device:
         overrides["device"] = f"$torch.device({device!r})"
     if not bundle.exists():
         raise BundleError(f"predict: there is no bundle {bundle}; give the folder or the ZIP of one")
     if bundle.is_dir():
-        _predict(bundle, overrides)
+        _predict(bundle, overrides, given)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        _predict(unpack(bundle, Path(temporary)), overrides)
+        _predict(unpack(bundle, Path(temporary)), overrides, given)
 
 
-def _predict(root: Path, overrides: dict[str, Any]) -> None:
+def _predict(root: Path, overrides: dict[str, Any], prompts: dict[str, str]) -> None:
     from samseg_monai.bundles import verify_sums
 
     verify_sums(root)
+    overrides |= _prompt_overrides(root, prompts)
     overrides.setdefault("checkpoint", _bundled_model(root))
     run_workflow([root / "configs" / "inference.json"], {k: v for k, v in overrides.items() if v is not None})
     typer.echo(f"segmentations: {overrides['predictions_dir']}")
+
+
+def _prompt_overrides(root: Path, prompts: dict[str, str]) -> dict[str, str]:
+    """What tells a bundle where its prompts come from; nothing for one that takes none.
+
+    Raises:
+        BundleError: it takes none and got some; or there is no readable inference.json.
+    """
+    from samseg_monai.bundles.build import read_json
+
+    path = root / "configs" / "inference.json"
+    if not path.is_file():
+        raise BundleError(f"{root}: no configs/inference.json; give the folder or the ZIP of a bundle")
+    if read_json(path).get("prompt", {}).get("source") != "none":
+        return {**prompts, "prompt::source": {"boxes": "json", "prompts": "mask"}.get(next(iter(prompts), ""), "image")}
+    if prompts:
+        raise BundleError(
+            f"predict: this bundle takes no prompts, but got --{next(iter(prompts))}; leave it out, whole slices are "
+            "segmented"
+        )
+    return {}
 
 
 def _bundled_model(root: Path) -> str | None:

@@ -1,22 +1,18 @@
-"""``samseg reproduce honours``: a published experiment as one command."""
+"""``samseg reproduce honours | sam-lst``: a published experiment as one command."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from samseg_monai.cli.workflow import run_workflow
+from samseg_monai.cli.reproduce_sam_lst import sam_lst
+from samseg_monai.cli.story import Story, write_results
 
 reproduce_app = typer.Typer(help="Repeat published experiments, protocol and all.", no_args_is_help=True)
+reproduce_app.command("sam-lst")(sam_lst)
 RANKS = (64, 128, 256)
-
-
-@reproduce_app.callback()
-def _group() -> None:
-    """Keep ``honours`` a named command while it is the only one."""
 
 
 @reproduce_app.command("honours")
@@ -38,7 +34,7 @@ def honours(
     138 x 202 centre crop, resized to 700 x 1024; the largest tumour slice of each training case; validation and test on
     all tumour slices with boxes from the ground truth; decoder frozen; Adam; Dice + cross-entropy; 50 epochs.
     The paper does not list its cases and had no test set apart: here the 200 held-out patients are divided, one half
-    chooses the epoch, the other is reported.
+    chooses the epoch, the other is reported. Given again after an interruption, the command keeps finished trainings.
     """
     from samseg_monai.bundles import build_bundle
     from samseg_monai.data.brats import prepare_brats_men
@@ -46,7 +42,7 @@ def honours(
     ranks = rank or list(RANKS)
     datalist = output / "datalist.json"
     prepare_brats_men(brats, datalist, fractions=(0.772, 0.114, 0.114), split_file=split_file, seed=seed)
-    bundles = {name: build_bundle("meningioma", name, output / "bundles") for name in ("zero_shot", "lora")}
+    configs = {n: build_bundle("meningioma", n, output / "bundles") / "configs" for n in ("zero_shot", "lora")}
     shared: dict[str, Any] = {
         "dataset_dir": str(brats), "datalist": str(datalist), "sam_checkpoint": weights, "seed": seed,
     }  # fmt: skip
@@ -54,20 +50,20 @@ def honours(
         shared["autocast"] = autocast
     if checkpointing:
         shared["checkpointing"] = True
-    commands = [_run(bundles["zero_shot"], "evaluate", {**shared, "output_dir": str(output / "zero_shot")})]
+    story = Story()
+    run = {**shared, "output_dir": str(output / "zero_shot")}
+    story.run("zero-shot: evaluate", [configs["zero_shot"] / "evaluate.json"], run)
     for value in ranks:
         run = {**shared, "output_dir": str(output / f"lora_rank{value}"), "strategy::rank": value}
-        commands.append(_run(bundles["lora"], "train", {**run, "epochs": epochs}))
-        commands.append(_run(bundles["lora"], "evaluate", run))
-    _report(output, ranks, commands)
+        what = f"LoRA, rank {value}"
+        story.train(f"{what}: train", [configs["lora"] / "train.json"], {**run, "epochs": epochs})
+        story.run(f"{what}: evaluate", [configs["lora"] / "evaluate.json"], run)
+    typer.echo(_report(output, ranks, story.commands))
+    typer.echo(f"report: {output / 'report.html'}")
 
 
-def _run(bundle: Path, config: str, overrides: dict[str, Any]) -> str:
-    return run_workflow([bundle / "configs" / f"{config}.json"], overrides)
-
-
-def _report(output: Path, ranks: list[int], commands: list[str]) -> None:
-    from samseg_monai.report import RunResult, results_json, table_text, write_report
+def _report(output: Path, ranks: list[int], commands: list[str]) -> str:
+    from samseg_monai.report import RunResult
 
     zero_shot = output / "zero_shot" / "evaluation"
     runs = [
@@ -79,7 +75,4 @@ def _report(output: Path, ranks: list[int], commands: list[str]) -> None:
         history = (folder / "history.csv").resolve()
         label = f"LoRA, rank {value}"
         runs.append(RunResult.load(folder / "evaluation", name=f"lora_rank{value}", history=history, label=label))
-    (output / "results.json").write_text(json.dumps(results_json(runs), indent=2) + "\n", encoding="utf-8")
-    write_report(output / "report.html", title="LoRA in SAM's encoder for meningioma", runs=runs, commands=commands)
-    typer.echo(table_text(runs))
-    typer.echo(f"report: {output / 'report.html'}")
+    return write_results(output, runs, title="LoRA in SAM's encoder for meningioma", commands=commands)

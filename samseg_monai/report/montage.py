@@ -37,8 +37,8 @@ class OverlayCase:
     Args:
         case: its name.
         image: (H, W) intensities of one scan; axis 0 = x (left to right), axis 1 = y (back to front), RAS.
-        reference: (H, W), foreground above 0.
-        predictions: strategy -> (H, W), foreground above 0; the keys are the names of the runs.
+        reference: (H, W), foreground above 0; each value there is a class with an outline of its own.
+        predictions: strategy -> (H, W), likewise; the keys are the names of the runs.
         box: x0 y0 x1 y1 in pixels as `samseg_monai.transforms.boxes_of` gives it (x along axis 1, y along axis 0,
             x1 and y1 exclusive), or None.
         dice: strategy -> Dice of the whole volume of the case.
@@ -143,16 +143,16 @@ def _panel(case: OverlayCase, window: tuple[int, int, int, int] | None) -> tuple
 
 
 def _outline(axes: Axes, mask: np.ndarray, colour: str, dash: str, width: float) -> None:
-    """Contour of a mask between its pixels, with a dark halo so that it shows on bright tissue too."""
-    shown = np.pad((display(mask) > 0).astype(float), 1)
-    if not shown.any():
-        return
+    """Contour of every class of a mask between its pixels, with a dark halo so that it shows on bright tissue too."""
+    labels = np.pad(display(mask), 1)
     # Pixel i of the padded picture has its centre at i - 0.5 on the axes, whose edges are whole numbers.
-    rows, columns = (np.arange(size) - 0.5 for size in shown.shape)
-    lines = axes.contour(columns, rows, shown, levels=[0.5], colors=[colour], linewidths=width, linestyles=dash)
-    lines.set_path_effects(
-        [patheffects.Stroke(linewidth=width + 1.6, foreground=_HALO, alpha=0.55), patheffects.Normal()]
-    )
+    rows, columns = (np.arange(size) - 0.5 for size in labels.shape)
+    for value in np.unique(labels[labels > 0]):
+        shown = (labels == value).astype(float)
+        lines = axes.contour(columns, rows, shown, levels=[0.5], colors=[colour], linewidths=width, linestyles=dash)
+        lines.set_path_effects(
+            [patheffects.Stroke(linewidth=width + 1.6, foreground=_HALO, alpha=0.55), patheffects.Normal()]
+        )
 
 
 def _draw_box(axes: Axes, case: OverlayCase) -> None:

@@ -42,13 +42,13 @@ _PURPLE = Look("#a84f86", "#dd94bd", "#dd94bd", "D", (0, (6, 2, 1, 2)))
 _GREEN = Look("#00805e", "#25c795", "#25c795", "v", (0, (3, 1)))
 _BLACK = Look("#4a4a4a", "#c9c9c9", "#ffffff", "P", (0, (8, 2)))
 _KNOWN = {"zero_shot": _BLUE, "lora": _VERMILION, "box_ellipse": _OLIVE}
-_OTHERS = (_PURPLE, _GREEN, _BLACK)
+_OTHERS = (_PURPLE, _GREEN)
 
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
     """One look per strategy; the three of the demo always keep theirs, others take the rest in turn."""
     free = [look for name, look in _KNOWN.items() if name not in names]
-    order = [*_OTHERS, *free]
+    order = [*_OTHERS, *free, _BLACK]  # the last resort: its outline is as white as that of the reference
     unknown = [name for name in names if name not in _KNOWN]
     return {name: _KNOWN[name] if name in _KNOWN else order[unknown.index(name) % len(order)] for name in names}
 
