@@ -4,6 +4,9 @@ import os
 import shutil
 from pathlib import Path
 
+# before torch is imported: threads that wait by spinning slow a busy machine many times over
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import nibabel as nib
 import numpy as np
 import pytest

@@ -22,7 +22,12 @@ def test_two_processes_evaluate_like_one(phantoms, tmp_path):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle", "run"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *command, "--config_file", files, *words], capture_output=True, text=True, env=env, timeout=280
+        [sys.executable, *command, "--config_file", files, *words],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env=env,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     tables = []
