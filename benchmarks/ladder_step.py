@@ -135,14 +135,15 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512, help="side of the square input, in pixels")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        built = {which: make_step(which, options, f"{folder}/{which}") for which in ("reference", *PRECISIONS)}
+        built = {which: make_step(which, options, f"{folder}/{which}") for which in ("reference", *options.precisions)}
         trainable = {which: count_trainable(network) for which, (network, _) in built.items()}
         median = alternate({which: step for which, (_, step) in built.items()}, options.repeats)
     del built
     peak = dict(zip(median, in_fresh_processes(peak_bytes, [(which, options) for which in median]), strict=True))
-    for which in PRECISIONS:
+    for which in options.precisions:
         record(
             f"ladder_step_cached_{which}",
             {
