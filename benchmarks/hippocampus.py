@@ -67,8 +67,10 @@ def collect(row: str, output: Path) -> dict[str, Any]:
         "gate": training.get("gate"),
         "strategy": training["strategy"],
         "trainable_parameters": training["trainable_parameters"],
-        "best_validation": training["best"],
-        "seconds_training": training["seconds"],
+        "status": training["status"],  # "running": cut off; the best epoch until then was tested
+        "epochs": training.get("epochs"),
+        "best_validation": training.get("best"),
+        "seconds_training": training.get("seconds"),
         "seconds_test": test["seconds"],
         "prompt_source": test["prompt_source"],
         "policy": "honest",
