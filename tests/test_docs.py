@@ -86,7 +86,7 @@ def run_line(line: str, monkeypatch) -> None:
         ]
         command = [sys.executable, "-m", "torch.distributed.run", *words[1 : words.index("run") + 1], *tail]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=env, timeout=280)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=env, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
     else:
         assert words[0] == "samseg"

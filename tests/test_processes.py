@@ -27,7 +27,7 @@ def test_two_processes_evaluate_like_one(phantoms, tmp_path):
         encoding="utf-8",
         errors="replace",
         env=env,
-        timeout=280,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     tables = []
