@@ -15,12 +15,11 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
-from functools import partial
 
 import torch
-from measuring import alternate, in_fresh_processes, record, resident_peak_bytes
+from measuring import alternate, in_fresh_processes, published_encoder, record, resident_peak_bytes
 from monai.losses import DiceCELoss
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, TwoWayTransformer
+from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet18
@@ -44,17 +43,7 @@ class Published(nn.Module):
         super().__init__()
         spec = get_spec(variant)
         grid = size // spec.patch_size
-        self.encoder = ImageEncoderViT(
-            img_size=size,
-            embed_dim=spec.embed_dim,
-            depth=spec.depth,
-            num_heads=spec.num_heads,
-            out_chans=spec.prompt_dim,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=spec.window_size,
-            global_attn_indexes=spec.global_attn_indexes,
-        )
+        self.encoder = published_encoder(spec, size)
         self.prompt_encoder = PromptEncoder(spec.prompt_dim, (grid, grid), (size, size), spec.mask_in_chans)
         transformer = TwoWayTransformer(2, spec.prompt_dim, spec.decoder_heads, spec.decoder_mlp_dim)
         self.decoder = MaskDecoder(

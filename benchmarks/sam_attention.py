@@ -11,18 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import platform
-import re
-import statistics
-import time
-from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
 import torch
-from segment_anything.modeling import ImageEncoderViT
+from measuring import alternate, in_fresh_processes, machine, published_encoder, resident_peak_bytes
 from torch import nn
 
 import samseg_monai
@@ -41,17 +36,7 @@ def build(which: str, variant: str, size: int) -> nn.Module:
     if which == "ours":
         encoder: nn.Module = ImageEncoder(spec, image_size=size)
     else:
-        encoder = ImageEncoderViT(
-            img_size=size,
-            embed_dim=spec.embed_dim,
-            depth=spec.depth,
-            num_heads=spec.num_heads,
-            out_chans=spec.prompt_dim,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=spec.window_size,
-            global_attn_indexes=spec.global_attn_indexes,
-        )
+        encoder = published_encoder(spec, size)
     for name, parameter in encoder.named_parameters():
         if "pos" in name:
             nn.init.normal_(parameter, std=0.02)
@@ -66,18 +51,6 @@ def step(encoder: nn.Module, image: torch.Tensor, kind: str) -> None:
             out.float().square().mean().backward()
     if image.is_cuda:
         torch.cuda.synchronize()
-
-
-def seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def resident_peak_bytes() -> int:
-    """High-water mark of this process (Linux). getrusage's would include that of the parent process."""
-    match = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(match[1]) * 1024 if match else 0
 
 
 def peak_bytes(which: str, kind: str, options: argparse.Namespace) -> int:
@@ -105,15 +78,9 @@ def compare(kind: str, options: argparse.Namespace) -> dict[str, object]:
     device = torch.device(options.device)
     encoders = {which: build(which, options.variant, options.size).to(device) for which in WHICH}
     image = torch.randn(options.batch, 3, options.size, options.size, device=device)
-    times: dict[str, list[float]] = {which: [] for which in WHICH}
-    for encoder in encoders.values():
-        step(encoder, image, kind)
-    for _ in range(options.repeats):
-        for which, encoder in encoders.items():
-            times[which].append(seconds(partial(step, encoder, image, kind)))
-    median = {which: statistics.median(values) for which, values in times.items()}
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peak = dict(zip(WHICH, pool.starmap(peak_bytes, [(which, kind, options) for which in WHICH], 1), strict=True))
+    median = alternate({w: partial(step, encoder, image, kind) for w, encoder in encoders.items()}, options.repeats)
+    peaks = in_fresh_processes(peak_bytes, [(which, kind, options) for which in WHICH])
+    peak = dict(zip(WHICH, peaks, strict=True))
     return {
         "name": f"sam_attention_{kind}",
         "ratio": round(median["reference"] / median["ours"], 3),  # times faster
@@ -146,7 +113,7 @@ def main() -> None:
         "repeats": options.repeats,
         "dtype": "float32",
         "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "machine": {"processor": platform.machine(), "system": platform.system(), "threads": torch.get_num_threads()},
+        "machine": machine(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

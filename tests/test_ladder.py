@@ -6,14 +6,12 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from monai.bundle import ConfigParser
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 from torchvision.models import resnet18
 
@@ -25,6 +23,7 @@ from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.spec import SamSpec
 from samseg_monai.sam.weights import ENVIRONMENT, KNOWN, WeightsFile, sha256_of
 from samseg_monai.strategies import Ladder, LoRA, ZeroShot
+from tests.reference_sam import reference_sam
 
 GOLDEN = Path(__file__).parent / "golden" / "ladder_paper.json"
 # the decoder's width is that of SAM and of ResNet18's third stage, so that nothing is projected, as published
@@ -86,32 +85,6 @@ def base(tmp_path_factory):
 # --- the equations of the paper --------------------
 
 
-def sam_of(spec, classes):
-    """segment_anything's own SAM with one mask per class and the single one, which is the background's."""
-    grid = spec.image_size // spec.patch_size
-    return Sam(
-        image_encoder=ImageEncoderViT(
-            img_size=spec.image_size,
-            patch_size=spec.patch_size,
-            embed_dim=spec.embed_dim,
-            depth=spec.depth,
-            num_heads=spec.num_heads,
-            out_chans=spec.prompt_dim,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=spec.window_size,
-            global_attn_indexes=spec.global_attn_indexes,
-        ),
-        prompt_encoder=PromptEncoder(spec.prompt_dim, (grid, grid), (spec.image_size,) * 2, spec.mask_in_chans),
-        mask_decoder=MaskDecoder(
-            transformer_dim=spec.prompt_dim,
-            transformer=TwoWayTransformer(2, spec.prompt_dim, spec.decoder_heads, spec.decoder_mlp_dim),
-            num_multimask_outputs=classes,
-            iou_head_hidden_dim=spec.iou_hidden_dim,
-        ),
-    ).eval()
-
-
 def decode_all(sam, embedding):
     """Low-resolution logits of all masks of one image (1, C, h, w), without a prompt."""
     decoder = sam.mask_decoder
@@ -138,7 +111,7 @@ def pair():
     """Ours and theirs with exchanged weights, alpha far from where both halves weigh the same."""
     ours = segmenter(PAPER, Ladder(**PUBLISHED), low_res_training=True)
     ours.side.alpha.data.fill_(0.7)
-    sam, cnn = sam_of(PAPER, 8), resnet18()
+    sam, cnn = reference_sam(PAPER, masks=8), resnet18()
     sam.load_state_dict(ours.sam.state_dict(), strict=True)
     lacks, unknown = cnn.load_state_dict(ours.side.net.state_dict(), strict=False)
     assert unknown == [] and {name.split(".")[0] for name in lacks} == {"layer4", "fc"}

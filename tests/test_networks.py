@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from monai.data import MetaTensor
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
 from samseg_monai.errors import ConfigError, WeightsError
@@ -14,6 +13,7 @@ from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.spec import SPECS
 from samseg_monai.strategies import LoRA, ZeroShot
 from samseg_monai.trainable import count_trainable
+from tests.reference_sam import reference_sam
 
 NAN = float("nan")
 
@@ -39,31 +39,6 @@ def tiny(*args, **kwargs):
     return SamSegmenter("tiny", *args, **kwargs)
 
 
-def original_sam():
-    """SAM "tiny" from segment_anything's own classes."""
-    s = SPECS["tiny"]
-    grid = s.image_size // s.patch_size
-    return Sam(
-        image_encoder=ImageEncoderViT(
-            img_size=s.image_size,
-            embed_dim=s.embed_dim,
-            depth=s.depth,
-            num_heads=s.num_heads,
-            out_chans=s.prompt_dim,
-            norm_layer=lambda width: nn.LayerNorm(width, eps=1e-6),
-            use_rel_pos=True,
-            window_size=s.window_size,
-            global_attn_indexes=s.global_attn_indexes,
-        ),
-        prompt_encoder=PromptEncoder(s.prompt_dim, (grid, grid), (s.image_size, s.image_size), s.mask_in_chans),
-        mask_decoder=MaskDecoder(
-            transformer_dim=s.prompt_dim,
-            transformer=TwoWayTransformer(2, s.prompt_dim, s.decoder_heads, s.decoder_mlp_dim),
-            iou_head_hidden_dim=s.iou_hidden_dim,
-        ),
-    ).eval()
-
-
 def count_encoder_calls(network):
     """Batch sizes the encoder will have seen."""
     seen = []
@@ -73,7 +48,7 @@ def count_encoder_calls(network):
 
 @torch.no_grad()
 def test_equals_segment_anything_on_a_grey_image_with_a_box(boxes):
-    network, theirs = tiny(input_scale="sam"), original_sam()
+    network, theirs = tiny(input_scale="sam"), reference_sam(SPECS["tiny"])
     theirs.load_state_dict(network.sam.state_dict(), strict=True)
     grey = torch.randint(0, 256, (2, 1, 40, 64)).float()
     batch = [
@@ -88,7 +63,7 @@ def test_equals_segment_anything_on_a_grey_image_with_a_box(boxes):
 
 @torch.no_grad()
 def test_without_boxes_it_runs_sam_without_a_prompt(boxes):
-    network, theirs = tiny(prompt="none", input_scale="sam"), original_sam()
+    network, theirs = tiny(prompt="none", input_scale="sam"), reference_sam(SPECS["tiny"])
     theirs.load_state_dict(network.sam.state_dict())
     grey = torch.randint(0, 256, (1, 1, 40, 64)).float()
     output = theirs([{"image": grey[0].expand(3, -1, -1), "original_size": (40, 64)}], multimask_output=False)[0]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from segment_anything import SamPredictor
 from segment_anything.build_sam import _build_sam
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import nn
 
@@ -21,6 +21,7 @@ from samseg_monai.errors import ConfigError
 from samseg_monai.sam.attention import FusedAttention
 from samseg_monai.sam.build import SamModel, build_sam
 from samseg_monai.sam.spec import SPECS
+from tests.reference_sam import reference_sam
 
 TOLERANCE = 1e-4
 SIZES = {"vit_b": 256, "pico": 256, "tiny": 64}  # vit_b at its own 1024 pixels has a test of its own
@@ -33,40 +34,6 @@ def _randomise(sam: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.3)
         elif parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
-
-
-def _reference(variant: str, image_size: int) -> Sam:
-    """segment_anything's own classes in the sizes of ``variant``."""
-    spec = SPECS[variant]
-    grid = image_size // spec.patch_size
-    sam = Sam(
-        image_encoder=ImageEncoderViT(
-            img_size=image_size,
-            patch_size=spec.patch_size,
-            embed_dim=spec.embed_dim,
-            depth=spec.depth,
-            num_heads=spec.num_heads,
-            out_chans=spec.prompt_dim,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=spec.window_size,
-            global_attn_indexes=spec.global_attn_indexes,
-        ),
-        prompt_encoder=PromptEncoder(
-            embed_dim=spec.prompt_dim,
-            image_embedding_size=(grid, grid),
-            input_image_size=(image_size, image_size),
-            mask_in_chans=spec.mask_in_chans,
-        ),
-        mask_decoder=MaskDecoder(
-            transformer_dim=spec.prompt_dim,
-            transformer=TwoWayTransformer(
-                depth=2, embedding_dim=spec.prompt_dim, mlp_dim=spec.decoder_mlp_dim, num_heads=spec.decoder_heads
-            ),
-            iou_head_hidden_dim=spec.iou_hidden_dim,
-        ),
-    )
-    return sam.eval()
 
 
 def _adopt(theirs: Sam, variant: str, **options) -> SamModel:
@@ -83,7 +50,7 @@ def _assert_close(got: torch.Tensor, expected: torch.Tensor, *, spread: float = 
 @pytest.fixture(scope="module", params=SIZES)
 def pair(request) -> tuple[Sam, SamModel]:
     torch.manual_seed(1)
-    theirs = _reference(request.param, SIZES[request.param])
+    theirs = reference_sam(SPECS[request.param], image_size=SIZES[request.param])
     _randomise(theirs)
     return theirs, _adopt(theirs, request.param, image_size=SIZES[request.param])
 
@@ -248,7 +215,7 @@ def test_any_number_of_masks_is_decoded(num_masks):
 @pytest.mark.parametrize("image_size", [48, 80, 128])
 @torch.no_grad()
 def test_other_image_sizes_equal_sam_built_for_that_size(image_size):
-    theirs = _reference("tiny", image_size)
+    theirs = reference_sam(SPECS["tiny"], image_size=image_size)
     _randomise(theirs)
     ours = _adopt(theirs, "tiny", image_size=image_size)
     image = torch.randn(1, 3, image_size, image_size)

@@ -3,7 +3,8 @@
 A recipe is a JSON object with a part per file of the bundle: ``base`` goes into every config, ``train``, ``evaluate``,
 ``inference``, ``demo``, ``metadata`` ... into the file of that name, ``docs`` into the text files. The engine holds the
 wiring once; task and strategy only replace values, by MONAI ids such as ``"prompt::loosen"``, or extend a list or object
-with ``"+id"``. An id that replaces nothing is an error.
+with ``"+id"``. An id that replaces nothing is an error. A recipe that ``"extends"`` another takes over the parts that it does
+not have itself.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def _recipe(kind: str, name: str) -> dict[str, Any]:
         raise BundleError(
             f"{kind}: no recipe {name!r}; there are {', '.join(recipe_names(kind))}, or give the path of a .json file"
         )
-    return read_json(path)
+    recipe = read_json(path)
+    parent = recipe.pop("extends", None)
+    return recipe if parent is None else {**_recipe(kind, parent), **recipe}
 
 
 def merge(config: dict[str, Any], changes: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -122,14 +125,13 @@ def build_bundle(task: str, strategy: str, output: str | Path) -> Path:
     raise_all(_placeholders(metadata), BundleError, "metadata.json: keys that neither task nor strategy has set")
     _write_json(root / "configs" / "metadata.json", metadata)
     prompted = expand(task_recipe, strategy_recipe, "inference")["prompt"]["source"] != "none"
-    target = strategy_recipe["base"]["strategy"]["_target_"]
     docs = {
+        "has_sam": True,
+        "embeddings": False,
         "performance": "No results with SAM's official weights are published with this bundle yet.",
         **task_recipe["docs"],
         **strategy_recipe["docs"],
         "prompted": prompted,
-        "has_sam": not target.endswith(".Scratch"),
-        "embeddings": target.endswith(".Ladder") and strategy_recipe["base"]["strategy"]["mix"] != "side",
     }
     _write_texts(root, name, metadata, docs, wanted)
     return root

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from samseg_monai.errors import ConfigError, raise_all
 
 if TYPE_CHECKING:
+    from samseg_monai.networks.plain import PlainSegmenter
     from samseg_monai.networks.segmenter import SamSegmenter
 
 OPTIONS: dict[str, tuple[str | None, ...]] = {
@@ -39,13 +40,18 @@ def check_options(
     raise_all(problems, ConfigError, "the segmenter cannot be built")
 
 
-def check_inputs(network: SamSegmenter, image: Tensor, boxes: Tensor | None, embedding: Tensor | None) -> None:
-    """Raise ConfigError naming the shape that was got and the one expected."""
+def check_image(network: SamSegmenter | PlainSegmenter, image: Tensor) -> None:
+    """Raise ConfigError naming the shape of image that was got and the one expected."""
     if image.ndim != 4 or image.shape[1] != network.scans or max(image.shape[-2:]) > network.image_size:
         raise ConfigError(
             f"image: got shape {tuple(image.shape)}, expected (B, {network.scans}, H, W) with H and W at most "
             f"{network.image_size}; check scans and image_size"
         )
+
+
+def check_inputs(network: SamSegmenter, image: Tensor, boxes: Tensor | None, embedding: Tensor | None) -> None:
+    """Raise ConfigError naming the shape that was got and the one expected."""
+    check_image(network, image)
     if boxes is not None and network.prompt == "none":
         raise ConfigError("boxes: got some, but this network was built with prompt='none'; build it with 'box'")
     if boxes is not None and (boxes.ndim not in (2, 3) or len(boxes) != len(image) or boxes.shape[-1] != 4):

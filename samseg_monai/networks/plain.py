@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samseg_monai.errors import AdapterError, ConfigError
-from samseg_monai.networks.checks import check_options
+from samseg_monai.networks.checks import check_image, check_options
 from samseg_monai.sam.weights import RANDOM
 from samseg_monai.strategies import Scratch, Segmenter, Strategy
 from samseg_monai.trainable import keep_only
@@ -81,11 +81,7 @@ class PlainSegmenter(Segmenter):
     def forward(self, image: Tensor) -> Tensor:
         """Segment slices (B, S, H, W), H and W at most ``image_size``, into logits (B, C, H, W), float32."""
         image = image.as_subclass(torch.Tensor).float()
-        if image.ndim != 4 or image.shape[1] != self.scans or max(image.shape[-2:]) > self.image_size:
-            raise ConfigError(
-                f"image: got shape {tuple(image.shape)}, expected (B, {self.scans}, H, W) with H and W at most "
-                f"{self.image_size}; check scans and image_size"
-            )
+        check_image(self, image)
         height, width = image.shape[-2:]
         logits = self.net(F.pad(image, (0, self.image_size - width, 0, self.image_size - height)))
         expected = (len(image), self.channels_out, self.image_size, self.image_size)

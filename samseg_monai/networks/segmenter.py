@@ -254,15 +254,10 @@ class SamSegmenter(Segmenter):
         return full[..., : image.shape[-2], : image.shape[-1]]
 
     def _decode(self, embedding: Tensor, boxes: Tensor | None) -> Tensor:
-        """``SamModel.decode`` in the wanted precision whatever the surroundings', prompts always in float32."""
-        kind, (rows, cols) = embedding.device.type, embedding.shape[-2:]
-        with torch.autocast(kind, enabled=False):  # bf16 cannot hold the phases 2 pi c of SAM's position code
-            sparse, dense = self.sam.prompt_encoder(points=None, boxes=boxes, masks=None, grid=(rows, cols))
-            position = self.sam.prompt_encoder.get_dense_pe((rows, cols))
-        sparse = sparse.expand(len(embedding), -1, -1)  # without a prompt there is one row for all
+        """Low-resolution logits (R, M, 4 gh, 4 gw) in the wanted precision, whatever the surroundings'."""
         multimask = False if self.num_classes == 1 else None
-        with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.autocast == "bf16_all"):
-            return self.sam.mask_decoder(embedding, position, sparse, dense, multimask)[0].float()
+        with torch.autocast(embedding.device.type, dtype=torch.bfloat16, enabled=self.autocast == "bf16_all"):
+            return self.sam.decode(embedding, boxes=boxes, multimask=multimask)[0].float()
 
     def _embed(self, image: Tensor, embedding: Tensor | None) -> Tensor:
         if self.side is None:

@@ -13,12 +13,14 @@ class PromptEncoder(SamPromptEncoder):
     """SAM's prompt encoder; ``grid`` (tokens down, tokens across) may be smaller than the square it was built for.
 
     Coordinates stay relative to the full square, so a position has the same code in a square and a rectangular image.
+    Runs in float32 whatever the surroundings: bf16 cannot hold the phases 2 pi c of SAM's position code.
     """
 
     def get_dense_pe(self, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """Return the position code (1, C, gh, gw) of every token of ``grid`` (default: the full square)."""
         rows, cols = grid or self.image_embedding_size
-        return super().get_dense_pe()[..., :rows, :cols]
+        with self._full_precision():
+            return super().get_dense_pe()[..., :rows, :cols]
 
     def forward(  # type: ignore[override]
         self,
@@ -28,10 +30,14 @@ class PromptEncoder(SamPromptEncoder):
         grid: tuple[int, int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Embed points ((B, N, 2), (B, N)), boxes (B, 4) and masks (B, 1, 4 gh, 4 gw) as sparse and dense prompts."""
-        sparse, dense = super().forward(points, boxes, masks)
+        with self._full_precision():
+            sparse, dense = super().forward(points, boxes, masks)
         if masks is None and grid is not None:
             dense = dense[..., : grid[0], : grid[1]]
         return sparse, dense
+
+    def _full_precision(self) -> torch.autocast:
+        return torch.autocast(self.no_mask_embed.weight.device.type, enabled=False)
 
 
 class MaskDecoder(SamMaskDecoder):

@@ -1,0 +1,39 @@
+"""The oracle of the parity tests: segment_anything's own classes, in any size."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import nn
+
+from samseg_monai.sam.spec import SamSpec
+
+
+def reference_sam(spec: SamSpec, *, image_size: int | None = None, masks: int = 3) -> Sam:
+    """SAM in the sizes of ``spec`` with ``masks`` masks behind the single one, random weights, in evaluation mode."""
+    size = spec.image_size if image_size is None else image_size
+    grid = size // spec.patch_size
+    return Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=size,
+            patch_size=spec.patch_size,
+            embed_dim=spec.embed_dim,
+            depth=spec.depth,
+            num_heads=spec.num_heads,
+            out_chans=spec.prompt_dim,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=spec.window_size,
+            global_attn_indexes=spec.global_attn_indexes,
+        ),
+        prompt_encoder=PromptEncoder(spec.prompt_dim, (grid, grid), (size, size), spec.mask_in_chans),
+        mask_decoder=MaskDecoder(
+            transformer_dim=spec.prompt_dim,
+            transformer=TwoWayTransformer(
+                depth=2, embedding_dim=spec.prompt_dim, mlp_dim=spec.decoder_mlp_dim, num_heads=spec.decoder_heads
+            ),
+            num_multimask_outputs=masks,
+            iou_head_hidden_dim=spec.iou_hidden_dim,
+        ),
+    ).eval()
