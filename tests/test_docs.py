@@ -95,8 +95,8 @@ def run_line(line: str, monkeypatch) -> None:
         words += ["--shape", shapes[words[2]]] if words[1] == "phantom" else []
         words += ["--fractions", "0.5,0.25,0.25"] if words[1:3] == ["prepare", "brats-men"] else []
         words += ["--allow-missing"] if words[1:3] == ["prepare", "synapse"] else []
-        if "--validation" in words:  # of four patients
-            words[words.index("--validation") + 1] = "1"
+        if "--validation" in words:  # of four patients: two processes need two cases on either side
+            words[words.index("--validation") + 1] = "2"
         words += ["--sam-checkpoint", "random"] if words[1:3] == ["bundle", "pack"] else []
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as stop:
