@@ -22,7 +22,7 @@ RUNS = ["zero_shot", "sam_only", "cnn_only", "ladder"]
 def small_bundle(task, strategy, output, build=bundles.build_bundle):
     root = build(task, strategy, output)
     path = root / "configs" / "demo.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "image_size": 64}))
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "image_size": 64}))
     return root
 
 

@@ -20,7 +20,7 @@ def bundle(tmp_path_factory):
     """Eight organs with the smallest SAM and random weights: what matters here is the way, not the outcome."""
     root = build_bundle("abdomen", "zero_shot", tmp_path_factory.mktemp("bundle"))
     path = root / "configs" / "inference.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"sam_variant": "tiny", "sam_checkpoint": "random", "image_size": 32}
     path.write_text(json.dumps(config))
     return root

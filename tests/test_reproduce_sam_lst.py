@@ -61,21 +61,21 @@ def test_sam_lst_experiment_runs_at_its_real_size(synapse, weights, tmp_path, mo
     printed = capsys.readouterr().out
     assert "quoted from the paper" in printed and "Ladder, as published [vit_b]" in printed
 
-    card = json.loads((out / "ladder_paper" / "run_card.json").read_text())
+    card = json.loads((out / "ladder_paper" / "run_card.json").read_text(encoding="utf-8"))
     assert (card["sam_variant"], card["status"], card["iterations"]) == ("vit_b", "completed", 1)
     assert card["trainable_parameters"] == 2_856_737 and abs(card["gate"] - 0.5) < 0.01
     settings = card["settings"]
     assert (settings["image_size"], settings["store_size"], settings["batch_size"]) == (512, 224, 24)
     assert (settings["seed"], settings["lr"], settings["val_interval"]) == (1234, 0.001, 0)
-    rows = sorted(json.loads(path.read_text())["rows"] for path in cache.glob("*.json"))
+    rows = sorted(json.loads(path.read_text(encoding="utf-8"))["rows"] for path in cache.glob("*.json"))
     assert rows == [2, 4]  # the test volume, for both runs, and one look at the four training slices
     assert sum(path.stat().st_size for path in cache.glob("*.bank")) == 6 * 256 * 32 * 32 * 2
 
-    rows = json.loads((out / "organs.json").read_text())["runs"]
+    rows = json.loads((out / "organs.json").read_text(encoding="utf-8"))["runs"]
     assert list(rows) == ["zero_shot", "ladder_paper"]
     assert all(row["published"]["cases"] == row["honest"]["cases"] == 1 for row in rows.values())
     assert rows["ladder_paper"]["gate"] == pytest.approx(card["gate"])
-    assert "1 epochs, not 200" in (out / "report.html").read_text()
+    assert "1 epochs, not 200" in (out / "report.html").read_text(encoding="utf-8")
 
     archive = tmp_path / "ladder.zip"
     assert run(monkeypatch, "bundle", "pack", out / "ladder_paper", "--output", archive, "--sam-checkpoint", sam) == 0
@@ -101,7 +101,7 @@ def test_default_changes_nothing_of_the_published_recipe(tmp_path):
     assert published.departures() == []
     places = {"dataset_dir", "datalist", "output_dir", "sam_checkpoint", "strategy::side_weights"}
     for name in PAPER[1:]:
-        recipe = json.loads((cli_bundle(tmp_path, name) / "configs" / "train.json").read_text())
+        recipe = json.loads((cli_bundle(tmp_path, name) / "configs" / "train.json").read_text(encoding="utf-8"))
         changed = {key: value for key, value in published.fitting(name).items() if key not in places}
         assert changed == {key: recipe[key] for key in ("seed", "batch_size", "epochs", "accumulation_steps")}
         assert (recipe["store_size"], recipe["image_size"], recipe["val_interval"]) == (224, 512, 0)

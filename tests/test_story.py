@@ -53,7 +53,7 @@ def test_another_training_is_not_taken_for_it(change, finished):
 
 
 def test_interrupted_training_and_empty_folder_are_not_finished(finished, tmp_path):
-    card = json.loads((tmp_path / "run_card.json").read_text())
+    card = json.loads((tmp_path / "run_card.json").read_text(encoding="utf-8"))
     (tmp_path / "run_card.json").write_text(json.dumps({**card, "status": "interrupted"}))
     assert not is_trained(finished)
     (tmp_path / "run_card.json").unlink()
