@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from measuring import alternate, in_fresh_processes, published_encoder, record, resident_peak_bytes
@@ -33,7 +34,10 @@ from samseg_monai.trainable import count_trainable
 
 CLASSES = 8
 WARM = SamSpec("warm", 32, 2, 2, (1,), window_size=3, image_size=64)  # SAM's decoder behind next to no encoder
-PRECISIONS = {"fp32": None, "bf16": "bf16_all"}
+# what of the network's settings differs; "recomputed" trades time for memory
+WAYS: dict[str, dict[str, Any]] = {
+    "fp32": {}, "bf16": {"autocast": "bf16_all"}, "fp32_recomputed": {"checkpointing": True},
+}  # fmt: skip
 
 
 class Published(nn.Module):
@@ -81,7 +85,7 @@ def make_step(which: str, options: argparse.Namespace, folder: str) -> tuple[nn.
         strategy = Ladder(decoder="upscaling", masks="random", side_weights="random")
         ours = network = SamSegmenter(
             options.variant, strategy, image_size=options.size, num_classes=CLASSES, prompt="none",
-            input_scale="unit", low_res_training=True, autocast=PRECISIONS[which],
+            input_scale="unit", low_res_training=True, **WAYS[which],
         )  # fmt: skip
         bank = filled_bank(folder, ours, options)
     network.train()
@@ -124,15 +128,15 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512, help="side of the square input, in pixels")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        built = {which: make_step(which, options, f"{folder}/{which}") for which in ("reference", *options.precisions)}
+        built = {which: make_step(which, options, f"{folder}/{which}") for which in ("reference", *options.ways)}
         trainable = {which: count_trainable(network) for which, (network, _) in built.items()}
         median = alternate({which: step for which, (_, step) in built.items()}, options.repeats)
     del built
     peak = dict(zip(median, in_fresh_processes(peak_bytes, [(which, options) for which in median]), strict=True))
-    for which in options.precisions:
+    for which in options.ways:
         record(
             f"ladder_step_cached_{which}",
             {

@@ -6,8 +6,13 @@ Chai et al. 2023 (SAM-LST, arXiv:2306.12737), equation 3: ``x = g * x_sam + (1 -
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from samseg_monai.errors import AdapterError
@@ -21,16 +26,52 @@ class ResNetSide(nn.Sequential):
     Keys are torchvision's (``conv1``, ``bn1``, ``layer1`` ...), so that its ImageNet weights load by name. The unused
     ``layer4`` and ``fc`` do not exist here.
 
+    Attributes:
+        checkpointing: recompute activations in the backward pass, stage by stage, instead of storing them. Results
+            and running statistics are the same.
+
     Shape: (B, 3, H, W) to (B, 256, H/16, W/16).
     """
 
     published = "resnet18"  # ImageNet weights in the table of known files
+    stages = (("conv1", "bn1", "relu", "maxpool"), ("layer1",), ("layer2",), ("layer3",))
 
     def __init__(self) -> None:
         super().__init__()
+        self.checkpointing = False
         whole = ResNet(BasicBlock, [2, 2, 2, 2])
-        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"):
+        for name in chain.from_iterable(self.stages):
             self.add_module(name, getattr(whole, name))
+
+    def forward(self, image: Tensor) -> Tensor:
+        if not (self.checkpointing and self.training and torch.is_grad_enabled()):
+            return super().forward(image)
+        x = image
+        for names in self.stages:
+            stage = nn.Sequential(*(getattr(self, name) for name in names))
+            x = checkpoint(stage, x, use_reentrant=False, context_fn=lambda s=stage: (nullcontext(), _Uncounted(s)))
+        return x
+
+
+class _Uncounted(AbstractContextManager[None]):
+    """Batch statistics within do not enter the running ones: a batch that is computed again counts once."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
+        self.before: list[tuple[float | None, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        for norm in self.norms:
+            count = norm.num_batches_tracked
+            self.before.append((norm.momentum, None if count is None else count.clone()))
+            norm.momentum = 0.0
+
+    def __exit__(self, *error: object) -> None:
+        for norm, (momentum, count) in zip(self.norms, self.before, strict=True):
+            norm.momentum = momentum
+            if norm.num_batches_tracked is not None and count is not None:
+                norm.num_batches_tracked.copy_(count)
+        self.before.clear()
 
 
 class FeatureMap(nn.Module):

@@ -43,7 +43,7 @@ class SamSegmenter(Segmenter):
             "unit": the input is used as it is; the name says how it was prepared.
         prompt: "box": boxes may be given. "none": there are none, and giving one is an error.
         rectangular: pad to full patches only, not to the square; faster for oblong images.
-        checkpointing: recompute encoder activations in the backward pass to save memory.
+        checkpointing: recompute activations of encoder and ResNet ladder in the backward pass to save memory.
         autocast: "bf16" runs the image encoder and the side network in mixed precision, on any device, "bf16_all" the
             mask decoder, too (its position codes stay float32); None leaves precision alone.
         low_res_training: in training mode return the decoder's own logits, one per 4 x 4 pixels, as SAMed and SAM-LST
