@@ -49,15 +49,8 @@ def official_layout(tmp_path_factory):
 @pytest.mark.timeout(2400)
 def test_honours_experiment_runs_at_its_real_size(brats, official_layout, tmp_path, monkeypatch, capsys):
     words = ["reproduce", "honours", "--brats", brats, "--weights", official_layout, "--output", tmp_path / "out"]
-    words += [
-        "--rank",
-        64,
-        "--epochs",
-        1,
-        "--split-file",
-        brats / "split.json",
-        "--checkpointing",
-    ]
+    # one of four scans: the others are three more passes of the same network
+    words += ["--rank", 64, "--scan", "t1c", "--epochs", 1, "--split-file", brats / "split.json", "--checkpointing"]
     # processors without AVX-512 emulate bf16, ten times slower than float32
     words += ["--autocast", "bf16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []
     monkeypatch.setattr(sys, "argv", ["samseg", *map(str, words)])
@@ -70,6 +63,7 @@ def test_honours_experiment_runs_at_its_real_size(brats, official_layout, tmp_pa
     assert all(r["n"] == 1 and 0 <= r["dice_mean"] <= 1 for r in results.values())
     card = json.loads((out / "lora_rank64" / "run_card.json").read_text())
     assert (card["sam_variant"], card["status"], card["trainable_parameters"]) == ("vit_b", "completed", 2_359_296)
+    assert card["settings"]["scans"] == ["t1c"]
     assert card["settings"]["crop_size"] == [138, 202] and card["settings"]["image_size"] == 1024
 
     archive = tmp_path / "bundle.zip"
@@ -89,3 +83,13 @@ def test_honours_experiment_runs_at_its_real_size(brats, official_layout, tmp_pa
     result = nib.load(tmp_path / "seg" / f"{case.name}_seg.nii.gz")
     assert result.shape == (240, 240, 155)
     assert np.array_equal(result.affine, nib.load(case / f"{case.name}-t1c.nii").affine)
+
+
+def test_honours_refuses_unknown_scans(brats, tmp_path, monkeypatch, capsys):
+    words = ["reproduce", "honours", "--brats", brats, "--weights", "random", "--output", tmp_path, "--scan", "flair"]
+    monkeypatch.setattr(sys, "argv", ["samseg", *map(str, words), "--scan", "t1"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code
+    told = capsys.readouterr().err
+    assert "--scan flair: choose from t1n, t1c, t2w, t2f" in told and "--scan t1:" in told

@@ -9,10 +9,12 @@ import typer
 
 from samseg_monai.cli.reproduce_sam_lst import sam_lst
 from samseg_monai.cli.story import Story, write_results
+from samseg_monai.errors import ConfigError, raise_all
 
 reproduce_app = typer.Typer(help="Repeat published experiments, protocol and all.", no_args_is_help=True)
 reproduce_app.command("sam-lst")(sam_lst)
 RANKS = (64, 128, 256)
+SCANS = ("t1n", "t1c", "t2w", "t2f")
 
 
 @reproduce_app.command("honours")
@@ -21,6 +23,9 @@ def honours(
     weights: Annotated[str, typer.Option(help="sam_vit_b_01ec64.pth, or 'random' for a dry run")],
     output: Annotated[Path, typer.Option(help="folder for datalist, runs and report")] = Path("runs/honours"),
     rank: Annotated[list[int] | None, typer.Option(help="LoRA ranks; default 64, 128 and 256")] = None,
+    scan: Annotated[
+        list[str] | None, typer.Option(help=f"MRI contrasts whose logits are averaged; default {', '.join(SCANS)}")
+    ] = None,
     epochs: Annotated[int, typer.Option(help="epochs of each training", min=1)] = 50,
     split_file: Annotated[
         Path | None, typer.Option(help="JSON of case lists; default: 680 of 880 patients train")
@@ -39,12 +44,15 @@ def honours(
     from samseg_monai.bundles import build_bundle
     from samseg_monai.data.brats import prepare_brats_men
 
-    ranks = rank or list(RANKS)
+    ranks, scans = rank or list(RANKS), list(dict.fromkeys(scan or SCANS))
+    unknown = [f"--scan {name}: choose from {', '.join(SCANS)}" for name in scans if name not in SCANS]
+    raise_all(unknown, ConfigError, "These scans are not BraTS's")
     datalist = output / "datalist.json"
     prepare_brats_men(brats, datalist, fractions=(0.772, 0.114, 0.114), split_file=split_file, seed=seed)
     configs = {n: build_bundle("meningioma", n, output / "bundles") / "configs" for n in ("zero_shot", "lora")}
     shared: dict[str, Any] = {
         "dataset_dir": str(brats), "datalist": str(datalist), "sam_checkpoint": weights, "seed": seed,
+        "scans": scans,
     }  # fmt: skip
     if autocast:
         shared["autocast"] = autocast
