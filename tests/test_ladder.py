@@ -15,7 +15,7 @@ from monai.bundle import ConfigParser
 from torch import nn
 from torchvision.models import resnet18
 
-from samseg_monai.adapters import FeatureMap, GatedSide
+from samseg_monai.adapters import FeatureMap, GatedSide, ResNetSide
 from samseg_monai.checkpoints import load_adapter, load_trained, read_card, save_adapter
 from samseg_monai.errors import AdapterError, CheckpointError, ConfigError, WeightsError
 from samseg_monai.networks import SamSegmenter
@@ -597,3 +597,21 @@ def write_golden() -> None:
 
 if __name__ == "__main__":
     write_golden()
+
+
+def test_a_narrow_resnet_is_a_quarter_of_the_work_and_has_no_published_weights():
+    published, narrow = ResNetSide(), ResNetSide(32)
+    torchvision_keys = {name: tensor.shape for name, tensor in resnet18().state_dict().items()}
+    assert {name: tensor.shape for name, tensor in published.state_dict().items()}.items() <= torchvision_keys.items()
+    assert narrow.state_dict().keys() == published.state_dict().keys()
+    assert [published.published, narrow.published] == ["resnet18", None]
+    assert narrow(images().expand(-1, 3, -1, -1)).shape == (2, 128, 4, 4)
+    assert 3.8 < weights_of_convolutions(published) / weights_of_convolutions(narrow) < 4.0  # conv1 halves only
+    # nothing to look up: a start without weights needs no word of the user
+    segmenter(strategy=Ladder(ResNetSide(8))).load_base("random")
+    with pytest.raises(AdapterError, match="width must be at least 1"):
+        ResNetSide(0)
+
+
+def weights_of_convolutions(net: nn.Module) -> int:
+    return sum(module.weight.numel() for module in net.modules() if isinstance(module, nn.Conv2d))

@@ -7,17 +7,17 @@ Chai et al. 2023 (SAM-LST, arXiv:2306.12737), equation 3: ``x = g * x_sam + (1 -
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import BasicBlock
 
 from samseg_monai.errors import AdapterError
 
 MIXES = ("gate", "side", "sam")
+PUBLISHED_WIDTH = 64  # ResNet18's
 
 
 class ResNetSide(nn.Sequential):
@@ -26,22 +26,34 @@ class ResNetSide(nn.Sequential):
     Keys are torchvision's (``conv1``, ``bn1``, ``layer1`` ...), so that its ImageNet weights load by name. The unused
     ``layer4`` and ``fc`` do not exist here.
 
+    Args:
+        width: channels of the first stage; the others have 2 and 4 times as many. 64 is ResNet18, whose ImageNet
+            weights fit no other width; 32 needs a quarter of the work.
     Attributes:
         checkpointing: recompute activations in the backward pass, stage by stage, instead of storing them. Results
             and running statistics are the same.
 
-    Shape: (B, 3, H, W) to (B, 256, H/16, W/16).
+    Shape: (B, 3, H, W) to (B, 4 * width, H/16, W/16).
+    Raises:
+        AdapterError: width below 1.
     """
 
-    published = "resnet18"  # ImageNet weights in the table of known files
     stages = (("conv1", "bn1", "relu", "maxpool"), ("layer1",), ("layer2",), ("layer3",))
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = PUBLISHED_WIDTH) -> None:
         super().__init__()
+        if width < 1:
+            raise AdapterError(f"ResNetSide: width must be at least 1 channel, got {width}")
         self.checkpointing = False
-        whole = ResNet(BasicBlock, [2, 2, 2, 2])
-        for name in chain.from_iterable(self.stages):
-            self.add_module(name, getattr(whole, name))
+        # what to start from in the table of known files
+        self.published = "resnet18" if width == PUBLISHED_WIDTH else None
+        self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+        self.bn1, self.relu, self.maxpool = nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+        self.layer1 = nn.Sequential(BasicBlock(width, width), BasicBlock(width, width))
+        self.layer2, self.layer3 = _halving(width, 2 * width), _halving(2 * width, 4 * width)
+        for module in self.modules():  # as torchvision starts them
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, image: Tensor) -> Tensor:
         if not (self.checkpointing and self.training and torch.is_grad_enabled()):
@@ -51,6 +63,12 @@ class ResNetSide(nn.Sequential):
             stage = nn.Sequential(*(getattr(self, name) for name in names))
             x = checkpoint(stage, x, use_reentrant=False, context_fn=lambda s=stage: (nullcontext(), _Uncounted(s)))
         return x
+
+
+def _halving(channels: int, out: int) -> nn.Sequential:
+    """Two blocks of ResNet18, the first of which halves height and width."""
+    shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride=2, bias=False), nn.BatchNorm2d(out))
+    return nn.Sequential(BasicBlock(channels, out, 2, shortcut), BasicBlock(out, out))
 
 
 class _Uncounted(AbstractContextManager[None]):
