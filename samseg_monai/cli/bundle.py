@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from samseg_monai.cli.lint import refuse_findings
 from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.errors import BundleError
 
@@ -60,8 +61,11 @@ def predict(
     prompts: Annotated[Path | None, typer.Option(help="coarse mask, or folder of <case>.nii.gz")] = None,
     sam_checkpoint: Annotated[str | None, typer.Option(help="base weights, if the bundle holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="run a bundle that 'samseg lint' has findings in")] = False,
 ) -> None:
     """Segment cases without labels; the result has exactly the grid and the affine of its image.
+
+    A bundle is a program: one that could do more than predict (see 'samseg lint') is refused without --trust.
 
     Prompts of a bundle that takes boxes: --boxes, or --prompts, or (neither) the whole slice. Bad cases are named and
     left out; the exit code is then 1.
@@ -76,6 +80,8 @@ def predict(
         overrides["device"] = f"$torch.device({device!r})"
     if not bundle.exists():
         raise BundleError(f"predict: there is no bundle {bundle}; give the folder or the ZIP of one")
+    if not trust:
+        refuse_findings(bundle, "predict")
     if bundle.is_dir():
         _predict(bundle, overrides, given)
         return

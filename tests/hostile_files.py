@@ -1,0 +1,228 @@
+"""Hostile files and archives for tests/test_lint.py: a clean bundle, one change, and the rule that must catch it."""
+
+import io
+import os
+import pickle
+import stat
+import struct
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.hostile import CONFIGS, Case, extend, replace, with_file
+
+NAME = "meningioma_segmentation_lora"
+
+FILES = [
+    with_file(f"file: {name}", "file", file, content)
+    for name, (file, content) in {
+        "a Python file": ("scripts/__init__.py", ""),
+        "a Python file among results": ("eval/run.py", ""),
+        "bytecode": ("torch.pyc", b"\xa7\r\r\n"),
+        "a notebook": ("docs/demo.ipynb", "{}"),
+        "a shell file": ("docs/install.sh", "echo"),
+        "a library": ("monai.cpython-311-x86_64-linux-gnu.so", b"\x7fELF"),
+        "a YAML config": ("configs/inference.yaml", "a: 1"),
+        "a second logging.conf": ("docs/logging.conf", ""),
+        "another list of large files": ("large_files.yaml", "large_files: []"),
+        "an unknown kind": ("models/model.bin", b"\0"),
+        "a hidden file": (".bashrc", "ls"),
+        "a script that is called a text": ("docs/notes.txt", "#!/bin/sh\nid\n"),
+        "a program that is called a table": ("metrics/x.csv", b"\x7fELF\x02"),
+        "a pickle that is called a text": ("docs/notes.md", pickle.dumps({})),
+        "a ZIP that is called a licence": ("LICENSE", b"PK\x03\x04"),
+        "a pickle that is called an image": ("docs/x.png", pickle.dumps({})),
+        "bytes that are called a text": ("docs/notes.txt", b"a\0b"),
+        "weights that are no safetensors": ("models/adapter.safetensors", pickle.dumps({})),
+        "safetensors that are cut": ("models/adapter.safetensors", struct.pack("<Q", 2) + b"{}" + b"\0"),
+        "a name of the bundle that is a path": ("name.txt", "../x"),
+        "a name with a line break": ("docs/a\nb.txt", ""),
+        "a name that ends with a dot": ("docs/evil.txt.", ""),
+        "a name that ends with a space": ("eval/evil.py ", ""),
+        "an archive": ("models/more.zip", b"PK\x03\x04"),
+        "a TorchScript file by name": ("models/model.ts", b"PK\x03\x04"),
+    }.items()
+]
+
+
+class _Call:
+    """Pickles as a call of ``function``."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def torch_file(content: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return stream.getvalue()
+
+
+def rewritten(change: Callable[[str, bytes], tuple[str, bytes]], *more: tuple[str, bytes], method: int = 0) -> bytes:
+    """A torch file whose entries went through ``change``, and ``more`` entries."""
+    stream = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(torch_file({"a": torch.ones(2)}))) as old,
+        zipfile.ZipFile(stream, "w", method) as new,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # an entry given twice is meant
+        for entry in old.namelist():
+            new.writestr(*change(entry, old.read(entry)))
+        for name, content in more:
+            new.writestr(name, content)
+    return stream.getvalue()
+
+
+def same(name: str, content: bytes) -> tuple[str, bytes]:
+    return name, content
+
+
+def evil_pickle(protocol: int = 2) -> bytes:
+    return pickle.dumps(_Call(os.mkdir, "x"), protocol=protocol)
+
+
+def scripted() -> bytes:
+    stream = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would have us use torch.export
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), stream)
+    return stream.getvalue()
+
+
+PICKLES = [
+    with_file(f"pickle: {name}", "pickle", file, content)
+    for name, (file, content) in {
+        "a call": ("models/model.pt", torch_file({"a": torch.ones(1), "b": _Call(os.system, "id")})),
+        "a call in protocol 4": ("models/model.pt", rewritten(
+            lambda name, content: (name, evil_pickle(4) if name.endswith(".pkl") else content))),
+        "a class": ("models/model.pt", torch_file(torch.nn.Linear(2, 2))),
+        "a second pickle behind the first": ("models/model.pt", rewritten(
+            lambda name, content: (name, content + evil_pickle() if name.endswith(".pkl") else content))),
+        "a second folder": ("models/model.pt", rewritten(same, ("other/data.pkl", evil_pickle()))),
+        "an entry given twice": ("models/model.pt", rewritten(same, ("archive/data.pkl", pickle.dumps({}, 2)))),
+        "an entry more": ("models/model.pt", rewritten(same, ("archive/extra", b""))),
+        "compressed": ("models/model.pt", rewritten(same, method=zipfile.ZIP_DEFLATED)),
+        "a pickle before the ZIP": ("models/model.pt", evil_pickle() + torch_file({})),
+        "bytes behind the ZIP": ("models/model.pt", torch_file({}) + b"\0" * 9),
+        "a plain pickle": ("models/model.pt", evil_pickle()),
+        "the layout before torch 1.6": ("models/old.pth", pickle.dumps(0x1950A86A20F9469CFC6C, 2) + evil_pickle()),
+        "cut": ("models/model.pt", torch_file({"a": torch.ones(99)})[:-30]),
+        "no pickle at all": ("models/model.pt", b"hello"),
+        "TorchScript": ("models/model.pt", scripted()),
+        "another suffix": ("models/last.ckpt", torch_file({"a": _Call(os.system, "id")})),
+        "a pickle file": ("models/x.pkl", pickle.dumps({}, 2)),
+        "an array file": ("docs/x.npy", b"\x93NUMPY"),
+        "among results": ("eval/resume.pt", torch_file({"a": _Call(os.system, "id")})),
+    }.items()
+]  # fmt: skip
+
+LOGGING, LARGE = "configs/logging.conf", "large_files.yml"
+DOCUMENTS = [
+    Case(f"logging: {name}", "logging", replace(LOGGING, old, new))
+    for name, (old, new) in {
+        "call in the arguments": ("(sys.stderr,)", "(__import__('os').system('id'),)"),
+        "an attribute of os": ("(sys.stderr,)", "(os.environ,)"),
+        "interpolation": ("args=(sys.stderr,)", "args=%(level)s"),
+        "a handler by expression": ("class=StreamHandler", "class=__import__('os').system"),
+        "a handler that writes files": ("class=StreamHandler", "class=FileHandler"),
+        "a handler that sends": ("class=StreamHandler", "class=handlers.HTTPHandler"),
+        "keyword arguments": ("args=(sys.stderr,)", "args=(sys.stderr,)\nkwargs={'a': exec('1')}"),
+        "a formatter from elsewhere": ("datefmt=%H:%M:%S", "class=os.system"),
+        "format with braces": ("datefmt=%H:%M:%S", "style={"),
+        "arguments for all sections": ("[loggers]", "[DEFAULT]\nargs=(exec('1'),)\n[loggers]"),
+        "no INI file": ("[loggers]", "loggers"),
+    }.items()
+] + [
+    Case(f"download: {name}", "download", replace(LARGE, old, new))
+    for name, (old, new) in {
+        "elsewhere": ("dl.fbaipublicfiles.com", "example.org"),
+        "elsewhere behind a user": ("dl.fbaipublicfiles.com", "dl.fbaipublicfiles.com@example.org"),
+        "elsewhere by suffix": ("dl.fbaipublicfiles.com", "dl.fbaipublicfiles.com.example.org"),
+        "without encryption": ("https://", "http://"),
+        "no hash": ('    hash_val: "', '    # hash_val: "'),
+        "weak hash": ("sha256", "md5"),
+        "to another folder": ("models/sam", "../sam"),
+        "to the configs": ("models/sam", "configs/sam"),
+        "YAML that is not understood": ("large_files:", "large_files: !!python/object/apply:os.system [id]"),
+    }.items()
+]
+
+BUNDLES = CONFIGS + FILES + PICKLES + DOCUMENTS
+
+
+def _member(name: str, content: bytes = b"", **attributes: Any) -> Callable[[Path], None]:
+    def change(archive: Path) -> None:
+        with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as content_of, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a member given twice is meant
+            info = zipfile.ZipInfo(name)
+            info.compress_type = zipfile.ZIP_DEFLATED
+            for attribute, value in attributes.items():
+                setattr(info, attribute, value)
+            content_of.writestr(info, content)
+
+    return change
+
+
+def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda archive: archive.write_bytes(change(archive.read_bytes()))
+
+
+def _comment(archive: Path) -> None:
+    with zipfile.ZipFile(archive, "a") as content:
+        content.comment = b"hello"
+
+
+def _declared(archive: Path) -> None:
+    """Say in the table of contents that a member is smaller than it is."""
+    data = bytearray(archive.read_bytes())
+    start = data.find(b"PK\x01\x02")
+    while data[start + 46 : start + 46 + struct.unpack_from("<H", data, start + 28)[0]] != f"{NAME}/LICENSE".encode():
+        start = data.find(b"PK\x01\x02", start + 4)
+    size = struct.unpack_from("<I", data, start + 24)[0]
+    struct.pack_into("<I", data, start + 24, size - 10)
+    archive.write_bytes(data)
+
+
+def _local_name(data: bytes) -> bytes:
+    """Another name before the data than in the table of contents."""
+    name = f"{NAME}/name.txt".encode()
+    at = data.find(name)
+    return data[:at] + name.replace(b".txt", b".sh!") + data[at + len(name) :]
+
+
+ARCHIVES = [
+    Case("zip: absolute path", "zip", _member("/etc/cron.d/x.md")),
+    Case("zip: parent folder", "zip", _member(f"{NAME}/docs/../../x.md")),
+    Case("zip: drive", "zip", _member(f"C:{NAME}/x.md")),
+    Case("zip: member given twice", "zip", _member(f"{NAME}/LICENSE", b"other")),
+    Case("zip: member given twice in other letters", "zip", _member(f"{NAME}/docs/readme.md", b"other")),
+    Case("zip: file that is a folder", "zip", _member(f"{NAME}/LICENSE/x.md", b"other")),
+    Case("zip: bomb", "zip", _member(f"{NAME}/docs/zeros.csv", bytes(20 << 20))),
+    Case("zip: bytes before it", "zip", _bytes(lambda data: b"#!/bin/sh\n" + data)),
+    Case("zip: bytes behind it", "zip", _bytes(lambda data: data + b"\0" * 9)),
+    Case("zip: comment", "zip", _comment),
+    Case(
+        "link: in an archive", "link", _member(f"{NAME}/docs/x.md", b"/etc", external_attr=(stat.S_IFLNK | 0o777) << 16)
+    ),
+    Case("file: beside the bundle", "file", _member("setup.md", b"hello")),
+    Case("file: code beside the bundle", "file", _member("sitecustomize.py", b"")),
+    Case("file: damaged member", "file", _declared),
+    Case("file: another name before the data", "file", _bytes(_local_name)),
+    Case("target: in an archive", "target", _member(f"{NAME}/configs/x.json", b'{"_target_": "os.system"}')),
+]
+
+SUMS = [
+    Case("sums: changed", "sums", lambda root: extend(root, "LICENSE", " ")),
+    Case("sums: missing", "sums", lambda root: (root / "LICENSE").unlink()),
+    Case("sums: added", "sums", lambda root: (root / "docs" / "more.md").write_text("more")),
+    Case("sums: no line of it", "sums", lambda root: extend(root, "SHA256SUMS", "hello\n")),
+    Case("sums: out of the bundle", "sums", lambda root: extend(root, "SHA256SUMS", f"{'0' * 64}  ../../etc/passwd\n")),
+]
