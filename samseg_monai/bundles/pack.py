@@ -17,6 +17,7 @@ from samseg_monai.errors import BundleError, raise_all
 from samseg_monai.sam.weights import sha256_of
 
 SUMS = "SHA256SUMS"
+POSTPROCESSING = ("min_component_mm3",)  # keys of an evaluation that belong to its numbers and to every prediction
 RESULTS = ("metrics.json", "cases.csv", "ellipse_cases.csv", "transunet_cases.csv", "run_card.json")
 
 
@@ -93,7 +94,9 @@ def pack_bundle(run: str | Path, output: str | Path, *, sam_checkpoint: str | No
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) / name
         shutil.copytree(run / RECORD, root)
-        _write_models(run, root, sam_checkpoint)
+        steps = {key: card["settings"][key] for key in POSTPROCESSING if key in card.get("settings", {})}
+        _set_keys(root / "configs", steps)
+        _write_models(run, root, sam_checkpoint, steps)
         (root / "metrics").mkdir()
         for result in RESULTS:
             if (run / "evaluation" / result).is_file():
@@ -108,7 +111,15 @@ def pack_bundle(run: str | Path, output: str | Path, *, sam_checkpoint: str | No
     return output
 
 
-def _write_models(run: Path, root: Path, sam_checkpoint: str | None) -> None:
+def _set_keys(configs: Path, values: dict[str, Any]) -> None:
+    """Let the packed bundle evaluate and predict as it was evaluated, however its training was set."""
+    for name in ("evaluate.json", "inference.json"):
+        config = json.loads((configs / name).read_text(encoding="utf-8"))
+        text = json.dumps({**config, **values}, indent=4, ensure_ascii=False) + "\n"
+        (configs / name).write_text(text, encoding="utf-8")
+
+
+def _write_models(run: Path, root: Path, sam_checkpoint: str | None, steps: dict[str, Any]) -> None:
     """Write ``models/model.pt`` (all weights), and adapter and card of a trained run, with the test metrics."""
     network = _network(root / "configs" / "inference.json")
     trained = (run / "adapter.safetensors").is_file()
@@ -117,4 +128,4 @@ def _write_models(run: Path, root: Path, sam_checkpoint: str | None) -> None:
     models.mkdir()
     checkpoints.save_model(network, models / "model.pt")
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
-    checkpoints.save_adapter(network, models, metrics=metrics)
+    checkpoints.save_adapter(network, models, metrics=metrics, extra=steps)

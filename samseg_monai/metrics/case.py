@@ -75,13 +75,8 @@ def score_case(
         ConfigError: unknown policy.
     """
     columns = score_columns(policy, surface=surface)
-    pred, ref = _as_mask(prediction, "prediction"), _as_mask(reference, "reference")
-    if pred.shape != ref.shape:
-        raise DataError(
-            f"prediction {tuple(pred.shape)} and reference {tuple(ref.shape)} differ in shape; "
-            "bring the prediction back to the reference's grid first"
-        )
-    spacing = _checked_spacing(spacing_mm)
+    pred, ref = checked_masks(prediction, reference)
+    spacing = checked_spacing(spacing_mm)
     n_pred, n_ref = _count(pred), _count(ref)
     if n_pred and n_ref:
         scores = [2 * _count(pred & ref) / (n_pred + n_ref)]
@@ -106,6 +101,17 @@ def score_case(
     }
 
 
+def checked_masks(prediction: Mask, reference: Mask) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both masks as boolean CPU tensors of one shape (H, W, D); raises DataError as ``score_case`` says."""
+    pred, ref = _as_mask(prediction, "prediction"), _as_mask(reference, "reference")
+    if pred.shape != ref.shape:
+        raise DataError(
+            f"prediction {tuple(pred.shape)} and reference {tuple(ref.shape)} differ in shape; "
+            "bring the prediction back to the reference's grid first"
+        )
+    return pred, ref
+
+
 def _as_mask(mask: Mask, name: str) -> torch.Tensor:
     """Plain boolean CPU tensor: every machine then measures with the same code, and metadata costs no time."""
     tensor = torch.as_tensor(np.asarray(mask.detach().cpu()) if isinstance(mask, torch.Tensor) else mask)
@@ -122,7 +128,8 @@ def _count(mask: torch.Tensor) -> int:
     return int(np.count_nonzero(mask.numpy()))  # on booleans much faster than torch's sum
 
 
-def _checked_spacing(spacing_mm: Sequence[float]) -> np.ndarray:
+def checked_spacing(spacing_mm: Sequence[float]) -> np.ndarray:
+    """Spacing in mm as three positive float64, rounded to 1e-5 mm; raises DataError as ``score_case`` says."""
     spacing = np.round(np.asarray(spacing_mm, dtype=np.float64), SPACING_DECIMALS)
     if spacing.shape != (3,) or not np.isfinite(spacing).all() or (spacing <= 0).any():
         raise DataError(f"spacing_mm must be three positive numbers, got {list(spacing_mm)}; check the image's affine")

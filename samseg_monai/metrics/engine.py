@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from monai.data import MetaTensor
 
 from samseg_monai.errors import ConfigError, DataError, raise_all
 from samseg_monai.metrics.case import score_case, score_columns
+from samseg_monai.metrics.lesions import lesion_columns, lesion_rules, score_lesions
+from samseg_monai.metrics.regions import regions_of
 from samseg_monai.metrics.rows import Row, aggregate
 
 logger = logging.getLogger(__name__)
@@ -43,10 +46,13 @@ class CaseScores(Metric):
         value: score that ``compute`` returns, one of ``score_columns``; ``dice`` is the policy's own Dice.
         prefix: put before the published names; must differ between the CaseScores of one engine.
         surface: False computes Dice only (fast validation).
+        lesions: add lesion-wise scores and counts to every row: True, or some of the numbers of ``LesionRules``.
+        regions: what has a row of its own: None for every class, ``"brats"`` for those of WT, TC and ET that the
+            classes allow, or region -> list of classes.
         output_transform: applied to the list of items.
 
     Raises:
-        ConfigError: no or repeated classes, a value that the policy does not have, a prefix used twice.
+        ConfigError: no or repeated classes, a value that is not computed, a prefix used twice, bad rules or regions.
         DataError: an item lacks a key, has the wrong shape or values, no affine, or a case name twice.
     """
 
@@ -61,15 +67,21 @@ class CaseScores(Metric):
         value: str = "dice",
         prefix: str = "",
         surface: bool = True,
+        lesions: bool | Mapping[str, Any] | None = None,
+        regions: str | Mapping[str, Sequence[str]] | None = None,
         output_transform: Callable = _unchanged,
     ) -> None:
+        self.lesions = lesion_rules(lesions)
         self.columns = score_columns(policy, surface=surface)
+        if self.lesions is not None:
+            self.columns += lesion_columns(surface=surface)
         self.value = self.columns[0] if value == "dice" else value
         if self.value not in self.columns:
             raise ConfigError(f"value {value!r} is not computed here; choose one of {', '.join(self.columns)}")
         self.classes = (classes,) if isinstance(classes, str) else tuple(classes)
         if not self.classes or len(set(self.classes)) < len(self.classes):
             raise ConfigError(f"classes must be one distinct name per channel, got {list(self.classes)}")
+        self.regions = regions_of(self.classes, regions)
         self.pred_key, self.reference_key, self.case_key = pred_key, reference_key, case_key
         self.policy, self.prefix, self.surface = policy, prefix, surface
         self.rows: list[dict[str, Any]] = []
@@ -151,19 +163,20 @@ class CaseScores(Metric):
         ]
         raise_all(wrong, DataError, f"case {case} cannot be scored")
         rows = []
-        for index, name in enumerate(self.classes):
+        for name, parts in self.regions.items():
             try:
-                scores = score_case(
-                    self._mask(pred, index),
-                    self._mask(reference, index),
-                    spacing_mm=spacing_mm,
-                    policy=self.policy,
-                    surface=self.surface,
-                )
+                scores = self._scores(self._mask(pred, parts), self._mask(reference, parts), spacing_mm)
             except DataError as error:
                 raise DataError(f"case {case}, class {name}: {error}") from error
             rows.append({"case": case, "class": name, **scores})
         return rows
+
+    def _scores(self, pred: torch.Tensor, reference: torch.Tensor, spacing_mm: Sequence[float]) -> dict[str, Any]:
+        how: dict[str, Any] = {"spacing_mm": spacing_mm, "surface": self.surface}
+        scores: dict[str, Any] = score_case(pred, reference, policy=self.policy, **how)
+        if self.lesions is not None:
+            scores |= score_lesions(pred, reference, rules=self.lesions, **how)
+        return scores
 
     def _is_map(self, labels: torch.Tensor) -> bool:
         """Tell whether there is nothing but labels: a channel of logits, too, would be scored, as almost empty."""
@@ -172,11 +185,12 @@ class CaseScores(Metric):
             legal &= labels == labels.round()
         return bool(legal.all())
 
-    def _mask(self, volume: torch.Tensor, index: int) -> torch.Tensor:
-        """Mask (H, W, D) of one class, out of one channel per class or of a map of labels."""
+    def _mask(self, volume: torch.Tensor, parts: Sequence[int]) -> torch.Tensor:
+        """Mask (H, W, D) of some classes together, out of one channel per class or of a map of labels."""
         if len(volume) == len(self.classes):
-            return volume[index]
-        return volume[0] == index + 1
+            return volume[parts[0]] if len(parts) == 1 else volume[list(parts)].amax(0)
+        masks = [volume[0] == part + 1 for part in parts]
+        return functools.reduce(torch.logical_or, masks)
 
 
 def merge_rows(gathered: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:

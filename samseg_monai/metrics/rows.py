@@ -1,7 +1,8 @@
 """Rows (one case, one class) to tables: means that do not depend on order, CSV files, paired comparison.
 
 A row is a plain dict: ``case``, ``class``, scores, ``excluded``, ``empty_prediction``, ``empty_reference``,
-``prediction_ml``, ``reference_ml``. Every table of this project can be recomputed from such rows.
+``prediction_ml``, ``reference_ml``, and lesion-wise scores and counts where they were asked for. Every table of this
+project can be recomputed from such rows.
 The bootstrap is Efron 1979 (percentile interval over cases).
 """
 
@@ -18,12 +19,14 @@ import numpy as np
 
 from samseg_monai.errors import DataError, raise_all
 from samseg_monai.metrics.case import score_columns
+from samseg_monai.metrics.lesions import LESION_COUNTS, LESION_SCORES
 
 Row = Mapping[str, Any]
 
 LABELS = ("case", "class")
 FLAGS = ("excluded", "empty_prediction", "empty_reference")
 VOLUMES = ("prediction_ml", "reference_ml")
+NO_SCORES = (*LABELS, *FLAGS, *VOLUMES, *LESION_COUNTS)
 CONFIDENCE = 0.95
 BOOTSTRAP_DRAWS = 10_000
 # Even if all n differences point the same way, a sign test reaches p < 0.05 only from n = 6 (2 * 0.5**6 = 0.031).
@@ -33,7 +36,8 @@ MIN_PAIRED_CASES = 6
 def aggregate(rows: Sequence[Row], *, columns: Sequence[str] | None = None, prefix: str = "") -> dict[str, float]:
     """Summary of rows; the result does not depend on their order.
 
-    Each score is first averaged over a case's classes, then over cases; excluded rows do not count.
+    Each score is first averaged over a case's classes, then over cases; excluded rows do not count, but for
+    lesion-wise scores, whose definition has a value for every row.
 
     Args:
         rows: rows of any number of cases and classes.
@@ -43,7 +47,8 @@ def aggregate(rows: Sequence[Row], *, columns: Sequence[str] | None = None, pref
     Returns:
         Floats. ``<score>_mean``, ``_std`` (population) and ``_median`` over cases; ``n`` cases that count;
         ``n_excluded`` excluded rows and ``n_empty_prediction`` counted rows without prediction (a row is a case and
-        class; with one class these count cases). With several classes also ``<class>_<score>_mean`` and
+        class; with one class these count cases). With lesion-wise scores also ``n_lesion_cases`` and the sums over all
+        rows ``n_lesion_tp``, ``n_lesion_fn``, ``n_lesion_fp``. With several classes also ``<class>_<score>_mean`` and
         ``<class>_n...``. NaN, never 0, where no case counts.
 
     Raises:
@@ -66,14 +71,14 @@ def aggregate(rows: Sequence[Row], *, columns: Sequence[str] | None = None, pref
 
 
 def case_means(rows: Sequence[Row], column: str) -> dict[str, float]:
-    """Mean of ``column`` over the classes of each case that counts, sorted by case.
+    """Mean of ``column`` over the classes of each case that counts, sorted by case (lesion-wise: of every case).
 
     Raises:
         DataError: a row lacks the column, or a case and class come twice.
     """
     by_case: dict[str, list[float]] = {}
     for (case, _), row in _indexed(rows, column).items():
-        if not row["excluded"]:
+        if not _left_out(row, column):
             by_case.setdefault(case, []).append(float(row[column]))
     return {case: _mean(by_case[case]) for case in sorted(by_case)}
 
@@ -129,7 +134,8 @@ def paired_difference(
 ) -> dict[str, Any]:
     """Mean difference a - b of one score over the same cases, with a bootstrap 95 % interval.
 
-    A case and class counts where neither side excludes it; differences are averaged over classes, then over cases.
+    A case and class counts where neither side excludes it (lesion-wise scores: always); differences are averaged over
+    classes, then over cases.
 
     Returns:
         ``difference``, ``ci_low``, ``ci_high`` (unit of the score; NaN without cases), ``n`` cases, ``n_excluded``
@@ -143,7 +149,7 @@ def paired_difference(
     problems = [f"only in a: {case}, {name}" for case, name in sorted(a.keys() - b.keys())]
     problems += [f"only in b: {case}, {name}" for case, name in sorted(b.keys() - a.keys())]
     raise_all(problems, DataError, "a paired comparison needs the same cases and classes on both sides")
-    excluded = {key for key in a if a[key]["excluded"] or b[key]["excluded"]}
+    excluded = {key for key in a if _left_out(a[key], value) or _left_out(b[key], value)}
     differences = [
         {
             "case": key[0],
@@ -193,16 +199,25 @@ def _indexed(rows: Sequence[Row], column: str) -> dict[tuple[str, str], Row]:
 
 
 def _score_names(rows: Sequence[Row]) -> list[str]:
-    names = dict.fromkeys(key for row in rows for key in row if key not in (*LABELS, *FLAGS, *VOLUMES))
+    names = dict.fromkeys(key for row in rows for key in row if key not in NO_SCORES)
     return list(names) if rows else list(score_columns())
+
+
+def _left_out(row: Row, column: str) -> bool:
+    return bool(row["excluded"]) and column not in LESION_SCORES
 
 
 def _counts(rows: Sequence[Row]) -> dict[str, float]:
     counted = [row for row in rows if not row["excluded"]]
+    lesions = {}
+    if rows and all(name in row for row in rows for name in LESION_COUNTS):
+        lesions = {f"n_{name}": math.fsum(float(row[name]) for row in rows) for name in LESION_COUNTS}
+        lesions["n_lesion_cases"] = float(len({row["case"] for row in rows}))
     return {
         "n": float(len({row["case"] for row in counted})),
         "n_excluded": float(len(rows) - len(counted)),
         "n_empty_prediction": float(sum(bool(row["empty_prediction"]) for row in counted)),
+        **lesions,
     }
 
 

@@ -19,6 +19,7 @@ _FACTS: dict[str, tuple[str, ...]] = {
     "prompt source": ("prompt_source",),
     "boxes enlarged by (fraction of a side)": ("prompt_loosen", "settings.prompt.loosen"),
     "empty masks (policy)": ("policy", "settings.policy"),
+    "smallest component kept (mm^3)": ("settings.min_component_mm3",),
     "seed": ("seed", "seeds"),
     "split": ("split",),
     "cases per split": ("split_sizes",),

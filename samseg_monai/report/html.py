@@ -192,6 +192,11 @@ def _hd95_definition(runs: Sequence[RunResult]) -> str:
             "HD95 voxel: 95th percentile of both directions' distances pooled (medpy's definition), in voxels, "
             "with the special cases for empty masks of the TransUNet tables"
         )
+    if "lesion_hd95_mm" in found:
+        texts.append(
+            "Lesion Dice and HD95: BraTS 2023's means over the lesions found, missed and false of a case, missed and "
+            "false ones with Dice 0 and a fixed HD95; HD95 is weighted by surface area, and excluded cases count, too"
+        )
     return "; ".join(texts)
 
 

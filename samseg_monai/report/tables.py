@@ -28,6 +28,8 @@ MEASURES = {
     "hd95_transunet_voxel": ("HD95 voxel", False),
     "nsd_1mm": ("NSD 1 mm", True),
     "nsd_2mm": ("NSD 2 mm", True),
+    "lesion_dice": ("Lesion Dice", True),
+    "lesion_hd95_mm": ("Lesion HD95 mm", False),
 }
 
 
@@ -197,7 +199,7 @@ def mean(values: Iterable[float]) -> float:
 
 def digits(measure: str) -> int:
     """Decimals shown: 2 for distances, 3 for scores from 0 to 1."""
-    return 2 if measure.startswith("hd95") else 3
+    return 2 if "hd95" in measure else 3
 
 
 def named(run: RunResult) -> str:

@@ -30,12 +30,16 @@ WIDTH = 130
 def table_text(runs: Sequence[RunResult]) -> str:
     """The runs' table: means, then each class where there are several, differences, cost; every row says which SAM."""
     lines = table_lines(runs)
-    shown = other_measures(runs)
+    lesion_wise = [name for name in other_measures(runs) if name.startswith("lesion")]
+    shown = [name for name in other_measures(runs) if name not in lesion_wise]
     several = len(classes_of(runs)) > 1
     dice = "Dice mean +- SD"
     head = ["strategy [SAM]", "n", dice, "95 % CI", "median", *(MEASURES[name][0] for name in shown), "excl."]
     means = [line for line in lines if line.klass == MEAN_OF_CLASSES or len(line.run.classes) == 1]
     blocks = [grid(head, [_line_cells(line, shown) for line in means], left=1)]
+    if lesion_wise:
+        head = ["lesion-wise, all cases", *(MEASURES[name][0] for name in lesion_wise)]
+        blocks.append(grid(head, [[named(line.run), *_others(line, lesion_wise)] for line in means], left=1))
     if several:
         blocks += [_by_class(runs, lines, measure) for measure in (dice_column(runs[0]), *shown[:1])]
     gaps = differences(runs, only=dice_column(runs[0]))
@@ -56,10 +60,13 @@ def table_text(runs: Sequence[RunResult]) -> str:
 
 def _line_cells(line: Line, shown: Sequence[str]) -> list[str]:
     dice = line.dice
-    others = [fixed(line.values[name].mean, digits(name)) if name in line.values else "-" for name in shown]
     spread = f"{fixed(dice.mean)} +- {fixed(dice.sd)}"
-    numbers = [str(dice.n), spread, interval(line.low, line.high), fixed(dice.median), *others, str(line.excluded)]
-    return [named(line.run), *numbers]
+    numbers = [str(dice.n), spread, interval(line.low, line.high), fixed(dice.median)]
+    return [named(line.run), *numbers, *_others(line, shown), str(line.excluded)]
+
+
+def _others(line: Line, shown: Sequence[str]) -> list[str]:
+    return [fixed(line.values[name].mean, digits(name)) if name in line.values else "-" for name in shown]
 
 
 def _by_class(runs: Sequence[RunResult], lines: Sequence[Line], measure: str) -> str:

@@ -1,0 +1,190 @@
+"""Lesion-wise Dice and HD95 of one case and one region, as the official script of BraTS 2023 defines them.
+
+The algorithm is that of ``metrics.py`` in github.com/rachitsaluja/BraTS-2023-Metrics (commit 43c9052):
+
+1. Reference voxels whose dilations are connected (26 neighbours) are one lesion; the lesion keeps its own voxels. One
+   step of dilation reaches the 18 neighbours that share a face or an edge.
+2. Components of the prediction (26 neighbours) that touch a dilated lesion are its match, as a whole; a component may
+   match several lesions.
+3. A lesion with a match is found (TP): Dice and HD95 are those of the lesion against all of its match. One without is
+   missed (FN): Dice 0, HD95 the penalty. A component that matches no lesion is false (FP), whatever its size: likewise.
+4. Lesions of ``ignored_mm3`` or less do not count, neither found nor missed; what matches them is no FP.
+5. Both scores are means over TP + FN + FP; where there is none of these, Dice is 1 and HD95 0.
+
+This HD95 is the third definition in this package: the larger of the two directed 95th percentiles of the distances of
+surface elements, weighted by their area (DeepMind's surface-distance, ``compute_robust_hausdorff``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from monai.metrics.utils import get_mask_edges
+from scipy.ndimage import binary_dilation, find_objects, generate_binary_structure, label
+from scipy.spatial import KDTree
+
+from samseg_monai.errors import ConfigError, raise_all
+from samseg_monai.metrics.case import PERCENTILE, Mask, checked_masks, checked_spacing
+
+LESION_SCORES = ("lesion_dice", "lesion_hd95_mm")
+LESION_COUNTS = ("lesion_tp", "lesion_fn", "lesion_fp")
+_FACES_AND_EDGES = generate_binary_structure(3, 2)
+_ALL_NEIGHBOURS = generate_binary_structure(3, 3)
+
+Box = tuple[slice, ...]
+Surface = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class LesionRules:
+    """What the challenges of BraTS 2023 set differently; the defaults are those of meningioma (BraTS-MEN).
+
+    Glioma (GLI), sub-Saharan Africa (SSA) and paediatric tumours (PED) have ``dilation=3``, metastases (MET)
+    ``ignored_mm3=2``; everything else is the same for all.
+
+    Args:
+        dilation: steps of dilation, in voxels; at least 1.
+        ignored_mm3: reference lesions of this volume or less do not count (the challenge's voxels are 1 mm^3).
+        penalty_mm: HD95 of a missed and of a false lesion, about the diagonal of BraTS's 240 x 240 x 155 mm.
+
+    Raises:
+        ConfigError: a value out of its range; all are listed.
+    """
+
+    dilation: int = 1
+    ignored_mm3: float = 50.0
+    penalty_mm: float = 374.0
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not isinstance(self.dilation, int) or isinstance(self.dilation, bool) or self.dilation < 1:
+            problems.append(f"dilation must be a whole number of voxels from 1, got {self.dilation!r}")
+        for name, value in (("ignored_mm3", self.ignored_mm3), ("penalty_mm", self.penalty_mm)):
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+                problems.append(f"{name} must be a number from 0, got {value!r}")
+        raise_all(problems, ConfigError, "rules of lesion-wise scores")
+
+
+def lesion_rules(lesions: bool | Mapping[str, Any] | None) -> LesionRules | None:
+    """Rules out of a config's value: True for the defaults, a mapping with some of them, False or None for no scores.
+
+    Raises:
+        ConfigError: a name that ``LesionRules`` does not have, or a value out of its range.
+    """
+    if lesions is None or isinstance(lesions, bool):
+        return LesionRules() if lesions else None
+    known = LesionRules.__dataclass_fields__
+    if not isinstance(lesions, Mapping) or not lesions.keys() <= known.keys():
+        raise ConfigError(f"lesions must be true, false or an object with some of {', '.join(known)}; got {lesions!r}")
+    return LesionRules(**lesions)
+
+
+def lesion_columns(*, surface: bool = True) -> tuple[str, ...]:
+    """Names of the scores that ``score_lesions`` gives, without the counts."""
+    return LESION_SCORES if surface else LESION_SCORES[:1]
+
+
+def score_lesions(
+    prediction: Mask,
+    reference: Mask,
+    *,
+    spacing_mm: Sequence[float],
+    rules: LesionRules = LesionRules(),
+    surface: bool = True,
+) -> dict[str, float]:
+    """Score one region of one case lesion by lesion.
+
+    Args:
+        prediction: mask of shape (H, W, D), boolean or holding 0 and 1 only.
+        reference: mask of the same shape.
+        spacing_mm: distance of neighbouring voxels along H, W and D, in mm (rounded to 1e-5 mm).
+        rules: the challenge's numbers.
+        surface: False leaves out HD95.
+
+    Returns:
+        ``lesion_columns(surface=surface)`` (Dice in [0, 1], HD95 in mm), and the counts ``lesion_tp``, ``lesion_fn``
+        and ``lesion_fp`` as floats.
+
+    Raises:
+        DataError: shapes differ or are not 3-D, a mask holds other values than 0 and 1, the spacing is not positive.
+    """
+    pred, ref = (mask.numpy() for mask in checked_masks(prediction, reference))
+    spacing = checked_spacing(spacing_mm)
+    box = _box_around(pred | ref, rules.dilation)
+    pred, ref = pred[box], ref[box]
+    parts, n_parts = label(pred, structure=_ALL_NEIGHBOURS)
+    grown = binary_dilation(ref, structure=_FACES_AND_EDGES, iterations=rules.dilation)
+    extents, n_lesions = label(grown, structure=_ALL_NEIGHBOURS)
+    lesions = np.where(ref, extents, 0)
+    # an extent is the dilation of its lesion alone: that of a union is the union of dilations, and each is connected
+    touches = np.unique(extents[pred].astype(np.int64) * (n_parts + 1) + parts[pred])
+    touching, touched = np.divmod(touches[touches > n_parts], n_parts + 1)
+    voxels, overlaps = (np.bincount(numbers, minlength=n_lesions + 1) for numbers in (lesions[ref], lesions[pred]))
+    part_voxels = np.bincount(parts[pred], minlength=n_parts + 1)
+    counting = np.flatnonzero(voxels * np.prod(spacing) > rules.ignored_mm3)
+    matches = {int(lesion): touched[touching == lesion] for lesion in counting}
+    dice = [2 * overlaps[lesion] / (voxels[lesion] + part_voxels[its].sum()) for lesion, its in matches.items()]
+    missed = sum(not len(match) for match in matches.values())
+    false = n_parts - len(np.unique(touched))
+    count = len(matches) + false
+    scores = [math.fsum(dice) / count if count else 1.0]
+    if surface:
+        hd95 = [*_distances(matches, parts, lesions, spacing), rules.penalty_mm * (missed + false)]
+        scores.append(math.fsum(hd95) / count if count else 0.0)
+    counts = (len(matches) - missed, missed, false)
+    named = zip((*lesion_columns(surface=surface), *LESION_COUNTS), (*scores, *counts), strict=True)
+    return {name: float(value) for name, value in named}
+
+
+def _box_around(mask: np.ndarray, margin: int) -> Box:
+    """Box of all that is True, ``margin`` voxels wider where the image allows: dilation stops at its border, too."""
+    (box,) = find_objects(mask.view(np.uint8)) or [(slice(0, 0),) * mask.ndim]
+    return tuple(slice(max(side.start - margin, 0), side.stop + margin) for side in box)
+
+
+def _distances(
+    matches: Mapping[int, np.ndarray], parts: np.ndarray, lesions: np.ndarray, spacing: np.ndarray
+) -> list[float]:
+    """HD95 of every lesion that has a match (its number -> numbers of its parts)."""
+    lesion_boxes, part_boxes = find_objects(lesions), find_objects(parts)
+    surfaces: dict[bytes, Surface] = {}  # a match that reaches over many lesions is measured once
+    hd95 = []
+    for lesion, match in matches.items():
+        if not len(match):
+            continue
+        key = match.tobytes()
+        if key not in surfaces:
+            sides = zip(*(part_boxes[part - 1] for part in match), strict=True)
+            box = tuple(slice(min(s.start for s in side), max(s.stop for s in side)) for side in sides)
+            surfaces[key] = _surface(np.isin(parts[box], match), box, spacing)
+        box = lesion_boxes[lesion - 1]
+        hd95.append(_hd95(surfaces[key], _surface(lesions[box] == lesion, box, spacing)))
+    return hd95
+
+
+def _surface(mask: np.ndarray, box: Box, spacing: np.ndarray) -> Surface:
+    """Places (n, 3) in mm and areas in mm^2 of the surface elements of the mask that lies in ``box``.
+
+    Elements lie on the half-voxel grid (Nikolov et al. 2018, arXiv:1809.04430).
+    """
+    padded = torch.nn.functional.pad(torch.from_numpy(mask), (1,) * 6)
+    measured: tuple[torch.Tensor, ...] = get_mask_edges(padded, padded, crop=False, spacing=spacing.tolist())
+    edges, _, areas, _ = measured
+    corner = [side.start for side in box]
+    return (np.argwhere(edges.numpy()) + corner) * spacing, areas[edges].double().numpy()
+
+
+def _hd95(one: Surface, other: Surface) -> float:
+    directed = []
+    for (places, areas), (others, _) in ((one, other), (other, one)):
+        distances = KDTree(others).query(places)[0]
+        order = np.lexsort((areas, distances))
+        share = np.cumsum(areas[order]) / areas.sum()
+        index = min(int(np.searchsorted(share, PERCENTILE / 100)), len(order) - 1)  # shares may end just below 1
+        directed.append(float(distances[order[index]]))
+    return max(directed)
