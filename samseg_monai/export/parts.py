@@ -1,0 +1,204 @@
+"""A network cut into the parts that are exported: image encoder, side network and gate, mask decoder.
+
+The encoder is the costly part and does not depend on the prompt: cut apart, it runs once per slice, whatever the number
+of boxes. Every part takes batches of any length; encoder and side network take slices of any size up to the network's
+square and pad them themselves, behind SAM's normalisation, as ``SamSegmenter`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from samseg_monai.checkpoints import Network
+from samseg_monai.errors import ConfigError
+from samseg_monai.networks import EMPTY_LOGIT, PlainSegmenter, SamSegmenter
+from samseg_monai.networks.segmenter import LOW_RES
+
+Shape = tuple[int | str, ...]
+Call = Callable[..., "Tensor | tuple[Tensor, ...]"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module that is exported.
+
+    Args:
+        name: stem of its file.
+        module: in evaluation mode; takes the ``inputs`` in order.
+        inputs: shape by name. A word is an axis whose length is free: "batch"; "height" and "width" up to ``frame``.
+        outputs: likewise.
+        frame: height and width that slices are padded to.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, Shape]
+    outputs: dict[str, Shape]
+    frame: tuple[int, int]
+
+    def results(self, call: Call, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs by name of ``call``, which computes this part, on those of ``tensors`` that it takes."""
+        outputs = call(*(tensors[name] for name in self.inputs))
+        return dict(zip(self.outputs, outputs if isinstance(outputs, tuple) else (outputs,), strict=True))
+
+
+def parts_of(network: Network, size: tuple[int, int] | None = None) -> list[Part]:
+    """Cut ``network`` (evaluation mode, float32) into parts that share its tensors.
+
+    Args:
+        size: height and width of the slices of a ``rectangular`` network, which pads to full patches only; None is
+            its full square. Other networks take all sizes.
+
+    Embeddings are (batch, V, C, gh, gw), V = ``network.views``; behind a side network they are called ``mixed``. A
+    decoder's ``boxes`` are (batch, 4); NaN is no box.
+
+    Raises:
+        ConfigError: a size that does not fit, or one for a network that takes all.
+    """
+    side = network.image_size
+    if isinstance(network, PlainSegmenter):
+        _refuse_size(network, size)
+        image: Shape = ("batch", network.scans, "height", "width")
+        logits: Shape = ("batch", network.channels_out, side, side)
+        return [Part("network", PlainPart(network), {"image": image}, {"logits": logits}, (side, side))]
+    _refuse_size(network, size)
+    given, frame = size or (side, side), (side, side)
+    patch, views = network.spec.patch_size, network.views
+    if network.sam.rectangular:
+        frame = (-(-given[0] // patch) * patch, -(-given[1] // patch) * patch)
+    grid = (frame[0] // patch, frame[1] // patch)
+    extent: Shape = given if network.sam.rectangular else ("height", "width")
+    image = ("batch", network.scans, *extent)
+    embedding: Shape = ("batch", views, network.spec.prompt_dim, *grid)
+    found = []
+    if network.side is None or getattr(network.side, "needs_embedding", True):
+        found.append(Part("encoder", EncoderPart(network, frame), {"image": image}, {"embedding": embedding}, frame))
+    if network.side is not None:
+        inputs = {"image": image, "embedding": embedding} if found else {"image": image}
+        found.append(Part("side", SidePart(network, frame), inputs, {"mixed": embedding}, frame))
+    inputs = {"embedding" if network.side is None else "mixed": embedding}
+    if network.prompt == "box":
+        inputs["boxes"] = ("batch", 4)
+    outputs: dict[str, Shape] = {
+        "low_res": ("batch", network.channels_out, LOW_RES * grid[0], LOW_RES * grid[1]),
+        "logits": ("batch", network.channels_out, *frame),
+    }
+    found.append(Part("decoder", DecoderPart(network), inputs, outputs, frame))
+    return found
+
+
+def run_parts(parts: Sequence[Part], calls: Mapping[str, Call], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run the parts in turn, each on the tensors it names, and return all tensors there are then.
+
+    ``calls`` holds what computes a part, by its name: its module, or what was read back from a file.
+    """
+    known = dict(tensors)
+    for part in parts:
+        known |= part.results(calls[part.name], known)
+    return known
+
+
+def _refuse_size(network: Network, size: tuple[int, int] | None) -> None:
+    if size is None:
+        return
+    if not (isinstance(network, SamSegmenter) and network.sam.rectangular):
+        raise ConfigError(f"size: got {size}, but this network takes slices of all sizes; leave it out")
+    if min(size) < 1 or max(size) > network.image_size:
+        raise ConfigError(f"size: got {size}; height and width must be 1 to {network.image_size}")
+
+
+class _Prepared(nn.Module):
+    """(B, S, h, w) to (B * V, 3, *frame), as ``SamSegmenter`` hands it to SAM: normalised, then padded with zeros."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: SamSegmenter, frame: tuple[int, int]) -> None:
+        super().__init__()
+        self.frame, self.views = frame, network.views
+        self.grey, self.normalise = network.scan_mode == "mean_logits", network.input_scale == "sam"
+        self.register_buffer("mean", network.sam.pixel_mean.clone(), persistent=False)
+        self.register_buffer("std", network.sam.pixel_std.clone(), persistent=False)
+
+    def prepare(self, image: Tensor) -> Tensor:
+        if self.grey:
+            image = image.flatten(0, 1)[:, None].expand(-1, 3, -1, -1)
+        if self.normalise:
+            image = (image - self.mean) / self.std
+        return F.pad(image, (0, self.frame[1] - image.shape[-1], 0, self.frame[0] - image.shape[-2]))
+
+
+class EncoderPart(_Prepared):
+    """Slices (B, S, h, w) to embeddings (B, V, C, gh, gw)."""
+
+    def __init__(self, network: SamSegmenter, frame: tuple[int, int]) -> None:
+        super().__init__(network, frame)
+        self.encoder = network.sam.image_encoder
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.encoder(self.prepare(image)).unflatten(0, (-1, self.views))
+
+
+class SidePart(_Prepared):
+    """Slices (B, S, h, w) and SAM's embeddings (B, V, C, gh, gw), if the side network wants them, to mixed ones."""
+
+    def __init__(self, network: SamSegmenter, frame: tuple[int, int]) -> None:
+        super().__init__(network, frame)
+        self.side = network.side
+
+    def forward(self, image: Tensor, embedding: Tensor | None = None) -> Tensor:
+        assert self.side is not None  # parts_of makes no such part without one
+        flat = None if embedding is None else embedding.flatten(0, 1)
+        return self.side(self.prepare(image), flat, []).unflatten(0, (-1, self.views))
+
+
+class DecoderPart(nn.Module):
+    """Embeddings (B, V, C, gh, gw), and boxes (B, 4) of a prompted network, to logits at a quarter and at full size.
+
+    Logits (B, K, 4 gh, 4 gw) and (B, K, *frame) are averaged over V. Where a box is NaN they are those of an empty
+    prediction, -20 (background +20).
+    """
+
+    empty: Tensor
+
+    def __init__(self, network: SamSegmenter) -> None:
+        super().__init__()
+        self.prompt_encoder, self.mask_decoder = network.sam.prompt_encoder, network.sam.mask_decoder
+        self.patch, self.prompted, self.classes = network.spec.patch_size, network.prompt == "box", network.num_classes
+        empty = torch.full((network.channels_out, 1, 1), EMPTY_LOGIT)
+        empty[: -network.num_classes] = -EMPTY_LOGIT
+        self.register_buffer("empty", empty, persistent=False)
+
+    def forward(self, embedding: Tensor, boxes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        views, flat = embedding.shape[1], embedding.flatten(0, 1)
+        grid = (embedding.shape[-2], embedding.shape[-1])
+        rows = None
+        if boxes is not None:
+            absent = boxes.isnan().any(-1)  # (B,)
+            rows = torch.where(absent[:, None], torch.zeros_like(boxes), boxes).repeat_interleave(views, 0)
+        sparse, dense = self.prompt_encoder(points=None, boxes=rows, masks=None, grid=grid)
+        if boxes is None:
+            sparse = sparse.expand(flat.shape[0], -1, -1)
+        multimask = False if self.classes == 1 else None
+        low = self.mask_decoder(flat, self.prompt_encoder.get_dense_pe(grid), sparse, dense, multimask)[0]
+        low = low.unflatten(0, (-1, views)).mean(1)
+        if boxes is not None:
+            low = torch.where(absent[:, None, None, None], self.empty, low)
+        size = [self.patch * side for side in grid]
+        return low, F.interpolate(low, size, mode="bilinear", align_corners=False)
+
+
+class PlainPart(nn.Module):
+    """A network without SAM: (B, S, h, w) to logits (B, K, side, side) of the padded square."""
+
+    def __init__(self, network: PlainSegmenter) -> None:
+        super().__init__()
+        self.net, self.side = network.net, network.image_size
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.net(F.pad(image, (0, self.side - image.shape[-1], 0, self.side - image.shape[-2])))
