@@ -104,6 +104,11 @@ ROWS = {
         lambda network: DEPTH * 3 * (4 * 2 * WIDTH + 2 * (WIDTH + HIDDEN)),
     ),
     "lora_last_block": Row(lambda: LoRA(2, blocks=[1], targets=["k", "proj"]), lambda network: 2 * 2 * WIDTH * 2),
+    "dora": Row(lambda: LoRA(2, dora=True), lambda network: DEPTH * 2 * (2 * WIDTH * 2 + WIDTH)),
+    "dora_all_targets": Row(
+        lambda: LoRA(3, alpha=6, targets=ALL_SIX, dropout=0.1, rank_stabilised=True, dora=True),
+        lambda network: DEPTH * (3 * (4 * 2 * WIDTH + 2 * (WIDTH + HIDDEN)) + 5 * WIDTH + HIDDEN),
+    ),
     "lora_decoder": Row(
         lambda: LoRA(2, decoder=True), lambda network: DEPTH * 2 * 2 * WIDTH * 2 + decoder_values(network)
     ),
@@ -379,7 +384,7 @@ def test_every_strategy_has_a_row():
     made = [row.make() for row in ROWS.values()]
     assert len(found) == 3 and {type(strategy) for strategy in made} == set(found)
     names = {strategy.name: type(strategy) for strategy in made}
-    assert names.keys() == {"zero_shot", "lora", "ladder", "ladder_paper", "cnn_only", "sam_only"}
+    assert names.keys() == {"zero_shot", "lora", "dora", "ladder", "ladder_paper", "cnn_only", "sam_only"}
     assert all(names[strategy.name] is type(strategy) for strategy in made)
 
 
@@ -390,6 +395,8 @@ def test_every_strategy_has_a_row():
         ({"rank": 4}, 1, 147_456),
         ({"rank": 16}, 1, 589_824),
         ({"rank": 64}, 1, 2_359_296),
+        # ... with one magnitude for each of 768 outputs of q and v in twelve blocks (Liu et al. 2024, DoRA) ...
+        ({"rank": 4, "dora": True}, 1, 147_456 + 12 * 2 * 768),
         # ... and everything with a gradient, eight organs; SAMed also trains the 256 values of no_mask_embed.
         ({"rank": 4, "decoder": True}, 8, 4_773_760 - 256),
     ],

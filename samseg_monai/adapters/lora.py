@@ -59,7 +59,7 @@ class LoRALinear(nn.Linear):
         width = base.out_features // num_parts
         self.lora_a = nn.ParameterDict({str(p): _like(base.weight, rank, base.in_features) for p in self.parts})
         self.lora_b = nn.ParameterDict({str(p): _like(base.weight, width, rank) for p in self.parts})
-        self.reset_lora()
+        LoRALinear.reset_lora(self)  # a subclass resets what it adds once it is there
         self.train(base.training)
 
     def reset_lora(self) -> None:
@@ -75,8 +75,19 @@ class LoRALinear(nn.Linear):
         dropped = self.dropout(input)  # one mask for all parts: they read the same input
         for part in self.parts:
             low = functional.linear(dropped, self.lora_a[str(part)])  # (..., rank)
-            outputs[part] = outputs[part] + self.scaling * functional.linear(low, self.lora_b[str(part)])
+            update = self.scaling * functional.linear(low, self.lora_b[str(part)])
+            outputs[part] = self._adapted(part, outputs[part], update)
         return torch.cat(outputs, dim=-1) if self.num_parts > 1 else outputs[0]
+
+    def _adapted(self, part: int, output: Tensor, update: Tensor) -> Tensor:
+        """Output of one part from that of the base and the low-rank update, both (..., out_features / num_parts)."""
+        return output + update
+
+    def _merged(self, part: int) -> Tensor:
+        """Weight (out_features / num_parts, in_features) of one part that computes the same, in float32."""
+        # whatever the stored type is: a merge happens once and should lose nothing
+        update = self.lora_b[str(part)].float() @ self.lora_a[str(part)].float()
+        return self.weight.chunk(self.num_parts, dim=0)[part].float() + self.scaling * update
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
@@ -85,9 +96,7 @@ class LoRALinear(nn.Linear):
         weight = self.weight.detach().clone()
         for part, rows in enumerate(weight.chunk(self.num_parts, dim=0)):  # views: the sum lands in ``weight``
             if part in self.parts:
-                # In float32 whatever the stored type is: a merge happens once and should lose nothing.
-                update = self.lora_b[str(part)].float() @ self.lora_a[str(part)].float()
-                rows.copy_(rows.float() + self.scaling * update)
+                rows.copy_(self._merged(part))
         plain.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         plain.bias = self.bias
         return plain.train(self.training)

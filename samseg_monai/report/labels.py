@@ -13,6 +13,7 @@ STRATEGIES = {
     BOX_ELLIPSE: "Box ellipse (no network)",
     ZERO_SHOT: "Zero-shot",
     LORA: "LoRA",
+    "dora": "DoRA",
     LADDER: "Ladder (ResNet18 beside SAM)",
     "ladder_paper": "Ladder, as published",
     "cnn_only": "CNN only",

@@ -111,7 +111,7 @@ class RunResult:
         if self.name == LADDER and side not in ("", "ResNetSide"):
             return f"Ladder ({side} beside SAM)"
         rank = self.fact("strategy.arguments.rank")
-        if self.name != LORA or rank is None:
+        if self.name not in (LORA, "dora") or rank is None:
             return base
         return f"{base}, rank {rank}" + (" + decoder" if self.fact("strategy.arguments.decoder") else "")
 

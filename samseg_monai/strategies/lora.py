@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
+from samseg_monai.adapters.dora import DoRALinear
 from samseg_monai.adapters.lora import LoRALinear
 from samseg_monai.errors import AdapterError, raise_all
 from samseg_monai.strategies.base import Segmenter, Strategy, decoder_names, unused_of_decoder
@@ -28,10 +30,12 @@ class LoRA(Strategy):
         rank: rank of each update.
         alpha: scaling is ``alpha / rank``; None means ``rank`` (scaling 1, as SAMed).
         targets: subset of q, k, v (attention inputs), proj (attention output), lin1, lin2 (MLP).
-        blocks: encoder blocks to adapt, 0-based; None means all.
+        blocks: encoder blocks to adapt, 0-based; None means all. Those before the first of them keep nothing for the
+            backward pass: with the last blocks alone a step needs less memory and time.
         dropout: probability, 0 <= p < 1, on the input of the update during training.
         rank_stabilised: scale by ``alpha / sqrt(rank)`` (Kalajdzievski 2023, arXiv:2312.03732).
         decoder: also train what the task uses of the mask decoder.
+        dora: learn the magnitude of each adapted row beside its direction (Liu et al. 2024, arXiv:2402.09353).
     Raises:
         AdapterError: listing what is wrong with the arguments; on installing also when they do not fit the encoder.
     """
@@ -49,11 +53,14 @@ class LoRA(Strategy):
         dropout: float = 0.0,
         rank_stabilised: bool = False,
         decoder: bool = False,
+        dora: bool = False,
     ) -> None:
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.targets = tuple(targets)
         self.blocks = None if blocks is None else tuple(blocks)
-        self.rank_stabilised, self.decoder = rank_stabilised, decoder
+        self.rank_stabilised, self.decoder, self.dora = rank_stabilised, decoder, dora
+        if dora:
+            self.name = "dora"
         options = ", ".join(_TARGETS)
         problems = [f"target {t!r} is unknown; the options are {options}" for t in self.targets if t not in _TARGETS]
         if not self.targets or len(set(self.targets)) < len(self.targets):
@@ -83,6 +90,17 @@ class LoRA(Strategy):
             owned |= set(decoder_names(segmenter)) - set(self.unused(segmenter))
         return [name for name in segmenter.state_dict() if name in owned]
 
+    def arguments(self) -> dict[str, Any]:
+        """Constructor arguments; ``dora`` only where it is set, since older cards do not know it."""
+        arguments = super().arguments()
+        return arguments if self.dora else {key: value for key, value in arguments.items() if key != "dora"}
+
+    def start(self, segmenter: Segmenter, *, download: bool = True) -> None:
+        """Take the magnitudes of DoRA from the base weights, which are there only now."""
+        for layer in segmenter.modules():
+            if isinstance(layer, DoRALinear):
+                layer.reset_magnitude()
+
     def unused(self, segmenter: Segmenter) -> list[str]:
         """With ``decoder``: the mask quality head, and the networks of masks that are not returned."""
         return unused_of_decoder(segmenter) if self.decoder else []
@@ -99,7 +117,7 @@ class LoRA(Strategy):
             base = block.get_submodule(path)
             if not isinstance(base, nn.Linear):
                 raise AdapterError(f"LoRA needs a linear layer at {path} of each block, got {type(base).__name__}")
-            layer = LoRALinear(
+            layer = (DoRALinear if self.dora else LoRALinear)(
                 base,
                 rank=self.rank,
                 alpha=self.alpha,

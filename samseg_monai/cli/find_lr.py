@@ -1,0 +1,74 @@
+"""``samseg find-lr``: try learning rates on a bundle's own network and data."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from samseg_monai.cli.workflow import run_workflow
+from samseg_monai.errors import ConfigError
+
+# what a training does before its first step
+BEFORE = (
+    "$bundles.guard()",
+    "$@network_def.load_base(@sam_checkpoint)",
+    "$@train::dataset.fill(@network_def, device=@device)",
+)
+
+
+def find_lr(
+    context: typer.Context,
+    bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],
+    overlay: Annotated[
+        list[str] | None, typer.Option(help="further config of the bundle whose values count, such as demo.json")
+    ] = None,
+    start_lr: Annotated[float, typer.Option(help="rate of the first step")] = 1e-6,
+    end_lr: Annotated[float, typer.Option(help="rate of the last step, unless the loss diverges before")] = 1.0,
+    steps: Annotated[int, typer.Option(help="optimiser steps", min=10)] = 100,
+) -> None:
+    """Try learning rates on a bundle's training data and suggest one; --KEY VALUE overrides a value of the bundle.
+
+    Writes lr_finder.csv and lr_finder.png to the bundle's output_dir (--output_dir DIR changes it).
+    """
+    if not 0 < start_lr < end_lr:
+        raise ConfigError(f"find-lr: 0 < start-lr < end-lr needed, got {start_lr:g} and {end_lr:g}")
+    test = {
+        "_target_": "samseg_monai.cli.range_test.range_test",
+        "network": "@network",
+        "optimizer": "@train::optimizer",
+        "loss": "@train::loss",
+        "loader": "@train::dataloader",
+        "prepare_batch": "@train::trainer::prepare_batch",
+        "device": "@device",
+        "output_dir": "@output_dir",
+        "lr": "@lr",
+        "accumulation_steps": "@accumulation_steps",
+        "start_lr": start_lr,
+        "end_lr": end_lr,
+        "steps": steps,
+    }
+    configs = [bundle / "configs" / name for name in ("train.json", *(overlay or ()))]
+    run_workflow(configs, {**overrides_of(context.args), "run": [*BEFORE, test]}, echo=False)
+
+
+def overrides_of(words: list[str]) -> dict[str, Any]:
+    """``["--lr", "0.1", "--strategy::rank=4"]`` to ``{"lr": 0.1, "strategy::rank": 4}``; what is no value is text.
+
+    Raises:
+        ConfigError: a word that is neither a key nor the value of one.
+    """
+    found: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        key, equals, value = rest.pop(0).partition("=")
+        if not key.startswith("--") or not (equals or rest):
+            raise ConfigError(f"find-lr: got {key!r}; overrides are pairs such as --batch_size 4")
+        value = value if equals else rest.pop(0)
+        try:
+            found[key[2:]] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key[2:]] = value
+    return found

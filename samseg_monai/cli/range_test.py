@@ -1,0 +1,135 @@
+"""A learning-rate range test (Smith 2017, arXiv:1506.01186) with the parts of a training.
+
+The rate grows from step to step, by a constant factor; where the loss falls fastest lies a good one. MONAI's
+``LearningRateFinder`` does the steps. It knows one input and one rate: a wrapper hands our network its boxes or
+embeddings, and groups of parameters keep the ratios of their rates.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import typer
+from monai.optimizers import LearningRateFinder
+from torch import Tensor, nn
+
+from samseg_monai.errors import TrainingError
+from samseg_monai.report.lr_curve import write_lr_curve
+
+TABLE, CURVE = "lr_finder.csv", "lr_finder.png"
+SMOOTHING = 0.2  # weight of the newest loss in the running mean
+FEWEST = 5  # steps before the loss diverges
+
+
+def range_test(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    loader: Any,
+    prepare_batch: Callable[..., tuple[Any, ...]],
+    *,
+    device: torch.device | str,
+    output_dir: str,
+    lr: float,
+    start_lr: float,
+    end_lr: float,
+    steps: int,
+    accumulation_steps: int = 1,
+) -> float:
+    """Run the test, write its table and curve, and leave network and optimiser as they were.
+
+    Args:
+        network, optimizer, loss, loader, prepare_batch, accumulation_steps: of the training; gradients are not
+            clipped and no schedule is applied.
+        device: where to compute.
+        output_dir: folder of ``lr_finder.csv`` and ``lr_finder.png``, made if need be.
+        lr: the rate of the config, shown in the curve; groups of ``optimizer`` keep their ratio to it.
+        start_lr, end_lr, steps: first and last rate and the number of steps between them.
+
+    Returns:
+        The rate where the smoothed loss falls most steeply.
+
+    Raises:
+        TrainingError: the loss fell nowhere, or was not finite from the start.
+    """
+    ratios = [group["lr"] / lr for group in optimizer.param_groups]
+
+    def keep_ratios(stepping: torch.optim.Optimizer, *_: Any) -> None:
+        for group, ratio in zip(stepping.param_groups, ratios, strict=True):
+            group["lr"] *= ratio  # set anew before the next step
+
+    def inputs_of(batch: Any) -> tuple[Any, ...]:
+        image, _, args, kwargs = prepare_batch(batch, device, False)
+        return image, args, kwargs
+
+    hook = optimizer.register_step_pre_hook(keep_ratios)
+    finder = LearningRateFinder(_OneInput(network), optimizer, _Finite(loss), device=device)
+    try:
+        finder.range_test(
+            loader,
+            image_extractor=inputs_of,
+            start_lr=start_lr,
+            end_lr=end_lr,
+            num_iter=steps,
+            smooth_f=SMOOTHING,
+            accumulation_steps=accumulation_steps,
+            auto_reset=False,
+        )
+    finally:
+        finder.reset()
+        hook.remove()
+    return _conclude(finder, Path(output_dir), lr)
+
+
+def _conclude(finder: Any, folder: Path, lr: float) -> float:
+    """Write the table and the curve, tell where they are, and return the suggestion."""
+    finite = [pair for pair in zip(finder.history["lr"], finder.history["loss"], strict=True) if math.isfinite(pair[1])]
+    finder.history = {"lr": [rate for rate, _ in finite], "loss": [value for _, value in finite]}
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / TABLE).open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("learning_rate", "smoothed_loss"), *finite])
+    if len(finite) < FEWEST:
+        raise TrainingError(
+            f"find-lr: the loss was finite for {len(finite)} steps only; begin with a smaller --start-lr, and look for "
+            "NaN or constant images"
+        )
+    suggested, _ = finder.get_steepest_gradient()
+    falls = min(np.gradient(finder.history["loss"][:-1])) < 0
+    write_lr_curve(folder / CURVE, *finder.history.values(), suggested=suggested if falls else None, configured=lr)
+    typer.echo(f"curve: {folder / CURVE}   table: {folder / TABLE}")
+    if not falls:
+        raise TrainingError(
+            f"find-lr: the loss fell nowhere between {finite[0][0]:g} and {finite[-1][0]:g}; widen the range or take "
+            "more --steps"
+        )
+    typer.echo(f"suggested: lr {suggested:.2g} (the config has {lr:g})")
+    return float(suggested)
+
+
+class _OneInput(nn.Module):
+    """A network whose image and further inputs come as one tuple."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: tuple[Tensor, tuple[Any, ...], Mapping[str, Any]]) -> Tensor:
+        image, args, kwargs = inputs
+        return self.network(image, *args, **kwargs)
+
+
+class _Finite(nn.Module):
+    """A loss that is infinite where it would be NaN, which the finder would not take for divergence."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, prediction: Tensor, label: Tensor) -> Tensor:
+        return torch.nan_to_num(self.loss(prediction, label).mean(), nan=math.inf, posinf=math.inf)

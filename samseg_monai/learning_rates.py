@@ -1,0 +1,119 @@
+"""Learning rates for parts of a network: the parameter groups that an optimiser takes.
+
+Layer-wise decay is the rule of ELECTRA (Clark et al. 2020, arXiv:2003.10555) and BEiT (Bao et al. 2022,
+arXiv:2106.08254): the closer a layer lies to the input, the smaller its rate.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from itertools import takewhile
+from typing import Any
+
+from torch import nn
+
+from samseg_monai.errors import ConfigError, raise_all
+
+logger = logging.getLogger(__name__)
+Scale = Sequence[tuple[str, float]]
+
+_ENCODER = "sam.image_encoder."
+_BLOCK = re.compile(r"sam\.image_encoder\.blocks\.(\d+)\.")
+# tables and tokens say where and what something is: shrinking them towards zero has no meaning
+_TOKENS = re.compile(
+    r"(^|\.)(iou_token|mask_tokens|cls_token|pos_embed|rel_pos_[hw]|relative_position_bias_table|point_embeddings"
+    r"|not_a_point_embed|no_mask_embed)(\.|$)"
+)
+
+
+def parameter_groups(
+    network: nn.Module,
+    lr: float,
+    *,
+    layer_decay: float | None = None,
+    scale: Scale = (),
+    weight_decay_matrices_only: bool = False,
+) -> list[Any]:
+    """The parameters that learn, as an optimiser's ``params``; schedules keep the ratios of their rates.
+
+    With the defaults it is the plain list of parameters. Else there is one group for each rate, and a log of them.
+
+    Args:
+        network: SamSegmenter or another network, or DDP of it.
+        lr: learning rate of everything that no rule names.
+        layer_decay: d, 0 < d <= 1: block i of SAM's image encoder, i from 0, gets ``lr * d ** (depth - i)``, its patch
+            and position embedding ``lr * d ** (depth + 1)``. Its neck, the mask decoder and a side network get ``lr``.
+        scale: pairs of a pattern and a factor above 0. A pattern is a parameter's name or its beginning up to a dot,
+            ``*`` stands for anything: ``["side.alpha", 10]``, ``["*.lora_b", 16]``. Of several that match the last one
+            counts; the factor multiplies what ``layer_decay`` gives.
+        weight_decay_matrices_only: no weight decay for biases, normalisations, gates, magnitudes, tokens and tables.
+
+    Raises:
+        ConfigError: values out of range, a pattern that matches nothing (the message lists the names there are), or
+            ``layer_decay`` where nothing of an image encoder learns.
+    """
+    plain = getattr(network, "module", network)
+    learning = {name: parameter for name, parameter in plain.named_parameters() if parameter.requires_grad}
+    if layer_decay is None and not scale and not weight_decay_matrices_only:
+        return list(learning.values())
+    raise_all(_problems(learning, layer_decay, scale), ConfigError, "learning_rates cannot be used")
+    blocks = [int(match[1]) for name, _ in plain.named_parameters() if (match := _BLOCK.match(name))]
+    groups: dict[tuple[float, bool], dict[str, nn.Parameter]] = {}
+    for name, parameter in learning.items():
+        factor = next((value for pattern, value in reversed(scale) if _matches(pattern, name)), 1.0)
+        if layer_decay is not None:
+            factor *= layer_decay ** _layers_behind(name, 1 + max(blocks))
+        spared = weight_decay_matrices_only and (parameter.ndim < 2 or _TOKENS.search(name) is not None)
+        groups.setdefault((factor, spared), {})[name] = parameter
+    # what has the rate of the config comes first: it is the one that curves call "lr"
+    ordered = sorted(groups.items(), key=lambda item: item[0] != (1.0, False))
+    rows = [_row(lr * factor, spared, members) for (factor, spared), members in ordered]
+    logger.info("Learning rates of %d groups:\n%s", len(rows), "\n".join(rows))
+    return [
+        {"params": list(members.values()), "lr": lr * factor, **({"weight_decay": 0.0} if spared else {})}
+        for (factor, spared), members in ordered
+    ]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def _layers_behind(name: str, depth: int) -> int:
+    """How many layers lie between a parameter and the encoder's end: the exponent of the decay."""
+    block = _BLOCK.match(name)
+    if block:
+        return depth - int(block[1])
+    first = name.startswith((f"{_ENCODER}patch_embed.", f"{_ENCODER}pos_embed"))
+    return depth + 1 if first else 0
+
+
+def _problems(learning: Mapping[str, nn.Parameter], layer_decay: float | None, scale: Scale) -> list[str]:
+    problems = []
+    if layer_decay is not None and not 0 < layer_decay <= 1:
+        problems.append(f"layer_decay must be above 0 and at most 1, got {layer_decay}; null means none")
+    elif layer_decay is not None and not any(name.startswith(_ENCODER) for name in learning):
+        problems.append(f"layer_decay is {layer_decay}, but nothing of an image encoder learns; set it to null")
+    for pair in scale:
+        if isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[1], (int, float)):
+            problems.append(f'scale takes pairs such as ["side.alpha", 10], got {pair!r}')
+        elif not pair[1] > 0:
+            problems.append(f"scale: the factor of {pair[0]!r} must be above 0, got {pair[1]}")
+        elif not any(_matches(pair[0], name) for name in learning):
+            there = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in learning)
+            problems.append(f"scale: {pair[0]!r} matches nothing that learns; there is {', '.join(there) or 'nothing'}")
+    return problems
+
+
+def _row(rate: float, spared: bool, members: Mapping[str, nn.Parameter]) -> str:
+    """One line of the log: rate, number of tensors and values, and what their names begin with."""
+    levels = zip(*(name.split(".") for name in members), strict=False)
+    common = ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
+    values = sum(parameter.numel() for parameter in members.values())
+    where = common or f"{next(iter(members))} and others"
+    without = ", no weight decay" if spared else ""
+    counts = f"{len(members)} tensor{'s'[: len(members) > 1]}, {values:,} value{'s'[: values > 1]}"
+    return f"  {rate:.3g}{without}: {where} ({counts})"
