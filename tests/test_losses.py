@@ -121,8 +121,8 @@ def test_numbers_of_the_protocol(parser):
     assert parser["schedule"] == {"warmup": 250, "decay": "poly", "power": 0.9}
     assert parser["strategy"]["decoder"] == "upscaling" and parser["strategy"]["masks"] == "random"
     assert parser["slices"]["picker"]["_target_"].endswith(".AllSlices")
-    loss = parser["train"]["loss"]["loss"]
-    assert (loss["lambda_ce"], loss["lambda_dice"]) == (0.2, 0.8)
+    assert (parser["loss"]["ce"], parser["loss"]["dice"], parser["loss"]["class_weights"]) == (0.2, 0.8, None)
+    assert parser["loss"]["focal"] == parser["loss"]["boundary"] == 0 and parser["augmentation"] == "published"
     window = parser["volume_transforms"][0]
     assert [window[key] for key in ("a_min", "a_max", "b_min", "clip")] == [-125.0, 275.0, 0.0, True]
     assert value(parser, "volume_transforms::0::b_max") == 1.0

@@ -1,5 +1,5 @@
 """MONAI dictionary transforms that MONAI lacks: prompts as a volume, the boxes in it, a check that files share a
-grid, labels recoded to classes.
+grid, labels recoded to classes, mirroring that knows the sides of classes, small components removed.
 
 Volumes are channel-first (C, H, W, D), slices (C, H, W). The first spatial axis is y (H), the second is x (W) of the
 network input.
@@ -8,9 +8,12 @@ network input.
 from __future__ import annotations
 
 from samseg_monai.transforms.boxes import BoxFromPromptd, EllipseFromPromptd, boxes_of
+from samseg_monai.transforms.components import RemoveSmallComponentsd
 from samseg_monai.transforms.grids import CheckSameGridd
 from samseg_monai.transforms.labels import RecodeLabeld
+from samseg_monai.transforms.mirroring import RandMirroredd, left_right_axis
 from samseg_monai.transforms.naming import NameAfterCased
+from samseg_monai.transforms.presets import RandBiasFromMinimumd, named_transforms
 from samseg_monai.transforms.prompts import PromptFromBoxesd, PromptFromImaged, PromptFromLabeld
 from samseg_monai.transforms.spline import SplineResized
 
@@ -22,7 +25,12 @@ __all__ = [
     "PromptFromBoxesd",
     "PromptFromImaged",
     "PromptFromLabeld",
+    "RandBiasFromMinimumd",
+    "RandMirroredd",
     "RecodeLabeld",
+    "RemoveSmallComponentsd",
     "SplineResized",
     "boxes_of",
+    "left_right_axis",
+    "named_transforms",
 ]

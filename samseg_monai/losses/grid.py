@@ -1,4 +1,4 @@
-"""Losses: only what MONAI lacks."""
+"""The loss on the grid of the logits."""
 
 from __future__ import annotations
 

@@ -1,0 +1,123 @@
+"""Dice, cross-entropy, focal and boundary loss as one weighted sum."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.losses import BoundaryLoss, DiceCELoss, FocalLoss
+from monai.networks import one_hot
+from torch import Tensor, nn
+
+from samseg_monai.errors import ConfigError, raise_all
+from samseg_monai.losses.weights import class_weights as weights_of
+
+_OURS = {"to_onehot_y", "sigmoid", "softmax", "other_act", "reduction", "weight", "lambda_dice", "lambda_ce"}
+SETTINGS = tuple(sorted(set(inspect.signature(DiceCELoss).parameters) - _OURS))
+
+
+class SegmentationLoss(nn.Module):
+    """``dice * Dice + ce * CE + focal * Focal + boundary * Boundary``; a term of weight 0 is left out.
+
+    - Dice and CE: MONAI's ``DiceCELoss``, softmax over background and classes, or sigmoid for a single class.
+    - Focal (Lin et al. 2017, arXiv:1708.02002, eq. 4): ``-(1 - p) ** gamma * log(p)``, ``p`` the probability of the
+      label; mean over pixels, so that ``focal_gamma = 0`` is the cross-entropy.
+    - Boundary (Kervadec et al. 2019, arXiv:1812.07032, eq. 5): mean over pixels and classes, without the background, of
+      ``p * phi``, where ``phi`` is the signed distance to the label's boundary, negative inside, in units of the grid's
+      longer side: a weight means the same at every image size. Distances are those of MONAI's ``BoundaryLoss``. A class
+      that a slice does not have, or has everywhere, adds 0: nothing keeps it from being predicted there, which is why
+      the term works only beside another one. It is the most expensive one (two distance transforms on the CPU per image
+      and class present), and may be negative.
+
+    Args:
+        classes: names of the classes, without the background; more than one means softmax.
+        dice, ce, focal, boundary: weights of the terms, not negative.
+        focal_gamma: how strongly pixels that are right already are left alone, not negative.
+        class_weights: name -> weight, see ``losses.class_weights``; counts in every term. For a single class it is the
+            weight of its pixels in CE and Focal; Dice and Boundary have one class then and nothing to weigh.
+        settings: more of ``DiceCELoss``, such as ``batch``, ``squared_pred`` or ``smooth_nr``.
+    Shape: logits (B, C, h, w) with C = K + 1, or 1 for a single class; label (B, 1, h, w) of 0 to K; to a scalar.
+    Raises: ConfigError listing everything that is out of range or unknown.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        *,
+        dice: float = 0.5,
+        ce: float = 0.5,
+        focal: float = 0.0,
+        boundary: float = 0.0,
+        focal_gamma: float = 2.0,
+        class_weights: Mapping[str, float] | str | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        weights = {"dice": dice, "ce": ce, "focal": focal, "boundary": boundary}
+        _check(weights, focal_gamma, settings)
+        self.multiclass = len(classes) > 1
+        self.focal_weight = focal
+        self.boundary_weight = boundary
+        weight = weights_of(class_weights, classes)
+        self.register_buffer("weight", weight, persistent=False)
+        self.weight: Tensor | None
+        self.dice_ce: DiceCELoss | None = None
+        if dice or ce:
+            settings |= {"softmax": self.multiclass, "to_onehot_y": self.multiclass, "sigmoid": not self.multiclass}
+            self.dice_ce = DiceCELoss(lambda_dice=dice, lambda_ce=ce, weight=weight, **settings)
+        self.focal = FocalLoss(
+            gamma=focal_gamma, use_softmax=self.multiclass, to_onehot_y=self.multiclass, reduction="none"
+        )
+        self.boundary = BoundaryLoss()
+
+    def forward(self, logits: Tensor, label: Tensor) -> Tensor:
+        if self.weight is not None and self.weight.device != logits.device:
+            self.to(logits.device)  # a trainer moves networks, not losses
+        if not self.multiclass:
+            label = label.to(logits.dtype)  # MONAI's squared Dice and focal loss take no integers here
+        terms = []
+        if self.dice_ce is not None:
+            terms.append(self.dice_ce(logits, label))
+        if self.focal_weight:
+            terms.append(self.focal_weight * self._focal(logits, label))
+        if self.boundary_weight:
+            terms.append(self.boundary_weight * self._boundary(logits, label))
+        return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
+
+    def _focal(self, logits: Tensor, label: Tensor) -> Tensor:
+        losses = self.focal(logits, label).sum(1, keepdim=True)  # 0 but in the label's own channel
+        if self.weight is None:
+            return losses.mean()
+        if not self.multiclass:
+            return (losses * torch.where(label > 0, self.weight, 1.0)).mean()
+        weight = self.weight[label.long()]
+        return (losses * weight).sum() / weight.sum()
+
+    def _boundary(self, logits: Tensor, label: Tensor) -> Tensor:
+        if self.multiclass:
+            masks = one_hot(label, logits.shape[1])[:, 1:]
+            probabilities = logits.softmax(1)[:, 1:]
+        else:
+            masks, probabilities = label, logits.sigmoid()
+        # on the CPU, where the distances are computed: one transfer instead of four per image and class
+        distances = self.boundary.compute_distance_map(masks.cpu()).to(logits.device)
+        means = (probabilities * distances / max(logits.shape[-2:])).mean((0, 2, 3))  # (K,)
+        if self.weight is None or not self.multiclass:
+            return means.mean()
+        return (means * self.weight[1:]).sum() / self.weight[1:].sum()
+
+
+def _check(weights: Mapping[str, float], gamma: float, settings: Mapping[str, Any]) -> None:
+    numbers = {**weights, "focal_gamma": gamma}
+    bad = {k: v for k, v in numbers.items() if not isinstance(v, (int, float)) or not (math.isfinite(v) and v >= 0)}
+    problems = [f"{name} must be a number from 0 on, got {value!r}" for name, value in bad.items()]
+    if not bad and not any(weights.values()):
+        problems.append("all weights are 0: nothing would be learned")
+    elif not bad and not any(weight for name, weight in weights.items() if name != "boundary"):
+        problems.append("boundary alone costs nothing where a class is absent: give dice, ce or focal a weight, too")
+    unknown = sorted(set(settings) - set(SETTINGS))
+    problems += [f"{name}: no such setting; there are {', '.join([*numbers, *SETTINGS])}" for name in unknown]
+    raise_all(problems, ConfigError, "the loss cannot be built")

@@ -1,0 +1,109 @@
+"""Left-right mirroring that keeps sides true: where sides are classes, their labels are exchanged."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.transforms import Orientationd, RandFlipd
+from monai.utils import TraceKeys
+
+from samseg_monai.errors import ConfigError, DataError, raise_all
+from samseg_monai.transforms.grids import on_grid_of
+
+
+def left_right_axis(transforms: Sequence[Any]) -> int | None:
+    """Spatial axis, 0 or 1, that runs between left and right in the slices of volumes oriented by ``transforms``.
+
+    Args:
+        transforms: the bundle's ``orient_transforms``; the last ``Orientationd`` among them counts.
+    Returns: None without an ``Orientationd``, and where slices are sagittal (left and right lie in different slices).
+    """
+    codes = [transform.ornt_transform.axcodes for transform in transforms if isinstance(transform, Orientationd)]
+    axes = [axis for axis, code in enumerate(codes[-1] or "RAS") if code in "LR"] if codes else []
+    return axes[0] if axes and axes[0] < 2 else None
+
+
+class RandMirroredd(RandFlipd):
+    """Mirror slices left to right with probability ``prob``, and exchange the labels of classes that differ by side.
+
+    In the mirrored image the right kidney lies where the left one was, and its label becomes "left kidney". Only the
+    left-right axis is mirrored: a patient upside down, or front to back, is none that a scanner shows.
+
+    Args:
+        keys: arrays on one grid, channel-first: image, label, prompt; all are mirrored together.
+        axis: spatial axis between left and right, see ``left_right_axis``.
+        classes: names behind the label values 1 to K.
+        pairs: [left, right] names of classes that change places. None means that nobody has said: refused if a class
+            is named left or right. An empty list says that there are none.
+        label_keys: those of ``keys`` that hold label values; each must be whole numbers of any dtype.
+        prob: of a slice to be mirrored.
+        allow_missing_keys: skip absent keys.
+    Raises:
+        ConfigError: at construction, for an axis that is none of a slice, unknown names, a class in two pairs, or sides
+            among the classes that nobody has paired; all at once.
+        DataError: for a label with values that are no classes.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        axis: int | None,
+        classes: Sequence[str] = (),
+        pairs: Sequence[Sequence[str]] | None = None,
+        *,
+        label_keys: Sequence[str] = ("label",),
+        prob: float = 0.5,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        _check(axis, classes, pairs)
+        super().__init__(keys, prob=prob, spatial_axis=axis, allow_missing_keys=allow_missing_keys)
+        self.label_keys = tuple(label_keys)
+        self.table = torch.arange(len(classes) + 1)
+        for pair in pairs or ():
+            one, other = (list(classes).index(name) + 1 for name in pair)
+            self.table[one], self.table[other] = other, one
+        self.exchanges = bool(pairs)
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
+        d = super().__call__(data, lazy=lazy)
+        return self._exchange(d, list(self.key_iterator(d))) if self._do_transform else d
+
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Mirror back and exchange the labels back, in so far as the forward call did."""
+        traces = {key: self.get_most_recent_transform(data[key]) for key in self.key_iterator(dict(data))}
+        done = [key for key, trace in traces.items() if trace[TraceKeys.DO_TRANSFORM]]
+        return self._exchange(super().inverse(data), done)
+
+    def _exchange(self, d: dict[Hashable, Any], keys: Sequence[Hashable]) -> dict[Hashable, Any]:
+        for key in keys if self.exchanges else ():
+            if key in self.label_keys:
+                values = torch.as_tensor(d[key]).as_subclass(torch.Tensor)
+                if values.numel() and not 0 <= float(values.min()) <= float(values.max()) < len(self.table):
+                    raise DataError(
+                        f"{key} has values {float(values.min()):g} to {float(values.max()):g}, classes are 0 to "
+                        f"{len(self.table) - 1}: recode labels before they are mirrored"
+                    )
+                d[key] = on_grid_of(d[key], self.table[values.long()].to(values.dtype))
+        return d
+
+
+def _check(axis: int | None, classes: Sequence[str], pairs: Sequence[Sequence[str]] | None) -> None:
+    problems = []
+    if axis not in (0, 1):
+        problems.append(f"axis is 0 or 1, the one of a slice between left and right, got {axis}")
+    names = [name for pair in pairs or () for name in pair]
+    problems += [f"{name}: no such class; there are {', '.join(classes)}" for name in names if name not in classes]
+    problems += [f"{pair}: a pair has two names" for pair in pairs or () if len(pair) != 2]
+    problems += [f"{name}: named twice" for name in sorted(set(names)) if names.count(name) > 1]
+    if pairs is None:
+        sided = [name for name in classes if {"left", "right"} & set(re.split(r"[^a-z]+", name.lower()))]
+        problems += [
+            f"{name}: a side among the classes; set mirrored_classes to the pairs that change places, such as "
+            '[["left lung", "right lung"]], or to [] if none do'
+            for name in sided
+        ]
+    raise_all(problems, ConfigError, "slices cannot be mirrored left to right")
