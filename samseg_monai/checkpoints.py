@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from samseg_monai import __version__
-from samseg_monai.errors import CheckpointError, raise_all
+from samseg_monai.errors import CheckpointError, WeightsError, raise_all
 from samseg_monai.networks import PlainSegmenter, SamSegmenter
 from samseg_monai.sam.weights import sha256_of
 from samseg_monai.trainable import owned_state
@@ -53,18 +54,16 @@ def save_adapter(
     metrics: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write what the strategy owns, and a card that says what it belongs to.
+    """Write what the strategy owns, and a card that says what it belongs to; returns the folder.
 
-    Each file is written under a temporary name and then moved; the card goes last and holds the hash of the tensors, so
-    that a broken write is never taken for an adapter.
+    Each file is written under a temporary name and then moved. The new card is whole before the tensors are moved, and
+    ``read_card`` finds it by their hash: whenever the process is killed, there is an adapter with its own card.
 
     Args:
         network: with base weights loaded and a strategy installed.
         folder: made if absent; other files in it are left alone.
         metrics: JSON values, for example ``{"dice_mean": 0.81}``.
         extra: further JSON values, kept under ``extra``.
-    Returns:
-        The folder.
     Raises:
         CheckpointError: base weights were never loaded, or the network was merged and has no adapter any more.
     """
@@ -78,22 +77,29 @@ def save_adapter(
         )
     folder.mkdir(parents=True, exist_ok=True)
     state = owned_state(network, network.owned)
-    _replace(folder / TENSORS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    card = {
-        "format_version": FORMAT_VERSION,
-        **_facts(network),
-        "rectangular": isinstance(network, SamSegmenter) and network.sam.rectangular,
-        "tensors": len(state),
-        "values": sum(tensor.numel() for tensor in state.values()),
-        **network.strategy.facts(network),
-        "adapter_sha256": sha256_of(folder / TENSORS),
-        "package_version": __version__,
-        "git_commit": git_commit(),
-        "metrics": dict(metrics or {}),
-        "extra": dict(extra or {}),
-    }
-    text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
-    _replace(folder / CARD, lambda path: path.write_text(text, encoding="utf-8"))
+    tensors, staged = _temporary(folder / TENSORS), _temporary(folder / CARD)
+    try:
+        save_file(state, tensors, metadata={"format": "pt"})
+        card = {
+            "format_version": FORMAT_VERSION,
+            **_facts(network),
+            "rectangular": isinstance(network, SamSegmenter) and network.sam.rectangular,
+            "tensors": len(state),
+            "values": sum(tensor.numel() for tensor in state.values()),
+            **network.strategy.facts(network),
+            "adapter_sha256": sha256_of(tensors),
+            "package_version": __version__,
+            "git_commit": git_commit(),
+            "metrics": dict(metrics or {}),
+            "extra": dict(extra or {}),
+        }
+        staged.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(tensors, folder / TENSORS)
+    finally:
+        if tensors.exists():  # else they were moved, and the new card is all that explains them
+            tensors.unlink()
+            staged.unlink(missing_ok=True)
+    os.replace(staged, folder / CARD)
     return folder
 
 
@@ -103,7 +109,7 @@ def read_card(folder: StrPath) -> dict[str, Any]:
     Raises:
         CheckpointError: absent, unreadable, or of a format that this version does not know.
     """
-    path = Path(folder) / CARD
+    path = _card_path(Path(folder))
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -120,12 +126,10 @@ def read_card(folder: StrPath) -> dict[str, Any]:
 
 
 def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
-    """Load an adapter into a network with the same base weights and strategy; nothing is changed on refusal.
+    """Load an adapter into a network with the same base weights and strategy, and return its card.
 
-    Returns:
-        The card.
     Raises:
-        CheckpointError: with one list of all differences between the card (or the tensors) and the network.
+        CheckpointError: nothing was changed; all differences between the card (or the tensors) and the network at once.
     """
     folder = Path(folder)
     card = read_card(folder)
@@ -150,7 +154,7 @@ def save_model(network: nn.Module, path: StrPath) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
-    _replace(path, lambda temporary: torch.save(state, temporary))
+    write_whole(path, lambda temporary: torch.save(state, temporary))
     return path
 
 
@@ -209,7 +213,7 @@ def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_che
         network.load_base(sam_checkpoint)
         return f"SAM {network.spec.name} base weights only (zero-shot)"
     path = Path(checkpoint)
-    if path.is_dir() and (path / CARD).is_file():
+    if path.is_dir() and _card_path(path).is_file():
         card = read_card(path)
         network.load_base(sam_checkpoint, start=False)
         load_adapter(network, path)
@@ -273,11 +277,24 @@ def _refuse_differences(state: Mapping[str, Tensor], expected: Mapping[str, Tens
     raise_all(problems, CheckpointError, heading)
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path`` and move it there, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, always the same, and move it there: all of it or nothing."""
+    temporary = _temporary(path)
     try:
         write(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _card_path(folder: Path) -> Path:
+    """The card of the tensors in ``folder``: the one still to be moved, if a save was killed halfway."""
+    staged = _temporary(folder / CARD)
+    with suppress(OSError, ValueError, LookupError, TypeError, WeightsError):  # none, or its tensors were not moved
+        if json.loads(staged.read_text(encoding="utf-8"))["adapter_sha256"] == sha256_of(folder / TENSORS):
+            return staged
+    return folder / CARD

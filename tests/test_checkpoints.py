@@ -125,6 +125,39 @@ def test_a_failed_write_leaves_the_old_adapter_and_no_rubbish(build, tmp_path, m
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_save_killed_between_its_files_leaves_an_adapter_with_its_own_card(build, output, tmp_path, monkeypatch):
+    save_adapter(build(), tmp_path, metrics={"epoch": 1})
+    trained, real, calls = build(trained=True), os.replace, []
+
+    def die(source, target):
+        calls.append(target.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(trained, tmp_path, metrics={"epoch": 2})
+    monkeypatch.undo()
+    assert calls == ["adapter.safetensors", "card.json"]
+    assert json.loads((tmp_path / "card.json").read_text())["metrics"] == {"epoch": 1}
+    fresh = build()
+    assert load_adapter(fresh, tmp_path)["metrics"] == {"epoch": 2}
+    assert torch.equal(output(fresh), output(trained))
+    save_adapter(build(), tmp_path, metrics={"epoch": 3})
+    assert read_card(tmp_path)["metrics"] == {"epoch": 3}
+    assert sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "card.json"]
+
+
+def test_half_a_card_of_a_killed_save_is_passed_over(build, tmp_path):
+    save_adapter(build(), tmp_path, metrics={"epoch": 1})
+    for text in ("", "{", "[]", '{"adapter_sha256": "of tensors that were not moved"}'):
+        (tmp_path / ".card.json.tmp").write_text(text)
+        assert read_card(tmp_path)["metrics"] == {"epoch": 1}
+    (tmp_path / "adapter.safetensors").unlink()  # killed before there was any
+    assert read_card(tmp_path)["metrics"] == {"epoch": 1}
+
+
 def test_all_differences_are_listed_at_once_and_nothing_is_loaded(build, output, tmp_path):
     save_adapter(build(trained=True, rank=3), tmp_path)
     network = SamSegmenter("tiny", LoRA(2), scans=3, scan_mode="channels", input_scale="unit", prompt="none")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
@@ -296,6 +299,64 @@ def test_after_a_non_finite_loss_nothing_is_written(tmp_path):
     assert torch.load(tmp_path / "resume.pt", weights_only=True)["epoch"] == 2
     assert json.loads((tmp_path / "card.json").read_text())["metrics"]["epoch"] == 2
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_adapter_of_an_epoch_that_was_lost_is_not_taken_for_the_best(tmp_path):
+    """Killed between adapter and resume file; where numbers are not repeated exactly, the epoch may then end worse."""
+    cut(Run(tmp_path, script=[0.5, 0.75]), 3)
+    (tmp_path / "resume.pt").replace(tmp_path / "kept.pt")
+    content = torch.load(tmp_path / "kept.pt", weights_only=True)
+    assert (content["epoch"], content["parts"]["best"]["epoch"]) == (3, 2)
+    Run(tmp_path, script=[0.5, 0.75]).go()  # epoch 4 replaces the adapter ...
+    (tmp_path / "kept.pt").replace(tmp_path / "resume.pt")  # ... and the kill comes before the file
+    second = Run(tmp_path, script=[0.25])
+    second.go()
+    assert (second.best.score, second.best.epoch) == (0.25, 4)
+    assert json.loads((tmp_path / "card.json").read_text())["metrics"] == {"score": 0.25, "epoch": 4}
+
+
+class Counter:
+    """A part with a state."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def state_dict(self):
+        return {"of": [self.value, (self.value,)]}
+
+    def load_state_dict(self, state):
+        self.value = state["of"][0]
+
+
+def test_numbers_of_numpy_become_plain_ones_and_other_objects_are_refused_at_once(tmp_path):
+    rate = np.float64(0.05)
+    run = Run(tmp_path, epochs=2, lr=rate)
+    run.resume.parts["ema"] = Counter(np.float32(0.5))
+    run.go()
+    saved = torch.load(tmp_path / "resume.pt", weights_only=True)
+    assert type(saved["parts"]["optimizer"]["param_groups"][0]["lr"]) is float
+    assert saved["parts"]["ema"] == {"of": [0.5, (0.5,)]} and type(saved["parts"]["ema"]["of"][0]) is float
+    other = Run(tmp_path / "other", epochs=2)
+    other.resume.parts["ema"] = Counter(np.zeros(2))
+    with pytest.raises(CheckpointError, match=r"could not be resumed from.*parts are optimizer, .*ema"):
+        other.go()
+    assert not list((tmp_path / "other").glob("*resume*"))
+
+
+def test_the_last_file_comes_behind_the_cards_last_word(tmp_path, monkeypatch):
+    """Else a kill between the two would leave a finished training whose card says that it runs."""
+    run, order = Run(tmp_path, epochs=2), []
+    real = os.replace
+
+    def watch(source, target):
+        real(source, target)
+        order.append(json.loads(Path(target).read_text())["status"] if target.suffix == ".json" else target.name)
+
+    run.trainer.add_event_handler(
+        Events.EPOCH_COMPLETED(once=2), lambda engine: monkeypatch.setattr(os, "replace", watch)
+    )
+    run.go()
+    assert order == ["completed", "resume.pt"]
 
 
 def test_a_failing_write_leaves_the_file_before_it_whole(tmp_path, monkeypatch):

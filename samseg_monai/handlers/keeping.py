@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 from ignite.engine import Events
 
-from samseg_monai.checkpoints import TENSORS, save_adapter
+from samseg_monai.checkpoints import CARD, TENSORS, save_adapter
 from samseg_monai.errors import ConfigError
+from samseg_monai.handlers.ema import EMA
 from samseg_monai.handlers.provenance import plain
 from samseg_monai.handlers.stopping import metric_value
 
@@ -23,7 +26,8 @@ logger = logging.getLogger(__name__)
 class BestAdapter:
     """Saves the adapter and its card whenever a validation beats all before it; else the files stay as they are.
 
-    Its best score goes into the resume file, so the first validation after a resume replaces a better adapter no more.
+    Its best score goes into the resume file, so the first validation after a resume replaces a better adapter no more;
+    and so do the metrics of the last validation, which the card of the resumed run reports, too.
 
     Args:
         network: SamSegmenter (or DDP of it) that is trained.
@@ -51,6 +55,7 @@ class BestAdapter:
         self.sign = 1.0 if mode == "max" else -1.0
         self.score: float | None = None
         self.epoch: int | None = None
+        self.sha256: str | None = None  # of the saved tensors
         self._engine: Any = None
 
     def attach(self, engine: Any) -> None:
@@ -65,22 +70,35 @@ class BestAdapter:
         if idist.get_rank() == 0:
             metrics = {**plain(engine.state.metrics), "epoch": engine.state.epoch}
             save_adapter(getattr(self.network, "module", self.network), self.folder, metrics=metrics)
+            self.sha256 = _hash(self.folder / TENSORS)
             logger.info("Best so far: %.4f in epoch %d, saved in %s", score, engine.state.epoch, self.folder)
         self.score, self.epoch = score, engine.state.epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Best score and its epoch."""
-        return {"score": self.score, "epoch": self.epoch}
+        """Best score, its epoch and the hash of its tensors; metrics of the last validation."""
+        metrics = {} if self._engine is None else dict(self._engine.state.metrics)
+        return {"score": self.score, "epoch": self.epoch, "sha256": self.sha256, "metrics": metrics}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the best score up again, unless the adapter it belongs to is gone."""
-        if state["score"] is not None and not (self.folder / TENSORS).is_file():
-            logger.warning("%s is gone; the next validation saves the adapter anew", self.folder / TENSORS)
+        """Take the best score up again, unless the adapter it belongs to is gone.
+
+        It is gone, too, when a process was killed after it had replaced the adapter and before the resume file: that
+        adapter is of an epoch which the training has still to reach.
+        """
+        if self._engine is not None:
+            self._engine.state.metrics.update(state.get("metrics", {}))
+        if state["score"] is not None and not self._still_there(state.get("sha256")):
+            logger.warning("the adapter of epoch %s is not in %s; the next validation saves one", state["epoch"],
+                           self.folder)  # fmt: skip
             return
-        self.score, self.epoch = state["score"], state["epoch"]
+        self.score, self.epoch, self.sha256 = state["score"], state["epoch"], state.get("sha256")
         if self._engine is not None and self.score is not None:
             # MONAI keeps its own best, which others (CaseTable, TensorBoard) read
             self._engine.state.best_metric, self._engine.state.best_metric_epoch = self.score, self.epoch
+
+    def _still_there(self, sha256: str | None) -> bool:
+        path = self.folder / TENSORS
+        return path.is_file() and (self.folder / CARD).is_file() and sha256 in (None, _hash(path))
 
 
 class LastAdapter:
@@ -89,11 +107,13 @@ class LastAdapter:
     Args:
         network: SamSegmenter (or DDP of it) that is trained.
         output_dir: folder for ``adapter.safetensors`` and ``card.json``.
+        ema: EMA whose average is saved in place of the weights; None where there is none.
     """
 
-    def __init__(self, network: Any, output_dir: str | os.PathLike[str]) -> None:
+    def __init__(self, network: Any, output_dir: str | os.PathLike[str], *, ema: EMA | None = None) -> None:
         self.network = network
         self.folder = Path(output_dir)
+        self.ema = ema
 
     def attach(self, engine: Any) -> None:
         """Attach to the trainer."""
@@ -102,4 +122,14 @@ class LastAdapter:
     def __call__(self, engine: Any) -> None:
         if idist.get_rank() == 0:
             metrics = {"epoch": engine.state.epoch}
-            save_adapter(getattr(self.network, "module", self.network), self.folder, metrics=metrics)
+            with nullcontext() if self.ema is None else self.ema.in_use():
+                save_adapter(getattr(self.network, "module", self.network), self.folder, metrics=metrics)
+
+
+def _hash(path: Path) -> str:
+    # not sha256_of, which trusts size and time: epochs of a toy are as close together as a file system's clock ticks
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -13,6 +13,7 @@ import torch
 from ignite.engine import Events
 from monai.engines.utils import IterationEvents
 
+from samseg_monai.checkpoints import write_whole
 from samseg_monai.errors import TrainingError
 from samseg_monai.handlers.guards import case_rows
 from samseg_monai.handlers.provenance import plain, write_json
@@ -27,7 +28,8 @@ class CurveLog:
     """``history.csv`` with columns epoch, iteration, name, value: mean loss and rate per epoch, metrics per validation.
 
     The file is rewritten whole after each epoch, so it is never torn. A resumed run keeps the rows up to the epoch it
-    starts from; a run from scratch starts the file anew. In a distributed run the loss is that of rank 0's batches.
+    starts from; a run from scratch starts the file anew. In a distributed run the loss is the mean over all ranks'
+    batches.
 
     Args:
         output_dir: folder of the run, made if need be.
@@ -75,7 +77,10 @@ class CurveLog:
 
     def _epoch(self, engine: Any) -> None:
         if self._loss_sum is not None:
-            self._add(engine.state.epoch, "train_loss", float(self._loss_sum) / self._losses)
+            loss = float(self._loss_sum) / self._losses
+            if idist.get_world_size() > 1:  # every rank has as many batches
+                loss = float(idist.all_reduce(loss)) / idist.get_world_size()
+            self._add(engine.state.epoch, "train_loss", loss)
         self._loss_sum, self._losses = None, 0
         for index, group in enumerate(engine.optimizer.param_groups):
             self._add(engine.state.epoch, "lr" if index == 0 else f"lr_{index}", float(group["lr"]))
@@ -95,13 +100,14 @@ class CurveLog:
         if idist.get_rank() != 0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as stream:
+        write_whole(self.path, self._write_rows)
+
+    def _write_rows(self, path: Path) -> None:
+        with path.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(COLUMNS)
             for (epoch, name), (iteration, value) in sorted(self._rows.items(), key=lambda item: item[0][0]):
                 writer.writerow([epoch, iteration, name, repr(value)])
-        os.replace(temporary, self.path)
 
 
 class CaseTable:
@@ -154,7 +160,7 @@ class CaseTable:
             there = ", ".join(map(str, engine.state.metric_details)) or "none"
             raise TrainingError(f"CaseTable: no per-case rows under {self.name!r}; metric_details has {there}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_rows(rows, self.folder / self.filename)
+        write_whole(self.folder / self.filename, lambda temporary: write_rows(rows, temporary))
         write_json(
             self.folder / self.metrics_filename,
             {

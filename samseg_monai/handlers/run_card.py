@@ -70,7 +70,7 @@ class RunCard:
         self.facts = dict(facts or {})
         self.card: dict[str, Any] = {}
         self._began = 0.0
-        self._seconds_before = 0.0
+        self._before: dict[str, Any] = {}  # the card of the run that is resumed
 
     def attach(self, engine: Any) -> None:
         """Attach to the trainer, or to the evaluator of a run without training."""
@@ -86,7 +86,7 @@ class RunCard:
         data_hash = self.data_hash
         if data_hash is None and self.datalist is not None:
             data_hash = provenance.file_hash(self.datalist)
-        self._seconds_before = self._earlier_seconds() if resumed else 0.0
+        self._before = provenance.read_json(self.path) if resumed else {}
         self.card = {
             **self.facts,
             "status": "running",
@@ -104,11 +104,13 @@ class RunCard:
             "processes": idist.get_world_size(),
             "cases_file": self.cases_file,
         }
+        if resumed:  # the next kill may come before the first epoch ends
+            self.card.update(seconds=self._seconds(), epochs=resumed, **self._seen(engine))
         self._write()
 
     def _progress(self, engine: Any) -> None:
         # a run that is killed gets no chance to write its end
-        self.card.update(seconds=self._seconds(), epochs=engine.state.epoch)
+        self.card.update(seconds=self._seconds(), epochs=engine.state.epoch, **self._seen(engine))
         self._write()
 
     def complete(self, engine: Any) -> None:
@@ -144,18 +146,21 @@ class RunCard:
             peak_memory_mb=provenance.peak_memory_mb(),
             metrics=measured.metrics,
             best=best,
-            gradient_flow=getattr(state, "gradient_flow", None),
-            collapsed_classes=getattr(measured, "collapsed", None),
+            **self._seen(engine),
             **_of_strategy(self.network),
         )
 
-    def _seconds(self) -> float:
-        return round(self._seconds_before + time.perf_counter() - self._began, 2)
+    def _seen(self, engine: Any) -> dict[str, Any]:
+        """Reports that are made once, at the training's start or in its course: an earlier one stays after a resume."""
+        collapsed = getattr((self.evaluator or engine).state, "collapsed", None)
+        flow = self._before.get("gradient_flow") or getattr(engine.state, "gradient_flow", None)
+        return {"gradient_flow": flow, "collapsed_classes": collapsed or self._before.get("collapsed_classes")}
 
-    def _earlier_seconds(self) -> float:
-        """Seconds spent before a resume, so that the card counts the whole training."""
-        earlier = provenance.read_json(self.path).get("seconds")
-        return float(earlier) if isinstance(earlier, (int, float)) else 0.0
+    def _seconds(self) -> float:
+        """Seconds of the whole training, those before a resume included."""
+        earlier = self._before.get("seconds")
+        earlier = float(earlier) if isinstance(earlier, (int, float)) else 0.0
+        return round(earlier + time.perf_counter() - self._began, 2)
 
     def _write(self) -> None:
         if idist.get_rank() == 0:

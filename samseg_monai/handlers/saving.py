@@ -5,16 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import numpy as np
 import torch
+from filelock import FileLock
 from ignite.engine import Events
 from torch import nn
 
+from samseg_monai.checkpoints import write_whole
 from samseg_monai.errors import CheckpointError, ConfigError, TrainingError, raise_all
+from samseg_monai.handlers.processes import hold_folder
 from samseg_monai.handlers.provenance import plain
 from samseg_monai.trainable import owned_state
 
@@ -29,8 +34,9 @@ class ResumeSaver:
 
     The file holds the owned tensors only, the optimiser, the schedule, the counters of the given handlers, the random
     state and the card of the network; ``torch.load(weights_only=True)`` reads it. After an error nothing is written.
-    With EpochSeeder and a dataset that draws from (seed, epoch, item), a training interrupted after any epoch and
-    resumed ends with the same weights as one that never was.
+    With EpochSeeder and a dataset that draws from (seed, epoch, item), a training killed at any moment and resumed ends
+    with the same weights, best adapter and metrics as one that never was: what was half done is done again. The last
+    epoch's file is written behind everything else (RunCard's "completed"), so that nothing is left out after a kill.
 
     Attach it from ``run`` (inside ``train::handlers`` it would refer to itself), after the other handlers, then
     ``load()`` it, with base weights loaded before::
@@ -41,12 +47,13 @@ class ResumeSaver:
         output_dir: folder of the run, made if need be.
         network: SamSegmenter (or DDP of it).
         optimizer: the trainer's.
-        lr_scheduler, best, early_stop, collapse: whatever has ``state_dict`` and ``load_state_dict``; None is skipped.
+        lr_scheduler, best, early_stop, collapse, ema: whatever has ``state_dict`` and ``load_state_dict``; None is
+            skipped.
         every: epochs between two writes; the last epoch is always written.
         filename: name of the file.
 
     Raises:
-        ConfigError: ``every`` below 1.
+        ConfigError: ``every`` below 1. CheckpointError: at the first write, if a part's state cannot be read again.
     """
 
     def __init__(
@@ -59,6 +66,7 @@ class ResumeSaver:
         best: Any = None,
         early_stop: Any = None,
         collapse: Any = None,
+        ema: Any = None,
         every: int = 1,
         filename: str = "resume.pt",
     ) -> None:
@@ -66,12 +74,14 @@ class ResumeSaver:
             raise ConfigError(f"ResumeSaver: every must be at least 1 epoch, got {every}")
         self.path = Path(output_dir) / filename
         self.network = network
-        parts = {"lr_scheduler": lr_scheduler, "best": best, "early_stop": early_stop, "collapse": collapse}
+        parts = {"lr_scheduler": lr_scheduler, "best": best, "early_stop": early_stop, "collapse": collapse, "ema": ema}
         self.parts = {"optimizer": optimizer, **{key: part for key, part in parts.items() if part is not None}}
         self.early_stop = early_stop
         self.every = every
         self._trainer: Any = None
         self._saved_epoch = 0
+        self._verified = False
+        self._lock: FileLock | None = None
         self._scaler_state: dict[str, Any] | None = None
 
     def attach(self, engine: Any) -> None:
@@ -80,9 +90,11 @@ class ResumeSaver:
         engine.add_event_handler(Events.STARTED, self._restore_scaler)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
         engine.add_event_handler(Events.COMPLETED, self.save)
+        engine.add_event_handler(Events.COMPLETED, self._release)
 
     def _epoch(self, engine: Any) -> None:
-        if engine.state.epoch % self.every == 0:
+        last = engine.should_terminate or engine.state.epoch == engine.state.max_epochs
+        if engine.state.epoch % self.every == 0 and not last:
             self.save(engine)
 
     def save(self, engine: Any) -> None:
@@ -104,9 +116,26 @@ class ResumeSaver:
             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        torch.save(content, temporary)
-        os.replace(temporary, self.path)
+        write_whole(self.path, lambda temporary: self._write(_numbers(content), temporary))
+
+    def _write(self, content: dict[str, Any], path: Path) -> None:
+        torch.save(content, path)
+        if self._verified:
+            return
+        try:  # once: now a state that cannot be read costs an epoch, at the resume it would cost the training
+            torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            reason = str(error).strip().splitlines()[-1] if str(error) else "unknown type"
+            raise CheckpointError(
+                f"{self.path}: could not be resumed from: a state in it is no tensor or plain value ({reason}); "
+                f"parts are {', '.join(self.parts)}"
+            ) from error
+        self._verified = True
+
+    def _release(self, engine: Any) -> None:
+        if self._lock is not None:
+            self._lock.release()
+        self._lock = None
 
     def load(self) -> int:
         """Restore everything if the file exists.
@@ -115,11 +144,13 @@ class ResumeSaver:
             The epoch that was finished last; 0 without a file.
 
         Raises:
-            TrainingError: not attached yet; or the training in the file is finished already.
+            TrainingError: not attached yet; another process trains in this folder; or the training is finished already.
             CheckpointError: the file is damaged or belongs to another training, with all differences.
         """
         if self._trainer is None:
             raise TrainingError("ResumeSaver: attach(trainer) comes before load()")
+        if idist.get_rank() == 0 and self._lock is None:
+            self._lock = hold_folder(self.path.parent)
         if not self.path.is_file():
             logger.info("No %s in the run's folder: training starts from epoch 1", self.path.name)
             return 0
@@ -220,3 +251,14 @@ def _rates(part: Any) -> list[float] | None:
     if not isinstance(part, torch.optim.Optimizer):
         return None
     return [float(group.get("initial_lr", group["lr"])) for group in part.param_groups]
+
+
+def _numbers(value: Any) -> Any:
+    """``value`` with Python's numbers in place of numpy's, which ``weights_only`` refuses (a rate may be computed)."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(_numbers(item) for item in value)
+    if type(value) in (dict, OrderedDict):
+        return type(value)((_numbers(key), _numbers(item)) for key, item in value.items())
+    return value
