@@ -482,6 +482,12 @@ def test_every_handler_can_be_written_in_json(network, tmp_path):
         "NonFiniteGuard": {"gradients": True},
         "ResumeSaver": {"output_dir": "@out", "network": "@net", "optimizer": "$@trainer.optimizer"},
         "RunCard": {"output_dir": "@out", "settings": {"lr": 0.1}},
+        "Tracking": {
+            "card": {"_target_": "samseg_monai.handlers.RunCard", "output_dir": "@out", "settings": {"lr": 0.1}},
+            "output_dir": "@out",
+            "uri": "sqlite:///runs.db",
+        },
+        "WorstCaseImage": {"log_dir": "@out", "classes": ["tumour"]},
     }
     assert sorted(arguments) == sorted(handlers.__all__)
     config = {"net": network, "out": str(tmp_path), "trainer": run, "all": []}

@@ -6,6 +6,7 @@ written by rank 0 only; attach them on every rank nevertheless, since those that
 
 from __future__ import annotations
 
+from samseg_monai.handlers.ema import EMA
 from samseg_monai.handlers.flow import GradientFlow
 from samseg_monai.handlers.guards import CollapseDetector, NonFiniteGuard
 from samseg_monai.handlers.keeping import BestAdapter, LastAdapter
@@ -15,8 +16,11 @@ from samseg_monai.handlers.saving import ResumeSaver
 from samseg_monai.handlers.seeding import EpochSeeder
 from samseg_monai.handlers.stepping import GradientClip
 from samseg_monai.handlers.stopping import EarlyStop
+from samseg_monai.handlers.tracking import Tracking
+from samseg_monai.handlers.worst_case import WorstCaseImage
 
 __all__ = [
+    "EMA",
     "BestAdapter",
     "CaseTable",
     "CollapseDetector",
@@ -29,4 +33,6 @@ __all__ = [
     "NonFiniteGuard",
     "ResumeSaver",
     "RunCard",
+    "Tracking",
+    "WorstCaseImage",
 ]

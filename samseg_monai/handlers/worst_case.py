@@ -1,0 +1,149 @@
+"""The worst case of every validation as a picture in TensorBoard: a mean hides what a look at one case tells."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+from ignite.engine import Events
+from monai.data import MetaTensor
+from torch.utils.tensorboard import SummaryWriter
+
+from samseg_monai.handlers.overlay import as_seen, aspect_of, axial_axis, draw, sampled
+
+
+@dataclass(frozen=True)
+class _Worst:
+    """The slice to be shown of the worst case so far; arrays (H, W), rows and columns as seen."""
+
+    dice: float
+    case: str
+    index: int
+    image: np.ndarray
+    reference: np.ndarray
+    prediction: np.ndarray
+    aspect: float
+
+
+class WorstCaseImage:
+    """Writes one picture per validation: the case with the lowest Dice, at its axial slice with most wrong voxels.
+
+    Of cases with equal Dice the first by name is taken, of equal slices the one with most of the reference. Dice is
+    that of ``CaseScores``: the mean over the classes that are in reference or prediction. Only one slice is kept while
+    the cases go by. With several processes it is the worst case of all of them.
+
+    Args:
+        log_dir: folder of TensorBoard's files.
+        classes: names, as given to ``CaseScores``.
+        scan: channel of the image to be shown.
+        tag: name of the pictures.
+        image_key, pred_key, reference_key, case_key: where a decollated item has them. Prediction and reference are on
+            one grid (1, H, W, D) of whole numbers or (K, H, W, D) of 0 and 1; the image, on any grid, is a MetaTensor.
+    """
+
+    def __init__(
+        self,
+        log_dir: str | os.PathLike[str],
+        *,
+        classes: Sequence[str],
+        scan: int = 0,
+        tag: str = "validation/worst_case",
+        image_key: str = "image",
+        pred_key: str = "pred",
+        reference_key: str = "reference",
+        case_key: str = "case",
+    ) -> None:
+        self.log_dir = str(log_dir)
+        self.classes = (classes,) if isinstance(classes, str) else tuple(classes)
+        self.scan = scan
+        self.tag = tag
+        self.keys = (image_key, pred_key, reference_key, case_key)
+        self._worst: _Worst | None = None
+        self._writer: SummaryWriter | None = None
+
+    def attach(self, engine: Any) -> None:
+        """Attach to the evaluator, on every rank: all take part in finding the worst."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._forget)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._look)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
+
+    def _forget(self, engine: Any) -> None:
+        self._worst = None
+
+    def _look(self, engine: Any) -> None:
+        batch, output = engine.state.batch, engine.state.output
+        for old, new in zip(batch, output, strict=True):
+            self._compare({**old, **new})
+
+    def _compare(self, item: Mapping[str, Any]) -> None:
+        image, pred, reference, case = (item[key] for key in self.keys)
+        dice = dice_of(pred, reference, len(self.classes))
+        if np.isnan(dice) or (self._worst is not None and (self._worst.dice, self._worst.case) <= (dice, case)):
+            return
+        affine = np.asarray(reference.affine, dtype=float)
+        axis = axial_axis(affine)
+        truth, found = _labels(reference), _labels(pred)
+        counts = list(zip(_per_slice(truth != found, axis), _per_slice(truth > 0, axis), strict=True))
+        index = counts.index(max(counts))
+        source = np.asarray(image.affine, dtype=float)
+        grey = sampled(_plain(image)[self.scan], source, affine, tuple(truth.shape), axis, index)
+        planes = [grey, *(labels.select(axis, index).cpu().numpy() for labels in (truth, found))]
+        grey, first, second = (as_seen(plane, affine) for plane in planes)
+        self._worst = _Worst(dice, case, index, grey, first, second, aspect_of(affine))
+
+    def _write(self, engine: Any) -> None:
+        found: Any = idist.all_gather([self._worst]) if idist.get_world_size() > 1 else [[self._worst]]
+        self._worst = None
+        cases = [worst for worsts in found for worst in worsts if worst is not None]
+        if not cases or idist.get_rank() != 0:
+            return
+        worst = min(cases, key=lambda w: (w.dice, w.case))
+        empty = "" if worst.prediction.any() else ", empty prediction here"
+        caption = f"{worst.case}: Dice {worst.dice:.3f}, slice {worst.index}{empty}"
+        picture = draw(worst.image, worst.reference, worst.prediction, caption, aspect=worst.aspect)
+        if self._writer is None:
+            self._writer = SummaryWriter(self.log_dir)
+        self._writer.add_image(self.tag, picture, engine.state.epoch, dataformats="HWC")
+        self._writer.flush()
+
+
+def dice_of(pred: torch.Tensor, reference: torch.Tensor, classes: int) -> float:
+    """Mean Dice over the classes that are in either volume, counted in one pass.
+
+    Args:
+        pred, reference: (1, H, W, D) whole numbers 0 to ``classes``, or (classes, H, W, D) of 0 and 1.
+    Returns: 0 to 1; NaN when both are empty.
+    """
+    pred, reference = _plain(pred), _plain(reference)
+    if len(pred) == len(reference) == classes > 1:
+        first, second = pred.flatten(1) > 0, reference.flatten(1) > 0
+        shared, sizes = (first & second).sum(1), first.sum(1) + second.sum(1)
+    else:
+        width = classes + 1
+        kind = torch.uint8 if width**2 <= 256 else torch.int32
+        first, second = (_labels(volume).to(kind).flatten() for volume in (pred, reference))
+        pairs = torch.bincount(first * width + second, minlength=width**2).view(width, width)
+        shared, sizes = pairs.diagonal()[1:], pairs.sum(0)[1:] + pairs.sum(1)[1:]
+    return float((2 * shared / sizes)[sizes > 0].mean())  # of none: NaN
+
+
+def _plain(volume: torch.Tensor) -> torch.Tensor:
+    return volume.as_tensor() if isinstance(volume, MetaTensor) else volume
+
+
+def _per_slice(mask: torch.Tensor, axis: int) -> list[int]:
+    return mask.movedim(axis, 0).flatten(1).sum(1).tolist()
+
+
+def _labels(volume: torch.Tensor) -> torch.Tensor:
+    """(1, H, W, D) or (K, H, W, D) to (H, W, D) whole numbers; of overlapping channels the last is shown."""
+    plain = _plain(volume)
+    if len(plain) == 1:
+        return plain[0].to(torch.uint8)
+    numbers = torch.arange(1, len(plain) + 1, device=plain.device)[:, None, None, None]
+    return ((plain > 0) * numbers).amax(0).to(torch.uint8)
