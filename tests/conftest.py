@@ -13,7 +13,8 @@ import pytest
 import torch
 
 os.environ.setdefault("MONAI_FAIL_ON_DUPLICATE_CONFIG", "1")
-torch.set_num_threads(2)
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, 2 // WORKERS))
 
 # the smallest SAM with every part in it, on the smallest phantoms: whole workflows in seconds
 TINY = {

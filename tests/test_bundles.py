@@ -184,8 +184,10 @@ def test_overlays_change_only_what_exists(bundle):
     for overlay in (o for o in OVERLAYS if (configs / f"{o}.json").is_file()):
         trains = (configs / "train.json").is_file() and overlay != "multi_gpu_evaluate"
         parser = ConfigParser(read_json(configs / ("train.json" if trains else "evaluate.json")))
-        parents = [key.rpartition("::")[0] for key in read_json(configs / f"{overlay}.json")]
+        keys = list(read_json(configs / f"{overlay}.json"))
+        parents = [key.removeprefix("+").rpartition("::")[0] for key in keys]
         assert [p for p in parents if p and p not in parser] == []
+        assert [key for key in keys if key.startswith("+") and key[1:] not in parser] == []  # "+" adds to what is there
 
 
 def test_train_evaluate_inference_from_another_folder(phantoms, tmp_path, monkeypatch):

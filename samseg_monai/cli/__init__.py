@@ -14,6 +14,9 @@ import typer
 from samseg_monai.cli.bundle import bundle_app, predict
 from samseg_monai.cli.data import bbox, phantom_app, prepare_app
 from samseg_monai.cli.demo import demo, report
+from samseg_monai.cli.export import export
+from samseg_monai.cli.find_lr import find_lr
+from samseg_monai.cli.lint import lint
 from samseg_monai.cli.reproduce import reproduce_app
 from samseg_monai.errors import SamsegError
 
@@ -29,8 +32,11 @@ app.command(name="bbox")(bbox)
 app.add_typer(phantom_app, name="phantom")
 app.add_typer(bundle_app, name="bundle")
 app.command(name="predict")(predict)
+app.command(name="lint")(lint)
+app.command(name="export")(export)
 app.command(name="report")(report)
 app.command(name="demo")(demo)
+app.command(name="find-lr", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(find_lr)
 app.add_typer(reproduce_app, name="reproduce")
 
 
