@@ -19,7 +19,7 @@ MAIN_CONFIGS = ("train.json", "evaluate.json", "inference.json")
 # where data and results lie on the machine of the run is nobody else's business, and wiring stays as built
 LOCAL = {
     "_meta_", "bundle_root", "checkpoint", "datalist", "dataset_dir", "device", "finalize", "imports", "initialize",
-    "is_rank0", "network", "output_dir", "results_dir", "run", "sam_checkpoint", "train", "validate",
+    "is_rank0", "mlflow", "network", "output_dir", "results_dir", "run", "sam_checkpoint", "train", "validate",
 }  # fmt: skip
 PLACES = {"embeddings": "cache_dir", "slices": "cache_dir", "strategy": "side_weights"}  # likewise, within settings
 
