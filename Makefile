@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/samseg demo --output demo
 
 test: dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report term:skip-covered --cov-fail-under 90
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report term:skip-covered --cov-fail-under 90
 
 lint: dev
 	$(BIN)/ruff check .

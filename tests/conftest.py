@@ -25,6 +25,12 @@ TINY = {
 }
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take minutes, or one worker would be left alone with them at the end."""
+    long = ("test_reproduce.py", "test_docs.py", "test_reproduce_sam_lst.py", "test_bundles.py", "test_demo_abdomen.py")
+    items.sort(key=lambda item: long.index(item.path.name) if item.path.name in long else len(long))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -474,6 +474,7 @@ def test_every_handler_can_be_written_in_json(network, tmp_path):
         "CaseTable": {"output_dir": "@out", "prompt_source": "label"},
         "CollapseDetector": {"patience": 3, "stop": True, "trainer": "@trainer"},
         "CurveLog": {"output_dir": "@out"},
+        "EMA": {"network": "@net", "decay": 0.9, "evaluator": "@trainer"},
         "EarlyStop": {"patience": 5, "trainer": "@trainer"},
         "EpochSeeder": {"seed": 0},
         "GradientClip": {"max_norm": 1.0},

@@ -20,7 +20,7 @@ FLOORS = {
     "cli": 5, "__main__": 6,
 }  # fmt: skip
 # (importer, imported) on one floor: each is one step further down the same staircase
-NEIGHBOURS = {("strategies", "trainable"), ("checkpoints", "networks")}
+NEIGHBOURS = {("strategies", "trainable"), ("checkpoints", "networks"), ("export", "bundles")}
 
 
 def part_of(path: Path) -> str:
