@@ -7,6 +7,7 @@ Chai et al. 2023 (SAM-LST, arXiv:2306.12737), equation 3: ``x = g * x_sam + (1 -
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class ResNetSide(nn.Sequential):
         x = image
         for names in self.stages:
             stage = nn.Sequential(*(getattr(self, name) for name in names))
-            x = checkpoint(stage, x, use_reentrant=False, context_fn=lambda s=stage: (nullcontext(), _Uncounted(s)))
+            x = checkpoint(stage, x, use_reentrant=False, context_fn=partial(_twice, stage))
         return x
 
 
@@ -90,6 +91,11 @@ class _Uncounted(AbstractContextManager[None]):
             if norm.num_batches_tracked is not None and count is not None:
                 norm.num_batches_tracked.copy_(count)
         self.before.clear()
+
+
+def _twice(stage: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of the first computation and of the one in the backward pass."""
+    return nullcontext(), _Uncounted(stage)
 
 
 class FeatureMap(nn.Module):
