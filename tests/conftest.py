@@ -1,5 +1,6 @@
 """Shared fixtures: seeded draws, tiny phantoms in the BraTS layout, real volumes where they are at hand."""
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -29,6 +30,13 @@ def pytest_collection_modifyitems(items):
     """Begin with the files that take minutes, or one worker would be left alone with them at the end."""
     long = ("test_reproduce.py", "test_docs.py", "test_reproduce_sam_lst.py", "test_bundles.py", "test_demo_abdomen.py")
     items.sort(key=lambda item: long.index(item.path.name) if item.path.name in long else len(long))
+
+
+def pytest_runtest_setup():
+    """Drop what an earlier workflow logs to: the stream that pytest caught for that test is closed by now."""
+    for logger in [logging.root, *map(logging.getLogger, list(logging.root.manager.loggerDict))]:
+        for handler in [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]:
+            logger.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)
