@@ -31,7 +31,7 @@ LADDER: dict[str, Any] = {
     "crop_size": [48, 64], "rectangular": True, "low_res_training": False, "batch_size": 16,
     "epochs": 10, "val_interval": 5, "lr": 0.002, "embeddings::variants": 2,
 }  # fmt: skip
-UNET = {"epochs": 9, "val_interval": 3, "lr": 0.003}
+UNET = {"epochs": 8, "val_interval": 4, "lr": 0.003}
 SAM_ONLY = {"_target_": "samseg_monai.strategies.Ladder", "mix": "sam", "decoder": "masks", "masks": "sam"}
 CNN_ONLY = {**SAM_ONLY, "side": NARROW, "mix": "side", "side_weights": "random"}
 # row -> bundle and what it changes; the halves differ from the ladder by nothing but the mix

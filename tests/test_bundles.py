@@ -34,6 +34,7 @@ def root_of(bundle: str) -> Path:
 CONFIGS = [
     (b, p.stem) for b in BUNDLES for p in sorted((root_of(b) / "configs").glob("*.json")) if p.stem != "metadata"
 ]
+NARROW = {"_target_": "samseg_monai.adapters.ResNetSide", "width": 8}
 PICO = {"sam_variant": "pico", "image_size": 256}
 RUNNABLE = [(b, c) for b, c in CONFIGS if c in ("train", "evaluate", "inference")]
 
@@ -267,7 +268,14 @@ def test_every_option_trains(options, phantoms, tmp_path):
             "val_interval": 1,
             "slices::picker::_target_": "samseg_monai.data.slices.AllSlices",
         },
-        {"val_interval": 0, "accumulation_steps": 2, "strategy::decoder": "full", "autocast": "bf16"},
+        # narrow: processors without AVX-512 emulate bf16
+        {
+            "val_interval": 0,
+            "accumulation_steps": 2,
+            "strategy::decoder": "full",
+            "autocast": "bf16",
+            "strategy::side": NARROW,
+        },
         {"input_scale": "sam", "strategy::masks": "random", "store_size": 32, "slices::num_workers": 1},
     ],
     ids=["embeddings", "last-epoch-accumulate-bf16", "stored-small-workers"],
@@ -282,7 +290,8 @@ def test_every_option_trains_the_ladder(options, abdomen, tmp_path):
     card = read_json(tmp_path / "run_card.json")
     assert card["status"] == "completed" and 0.4 < card["gate"] < 0.6
     assert (tmp_path / "adapter.safetensors").is_file()
-    kept = {key: options[key] for key in ("input_scale", "store_size", "strategy::masks", "autocast") if key in options}
+    same = ("input_scale", "store_size", "strategy::masks", "strategy::side", "autocast")
+    kept = {key: options[key] for key in same if key in options}
     kept |= {"strategy::decoder": options.get("strategy::decoder", "masks")}
     run_workflow([configs / "evaluate.json"], {**shared, **kept})
     metrics = read_json(tmp_path / "evaluation" / "metrics.json")
