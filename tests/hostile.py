@@ -114,7 +114,6 @@ TARGETS = [
 ] + [
     with_value("target: in a list in a dictionary", "target", {"a": [{"b": {"_target_": "os.system"}}]}),
     with_value("target: switched off", "target", {"_target_": "os.system", "_disabled_": True}),
-    with_value("target: only named", "target", {"_target_": "os.system", "_mode_": "callable"}),
     with_value("target: put together", "target", {"_target_": "$'os.' + 'system'", "command": "id"}),
     with_keys("target: as an override", "target", {"network_def::_target_": "os.system"}),
     with_keys("target: with the old separator", "target", {"network_def#_target_": "os.system"}),
@@ -143,9 +142,22 @@ ARGUMENTS = [
     with_value("argument: breakpoint", "argument", {"_target_": "Identityd", "keys": "image", "_debug_": True}),
     with_value("argument: download", "argument", {"_target_": "monai.networks.nets.DenseNet", "pretrained": True}),
     with_value("argument: weights", "argument", {"_target_": "torchvision.models.resnet18", "weights": "DEFAULT"}),
+    with_value("argument: weights by truth", "argument", {"_target_": "torchvision.models.swin_t", "weights": True}),
+    with_keys("argument: weights as an override", "argument", {
+        "evil": {"_target_": "torchvision.models.resnet18"}, "evil::weights": [1]}),
+    with_value("argument: class that imports what a text names", "argument", {
+        "_target_": "Dataset", "data": ["os.system"],
+        "transform": {"_target_": "LoadImage", "_mode_": "callable", "command": "id"}}),
+    with_value("argument: file of a shell", "argument", {
+        "_target_": "samseg_monai.handlers.RunCard", "output_dir": "a", "settings": {}, "filename": ".bashrc"}),
+    with_value("argument: file by reference", "argument", {
+        "_target_": "CheckpointSaver", "save_dir": "a", "save_dict": {}, "final_filename": "@scan_mode"}),
+    with_value("argument: beside the results", "argument", {
+        "_target_": "SaveImaged", "keys": "pred", "data_root_dir": "a/b"}),
+    with_file("argument: another logging.conf", "argument", "configs/args.json", '{"logging_file": "docs/a.txt"}'),
     with_value("argument: compiler", "argument", {"_target_": "SupervisedTrainer", "compile_kwargs": {"backend": "x"}}),
     with_keys("argument: as an override", "argument", {"preprocessing::transforms::0::reader": "os.system"}),
-]
+]  # fmt: skip
 
 EXPRESSIONS = [
     with_value(f"expression: {name}", "expression", f"${source}")
@@ -161,6 +173,7 @@ EXPRESSIONS = [
         "double underscores full width": "＿＿local_refs[__import__('os').system('id')]",
         "the references themselves": "__local_refs.clear()",
         "the references by hand": "__local_refs['network']",
+        "the references in letters that Python takes for them": "__loc\uff41l_refs['imports::0'].load('x.nii')",
         "a module as a value": "torch",
         "a module in a list": "[monai.bundle]",
         "a module behind an allowed one": "torch.os.system('id')",
@@ -275,11 +288,30 @@ PATHS = [
         "by an item of a list": "$['a', '.'][1] + './x'",
         "by an item of a dictionary": "${'a': '.'}['a'] + './x'",
         "URL in a lambda": "$lambda x: 'http://example.org'",
+        "by a part of a referred text": "$@scan_mode[0] + './x'",
+        "cut from a referred text": "$@dataset_dir[4:]",
+        "cut from an item": "$('a/etc', '')[0][1:]",
+        "stretched": "$bundles.settings()['scan_mode'] * 2",
+        "behind an argument by name": "$dict(a='.')['a'] + './x'",
+        "behind an array": "$np.array(['.'])[0] + './x'",
+        "behind the settings": "$bundles.settings()['scan_mode'] + './x'",
+        "cut from the settings": "$bundles.settings()['scan_mode'][1:]",
+        "behind the names of labels": "$datalists.labels_of('x.json')['1'] + './x'",
+        "behind a default of a lambda": "$lambda d='.': d + './x'",
+        "behind an item of a condition": "$(['.'] if @prompted else ['a'])[0] + './x'",
+        "behind an item of a sum": "$(['.'] + [])[0] + './x'",
+        "behind a set": "$max({'.'}) + './x'",
+        "by the keys of a dictionary": "$[key + './x' for key in {'.': 1}]",
     }.items()
 ] + [
     with_keys("path: behind an empty key", "path", {"nought": "", "evil": "$@nought + '/etc/passwd'"}),
     with_keys("path: behind an item", "path", {"many": ["a", "."], "evil": "$@many[1] + './x'"}),
     with_keys("path: behind keys of keys", "path", {"a0": "$@a1", "a1": "@a2", "a2": ".", "evil": "$@a0 + @a0"}),
+    with_keys("path: behind an item that is merged", "path", {
+        "many": ["a"], "+many": ["."], "evil": "$@many::1 + './x'"}),
+    with_keys("path: behind items of items", "path", {"many": [["."]], "evil": "$[x[0] + './x' for x in @many]"}),
+    with_keys("path: in a key", "path", {"many": {"/etc/passwd": 1}, "evil": "$list(@many)[0]"}),
+    with_file("path: in a datalist among results", "path", "eval/x.json", '{"name": "/etc"}'),
     with_keys("path: a thousandfold text", "path", {
         "t0": "x" * 64, **{f"t{i}": "$" + " + ".join([f"@t{i - 1}"] * 60) for i in range(1, 5)}}),
     with_keys("path: schema of the metadata", "path", {"schema": "https://a.org/s.json"}, "configs/metadata.json"),

@@ -17,6 +17,11 @@ from tests.hostile import CONFIGS, Case, extend, replace, with_file
 
 NAME = "meningioma_segmentation_lora"
 
+
+def safetensors(table: str) -> bytes:
+    return struct.pack("<Q", len(table)) + table.encode()
+
+
 FILES = [
     with_file(f"file: {name}", "file", file, content)
     for name, (file, content) in {
@@ -39,6 +44,17 @@ FILES = [
         "bytes that are called a text": ("docs/notes.txt", b"a\0b"),
         "weights that are no safetensors": ("models/adapter.safetensors", pickle.dumps({})),
         "safetensors that are cut": ("models/adapter.safetensors", struct.pack("<Q", 2) + b"{}" + b"\0"),
+        "safetensors that end at a text": (
+            "models/adapter.safetensors",
+            safetensors('{"a": {"data_offsets": [0, "x"]}}'),
+        ),
+        "safetensors that end nowhere": (
+            "models/adapter.safetensors",
+            safetensors('{"a": {"data_offsets": [0, 1e999]}}'),
+        ),
+        "entry points of a package": ("evil-1.0.dist-info/entry_points.txt", "[torch.backends]\nx = pdb:set_trace\n"),
+        "a folder that is imported": ("mlflow/readme.md", ""),
+        "a starter among results": ("eval/results.desktop", "[Desktop Entry]"),
         "a name of the bundle that is a path": ("name.txt", "../x"),
         "a name with a line break": ("docs/a\nb.txt", ""),
         "a name that ends with a dot": ("docs/evil.txt.", ""),
@@ -134,6 +150,7 @@ DOCUMENTS = [
         "a handler by expression": ("class=StreamHandler", "class=__import__('os').system"),
         "a handler that writes files": ("class=StreamHandler", "class=FileHandler"),
         "a handler that sends": ("class=StreamHandler", "class=handlers.HTTPHandler"),
+        "a handler behind a carriage return": ("level=INFO\nformatter", "level=INFO\rclass=FileHandler\nformatter"),
         "keyword arguments": ("args=(sys.stderr,)", "args=(sys.stderr,)\nkwargs={'a': exec('1')}"),
         "a formatter from elsewhere": ("datefmt=%H:%M:%S", "class=os.system"),
         "format with braces": ("datefmt=%H:%M:%S", "style={"),
@@ -204,7 +221,7 @@ ARCHIVES = [
     Case("zip: drive", "zip", _member(f"C:{NAME}/x.md")),
     Case("zip: member given twice", "zip", _member(f"{NAME}/LICENSE", b"other")),
     Case("zip: member given twice in other letters", "zip", _member(f"{NAME}/docs/readme.md", b"other")),
-    Case("zip: file that is a folder", "zip", _member(f"{NAME}/LICENSE/x.md", b"other")),
+    Case("zip: file that is a folder", "zip", _member(f"{NAME}/docs/README.md/x.md", b"other")),
     Case("zip: bomb", "zip", _member(f"{NAME}/docs/zeros.csv", bytes(20 << 20))),
     Case("zip: bytes before it", "zip", _bytes(lambda data: b"#!/bin/sh\n" + data)),
     Case("zip: bytes behind it", "zip", _bytes(lambda data: data + b"\0" * 9)),

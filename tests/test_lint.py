@@ -1,12 +1,14 @@
 """``samseg lint``: our own bundles are clean, hostile ones are caught, and looking at them runs nothing."""
 
 import contextlib
+import inspect
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from samseg_monai.bundles import build_bundle, recipe_names
 from samseg_monai.bundles.pack import write_sums
 from samseg_monai.errors import BundleError
 from samseg_monai.lint import RULES, expressions, lint_bundle
+from samseg_monai.lint.files import Folder
+from samseg_monai.lint.paths import Texts, leaving
 from tests.hostile_files import ARCHIVES, BUNDLES, NAME, SUMS
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +102,10 @@ def test_results_that_a_run_leaves_in_the_bundle_are_no_findings(bundle):
     (bundle / "eval" / "predictions").mkdir(parents=True)
     (bundle / "eval" / "predictions" / "case_seg.nii.gz").write_bytes(b"\x1f\x8b")
     (bundle / "eval" / "events.out.tfevents.1").write_bytes(bytes(range(24)))
-    (bundle / "eval" / "bank.json").write_text('{"image": "/data/case/t1c.nii.gz"}')
+    bank = {"format": 1, "key": {"image": "/data/case/t1c.nii.gz"}, "rows": 1, "row_shape": [1]}
+    (bundle / "eval" / "bank.json").write_text(json.dumps(bank))
+    for suffix in ("bank", "rows", "lock"):
+        (bundle / "eval" / f"bank.{suffix}").write_bytes(b"")
     for name in ("configs", "large_files.yml"):
         copy = shutil.copytree if (bundle / name).is_dir() else shutil.copy
         (bundle / "eval" / "bundle").mkdir(exist_ok=True)
@@ -107,6 +114,39 @@ def test_results_that_a_run_leaves_in_the_bundle_are_no_findings(bundle):
     torch.save({"epoch": 1, "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()},
                bundle / "eval" / "resume.pt")  # fmt: skip
     assert lint_bundle(bundle) == []
+
+
+def test_ordinary_expressions_and_arguments_are_no_findings(bundle):
+    """What people write in configs of their own; a linter that cries wolf is switched off."""
+    values = [
+        "$@crop_size[0] // 2", "$@crop_size[0] * 2", "$@image_size - 1", "$list(range(3)) + list(range(2))",
+        "$@scans[0]", "$@scans[1:]", "$@dataset_dir + '/images'", "$@bundle_root + '/models/' + 'model.pt'",
+        "$torch.distributed.get_rank() + torch.cuda.device_count()", "$max(1, @batch_size) * 2",
+        "$lambda x: x > 0", "$lambda x: x * 255", "$lambda x: x[1:] / 2", "$lambda x: x + 1", "$lambda d: d['pred']",
+        "$[{'image': i, 'label': l} for i, l in zip(@crop_size[:-1], @crop_size[1:])]",
+        "$datalists.load_datalist(@dataset_dir + '/datalist.json', @dataset_dir, 'training')[:10]",
+        {"_target_": "OneOf", "transforms": [], "weights": [0.5, 0.5]},
+        {"_target_": "SaveImaged", "keys": "pred", "output_dir": "@output_dir", "data_root_dir": "@dataset_dir"},
+        {"_target_": "CheckpointSaver", "save_dir": "@output_dir", "save_dict": {}, "key_metric_filename": "model.pt"},
+    ]  # fmt: skip
+    path = bundle / "configs" / "inference.json"
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), "own": values}))
+    zoo = (bundle / "large_files.yml").read_text(encoding="utf-8").replace("\n  ", "\n")
+    (bundle / "large_files.yml").write_text(zoo)
+    assert lint_bundle(bundle) == []
+
+
+def test_folders_however_deep_are_entered(bundle):
+    inner = bundle / "docs" / "/".join("a" * 100)
+    inner.mkdir(parents=True)
+    (inner / "x.md").write_text("")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 80)
+    try:
+        files = Folder(bundle)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert (inner / "x.md").relative_to(bundle).as_posix() in files.sizes and not files.findings
 
 
 # --- what must be caught
@@ -183,18 +223,29 @@ def test_looking_at_a_bundle_runs_nothing_of_it(bundle, tmp_path):
     assert trace.exists()
 
 
-@pytest.mark.parametrize("way", ["description", "key", "module", "line break", "text"])
+@pytest.mark.parametrize("way", ["description", "key", "module", "line break", "text", "class", "letters"])
 def test_ways_that_look_harmless_do_run_code_in_monai(way, bundle, tmp_path):
     """The control of the stranger rules: what they refuse really runs."""
     trace = tmp_path / "trace"
     call = f"os.mkdir({str(trace)!r})"
+    pickled = tmp_path / "scan.nii"  # in the oldest protocol, which has no magic bytes
+    pickled.write_bytes(f"cos\nmkdir\n(V{trace}\ntR.".encode())
     config = {
         "description": {"x": {"_target_": "Identity", "_desc_": f"$__import__('os').{call[3:]}"}},
         "key": {f"n,open({str(trace)!r},'w'),@n": {"y": 1, "x": "$(@::y)"}, "n": {"y": 1}},
         "module": {"imports": ["$import samseg_monai.checkpoints as c"], "m": "@imports::0", "x": f"$@m.{call}"},
         "line break": {"imports": ["$\nimport os"], "x": f"${call}"},
         "text": {"imports": ["$import os"], "and": 1, "x": f"$'@and' + str({call}) + '@and'"},
-    }[way]
+        "class": {
+            "data": {"_target_": "Dataset", "data": ["os.mkdir"], "transform": {
+                "_target_": "LoadImage", "_mode_": "callable", "path": str(trace)}},
+            "x": "$@data[0]",
+        },
+        "letters": {
+            "imports": ["$import torch"],
+            "x": f"$__loc\uff41l_refs['imports::0'].load({str(pickled)!r}, weights_only=False)",
+        },
+    }[way]  # fmt: skip
     (bundle / "configs" / "x.json").write_text(json.dumps(config))
     assert lint_bundle(bundle)
     assert not trace.exists()
@@ -236,6 +287,39 @@ def test_expressions_are_read_as_monai_reads_them():
         assert set(expressions.references(text)) == set(known)
         assert expressions.evaluated(text) == ReferenceResolver.update_refs_pattern(text, known)[1:]
         assert set(expressions.references(text[1:])) == set(ReferenceResolver.match_refs_pattern(text[1:]))
+
+
+def test_no_expression_gives_a_path_that_leads_out_unseen():
+    """Python itself is the oracle, on expressions put together at random of texts that are harmless alone."""
+    items = {"many": [".", "./x", "a"], "keyed": {"k": ".", "j": "a/b"}, "mixed": [".", 1]}
+    texts = {"dot": {"."}, "cut": {"a/etc"}, "empty": {""}, "other": {"@dot"}, "sum": {"$@dot + @empty"}}
+    texts |= {"many::0": {"."}, "many::1": {"./x"}, "many::2": {"a"}, "mixed::0": {"."}}
+    texts |= {f"keyed::{key}": {text} for key, text in items["keyed"].items()} | {"": {None}, "mixed::": {None}}
+    values = {"dot": ".", "cut": "a/etc", "empty": "", "other": ".", "sum": ".", "many::1": "./x", **items}
+    atoms = ["'.'", "'./x'", "'a/etc'", "''", "1", *(f"@{name}" for name in values)]
+    forms = ["({} + {})", "({} + {})", "({} * {})", "{}[0]", "{}[1:]", "[{}, {}]", "{{'k': {}}}", "{}['k']",
+             "({} or {})", "({} if {} else {})", "str({})", "max({})", "list({})", "dict(k={})",
+             "[x + {} for x in {}]"]  # fmt: skip
+    followed = Texts(texts, ())
+    rng = random.Random(3)
+
+    def source(depth: int) -> str:
+        if depth == 0:
+            return rng.choice(atoms)
+        form = rng.choice(forms)
+        return form.format(*(source(depth - 1) for _ in range(form.replace("{{", "").count("{}"))))
+
+    leading = 0
+    while leading < 60:
+        expression = f"${source(rng.randrange(1, 4))}"
+        value = None
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's, of numbers that are indexed
+            value = eval(expressions.evaluated(expression), {expressions.REFS: values})
+        if isinstance(value, str) and len(value) > 1 and leaving(value):
+            leading += 1
+            seen = [*expressions.problems(expression, {}), *followed.leaving(expression)]
+            assert seen, (expression, value)
 
 
 def test_linter_needs_neither_torch_nor_monai(bundle):
@@ -332,6 +416,57 @@ def test_predict_refuses_a_bundle_with_findings(bundle, tmp_path, monkeypatch, c
         trace.unlink()
 
 
+def test_export_builds_no_network_of_a_bundle_with_findings(bundle, tmp_path, monkeypatch, capsys):
+    """Nor that of a run, whose record of its bundle anybody may have changed."""
+    trace = tmp_path / "trace"
+    (bundle / "configs" / "inference.json").write_text(json.dumps({"network_def": f"$open({str(trace)!r}, 'w')"}))
+    shutil.copytree(bundle, tmp_path / "run" / "bundle")
+    for path in (bundle, pack(bundle), tmp_path / "run"):
+        assert samseg(monkeypatch, "export", path, "--format", "pth", "--output", tmp_path / "out") == 1
+        message = capsys.readouterr().err
+        assert message.startswith("BundleError: export:") and "--trust" in message and "calls open" in message
+        assert not trace.exists()
+
+
+def as_is(bundle: Path, *run: str) -> None:
+    """Replace inference.json by one that ``predict`` can give its values to, and that does nothing but ``run``."""
+    keys = dict.fromkeys(("checkpoint", "dataset_dir", "output_dir", "predictions_dir"))
+    config = {**keys, "prompt": {"source": "none"}, "initialize": [], "run": run}
+    (bundle / "configs" / "inference.json").write_text(json.dumps(config))
+
+
+def test_zip_exchanged_after_it_was_looked_through_is_refused(bundle, tmp_path, monkeypatch, capsys):
+    trace = tmp_path / "trace"
+    as_is(bundle)
+    good = pack(bundle).read_bytes()
+    as_is(bundle, f"$open({str(trace)!r}, 'w').close()")
+    archive = pack(bundle)
+    evil = archive.read_bytes()
+    archive.write_bytes(good)
+    unpack = cli.bundle.unpack
+    monkeypatch.setattr(cli.bundle, "unpack", lambda *args: archive.write_bytes(evil) and unpack(*args))
+    assert samseg(monkeypatch, "predict", archive, "--input", tmp_path, "--output", tmp_path / "out") == 1
+    assert "calls open" in capsys.readouterr().err and not trace.exists()
+
+
+def test_names_of_folders_are_not_evaluated(bundle, tmp_path, monkeypatch):
+    """MONAI evaluates an override that begins with ``$``, and ``predict`` hands over paths as overrides."""
+    as_is(bundle, "@checkpoint", "@dataset_dir")
+    monkeypatch.chdir(tmp_path)
+    evil = bundle.rename("$open('trace','w')")
+    monkeypatch.setattr(sys, "argv", ["samseg", "predict", str(evil), "--input", str(evil), "--output", "out"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code and not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", '{"prompt": []}', '"text"'])
+def test_predict_names_an_inference_config_that_is_none(content, bundle, tmp_path, monkeypatch, capsys):
+    (bundle / "configs" / "inference.json").write_text(content)
+    assert samseg(monkeypatch, "predict", bundle, "--input", tmp_path, "--output", tmp_path / "out") == 1
+    assert capsys.readouterr().err.startswith("BundleError")
+
+
 def test_links_of_a_folder_are_not_followed(bundle, tmp_path):
     (tmp_path / "outside.json").write_text('{"x": "$exec(1)"}')
     (bundle / "configs" / "linked.json").symlink_to(tmp_path / "outside.json")
@@ -345,6 +480,7 @@ def test_links_of_a_folder_are_not_followed(bundle, tmp_path):
 
 def test_damage_anywhere_is_a_finding_or_a_clear_error(bundle):
     """Whatever the bytes are: no other exception, and nothing that goes on for ever."""
+    (bundle / "configs" / "inference.json").write_text("{}")  # long, and judged anew each time
     archive = pack(bundle)
     good = {path: path.read_bytes() for path in (archive, bundle / "models" / "model.pt", bundle / "configs/demo.json",
                                                  bundle / "models" / "adapter.safetensors")}  # fmt: skip

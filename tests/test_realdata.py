@@ -30,7 +30,7 @@ def test_real_exams_go_all_the_way(realdata, tmp_path):
     bundle = build_bundle("meningioma", "lora", tmp_path) / "configs"
     shared = {
         "dataset_dir": str(exams), "datalist": str(datalist), "output_dir": str(tmp_path / "run"),
-        "sam_variant": "pico", "image_size": 256, "strategy::rank": 4,
+        "sam_variant": "pico", "image_size": 128, "strategy::rank": 4,
     }  # fmt: skip
     picker = {"_target_": "samseg_monai.data.slices.EveryNth", "n": 40}
     run_workflow([bundle / "train.json"], {**shared, "epochs": 1, "slices::picker": picker})

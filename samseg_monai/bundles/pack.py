@@ -17,6 +17,7 @@ from samseg_monai.errors import BundleError, raise_all
 from samseg_monai.sam.weights import sha256_of
 
 SUMS = "SHA256SUMS"
+WEIGHTS = (".pt", ".safetensors")  # floating-point numbers hardly shrink, and large files take half a minute to try
 POSTPROCESSING = ("min_component_mm3",)  # keys of an evaluation that belong to its numbers and to every prediction
 RESULTS = ("metrics.json", "cases.csv", "ellipse_cases.csv", "transunet_cases.csv", "run_card.json")
 
@@ -106,7 +107,8 @@ def pack_bundle(run: str | Path, output: str | Path, *, sam_checkpoint: str | No
         partial = output.with_name(output.name + ".part")
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
             for path in sorted(p for p in root.rglob("*") if p.is_file()):
-                archive.write(path, path.relative_to(temporary).as_posix())
+                kind = zipfile.ZIP_STORED if path.suffix in WEIGHTS else zipfile.ZIP_DEFLATED
+                archive.write(path, path.relative_to(temporary).as_posix(), kind)
         partial.replace(output)
     return output
 

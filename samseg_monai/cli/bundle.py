@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,21 +75,37 @@ def predict(
     """
     if boxes and prompts:
         raise BundleError("predict: got both --boxes and --prompts; give one source of prompts")
-    given = {key: str(value) for key, value in {"boxes": boxes, "prompts": prompts}.items() if value}
-    overrides: dict[str, Any] = {"dataset_dir": str(input), "output_dir": str(output), "predictions_dir": str(output)}
+    # absolute: MONAI would evaluate the name of a folder that begins with "$"
+    given = {key: os.path.abspath(value) for key, value in {"boxes": boxes, "prompts": prompts}.items() if value}
+    places = {"dataset_dir": input, "output_dir": output, "predictions_dir": output}
+    overrides: dict[str, Any] = {key: os.path.abspath(place) for key, place in places.items()}
     if sam_checkpoint:
         overrides["sam_checkpoint"] = sam_checkpoint
     if device:
         overrides["device"] = f"$torch.device({device!r})"
-    if not bundle.exists():
+    if not os.path.exists(bundle):
         raise BundleError(f"predict: there is no bundle {bundle}; give the folder or the ZIP of one")
+    with opened(bundle, "predict", trust=trust) as root:
+        _predict(root, overrides, given)
+
+
+@contextmanager
+def opened(bundle: Path, command: str, *, trust: bool) -> Iterator[Path]:
+    """Folder of a bundle, which is unpacked for as long as it is in use when it is a ZIP.
+
+    Raises:
+        BundleError: it is no bundle, or the linter has findings in it and ``trust`` is False.
+    """
     if not trust:
-        refuse_findings(bundle, "predict")
+        refuse_findings(bundle, command)
     if bundle.is_dir():
-        _predict(bundle, overrides, given)
+        yield bundle.absolute()
         return
     with tempfile.TemporaryDirectory() as temporary:
-        _predict(unpack(bundle, Path(temporary)), overrides, given)
+        root = unpack(bundle, Path(temporary))
+        if not trust:
+            refuse_findings(root, command)  # the ZIP may have been exchanged since it was looked through
+        yield root
 
 
 def _predict(root: Path, overrides: dict[str, Any], prompts: dict[str, str]) -> None:
@@ -110,7 +129,11 @@ def _prompt_overrides(root: Path, prompts: dict[str, str]) -> dict[str, str]:
     path = root / "configs" / "inference.json"
     if not path.is_file():
         raise BundleError(f"{root}: no configs/inference.json; give the folder or the ZIP of a bundle")
-    if read_json(path).get("prompt", {}).get("source") != "none":
+    config = read_json(path)
+    prompt = config.get("prompt", {}) if isinstance(config, dict) else None
+    if not isinstance(prompt, dict):
+        raise BundleError(f"{path}: expected a JSON object whose 'prompt' is one, too; ask for the bundle again")
+    if prompt.get("source") != "none":
         return {**prompts, "prompt::source": {"boxes": "json", "prompts": "mask"}.get(next(iter(prompts), ""), "image")}
     if prompts:
         raise BundleError(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from samseg_monai.cli.bundle import unpack
+from samseg_monai.cli.bundle import opened
 from samseg_monai.errors import BundleError, ConfigError
 
 
@@ -32,19 +31,22 @@ def export(
     size: Annotated[
         str | None, typer.Option(help="height,width of the slices of a rectangular network; default: its square")
     ] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="build a bundle that 'samseg lint' has findings in")] = False,
 ) -> None:
     """Write a trained network in another format, after its files were read back and compared with it.
 
-    A network that the format cannot hold is refused with all reasons, and with the formats that are possible.
+    A network that the format cannot hold is refused with all reasons, and with the formats that are possible. A bundle
+    is a program: one that could do more than build its network (see 'samseg lint') is refused without --trust.
     """
+    from samseg_monai.bundles.record import RECORD
+
     if not bundle.exists():
         raise BundleError(f"export: there is no {bundle}; give a bundle, or the output_dir of a run")
     sides = None if size is None else _sides(size)
-    if bundle.is_dir():
-        _export(bundle, format.value, output, sam_checkpoint, sides)
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        _export(unpack(bundle, Path(temporary)), format.value, output, sam_checkpoint, sides)
+    record = bundle / RECORD
+    run = record.is_dir()
+    with opened(record if run else bundle, "export", trust=trust) as root:
+        _export(bundle if run else root, format.value, output, sam_checkpoint, sides)
 
 
 def _sides(text: str) -> tuple[int, int]:

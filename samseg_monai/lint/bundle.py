@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,7 +32,10 @@ _CODE = tuple(
 _TEXTS = (".md", ".txt", ".csv")
 _IMAGES = {".png": b"\x89PNG\r\n", ".jpg": b"\xff\xd8\xff", ".jpeg": b"\xff\xd8\xff"}
 _DATA = (".nii", ".nii.gz")
+_RESULT = re.compile(r".*\.(mha|nrrd|db|bank|rows|lock|log|tmp|part)|.*/events\.out\.tfevents\.[\w.-]+", re.DOTALL)
 _BARE = ("LICENSE", SUMS)
+# Python looks for modules and for the entry points of packages in the folder of a bundle that runs
+_FOLDERS = ("configs", "docs", "eval", "metrics", "models")
 
 
 def lint_bundle(path: str | Path) -> list[Finding]:
@@ -47,7 +51,7 @@ def lint_bundle(path: str | Path) -> list[Finding]:
         BundleError: there is no such file or folder, or it is no bundle.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.isdir(path) and not os.path.isfile(path):  # neither raises, whatever the path
         raise BundleError(f"there is no bundle {path}; give the folder or the ZIP of one")
     files = Folder(path) if path.is_dir() else Archive(path)
     try:
@@ -64,6 +68,8 @@ def _lint_file(files: BundleFiles, name: str) -> Iterator[tuple[str, str, str, s
     lower, inner = name.lower(), name.removeprefix(RECORD)
     if not _NAME.fullmatch(name) or name.startswith(OUTSIDE):
         yield "", "file", name, "lies outside the bundle's folder, or has a name that no bundle needs"
+    elif "/" in name and name.partition("/")[0] not in _FOLDERS:
+        yield "", "file", name, f"in a folder that no bundle needs; allowed are {', '.join(_FOLDERS)}"
     try:
         if lower.endswith(_TORCH):
             with files.open(name) as stream:
@@ -102,7 +108,7 @@ def _lint_other(files: BundleFiles, name: str) -> Iterator[tuple[str, str, str, 
             yield "", "file", "NUL", "is not the text that its name says"
         if name.removeprefix(RECORD) == "name.txt" and not re.fullmatch(r"\w[\w.-]*\n?", text):
             yield "", "file", text, "no plain name: 'samseg bundle pack' makes a folder of it"
-    elif not lower.endswith(_DATA) and not name.startswith(RESULTS):
+    elif not lower.endswith(_DATA) and not (name.startswith(RESULTS) and _RESULT.fullmatch(lower)):
         yield "", "file", f"a {suffix or 'bare'} file", "of a kind that no bundle needs"
 
 

@@ -16,10 +16,11 @@ from samseg_monai.lint import expressions
 from samseg_monai.lint.components import problem_of_target
 from samseg_monai.lint.files import BundleFiles, Unreadable
 from samseg_monai.lint.finding import Finding
-from samseg_monai.lint.names import ARGUMENTS, RESULTS
+from samseg_monai.lint.names import ARGUMENTS, FILENAME, FILENAMES, RESULTS
 from samseg_monai.lint.paths import Texts, leaving
 
 SCHEMAS = "https://github.com/Project-MONAI/"  # where metadata.json may say its schema is
+BANK = {"format", "key", "rows", "row_shape"}  # what describes embeddings on disk; no call gives any of it to a config
 _RELATIVE = re.compile(r"[@%]::")
 
 
@@ -37,9 +38,14 @@ class Configs:
     def __init__(self, files: BundleFiles) -> None:
         self.findings: list[Finding] = []
         self.modules: dict[str, str] = {}
-        self.strings: dict[str, set[str]] = {}
+        self.values: dict[str, set[str | None]] = {}
+        self.merged: set[str] = set()
         contents = {name: self._read(files, name) for name in files.sizes if name.lower().endswith("json")}
-        self.texts = Texts(self.strings)
+        targets = [text for name, found in self.values.items() if name.endswith("_target_") for text in found]
+        self.torchvision = any(str(target).startswith("torchvision.") for target in targets)
+        banks = {name for name, content in contents.items() if {key for key, _ in _children(content)} == BANK}
+        self.banks = {name for name in banks if name.startswith(RESULTS)}
+        self.texts = Texts(self.values, self.merged)
         for name, content in contents.items():
             try:
                 self._look(name, content, ())
@@ -59,12 +65,21 @@ class Configs:
         return content
 
     def _collect(self, file: str, value: Any, parts: tuple[str, ...]) -> None:
-        """Take down imports and strings by id, of all files, before anything is judged."""
-        for key, child in _children(value):
-            self._collect(file, child, parts + _ids(key))
+        """Take down imports and texts by id, of all files, before anything is judged."""
+        children = _children(value)
+        if isinstance(value, list) and len(children) < len(value):
+            self.values["::".join((*parts, ""))] = {None}
+        for key, child in children:
+            inner = parts + _ids(key)
+            if key.startswith("+"):
+                self.merged.add("::".join(inner))
+            if isinstance(child, (str, list)):
+                self._collect(file, child, inner)
+            if not isinstance(child, str):
+                self.values["::".join((*inner[:-1], ""))] = {None}
         if not isinstance(value, str):
             return
-        self.strings.setdefault("::".join(parts), set()).add(value)
+        self.values.setdefault("::".join(parts), set()).add(value)
         if not expressions.is_import(value):
             return
         try:
@@ -83,13 +98,16 @@ class Configs:
             inner = parts + _ids(key)
             if isinstance(value, Pairs):
                 self._look_at_pair(file, inner, child)
+                if how := leaving(key):
+                    self._add(file, inner, "path", key, how)
                 if key in seen:
                     self._add(file, inner, "key", key, "given twice: the first value is never used")
                 seen.add(key)
-            self._look(file, child, inner)
+            if isinstance(child, (str, list)):
+                self._look(file, child, inner)
         if isinstance(value, str) and not expressions.is_import(value):
             for rule, what, why in self._of_string(value, parts):
-                if rule != "path" or not _may_lead_out(file, parts, what):
+                if rule != "path" or not self._may_lead_out(file, parts, what):
                     self._add(file, parts, rule, what, why)
 
     def _look_at_pair(self, file: str, parts: tuple[str, ...], value: Any) -> None:
@@ -102,10 +120,17 @@ class Configs:
             for entry in value if type(value) is list else [value]:
                 if not any(_same(entry, known) for known in allowed):
                     self._add(file, parts, "argument", entry, f"allowed is {_listed(allowed)}: {why}")
-        elif key == "weights" and isinstance(value, str):
-            self._add(file, parts, "argument", value, "a name of weights downloads them; allowed are numbers and null")
+        elif key == "weights" and value is not None and (self.torchvision or isinstance(value, str)):
+            why = "a network of torchvision downloads for anything but null; in bundles without one, lists are allowed"
+            self._add(file, parts, "argument", value, why)
+        elif key in FILENAMES and value is not None and not (isinstance(value, str) and FILENAME.fullmatch(value)):
+            self._add(file, parts, "argument", value, "not the plain name of a .csv, .json, .pt or .pth file")
         elif "__" in key:
             self._add(file, parts, "key", key, "double underscores")
+
+    def _may_lead_out(self, file: str, parts: tuple[str, ...], path: str) -> bool:
+        """Tell what may name a place outside: embeddings, the data they are of; metadata, MONAI's schema of it."""
+        return file in self.banks or (parts == ("schema",) and path.startswith(SCHEMAS))
 
     def _of_string(self, text: str, parts: tuple[str, ...]) -> Iterator[tuple[str, str, str]]:
         """(rule, what, why) of everything wrong with one string."""
@@ -128,14 +153,12 @@ class Configs:
 
 
 def _children(value: Any) -> list[tuple[str, Any]]:
+    """Key, or index as a text, and value; numbers in a list are left out, since nothing can be wrong with them."""
     if isinstance(value, Pairs):
-        return list(value)
-    return [(str(i), child) for i, child in enumerate(value)] if isinstance(value, list) else []
-
-
-def _may_lead_out(file: str, parts: tuple[str, ...], path: str) -> bool:
-    """Tell what may name a place outside: results, the data they came from; metadata, MONAI's schema of it."""
-    return file.startswith(RESULTS) or (parts == ("schema",) and path.startswith(SCHEMAS))
+        return value
+    if not isinstance(value, list):
+        return []
+    return [(str(i), child) for i, child in enumerate(value) if isinstance(child, (str, list))]
 
 
 def _ids(key: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import io
 import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -15,7 +16,7 @@ _STREAMS = {"(sys.stderr,)", "(sys.stdout,)", "(sys.stderr, )", "(sys.stdout, )"
 _LOGGING = {"keys", "level", "handlers", "qualname", "propagate", "formatter", "format", "datefmt", "class", "args"}
 _HANDLERS = {"StreamHandler", "NullHandler", "logging.StreamHandler", "logging.NullHandler"}
 _FORMATTERS = {"logging.Formatter"}
-_ENTRY = re.compile(r'  (?:- |  )(path|url|hash_val|hash_type): "([^"\\]*)"')
+_ENTRY = re.compile(r'(?:- |  )(path|url|hash_val|hash_type): "([^"\\]*)"')
 
 
 def check_logging(text: str) -> Iterator[Problem]:
@@ -26,7 +27,7 @@ def check_logging(text: str) -> Iterator[Problem]:
     """
     parser = configparser.ConfigParser(interpolation=None)  # fileConfig would fill in %(name)s: never allowed below
     try:
-        parser.read_string(text)
+        parser.read_file(io.StringIO(text, newline=None))  # as from a file: a carriage return ends a line, too
     except (configparser.Error, ValueError) as error:
         yield "", str(error), "no logging.conf: what a reader makes of it cannot be told"
         return
@@ -47,13 +48,15 @@ def check_large_files(text: str) -> Iterator[Problem]:
     """Say which downloads of a ``large_files.yml`` come from elsewhere than SAM's and torchvision's own hosts, have no
     sha256, or do not go to ``models``. Lines that are not written as bundles have them are named, too."""
     entries: list[dict[str, str]] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        match = _ENTRY.fullmatch(line.rstrip())
+    lines = text.splitlines()
+    indent = "" if any(line.startswith("- ") for line in lines) else "  "
+    for number, line in enumerate(lines, start=1):
+        match = _ENTRY.fullmatch(line.rstrip().removeprefix(indent)) if line.startswith(indent) else None
         if match is None:
             if line.strip() and (number > 1 or line.rstrip() != "large_files:"):
-                yield f"line {number}", line, 'not understood; entries are written as   - path: "..."'
+                yield f"line {number}", line, 'not understood; entries are written as  - path: "..."'
             continue
-        if line.startswith("  - "):
+        if line.startswith(f"{indent}- "):
             entries.append({})
         if not entries or match[1] in entries[-1]:
             yield f"line {number}", line, "belongs to no entry, or is given twice"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 
 from samseg_monai.lint.names import ATTRIBUTES, BUILTINS, CALLS, GLOBALS, IMPORTS, METHODS, VALUES
@@ -57,6 +58,11 @@ def parse(text: str) -> list[ast.stmt]:
     return tree.body
 
 
+def shown(node: ast.AST) -> str:
+    """Source of ``node`` as a person would write it: with ``@id``."""
+    return re.sub(rf"{REFS}\['([\w:]*)'\]", r"@\1", ast.unparse(node))
+
+
 def is_import(text: str) -> bool:
     """Tell whether MONAI imports something for this string."""
     try:
@@ -87,7 +93,7 @@ def problems(text: str, modules: Mapping[str, str]) -> Iterator[str]:
         text: the whole string, ``$`` included.
         modules: module of every name that the bundle imports.
     """
-    if REFS in text:
+    if REFS in unicodedata.normalize("NFKC", text):  # as Python does with every name
         yield f"reaches {REFS}"
         return
     try:
@@ -167,7 +173,7 @@ class _Checker:
                 yield f"calls the method {node.func.attr}"
             yield from self.check(node.func.value, bound)
         else:
-            yield f"calls what {ast.unparse(node.func)} gives"
+            yield f"calls what {shown(node.func)} gives"
             yield from self.check(node.func, bound)
         if any(keyword.arg is None or "__" in keyword.arg for keyword in node.keywords):
             yield "** or double underscores in the arguments of a call"

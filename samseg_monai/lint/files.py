@@ -92,25 +92,28 @@ class Folder(BundleFiles):
     def __init__(self, root: Path) -> None:
         super().__init__()
         self.root = root
-        self._walk(root, "")
+        folders = [""]
+        while folders:
+            folders += self._enter(folders.pop())
         _require_configs(self.sizes, str(root))
 
-    def _walk(self, folder: Path, prefix: str) -> None:
+    def _enter(self, prefix: str) -> list[str]:
+        """Take down the files of one folder and return the folders in it, each with ``/`` at its end."""
+        folders = []
         try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            for entry in os.scandir(self.root / prefix):
+                name = prefix + entry.name
+                if entry.is_symlink():
+                    self.note(name, "link", os.readlink(entry.path), "a link can lead out of the bundle")
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{name}/")
+                elif entry.is_file(follow_symlinks=False):
+                    self.sizes[name] = entry.stat(follow_symlinks=False).st_size
+                else:
+                    self.note(name, "link", "no regular file", "reading it may wait for ever or change a device")
         except OSError as error:
             self.note(prefix, "file", str(error.strerror), "cannot be read, so it cannot be judged")
-            return
-        for entry in entries:
-            name = prefix + entry.name
-            if entry.is_symlink():
-                self.note(name, "link", os.readlink(entry.path), "a link can lead out of the bundle")
-            elif entry.is_dir(follow_symlinks=False):
-                self._walk(Path(entry.path), f"{name}/")
-            elif entry.is_file(follow_symlinks=False):
-                self.sizes[name] = entry.stat(follow_symlinks=False).st_size
-            else:
-                self.note(name, "link", "no regular file", "reading it may wait for ever or change a device")
+        return folders
 
     def open(self, name: str) -> IO[bytes]:
         """Open a file for reading and seeking. Raises Unreadable."""

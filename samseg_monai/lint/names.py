@@ -10,6 +10,8 @@ are, among others, ``PersistentDataset``, ``LMDBDataset`` and ``GDSDataset`` (pi
 
 from __future__ import annotations
 
+import re
+
 
 def words(text: str) -> frozenset[str]:
     """The words of a text: lists of names read better without quotes and commas."""
@@ -112,8 +114,14 @@ ARGUMENTS: dict[str, tuple[tuple[object, ...], str]] = {
     "pretrained": ((None, False), "anything else downloads weights"),
     "compile_kwargs": ((None,), "names a compiler that torch would load and run"),
     "_debug_": ((False,), "stops in a debugger"),
-    "_mode_": (("default", "callable"), "anything else may stop in a debugger"),
-}
+    "_mode_": (("default",), "'callable' gives others a class to call, and LoadImage imports what a text names; "
+               "'debug' stops in a debugger"),
+    "data_root_dir": ((None, "", "@dataset_dir"), "results may be written beside output_dir"),
+    "logging_file": ((None, False), "MONAI acts upon the file that is named here as upon configs/logging.conf"),
+}  # fmt: skip
+# arguments that name a file to be written, as it may be called: no other name can be that of a program's settings
+FILENAMES = words("filename final_filename key_metric_filename metrics_filename")
+FILENAME = re.compile(r"[\w-]+\.(csv|json|pt|pth)")
 
 IMPORTS = words(
     """
@@ -125,6 +133,7 @@ GLOBALS = {"monai": "monai", "np": "numpy", "numpy": "numpy", "torch": "torch"}
 
 BUILTINS = words("abs all any bool dict enumerate float int len list max min range round set sorted str sum tuple zip")
 NUMBERS = words("bool float int len")  # builtins whose result holds nothing of a text that they get
+PASSING = words("max min")  # builtins that give one of their arguments, or an item of their only one
 CALLS = words(
     """
     logging.disable monai.handlers.from_engine monai.utils.set_determinism numpy.array numpy.eye numpy.prod
@@ -149,6 +158,9 @@ VALUES = words(
 # on what a component, a reference or a call gives: methods that may be called, attributes that may be read
 METHODS = words("attach fill finish index load load_base parameters run set_trainer to")
 ATTRIBUTES = words("device dtype good ndim requires_grad shape type")
+
+# last names of what is called and never gives a text
+TEXTLESS = (BUILTINS - PASSING - {"str"}) | words("device_count get_rank get_world_size index is_available prod")
 
 # results that a run leaves in the bundle, where MONAI bundles have them: data of any kind, and the record of the run
 RESULTS = ("eval/", "models/log/")

@@ -111,12 +111,12 @@ def check_safetensors(stream: IO[bytes], size: int) -> Iterator[Problem]:
     try:
         table = json.loads(stream.read(length).decode("utf-8"))
         table.pop("__metadata__", None)
-        ends = [entry["data_offsets"][1] for entry in table.values()]
-    except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError) as error:
+        end = max([int(entry["data_offsets"][1]) for entry in table.values()], default=0)
+    except (ArithmeticError, ValueError, RecursionError, TypeError, LookupError, AttributeError) as error:
         yield "", f"{type(error).__name__} in its table", "no safetensors file"
         return
-    if 8 + length + max(ends, default=0) != size:
-        yield "", f"{size:,} bytes", f"its table says {8 + length + max(ends, default=0):,}"
+    if 8 + length + end != size:
+        yield "", f"{size:,} bytes", f"its table says {8 + length + end:,}"
 
 
 def kind_of(start: bytes) -> str:
