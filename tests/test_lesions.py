@@ -228,6 +228,15 @@ def test_thirty_drawn_volumes_equal_the_literal_description(spacing, rules):
     assert ((scores[:, 0] > 0) & (scores[:, 0] < 1)).sum() > 10
 
 
+@pytest.mark.parametrize("spacing", [MM, (0.8, 1.1, 2.5)])
+def test_large_masks_around_small_ones_equal_the_literal_description(spacing):
+    """A network that marks everything, or a lesion that is everything: distances come from a map, not from a tree."""
+    everything, some = np.ones(SHAPE, dtype=bool), boxes(A, (B, (5, 4, 4)), (C, (9, 9, 9)))
+    for pair in ((everything, some), (some, everything)):
+        got = tuple(score_lesions(*pair, spacing_mm=spacing).values())
+        assert got == pytest.approx(literal(*pair, spacing, LesionRules()), rel=1e-9)
+
+
 def rows_of(prediction, reference, spacing=MM, classes=PARTS, case="a", **options) -> list[dict]:
     affine = torch.diag(torch.tensor([*spacing, 1.0], dtype=torch.float64))
     metric = CaseScores(classes=classes, **options)
