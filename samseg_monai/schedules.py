@@ -53,7 +53,10 @@ def warmup_schedule(
     if total < 1:
         problems.append(f"total must be at least 1 iteration, got {total}")
     if warmup < 0 or warmup >= max(total, 1):
-        problems.append(f"warmup must be 0 to total - 1 = {total - 1} iterations, got {warmup}")
+        problems.append(
+            f"warmup must be 0 to total - 1 = {total - 1} iterations, got {warmup}: all epochs together have "
+            f"{total} batches; override a bundle with --schedule::warmup 0, or raise --epochs"
+        )
     if decay not in DECAYS:
         problems.append(f"decay must be one of {', '.join(DECAYS)}, got {decay!r}")
     if not power > 0:

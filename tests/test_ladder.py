@@ -537,6 +537,23 @@ def test_the_gate_is_a_fact_of_the_card(tmp_path):
     assert SamSegmenter("tiny", Ladder(SmallSide()), **EIGHT).strategy.facts(network) == {"gate": pytest.approx(gate)}
 
 
+def test_the_card_says_how_the_side_network_was_built():
+    sides = {
+        ResNetSide(): {},
+        ResNetSide(8): {"width": 8},
+        FeatureMap(nn.Conv2d(3, 8, 16, stride=16), -1): {
+            "net": {
+                "_target_": "torch.nn.modules.conv.Conv2d", "in_channels": 3, "out_channels": 8,
+                "kernel_size": [16, 16], "stride": [16, 16], "padding": [0, 0], "dilation": [1, 1],
+            },
+            "index": -1,
+        },
+    }  # fmt: skip
+    for side, built in sides.items():
+        assert Ladder(side, mix="side").facts(nn.Module()) == ({"side_arguments": built} if built else {})
+    assert Ladder(mix="sam").facts(nn.Module()) == {}
+
+
 def test_the_card_refuses_another_ladder_but_not_another_start(tmp_path):
     network = segmenter(strategy=Ladder(SmallSide(), masks="sam", side_weights="random"))
     network.base_sha256 = "any"

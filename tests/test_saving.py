@@ -393,8 +393,12 @@ def test_another_training_is_refused_with_all_differences(tmp_path):
     assert all(torch.equal(start[name], tensor) for name, tensor in other.network.state_dict().items())
 
 
-def test_a_damaged_file_is_refused_readably(tmp_path):
-    (tmp_path / "resume.pt").write_bytes(b"PK\x03\x04 not a file of torch")
+@pytest.mark.parametrize("content", [b"PK\x03\x04 not a file of torch", {"weight": 1}, [1.0]], ids=type)
+def test_a_damaged_or_foreign_file_is_refused_readably(content, tmp_path):
+    if isinstance(content, bytes):
+        (tmp_path / "resume.pt").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "resume.pt")
     with pytest.raises(CheckpointError, match=r"not a resume file .* delete it"):
         Run(tmp_path).go()
 

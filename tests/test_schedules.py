@@ -89,3 +89,9 @@ def test_the_state_goes_through_a_weights_only_file_and_continues(tmp_path):
         fresh.step()
         again.step()
     assert rest == whole[7:]
+
+
+def test_a_warm_up_longer_than_the_training_names_the_override():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=BASE)
+    with pytest.raises(ConfigError, match=r"0 to total - 1 = 1 iterations, got 250.*--schedule::warmup 0"):
+        warmup_schedule(optimizer, total=2, warmup=250)

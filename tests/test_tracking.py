@@ -315,6 +315,18 @@ def test_an_address_that_is_none_is_refused_before_anything_is_loaded(uri, tmp_p
         handlers.Tracking(handlers.RunCard(tmp_path, settings={}), tmp_path, uri=uri)
 
 
+def test_a_database_that_is_none_is_refused_at_once(tmp_path, monkeypatch):
+    """MLflow would try to open it ten times, waiting twice as long each time."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "curves.csv").write_text("epoch,iteration,name,value\n")
+    (tmp_path / "empty.db").touch()
+    mlflow_run.check_address("sqlite:///empty.db")
+    for name in ("", ":memory:", "folder", "curves.csv"):
+        with pytest.raises(ConfigError, match=f"mlflow::uri sqlite:///{name} (names no|is a)"):
+            mlflow_run.check_address(f"sqlite:///{name}")
+
+
 def test_names_and_values_that_mlflow_would_refuse_are_made_to_fit(store):
     assert flat({"a": {"b": {"c": 1}, "d": [1, {"e": 2}]}, "f": {}}) == {"a.b.c": 1, "a.d": [1, {"e": 2}], "f": {}}
     run = MlflowRun(store.uri, store.experiment, "a", tags={"long": "t" * 20_000})
@@ -485,6 +497,15 @@ def test_classes_in_one_volume_or_in_channels_of_their_own_are_one_picture(class
     [(_, first)] = shown(tmp_path / "a", {**one, **labels}, classes=names)
     [(_, second)] = shown(tmp_path / "b", {**one, **channels}, classes=names)
     assert np.array_equal(first, second)
+
+
+def test_classes_that_were_exchanged_do_not_look_right(tmp_path):
+    one = volumes("one", shift=0)
+    exchanged = {**one, "pred": 2 * one["reference"]}
+    [(_, right)] = shown(tmp_path / "a", {**one, "pred": one["reference"]}, classes=["left", "right"])
+    [(_, wrong)] = shown(tmp_path / "b", exchanged, classes=["left", "right"])
+    outline, found = colours(right)["both"], colours(wrong)
+    assert outline.any() and np.array_equal(found["prediction"], outline) and not found["both"].any()
 
 
 def test_long_names_are_cut_and_the_colours_can_be_told_apart(tmp_path):

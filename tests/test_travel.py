@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from monai.bundle import ConfigParser
 
 from samseg_monai import cli
 from samseg_monai.bundles import pack_bundle, verify_sums
+from samseg_monai.bundles.record import _started_with, with_values
 from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.errors import BundleError, SamsegError
 from tests.conftest import TINY
@@ -23,13 +25,16 @@ from tests.conftest import TINY
 ROOT = Path(__file__).parents[1] / "bundles"
 LORA = ROOT / "meningioma_segmentation_lora" / "configs"
 
+# what has no public key of its own
+WITHIN = {"train::loss::loss::batch": True, "validate::handlers::1::patience": 2}
+
 
 @pytest.fixture(scope="module")
 def run(phantoms, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     shared = {**TINY, "dataset_dir": str(phantoms), "output_dir": str(folder), "strategy::rank": 2}
     overlay = LORA / "demo.json"
-    run_workflow([LORA / "train.json", overlay], {**shared, "epochs": 2, "batch_size": 2, "lr": 0.01})
+    run_workflow([LORA / "train.json", overlay], {**shared, "epochs": 2, "batch_size": 2, "lr": 0.01, **WITHIN})
     run_workflow([LORA / "evaluate.json", overlay], shared)
     return folder
 
@@ -72,6 +77,38 @@ def test_archive_holds_everything_and_its_sums_fit(unpacked):
     config = json.loads((unpacked / "configs" / "inference.json").read_text())
     assert (config["sam_variant"], config["strategy"]["rank"], config["crop_size"]) == ("tiny", 2, [32, 36])
     assert json.loads((unpacked / "configs" / "train.json").read_text())["epochs"] == 2
+
+
+def test_overrides_within_the_training_are_in_the_card_and_travel(unpacked, run):
+    settings = json.loads((run / "run_card.json").read_text())["settings"]
+    assert {key: value for key, value in settings.items() if "::" in key} == WITHIN
+    built, packed = (json.loads((folder / "train.json").read_text()) for folder in (LORA, unpacked / "configs"))
+    built["train"]["loss"]["loss"]["batch"] = True
+    built["validate"]["handlers"][1]["patience"] = 2
+    assert (packed["train"], packed["validate"]) == (built["train"], built["validate"])
+
+
+def test_packed_bundle_trains_again_to_the_same_weights(unpacked, run, phantoms, tmp_path):
+    overrides = {"dataset_dir": str(phantoms), "output_dir": str(tmp_path / "again"), "sam_checkpoint": "random"}
+    run_workflow([unpacked / "configs" / "train.json"], overrides)
+    for name in ("adapter.safetensors", "history.csv"):
+        assert (tmp_path / "again" / name).read_bytes() == (run / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_record_of_several_processes_is_a_bundle_for_one(name):
+    files = [LORA / f"{name}.json", LORA / f"multi_gpu_{name}.json"]
+    own = {"crop_size": [32, 36]}
+    if name == "train":
+        own |= {**WITHIN, "train::dataset::cache_dir": "/elsewhere", "train::sampler::seed": 3}
+    effective = ConfigParser(ConfigParser.load_config_files(files))
+    for key, value in own.items():
+        effective[key] = value
+    alone = ConfigParser(json.loads(files[0].read_text()))
+    for key in own.keys() & {"crop_size", *WITHIN}:
+        alone[key] = own[key]
+    config = json.loads(files[0].read_text())
+    assert with_values(config, _started_with(LORA, effective.get()), effective.get()) == alone.get()
 
 
 def test_archive_names_no_folder_of_the_machine_it_was_made_on(unpacked, run, phantoms):

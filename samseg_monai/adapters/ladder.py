@@ -46,6 +46,7 @@ class ResNetSide(nn.Sequential):
         if width < 1:
             raise AdapterError(f"ResNetSide: width must be at least 1 channel, got {width}")
         self.checkpointing = False
+        self.width = width
         # what to start from in the table of known files
         self.published = "resnet18" if width == PUBLISHED_WIDTH else None
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)

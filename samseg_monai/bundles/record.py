@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+from monai.bundle import ConfigParser
+from monai.bundle.utils import merge_kv
 
 from samseg_monai.bundles.running import current_workflow
 from samseg_monai.sam.weights import RANDOM
@@ -16,20 +19,23 @@ RECORD = "bundle"
 # components that a reader calls settings
 CHOICES = ("samseg_monai.strategies.", "samseg_monai.adapters.", "samseg_monai.data.slices.")
 MAIN_CONFIGS = ("train.json", "evaluate.json", "inference.json")
-# where data and results lie on the machine of the run is nobody else's business, and wiring stays as built
+SECTIONS = ("train", "validate")  # wiring, of which a run's record has what was overridden
+# where data and results lie on the machine of the run is nobody else's business, and the other wiring stays as built
 LOCAL = {
     "_meta_", "bundle_root", "checkpoint", "datalist", "dataset_dir", "device", "finalize", "imports", "initialize",
     "is_rank0", "mlflow", "network", "output_dir", "results_dir", "run", "sam_checkpoint", "train", "validate",
 }  # fmt: skip
+_ABSENT = object()
 PLACES = {"embeddings": "cache_dir", "slices": "cache_dir", "strategy": "side_weights"}  # likewise, within settings
 
 
 def with_values(config: dict[str, Any], original: dict[str, Any], effective: dict[str, Any]) -> dict[str, Any]:
-    """Return ``config`` with the top-level values that a run changed.
+    """Return ``config`` with the values that a run changed: top-level ones, and those within ``SECTIONS``.
 
     Args:
         config: a config file of the bundle.
-        original: the config file the run was started with, as it lies in the bundle.
+        original: the config file the run was started with, as it lies in the bundle; for a run of several processes
+            with the overlay for them, which must not get into ``config``.
         effective: what the run really used, overlays and overrides included.
 
     A value is taken over where ``config`` had the same one as ``original``: the two meant the same thing. Places are
@@ -43,19 +49,80 @@ def with_values(config: dict[str, Any], original: dict[str, Any], effective: dic
     for key, place in PLACES.items():
         if isinstance(changed.get(key), dict) and changed[key].get(place) not in (None, RANDOM):
             changed[key] = {**changed[key], place: config[key].get(place)}
-    return {**config, **changed}
+    parser = ConfigParser(copy.deepcopy({**config, **changed}))
+    for name, value in overridden(original, effective).items():
+        parent = name.rpartition("::")[0]
+        if name in parser or (parent in parser and isinstance(parser[parent], dict)):  # else a part of the overlay
+            parser[name] = copy.deepcopy(value)
+    return dict(parser.get())
+
+
+def overridden(original: dict[str, Any], effective: dict[str, Any]) -> dict[str, Any]:
+    """Return the ids within ``SECTIONS`` that a run changed, and their values; absolute paths are left out."""
+    found: dict[str, Any] = {}
+    for section in SECTIONS:
+        if section in original and section in effective:
+            found.update(_differences(original[section], effective[section], section))
+    return {name: value for name, value in found.items() if not _names_a_place(value)}
+
+
+def _differences(before: Any, now: Any, name: str) -> dict[str, Any]:
+    """Ids from ``name`` on whose values differ, as deep within as the two are built alike."""
+    pairs: list[tuple[Any, Any, Any]]
+    if isinstance(before, dict) and isinstance(now, dict) and before.keys() <= now.keys():
+        pairs = [(key, before.get(key, _ABSENT), value) for key, value in now.items()]
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = [(index, old, new) for index, (old, new) in enumerate(zip(before, now, strict=True))]
+    else:
+        return {} if before == now else {name: now}
+    found: dict[str, Any] = {}
+    for key, old, new in pairs:
+        found.update(_differences(old, new, f"{name}::{key}"))
+    return found
+
+
+def _names_a_place(value: Any) -> bool:
+    if isinstance(value, (dict, list)):
+        return any(map(_names_a_place, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and Path(value).is_absolute()
+
+
+def _started_with(configs: Path, effective: dict[str, Any]) -> dict[str, Any]:
+    """The config file in ``configs`` that the running one is made from, with the overlay for several processes if used.
+
+    Empty where there is none.
+    """
+    name = next((n for n in MAIN_CONFIGS if (configs / n).is_file() and _is_from(effective, configs / n)), None)
+    if name is None:
+        return {}
+    original = json.loads((configs / name).read_text(encoding="utf-8"))
+    overlay = configs / f"multi_gpu_{name}"
+    if not overlay.is_file():
+        return dict(original)
+    changes = json.loads(overlay.read_text(encoding="utf-8"))
+    parser = ConfigParser(original)
+    if changes.get("is_rank0") == effective.get("is_rank0"):
+        for key, value in changes.items():
+            merge_kv(parser, key, value)
+    return dict(parser.get())
 
 
 def settings() -> dict[str, Any]:
-    """Return the running config's values that a reader of a card wants: every public key but places and wiring."""
+    """Return the running config's values that a reader of a card wants: every public key but places and wiring.
+
+    ``strategy`` is there whatever its parts are, and what was overridden within ``SECTIONS`` under its whole id.
+    """
     workflow = current_workflow()
-    config = {} if workflow is None else workflow.parser.get()
+    if workflow is None:
+        return {}
+    config = workflow.parser.get()
     wanted = (int, float, str, bool, list, dict, type(None))
-    return {
+    public = {
         key: value
         for key, value in config.items()
-        if key not in LOCAL and isinstance(value, wanted) and not _is_wiring(value)
+        if key not in LOCAL and isinstance(value, wanted) and (key == "strategy" or not _is_wiring(value))
     }
+    return {**public, **overridden(_started_with(Path(workflow.config_root_path), config), config)}
 
 
 def _is_wiring(value: Any) -> bool:
@@ -114,8 +181,7 @@ def record_bundle(output_dir: str, *, keep: bool = False) -> None:
     shutil.rmtree(target, ignore_errors=True)
     (target / "configs").mkdir(parents=True)
     effective = workflow.parser.get()
-    started_with = next((n for n in MAIN_CONFIGS if (configs / n).is_file() and _is_from(effective, configs / n)), None)
-    original = json.loads((configs / started_with).read_text(encoding="utf-8")) if started_with else {}
+    original = _started_with(configs, effective)
     for path in sorted(configs.iterdir()):
         if path.name in MAIN_CONFIGS and original:
             config = with_values(json.loads(path.read_text(encoding="utf-8")), original, effective)

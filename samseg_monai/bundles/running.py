@@ -124,12 +124,12 @@ def unknown_keys(config: dict[str, Any], known: dict[str, Any]) -> list[str]:
             name in known
             or name.split("::")[0] in INTERNAL
             or key.startswith("_")
-            or "_target_" in owner
-            and _accepts(owner, key)
+            or ("_target_" in owner and _accepts(owner, key))
         ):
             continue
-        if "::" in name and name.rpartition("::")[0] not in known:
-            continue  # its parent is reported, or is a component given whole
+        parent = name.rpartition("::")[0]
+        if parent and (parent not in known or known[parent].get(parent.rpartition("::")[2], "") is None):
+            continue  # its parent is reported, is a component given whole, or a mapping in place of null
         close = difflib.get_close_matches(name, known, n=1)
         problems.append(f"{name}" + (f" (did you mean {close[0]}?)" if close else ""))
     return problems

@@ -22,6 +22,7 @@ from filelock import FileLock
 from samseg_monai.errors import ConfigError, TrainingError
 
 SQLITE = "sqlite:///"
+MAGIC = b"SQLite format 3\0"  # that every database begins with
 SERVERS = ("http://", "https://", "postgresql", "mysql", "mssql", "databricks")
 # MLflow's own limits (mlflow/utils/validation.py)
 KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH = 250, 6000, 5000
@@ -34,7 +35,8 @@ def check_address(uri: str) -> None:
     """Refuse what cannot be a tracking store before anything is loaded.
 
     Raises:
-        ConfigError: no address of a database or server, or the package that it needs is not installed.
+        ConfigError: no address of a database or server, the package that it needs is not installed, or the file of a
+            sqlite database is none.
     """
     if not isinstance(uri, str) or not uri.startswith((SQLITE, *SERVERS)):
         raise ConfigError(f"mlflow::uri must be sqlite:///PATH or the address of an MLflow server, got {uri!r}")
@@ -45,6 +47,29 @@ def check_address(uri: str) -> None:
             f"mlflow::uri is set, but {', '.join(absent)} is not installed: pip install 'samseg-monai[mlflow]', or set "
             "mlflow::uri to null"
         )
+    if uri.startswith(SQLITE):
+        _check_database(uri.removeprefix(SQLITE))
+
+
+def _check_database(name: str) -> None:
+    """Refuse what sqlite cannot open, or would forget: MLflow tries again for two minutes before it says so."""
+    path = Path(name)
+    problem = None
+    if not name or ":memory:" in name:
+        problem = "names no file, so nothing would be kept"
+    elif path.is_dir():
+        problem = "is a folder"
+    elif path.is_file() and path.stat().st_size and not _begins(path, MAGIC):
+        problem = "is another file, no database"
+    if problem:
+        raise ConfigError(
+            f"mlflow::uri {SQLITE}{name} {problem}; give the path of a file, such as {SQLITE}runs/mlflow.db"
+        )
+
+
+def _begins(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(len(magic)) == magic
 
 
 class MlflowRun:

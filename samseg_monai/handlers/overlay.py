@@ -1,8 +1,8 @@
 """A picture of one slice: grey image, outlines of reference and prediction, a caption; plain arrays, drawn in no time.
 
 Blue and orange are those of Okabe and Ito (2008, "Color universal design"), which people with a colour-vision
-deficiency can tell apart; where both outlines meet they are white. The view is the radiological one: front of the
-patient up, the patient's right on the viewer's left.
+deficiency can tell apart; where both outlines of a class meet they are white. The view is the radiological one: front
+of the patient up, the patient's right on the viewer's left.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def draw(
     picture = np.repeat(grey[..., None], 3, axis=2)
     lines = _outline(first), _outline(second)
     picture[_near(lines[0] | lines[1])] //= 3  # a dark rim: outlines show on bright tissue, too
-    for where, colour in ((lines[0], REFERENCE), (lines[1], PREDICTION), (lines[0] & lines[1], BOTH)):
+    agree = lines[0] & lines[1] & (first == second)  # organs that were exchanged have the same outlines, too
+    for where, colour in ((lines[0], REFERENCE), (lines[1], PREDICTION), (agree, BOTH)):
         picture[where] = colour
     return np.concatenate([_sides_named(picture), _legend(caption, picture.shape[1])])
 

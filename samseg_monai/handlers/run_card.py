@@ -13,6 +13,8 @@ from typing import Any
 import ignite.distributed as idist
 from ignite.engine import Events
 
+from samseg_monai.checkpoints import read_card
+from samseg_monai.errors import CheckpointError
 from samseg_monai.handlers import provenance
 from samseg_monai.trainable import count_trainable
 
@@ -147,7 +149,7 @@ class RunCard:
             metrics=measured.metrics,
             best=best,
             **self._seen(engine),
-            **_of_strategy(self.network),
+            **self._learnt(),
         )
 
     def _seen(self, engine: Any) -> dict[str, Any]:
@@ -155,6 +157,22 @@ class RunCard:
         collapsed = getattr((self.evaluator or engine).state, "collapsed", None)
         flow = self._before.get("gradient_flow") or getattr(engine.state, "gradient_flow", None)
         return {"gradient_flow": flow, "collapsed_classes": collapsed or self._before.get("collapsed_classes")}
+
+    def _learnt(self) -> dict[str, Any]:
+        """What the strategy says of the weights that are kept, such as the ladder's ``gate``.
+
+        Those are the weights of the best epoch, or their average: the card of the adapter in the same folder knows.
+        Without an adapter there (an evaluation) it is what the network says now.
+        """
+        network = getattr(self.network, "module", self.network)
+        strategy = getattr(network, "strategy", None)
+        if strategy is None:
+            return {}
+        try:
+            saved = read_card(self.path.parent)
+        except CheckpointError:
+            saved = {}
+        return {key: saved.get(key, value) for key, value in strategy.facts(network).items()}
 
     def _seconds(self) -> float:
         """Seconds of the whole training, those before a resume included."""
@@ -180,10 +198,3 @@ def _of_network(network: Any) -> dict[str, Any]:
         "strategy": None if strategy is None else {"name": strategy.name, "arguments": strategy.arguments()},
         "trainable_parameters": count_trainable(network),
     }
-
-
-def _of_strategy(network: Any) -> dict[str, Any]:
-    """What the strategy says of what it has learnt, such as the ladder's ``gate``."""
-    network = getattr(network, "module", network)
-    strategy = getattr(network, "strategy", None)
-    return {} if strategy is None else strategy.facts(network)

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # what makes a resume file that of another training
 _IDENTITY = ("base_sha256", "num_classes", "image_size", "scans", "scan_mode", "input_scale", "prompt")
+_KEYS = ("card", "epoch", "epoch_length", "network", "parts", "scaler", "random")
 
 
 class ResumeSaver:
@@ -173,11 +174,15 @@ class ResumeSaver:
 
     def _read(self) -> dict[str, Any]:
         try:
-            return torch.load(self.path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            absent = [key for key in _KEYS if key not in content]
+            if absent:
+                raise ValueError(f"no {', '.join(absent)} in it")
+        except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
             raise CheckpointError(
                 f"{self.path}: not a resume file ({error}); delete it to train from the start"
             ) from error
+        return dict(content)
 
     def _refuse_another(self, content: Mapping[str, Any]) -> None:
         theirs = {**content["card"], "batches per epoch": content["epoch_length"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,29 @@ class Ladder(Strategy):
         self.side.load_state_dict({name: state.get(name, tensor) for name, tensor in wanted.items()})
 
     def facts(self, segmenter: Segmenter) -> dict[str, Any]:
-        """``gate``: g of ``g * sam + (1 - g) * side``, where there is one."""
+        """``gate``: g of ``g * sam + (1 - g) * side``, where there is one.
+
+        ``side_arguments``: how the side network was built, where that is not its class's default.
+        """
         side = getattr(segmenter, "side", None)
-        return {"gate": side.gate} if isinstance(side, GatedSide) and self.mix == "gate" else {}
+        found: dict[str, Any] = {"gate": side.gate} if isinstance(side, GatedSide) and self.mix == "gate" else {}
+        built = {} if self.side is None else _built_with(self.side)
+        return {**found, "side_arguments": built} if built else found
 
     def _learnt(self, segmenter: Segmenter) -> list[str]:
         prefixes = tuple(f"sam.mask_decoder.{part}" for part in _LEARNT[self.decoder])
         unused = set(unused_of_decoder(segmenter))
         return [name for name in decoder_names(segmenter) if name.startswith(prefixes) and name not in unused]
+
+
+def _built_with(module: nn.Module) -> dict[str, Any]:
+    """Constructor arguments of a module that are not its defaults, as far as its attributes of the same names tell."""
+    found: dict[str, Any] = {}
+    for name, parameter in inspect.signature(type(module)).parameters.items():
+        value = getattr(module, name, parameter.default)
+        if isinstance(value, nn.Module):
+            kind = type(value)
+            found[name] = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **_built_with(value)}
+        elif isinstance(value, (bool, int, float, str, tuple, list)) and value != parameter.default:
+            found[name] = list(value) if isinstance(value, tuple) else value
+    return found
