@@ -7,6 +7,7 @@ arXiv:2106.08254): the closer a layer lies to the input, the smaller its rate.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -93,19 +94,27 @@ def _layers_behind(name: str, depth: int) -> int:
 
 def _problems(learning: Mapping[str, nn.Parameter], layer_decay: float | None, scale: Scale) -> list[str]:
     problems = []
-    if layer_decay is not None and not 0 < layer_decay <= 1:
-        problems.append(f"layer_decay must be above 0 and at most 1, got {layer_decay}; null means none")
+    if layer_decay is not None and not (_number(layer_decay) and 0 < layer_decay <= 1):
+        problems.append(f"layer_decay must be above 0 and at most 1, got {layer_decay!r}; null means none")
     elif layer_decay is not None and not any(name.startswith(_ENCODER) for name in learning):
         problems.append(f"layer_decay is {layer_decay}, but nothing of an image encoder learns; set it to null")
     for pair in scale:
-        if isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[1], (int, float)):
-            problems.append(f'scale takes pairs such as ["side.alpha", 10], got {pair!r}')
+        if not _is_pair(pair):
+            problems.append(f'scale takes a list of pairs such as [["side.alpha", 10]], got {pair!r} in it')
         elif not pair[1] > 0:
             problems.append(f"scale: the factor of {pair[0]!r} must be above 0, got {pair[1]}")
         elif not any(_matches(pair[0], name) for name in learning):
             there = dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in learning)
             problems.append(f"scale: {pair[0]!r} matches nothing that learns; there is {', '.join(there) or 'nothing'}")
     return problems
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _is_pair(given: Any) -> bool:
+    return isinstance(given, (list, tuple)) and len(given) == 2 and isinstance(given[0], str) and _number(given[1])
 
 
 def _row(rate: float, spared: bool, members: Mapping[str, nn.Parameter]) -> str:

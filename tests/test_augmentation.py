@@ -425,7 +425,8 @@ def test_sagittal_slices_are_not_mirrored(read):
         (1, ["left lung", "heart", "Lung_Right"], None, ["left lung", "Lung_Right", "mirrored_classes"]),
         (1, ["left lung", "right lung"], [["left lung", "rigth lung"]], ["rigth lung", "left lung, right lung"]),
         (1, ["a", "b", "c"], [["a", "b"], ["b", "c"]], ["b: named twice"]),
-        (1, ["a", "b", "c"], [["a", "b", "c"]], ["two names"]),
+        (1, ["a", "b", "c"], [["a", "b", "c"]], ["list of pairs"]),
+        (1, ["left lung", "right lung"], ["left lung", "right lung"], ["'left lung': ", "'right lung': "]),
     ],
 )
 def test_mirrors_that_would_teach_a_wrong_side_are_refused(axis, classes, pairs, named):
@@ -481,6 +482,16 @@ def test_every_override_that_the_page_shows_is_known_and_builds(built, read):
         draw = Compose(parser.get_parsed_content("augmentation_transforms"))
         logits, item = torch.zeros(1, 9, 64, 64), slice_with((20, 20), (40, 40))
         assert torch.isfinite(loss(logits, drawn(draw, item, 0)["label"][None]))
+
+
+def test_class_weights_may_be_a_mapping_in_a_file(read):
+    known = ids_of(read("abdomen_ladder").get())
+    parser = read("abdomen_ladder", **{"loss::class_weights": {"gallbladder": 3}})
+    assert unknown_keys(parser.get(), known) == []
+    weights = parser.get_parsed_content("train::loss").loss.weight
+    assert float(weights[1 + parser["classes"].index("gallbladder")] / weights[0]) == 3
+    wrong = {"loss": {"class_wieghts": {"gallbladder": 3}}}
+    assert unknown_keys(wrong, known) == ["loss::class_wieghts (did you mean loss::class_weights?)"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
+import json
 import logging
 import re
 import sys
@@ -144,8 +146,9 @@ class Drawing(Dataset):
 class Run:
     """A training as a bundle wires it: 3 batches and 2 steps an epoch; made anew for a resume."""
 
-    def __init__(self, folder, *, decay=0.15, epochs=3, every=1, groups=True):
-        self.network = network = segmenter(LoRA(2, decoder=True), image_size=32, prompt="none")
+    def __init__(self, folder, *, decay=0.15, epochs=3, every=1, groups=True, strategy=None, card=False):
+        strategy = strategy or LoRA(2, decoder=True)
+        self.network = network = segmenter(strategy, image_size=32, prompt="none")
         options = {"layer_decay": 0.5, "scale": [("sam.mask_decoder", 0.1)]} if groups else {}
         self.optimizer = torch.optim.Adam(parameter_groups(network, 0.01, **options), lr=0.01)
         schedule = warmup_schedule(self.optimizer, total=9, warmup=2)
@@ -163,6 +166,7 @@ class Run:
             train_data_loader=DataLoader(Drawing(), batch_size=2, shuffle=True, generator=torch.Generator()),
             loss_function=nn.BCEWithLogitsLoss(), accumulation_steps=2,
             train_handlers=[
+                *([handlers.RunCard(folder, settings={}, network=network, best=best)] if card else []),
                 handlers.EpochSeeder(0), keep, LrScheduleHandler(schedule, print_lr=False, epoch_level=False),
             ],
         )  # fmt: skip
@@ -243,6 +247,16 @@ def test_without_validation_the_adapter_of_the_last_epoch_is_the_average(average
     adapter = load_file(tmp_path / "adapter.safetensors")
     assert same({name: adapter[name] for name in run.ema.average}, run.ema.average)
     assert same(run.learnt(), averaged.run.learnt())
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_the_run_card_tells_the_gate_of_the_weights_that_are_kept(every, tmp_path):
+    strategy = Ladder(SmallSide(), side_weights="random")
+    run = Run(tmp_path, strategy=strategy, epochs=2, every=every, groups=False, card=True).go()
+    card = json.loads((tmp_path / "run_card.json").read_text(encoding="utf-8"))
+    kept = load_file(tmp_path / "adapter.safetensors")["side.alpha"]
+    assert card["status"] == "completed" and card["gate"] == pytest.approx(torch.sigmoid(kept).item())
+    assert abs(card["gate"] - run.network.side.gate) > 1e-4  # the training goes on with other weights
 
 
 def test_a_validation_that_fails_leaves_the_weights_of_the_training(tmp_path):
@@ -388,7 +402,10 @@ def test_a_schedule_keeps_the_ratios():
             r"'side.alfa' matches nothing .*; there is sam\.mask.*, side\.alpha, side\.net\.\*\.weight",
         ),
         ({"scale": [["side", 0]]}, "factor of 'side' must be above 0, got 0"),
-        ({"scale": {"side.alpha": 10}}, r'pairs such as \["side.alpha", 10\], got \'side.alpha\''),
+        ({"scale": {"side.alpha": 10}}, r'pairs such as \[\["side.alpha", 10\]\], got \'side.alpha\''),
+        ({"scale": ["side.alpha", 10]}, "got 'side.alpha' in it.*got 10 in it"),
+        ({"scale": [["side", float("inf")]]}, "pairs such as"),
+        ({"layer_decay": "0.9"}, "layer_decay must be above 0 and at most 1, got '0.9'"),
         ({"scale": [["side", "fast"]]}, "pairs such as"),
         ({"layer_decay": 0.5}, "nothing of an image encoder learns"),
     ],
@@ -410,6 +427,7 @@ class Shifted(nn.Module):
         self.weight, self.other = nn.Parameter(torch.tensor([3.0])), nn.Parameter(torch.tensor([1.0]))
         self.norm = nn.BatchNorm1d(1)
         self.rates: list[list[float]] = []
+        self.weights: list[float] = []
 
     def forward(self, image, boxes):
         self.norm(image)
@@ -422,13 +440,26 @@ def try_rates(network, tmp_path, *, scale=1.0, loss=None, **options):
         [{"params": [network.weight], "lr": 0.01}, {"params": [network.other], "lr": 0.1}], lr=0.01
     )
     optimizer.register_step_post_hook(lambda o, *_: network.rates.append([g["lr"] for g in o.param_groups]))
+    optimizer.register_step_post_hook(lambda *_: network.weights.append(network.weight.item()))
     found = range_test(
         network, optimizer, loss or (lambda pred, label: scale * (pred - label).square()),
         DataLoader(data, batch_size=2), PrepareBatchExtraInput({"boxes": "boxes"}),
-        device=torch.device("cpu"), output_dir=str(tmp_path), lr=0.01,
-        **{"start_lr": 1e-4, "end_lr": 10.0, "steps": 60, **options},
+        device=torch.device("cpu"), output_dir=str(tmp_path),
+        **{"lr": 0.01, "start_lr": 1e-4, "end_lr": 10.0, "steps": 60, **options},
     )  # fmt: skip
     return found, optimizer
+
+
+def test_a_range_test_clips_gradients_as_the_training_does(tmp_path):
+    steps = {}
+    for clip_norm in (None, 0.5):
+        network = Shifted()
+        network.weights.append(3.0)
+        try_rates(network, tmp_path, scale=100.0, clip_norm=clip_norm, end_lr=1e-3, steps=10)
+        moved = [abs(a - b) for a, b in itertools.pairwise(network.weights)]
+        steps[clip_norm] = [one / rate for one, (rate, _) in zip(moved, network.rates, strict=True)]
+    assert steps[None][0] == pytest.approx(600, rel=1e-3) and min(steps[None]) > 200  # the slope of 100 w ** 2
+    assert steps[0.5] == pytest.approx([0.5] * 10, rel=1e-2)
 
 
 @pytest.mark.parametrize("scale", [1.0, 10.0])
@@ -460,6 +491,11 @@ def test_a_loss_that_is_not_a_number_ends_the_test_and_one_that_never_falls_is_t
     with pytest.raises(TrainingError, match=r"the loss fell nowhere between 0\.0001 and"):
         try_rates(Shifted(), tmp_path, loss=lambda pred, label: (pred - pred.detach()).square() + 1, steps=12)
     assert (tmp_path / "lr_finder.png").is_file()
+
+
+def test_rates_of_parts_need_one_to_be_multiples_of(tmp_path):
+    with pytest.raises(ConfigError, match="lr must be above 0, got 0"):
+        try_rates(Shifted(), tmp_path, lr=0.0)
 
 
 def test_overrides_are_read_as_monai_reads_them():
@@ -496,6 +532,7 @@ def test_find_lr_runs_a_bundle_with_its_boxes(bundle, phantoms, tmp_path, monkey
 def test_find_lr_tells_what_is_wrong_in_words(bundle, monkeypatch, capsys):
     for words, message in [
         ([str(bundle), "--start-lr", "1", "--end-lr", "0.1"], "0 < start-lr < end-lr"),
+        ([str(bundle), "--end-lr", "inf"], "0 < start-lr < end-lr"),
         (["nowhere"], "no such config"),
         ([str(bundle), "--epohcs", "3", "--dataset_dir", "."], "epohcs"),
     ]:

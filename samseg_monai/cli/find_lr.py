@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,9 +32,10 @@ def find_lr(
 ) -> None:
     """Try learning rates on a bundle's training data and suggest one; --KEY VALUE overrides a value of the bundle.
 
-    Writes lr_finder.csv and lr_finder.png to the bundle's output_dir (--output_dir DIR changes it).
+    Gradients are clipped and accumulated as in training; the schedule (warm-up, decay) is left out: the rate grows
+    from step to step. Writes lr_finder.csv and lr_finder.png to the bundle's output_dir (--output_dir DIR changes it).
     """
-    if not 0 < start_lr < end_lr:
+    if not 0 < start_lr < end_lr < math.inf:
         raise ConfigError(f"find-lr: 0 < start-lr < end-lr needed, got {start_lr:g} and {end_lr:g}")
     test = {
         "_target_": "samseg_monai.cli.range_test.range_test",
@@ -46,6 +48,7 @@ def find_lr(
         "output_dir": "@output_dir",
         "lr": "@lr",
         "accumulation_steps": "@accumulation_steps",
+        "clip_norm": "@clip_norm",
         "start_lr": start_lr,
         "end_lr": end_lr,
         "steps": steps,

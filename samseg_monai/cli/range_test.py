@@ -19,7 +19,8 @@ import typer
 from monai.optimizers import LearningRateFinder
 from torch import Tensor, nn
 
-from samseg_monai.errors import TrainingError
+from samseg_monai.errors import ConfigError, TrainingError
+from samseg_monai.handlers.stepping import optimised
 from samseg_monai.report.lr_curve import write_lr_curve
 
 TABLE, CURVE = "lr_finder.csv", "lr_finder.png"
@@ -41,34 +42,33 @@ def range_test(
     end_lr: float,
     steps: int,
     accumulation_steps: int = 1,
+    clip_norm: float | None = None,
 ) -> float:
     """Run the test, write its table and curve, and leave network and optimiser as they were.
 
     Args:
-        network, optimizer, loss, loader, prepare_batch, accumulation_steps: of the training; gradients are not
-            clipped and no schedule is applied.
+        network, optimizer, loss, loader, prepare_batch, accumulation_steps, clip_norm: of the training. Its schedule
+            is left out: the test is one, and the rate it suggests is that which warm-up leads to.
         device: where to compute.
         output_dir: folder of ``lr_finder.csv`` and ``lr_finder.png``, made if need be.
         lr: the rate of the config, shown in the curve; groups of ``optimizer`` keep their ratio to it.
         start_lr, end_lr, steps: first and last rate and the number of steps between them.
-
-    Returns:
-        The rate where the smoothed loss falls most steeply.
-
-    Raises:
-        TrainingError: the loss fell nowhere, or was not finite from the start.
+    Returns: the rate where the smoothed loss falls most steeply.
+    Raises: ConfigError where ``lr`` is not above 0; TrainingError where the loss fell nowhere, or never was finite.
     """
-    ratios = [group["lr"] / lr for group in optimizer.param_groups]
+    ratios = _ratios(optimizer, lr)
 
-    def keep_ratios(stepping: torch.optim.Optimizer, *_: Any) -> None:
+    def before_step(stepping: torch.optim.Optimizer, *_: Any) -> None:
         for group, ratio in zip(stepping.param_groups, ratios, strict=True):
             group["lr"] *= ratio  # set anew before the next step
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(optimised(stepping), clip_norm)
 
     def inputs_of(batch: Any) -> tuple[Any, ...]:
         image, _, args, kwargs = prepare_batch(batch, device, False)
         return image, args, kwargs
 
-    hook = optimizer.register_step_pre_hook(keep_ratios)
+    hook = optimizer.register_step_pre_hook(before_step)
     finder = LearningRateFinder(_OneInput(network), optimizer, _Finite(loss), device=device)
     try:
         finder.range_test(
@@ -85,6 +85,12 @@ def range_test(
         finder.reset()
         hook.remove()
     return _conclude(finder, Path(output_dir), lr)
+
+
+def _ratios(optimizer: torch.optim.Optimizer, lr: float) -> list[float]:
+    if not lr > 0:
+        raise ConfigError(f"find-lr: lr must be above 0, got {lr:g}: the rates of parts are told as multiples of it")
+    return [group["lr"] / lr for group in optimizer.param_groups]
 
 
 def _conclude(finder: Any, folder: Path, lr: float) -> float:

@@ -57,7 +57,7 @@ def export_network(source: Source, fmt: str, output: str | Path, *, size: tuple[
 
     Raises:
         BundleError: the format cannot hold this network (all reasons), or the files do not compute the same.
-        ConfigError: unknown format, or a size that does not fit.
+        ConfigError: unknown format, a size that does not fit, or an output that is a file.
     """
     if fmt not in FORMATS:
         raise ConfigError(f"format: got {fmt!r}; choose one of {', '.join(FORMATS)}")
@@ -65,6 +65,8 @@ def export_network(source: Source, fmt: str, output: str | Path, *, size: tuple[
     if fmt == "pth" and size is not None:
         raise ConfigError(f"size: got {size}, but the official layout has none; leave it out")
     output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output: {output} is a file; give a folder")
     output.mkdir(parents=True, exist_ok=True)
     network = _exact(source.network)
     known = card.facts(source)

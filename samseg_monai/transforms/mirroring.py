@@ -95,9 +95,10 @@ def _check(axis: int | None, classes: Sequence[str], pairs: Sequence[Sequence[st
     problems = []
     if axis not in (0, 1):
         problems.append(f"axis is 0 or 1, the one of a slice between left and right, got {axis}")
-    names = [name for pair in pairs or () for name in pair]
+    odd = [pair for pair in pairs or () if not isinstance(pair, (list, tuple)) or len(pair) != 2]
+    problems += [f"{pair!r}: mirrored_classes is a list of pairs, [[left, right], ...]" for pair in odd]
+    names = [name for pair in pairs or () if pair not in odd for name in pair]
     problems += [f"{name}: no such class; there are {', '.join(classes)}" for name in names if name not in classes]
-    problems += [f"{pair}: a pair has two names" for pair in pairs or () if len(pair) != 2]
     problems += [f"{name}: named twice" for name in sorted(set(names)) if names.count(name) > 1]
     if pairs is None:
         sided = [name for name in classes if {"left", "right"} & set(re.split(r"[^a-z]+", name.lower()))]
