@@ -43,9 +43,10 @@ class Forked:
             cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8",
         )  # fmt: skip
 
-    def run(self, files, overrides, log, *, ranks=1, die=None) -> list[int]:
-        """Run config files with overrides; stdout and stderr of rank r are added to ``<log>.<r>``."""
+    def run(self, files, overrides, log, *, ranks=1, die=None, cwd=ROOT) -> list[int]:
+        """Run config files with overrides in ``cwd``; stdout and stderr of rank r are added to ``<log>.<r>``."""
         job = {"files": [str(f) for f in files], "overrides": overrides, "log": str(log), "ranks": ranks, "die": die}
+        job["cwd"] = str(cwd)
         self._server.stdin.write(json.dumps(job) + "\n")
         self._server.stdin.flush()
         return json.loads(self._server.stdout.readline())
@@ -98,6 +99,7 @@ def _child(job: dict, rank: int, port: int) -> int:
     log = os.open(f"{job['log']}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    os.chdir(job["cwd"])
     if job["ranks"] > 1:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in places.items()}, MASTER_ADDR="127.0.0.1")

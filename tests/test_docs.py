@@ -15,22 +15,29 @@ import pytest
 
 from samseg_monai import cli
 from tests.conftest import TINY
+from tests.forked import forked
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("bundles/*/docs/README.md"))]
-# shown for real data and hours of training, or about this repository: tested by the file named here
+TOPICS = [ROOT / "docs" / name for name in ("learning_options.md", "tracking.md")]
+PAGES = [ROOT / "README.md", *TOPICS, *sorted(ROOT.glob("bundles/*/docs/README.md"))]
+# not run here: the file that does, or why none can
 ELSEWHERE = {
     "samseg reproduce": "test_reproduce.py",
-    "make ": "test_docs.py::test_makefile_has_the_targets_that_are_shown",
-    "pip install": "the Makefile",
-    "git clone": "",
-    "cd ": "",
+    "samseg demo": "test_demo_abdomen.py",
+    "samseg export": "test_export.py",
+    "samseg lint": "test_lint.py",
+    "make ": "test_docs.py",
+    "mlflow ui": "a server that does not end; test_tracking.py reads what it shows",
+    "tensorboard ": "a server that does not end; test_tracking.py reads what it shows",
+    "pip install": "needs an index of packages; the Makefile does it",
 }
+LAUNCHER = ["torchrun", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle", "run"]
 SMALL = {
     "train": {"epochs": 1, "batch_size": 2},
     "lora": {"strategy::rank": 2},
     "ladder": {"strategy::side_weights": "random"},
     "ladder train": {"schedule": {"warmup": 0, "decay": "poly", "power": 0.9}, "batch_size": 8},
+    "bank": {"embeddings::variants": 2},  # by default every slice is encoded eight times
 }
 
 
@@ -69,25 +76,21 @@ def small(words: list[str]) -> dict:
     files = " ".join(given["config_file"]) if isinstance(given["config_file"], list) else given["config_file"]
     ladder, train = "_ladder" in files, "train.json" in files
     parts = {"train": train, "lora": "_lora/" in files, "ladder": ladder, "ladder train": ladder and train}
+    parts["bank"] = parts["ladder train"] and ("demo.json" in files or "embeddings::cache_dir" in given)
     extra = {key: value for name, wanted in parts.items() if wanted for key, value in SMALL[name].items()}
     if ladder and given.get("dataset_dir") == "CASES":
         extra["dataset_dir"] = "CASES_CT"
     return {**given, **TINY, **extra}
 
 
-def run_line(line: str, monkeypatch) -> None:
+def run_line(line: str, monkeypatch, *, launch: bool = False) -> None:
+    """Run one shown command at toy size; with ``launch`` two processes are started by torchrun itself."""
     words = shlex.split(line)
     if words[:4] == ["python", "-m", "monai.bundle", "run"]:
         monai.bundle.run(**small(words[4:]))
     elif words[0] == "torchrun":
-        overrides = small(words[words.index("run") + 1 :])
-        tail = [
-            part for key, val in overrides.items() for part in (f"--{key}", val if isinstance(val, str) else repr(val))
-        ]
-        command = [sys.executable, "-m", "torch.distributed.run", *words[1 : words.index("run") + 1], *tail]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=env, timeout=900)
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert words[: len(LAUNCHER)] == LAUNCHER
+        run_two_processes(small(words[len(LAUNCHER) :]), launch)
     else:
         assert words[0] == "samseg"
         words = [{"44": "8", "15": "6"}.get(w, w) for w in words]
@@ -98,17 +101,36 @@ def run_line(line: str, monkeypatch) -> None:
         if "--validation" in words:  # of four patients: two processes need two cases on either side
             words[words.index("--validation") + 1] = "2"
         words += ["--sam-checkpoint", "random"] if words[1:3] == ["bundle", "pack"] else []
+        if words[1] == "find-lr":
+            extra = {**TINY, **SMALL["lora"], "batch_size": 2}
+            words += ["--steps", "10", *(f"--{key}={val}" for key, val in extra.items())]
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert not stop.value.code, line
 
 
+def run_two_processes(overrides: dict, launch: bool) -> None:
+    """Run a bundle on two ranks: by the launcher, which imports everything twice more, or by forks."""
+    if launch:
+        texts = {key: val if isinstance(val, str) else repr(val) for key, val in overrides.items()}
+        tail = [part for key, text in texts.items() for part in (f"--{key}", text)]
+        command = [sys.executable, "-m", "torch.distributed.run", *LAUNCHER[1:], *tail]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=env, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return
+    files, log = overrides.pop("config_file"), Path("ranks").resolve()
+    codes = forked().run(files, overrides, log, ranks=2, cwd=Path.cwd())
+    told = [Path(f"{log}.{rank}").read_text(encoding="utf-8", errors="replace") for rank in (0, 1)]
+    assert codes == [0, 0], "".join(text[-3000:] for text in told)
+
+
 def test_pages_show_commands():
-    assert len(PAGES) == 5 and all(len(commands(page)) > 4 for page in PAGES)
+    assert len(PAGES) == 7 and all(len(commands(page)) > 2 for page in PAGES)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.parents[1].name if p.parent.name == "docs" else "README")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_every_shown_command_runs(page, folder, monkeypatch):
     monkeypatch.chdir(folder)
     for made in ("runs", "demo"):
@@ -122,7 +144,18 @@ def test_every_shown_command_runs(page, folder, monkeypatch):
             if target in trained:
                 shutil.rmtree(target)
             trained.add(target)
-        run_line(line, monkeypatch)
+        run_line(line, monkeypatch, launch="segmentation_lora" in str(page))
+
+
+def test_commands_named_in_a_sentence_are_run_somewhere():
+    """README explains some in its prose: each is in a block of a page above, or in a test of its own."""
+    prose = re.sub(r"^```.*?^```", "", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S | re.M)
+    named = set(re.findall(r"`(samseg [a-z-]+)", prose))
+    run = {" ".join(line.split()[:2]) for page in PAGES for line in commands(page)} - set(ELSEWHERE)
+    assert {"samseg find-lr", "samseg export", "samseg lint", "samseg predict"} <= named <= run | set(ELSEWHERE)
+    for command, where in ELSEWHERE.items():
+        if where.endswith(".py"):
+            assert command.split()[-1] in (ROOT / "tests" / where).read_text(encoding="utf-8"), command
 
 
 def test_makefile_has_the_targets_that_are_shown():

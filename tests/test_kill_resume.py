@@ -24,6 +24,7 @@ SHIFT = {"_target_": "RandShiftIntensityd", "keys": "image", "offsets": 0.5, "pr
 
 # everything that has a state or draws: accumulation, EMA, dropout, pickers, augmentation, schedule, clipping, patience
 LORA = {
+    "scans": ["t1c"],  # four cost four times as much and have no state
     "epochs": 5, "batch_size": 2, "lr": 0.01, "val_interval": 2, "accumulation_steps": 3, "ema": 0.9, "clip_norm": 0.5,
     "early_stop": 9, "strategy::rank": 2, "strategy::dropout": 0.2,
     "schedule": {"warmup": 1, "decay": "poly", "power": 0.9},

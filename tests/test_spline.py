@@ -15,7 +15,7 @@ from samseg_monai.errors import ConfigError
 from samseg_monai.transforms import SplineResized
 
 BUNDLES = Path(__file__).parents[1] / "bundles"
-DRAWS = 2000
+DRAWS = 1000
 LANDMARKS = {1: (26, 22), 2: (40, 25), 3: (30, 42)}  # no mirror and no quarter turn takes them to themselves
 
 

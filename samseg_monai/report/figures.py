@@ -23,7 +23,6 @@ from samseg_monai.report.tables import dice_of_cases
 _JITTER = 0.09  # half width of the band of points, in units of the distance between two boxes
 # Names under which the validation of a training records its key value.
 _KEY_CURVES = ("val_dice", "val_mean_dice")
-_FEW = 3  # more curves than this would lie under a legend inside the axes
 _Curve = Sequence[tuple[float, float, float]]
 
 
@@ -43,13 +42,14 @@ def curves_svg(runs: Sequence[RunResult]) -> list[str]:
         ("dice", "Validation Dice", "mean Dice of cases (no unit)"),
     ):
         with figure_style():
-            below = 0.0 if len(trained) <= _FEW else 0.22 * len(trained)
+            below = 0.0 if len(trained) == 1 else 0.22 * len(trained)  # names of runs are long: they would hide curves
             figure = Figure(figsize=(4.8, 3.4 + below), layout="constrained")
             axes = figure.subplots()
             for run in trained:
                 per_epoch = _iterations_per_epoch(run.history)
                 for name in _loss_curves(run.history) if key == "loss" else ():
-                    label = name.replace("_", " ") if len(trained) == 1 else f"{run.title}: {name}"
+                    words = name.replace("_", " ")
+                    label = words if len(trained) == 1 else f"{run.title}: {words}"
                     _draw_loss(axes, run.history[name], per_epoch, chosen[run.name], label)
                 best = _dice_curve(run.history) if key == "dice" else None
                 if best is not None:

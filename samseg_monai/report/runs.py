@@ -192,7 +192,8 @@ class RunResult:
                 reason = card.get("error") or card.get("stop_reason")
                 found.append(f"{self.title}: {what} is {card['status']}" + (f" ({reason})" if reason else ""))
             if card.get("collapsed_classes"):
-                found.append(f"{self.title}: predicted empty everywhere in {what}: {card['collapsed_classes']}")
+                names = ", ".join(map(str, card["collapsed_classes"]))
+                found.append(f"{self.title}: predicted empty everywhere in {what}: {names}")
         return found
 
     @property
