@@ -68,6 +68,16 @@ def samseg(monkeypatch, *words: object) -> int:
     return int(stop.value.code or 0)
 
 
+def test_a_folder_that_is_no_record_is_never_replaced_by_one(phantoms, tmp_path):
+    mine = tmp_path / "bundle" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("of the user")
+    overrides = {**TINY, "dataset_dir": str(phantoms), "output_dir": str(tmp_path), "strategy::rank": 2}
+    with pytest.raises(BundleError, match="choose another output_dir"):
+        run_workflow([LORA / "train.json"], {**overrides, "epochs": 1})
+    assert mine.read_text() == "of the user"
+
+
 def test_archive_holds_everything_and_its_sums_fit(unpacked):
     for name in ("LICENSE", "docs/data_license.txt", "configs/train.json", "models/model.pt", "models/card.json",
                  "models/adapter.safetensors", "metrics/metrics.json", "metrics/cases.csv", "SHA256SUMS"):  # fmt: skip

@@ -13,9 +13,11 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 
 from samseg_monai.bundles.running import current_workflow
+from samseg_monai.errors import BundleError
 from samseg_monai.sam.weights import RANDOM
 
 RECORD = "bundle"
+NAME = "name.txt"  # in every record: the name of the bundle that ran
 # components that a reader calls settings
 CHOICES = ("samseg_monai.strategies.", "samseg_monai.adapters.", "samseg_monai.data.slices.")
 MAIN_CONFIGS = ("train.json", "evaluate.json", "inference.json")
@@ -155,7 +157,7 @@ def facts(datalist: str) -> dict[str, Any]:
 def bundle_name(configs: Path) -> str:
     """Return the bundle's name: that of its folder, or the recorded one for a copy beside a run's results."""
     root = configs.resolve().parent
-    record = root / "name.txt"
+    record = root / NAME
     return record.read_text(encoding="utf-8").strip() if record.is_file() else root.name
 
 
@@ -168,6 +170,9 @@ def record_bundle(output_dir: str, *, keep: bool = False) -> None:
 
     Outside a workflow nothing is recorded. ``pack_bundle`` works from this copy, so that a packed bundle runs without
     the overlays and overrides its training was started with.
+
+    Raises:
+        BundleError: there is a folder of that name, and no run has written it.
     """
     workflow = current_workflow()
     if workflow is None or idist.get_rank() > 0:
@@ -178,8 +183,8 @@ def record_bundle(output_dir: str, *, keep: bool = False) -> None:
         keep and (Path(output_dir) / "adapter.safetensors").is_file() and target.is_dir()
     ):
         return
-    shutil.rmtree(target, ignore_errors=True)
-    (target / "configs").mkdir(parents=True)
+    _empty(target, bundle_name(configs))
+    (target / "configs").mkdir()
     effective = workflow.parser.get()
     original = _started_with(configs, effective)
     for path in sorted(configs.iterdir()):
@@ -189,13 +194,26 @@ def record_bundle(output_dir: str, *, keep: bool = False) -> None:
             (target / "configs" / path.name).write_text(text, encoding="utf-8")
         elif path.is_file() and path.name != "demo.json":  # the demo's values are in the others now, or not wanted
             shutil.copy(path, target / "configs" / path.name)
-    (target / "name.txt").write_text(bundle_name(configs) + "\n", encoding="utf-8")
     for name in ("docs", "LICENSE", "large_files.yml"):
         source = configs.parent / name
         if source.is_dir():
             shutil.copytree(source, target / name)
         elif source.is_file():
             shutil.copy(source, target / name)
+
+
+def _empty(target: Path, name: str) -> None:
+    """Make the folder of a record, or empty it; the file that marks it is there at any moment, whatever interrupts."""
+    marker = target / NAME
+    if target.exists() and not marker.is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise BundleError(f"{target} is not the record of a run, and would be replaced by one; choose another output_dir")
+    target.mkdir(parents=True, exist_ok=True)
+    marker.write_text(name + "\n", encoding="utf-8")
+    for old in target.iterdir():
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        elif old != marker:
+            old.unlink()
 
 
 def _is_from(effective: dict[str, Any], path: Path) -> bool:
