@@ -255,6 +255,9 @@ def test_strategies_have_titles_for_people(runs, tmp_path):
     ]
     side = {"name": "ladder", "arguments": {"side": "somewhere.SwinSide"}}
     assert _write(tmp_path / "run", _rows(_even()), strategy=side).title == "Ladder (SwinSide beside SAM)"
+    side["arguments"]["side"] = "samseg_monai.adapters.ladder.ResNetSide"
+    narrow = _write(tmp_path / "narrow", _rows(_even()), strategy=side, side_arguments={"width": 32})
+    assert narrow.title == "Ladder (ResNet18, width 32 beside SAM)"
 
 
 def test_headline_says_that_there_were_no_prompts(runs):

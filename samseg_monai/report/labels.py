@@ -20,6 +20,7 @@ STRATEGIES = {
     "sam_only": "SAM only (decoder upscaling)",
     "unet": "U-Net, no SAM",
 }
+SIDES = {"ResNetSide": "ResNet18"}  # side networks that are known under another name than their class's
 PROMPTS = {
     "label": "GT boxes on GT slices",
     "json": "boxes given by a person",

@@ -19,7 +19,7 @@ from typing import Any
 
 from samseg_monai.errors import BundleError, raise_all
 from samseg_monai.metrics import read_rows
-from samseg_monai.report.labels import BOX_ELLIPSE, LADDER, LORA, NOT_RECORDED, PICO_LABEL, PROMPTS, STRATEGIES
+from samseg_monai.report.labels import BOX_ELLIPSE, LADDER, LORA, NOT_RECORDED, PICO_LABEL, PROMPTS, SIDES, STRATEGIES
 
 CARD_FILE = "run_card.json"
 METRICS_FILE = "metrics.json"
@@ -108,8 +108,10 @@ class RunResult:
             return self.label
         base = STRATEGIES.get(self.name, self.name.replace("_", " "))
         side = str(self.fact("strategy.arguments.side") or "").rpartition(".")[2]
-        if self.name == LADDER and side not in ("", "ResNetSide"):
-            return f"Ladder ({side} beside SAM)"
+        if self.name == LADDER and side:
+            built = self.fact("side_arguments") or {}
+            words = [f"{key} {value}" for key, value in built.items() if isinstance(value, (bool, int, float, str))]
+            return f"Ladder ({', '.join([SIDES.get(side, side), *words])} beside SAM)"
         rank = self.fact("strategy.arguments.rank")
         if self.name not in (LORA, "dora") or rank is None:
             return base
