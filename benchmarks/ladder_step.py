@@ -4,8 +4,9 @@ The reference is the step of Chai et al. 2023 (arXiv:2306.12737) written with se
 encoder without gradient, torchvision's ResNet18 up to layer3, the gate, prompt encoder without prompts, all maps of the
 mask decoder, 0.2 cross-entropy + 0.8 Dice on quarter-resolution logits, backward, AdamW. Ours is ``SamSegmenter`` with
 ``Ladder(decoder="upscaling", masks="random")``, reading bf16 embeddings from an ``EmbeddingBank`` on disk within the
-step. Both train the same 2,856,737 values. Times are medians of alternating runs; peak memory is what one step needs
-above weights and input, in a fresh process. Usage:
+step. Both train the same 2,856,737 values. The CNN alone is measured, too: what its training takes bounds what stored
+embeddings can save. Times are medians of alternating runs; peak memory is what one step needs above weights and input,
+the median of fresh processes. Usage:
 
     python benchmarks/ladder_step.py --repeats 5
 """
@@ -13,12 +14,13 @@ above weights and input, in a fresh process. Usage:
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from measuring import alternate, in_fresh_processes, published_encoder, record, resident_peak_bytes
+from measuring import alternate, in_fresh_processes, record, resident_peak_bytes
 from monai.losses import DiceCELoss
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import nn
@@ -26,6 +28,7 @@ from torch.nn import functional as F
 from torchvision.models import resnet18
 
 from samseg_monai.data.embedding_bank import EmbeddingBank
+from samseg_monai.export.official import official_encoder
 from samseg_monai.losses import OnLogitGrid
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.spec import SamSpec, get_spec
@@ -33,6 +36,8 @@ from samseg_monai.strategies import Ladder
 from samseg_monai.trainable import count_trainable
 
 CLASSES = 8
+PROCESSES = 5  # whose peaks of memory are compared by their median
+FLOOR = "cnn_alone"  # what no cache of embeddings can save: the published CNN, its gradients and its optimiser
 WARM = SamSpec("warm", 32, 2, 2, (1,), window_size=3, image_size=64)  # SAM's decoder behind next to no encoder
 # what of the network's settings differs; "recomputed" trades time for memory
 WAYS: dict[str, dict[str, Any]] = {
@@ -47,7 +52,7 @@ class Published(nn.Module):
         super().__init__()
         spec = get_spec(variant)
         grid = size // spec.patch_size
-        self.encoder = published_encoder(spec, size)
+        self.encoder = official_encoder(spec, size)
         self.prompt_encoder = PromptEncoder(spec.prompt_dim, (grid, grid), (size, size), spec.mask_in_chans)
         transformer = TwoWayTransformer(2, spec.prompt_dim, spec.decoder_heads, spec.decoder_mlp_dim)
         self.decoder = MaskDecoder(
@@ -59,11 +64,13 @@ class Published(nn.Module):
             module.requires_grad_(False)
         self.decoder.output_upscaling.requires_grad_(True)
 
+    def side(self, image: torch.Tensor) -> torch.Tensor:
+        cnn = self.cnn
+        return cnn.layer3(cnn.layer2(cnn.layer1(cnn.maxpool(cnn.relu(cnn.bn1(cnn.conv1(image)))))))
+
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         image = image.expand(-1, 3, -1, -1)
-        embedding = self.encoder(image)
-        cnn = self.cnn
-        side = cnn.layer3(cnn.layer2(cnn.layer1(cnn.maxpool(cnn.relu(cnn.bn1(cnn.conv1(image)))))))
+        embedding, side = self.encoder(image), self.side(image)
         gate = torch.sigmoid(self.alpha)
         sparse, dense = self.prompt_encoder(None, None, None)
         mixed = gate * embedding + (1 - gate) * side
@@ -79,7 +86,7 @@ def make_step(which: str, options: argparse.Namespace, folder: str) -> tuple[nn.
         DiceCELoss(softmax=True, to_onehot_y=True, squared_pred=True, batch=True, lambda_ce=0.2, lambda_dice=0.8)
     )
     bank: EmbeddingBank | None = None
-    if which == "reference":
+    if which in ("reference", FLOOR):
         network: nn.Module = Published(options.variant, options.size)
     else:
         strategy = Ladder(decoder="upscaling", masks="random", side_weights="random")
@@ -94,8 +101,11 @@ def make_step(which: str, options: argparse.Namespace, folder: str) -> tuple[nn.
     def step() -> None:
         optimizer.zero_grad()
         stored = None if bank is None else torch.stack([bank.read(row) for row in range(options.batch)])
-        logits = network(image) if stored is None else network(image, embedding=stored)
-        loss(logits, label).backward()
+        if which == FLOOR:
+            network.side(image.expand(-1, 3, -1, -1)).mean().backward()
+        else:
+            logits = network(image) if stored is None else network(image, embedding=stored)
+            loss(logits, label).backward()
         optimizer.step()
 
     return network, step
@@ -131,11 +141,13 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        built = {which: make_step(which, options, f"{folder}/{which}") for which in ("reference", *options.ways)}
-        trainable = {which: count_trainable(network) for which, (network, _) in built.items()}
+        built = {which: make_step(which, options, f"{folder}/{which}") for which in ("reference", FLOOR, *options.ways)}
+        trainable = {which: count_trainable(network) for which, (network, _) in built.items() if which != FLOOR}
         median = alternate({which: step for which, (_, step) in built.items()}, options.repeats)
     del built
-    peak = dict(zip(median, in_fresh_processes(peak_bytes, [(which, options) for which in median]), strict=True))
+    # what the allocator keeps differs from process to process by a fifth
+    peaks = {which: in_fresh_processes(peak_bytes, [(which, options)] * PROCESSES) for which in median}
+    peak = {which: statistics.median(values) for which, values in peaks.items()}
     for which in options.ways:
         record(
             f"ladder_step_cached_{which}",
@@ -146,6 +158,9 @@ def main() -> None:
                 "ours_s": round(median[which], 4),
                 "reference_peak_mib": round(peak["reference"] / 2**20, 1),
                 "ours_peak_mib": round(peak[which] / 2**20, 1),
+                f"{FLOOR}_s": round(median[FLOOR], 4),
+                f"{FLOOR}_ratio": round(median["reference"] / median[FLOOR], 2),  # nothing that trains it can be faster
+                f"{FLOOR}_memory_ratio": round(peak[FLOOR] / peak["reference"], 3),
                 "trainable": trainable,
                 "variant": options.variant,
                 "image_size": options.size,

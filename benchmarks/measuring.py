@@ -10,34 +10,15 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from segment_anything.modeling import ImageEncoderViT
-from torch import nn
 
 import samseg_monai
-from samseg_monai.sam.spec import SamSpec
 
 RESULTS = Path(__file__).parent / "results"
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
-
-
-def published_encoder(spec: SamSpec, size: int) -> ImageEncoderViT:
-    """segment_anything's own image encoder in the sizes of ``spec``, for images of ``size`` pixels."""
-    return ImageEncoderViT(
-        img_size=size,
-        embed_dim=spec.embed_dim,
-        depth=spec.depth,
-        num_heads=spec.num_heads,
-        out_chans=spec.prompt_dim,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size=spec.window_size,
-        global_attn_indexes=spec.global_attn_indexes,
-    )
 
 
 def seconds(run: Callable[[], Any]) -> float:

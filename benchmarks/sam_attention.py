@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import alternate, in_fresh_processes, machine, published_encoder, resident_peak_bytes
+from measuring import alternate, in_fresh_processes, machine, resident_peak_bytes
 from torch import nn
 
 import samseg_monai
+from samseg_monai.export.official import official_encoder
 from samseg_monai.sam.image_encoder import ImageEncoder
 from samseg_monai.sam.spec import get_spec
 
@@ -36,7 +37,7 @@ def build(which: str, variant: str, size: int) -> nn.Module:
     if which == "ours":
         encoder: nn.Module = ImageEncoder(spec, image_size=size)
     else:
-        encoder = published_encoder(spec, size)
+        encoder = official_encoder(spec, size)
     for name, parameter in encoder.named_parameters():
         if "pos" in name:
             nn.init.normal_(parameter, std=0.02)

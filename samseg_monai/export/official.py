@@ -81,18 +81,7 @@ def official_sam(spec: SamSpec, path: str | Path) -> Sam:
         return sam_model_registry[spec.name](checkpoint=str(path))
     grid = spec.image_size // spec.patch_size
     sam = Sam(
-        ImageEncoderViT(
-            img_size=spec.image_size,
-            patch_size=spec.patch_size,
-            embed_dim=spec.embed_dim,
-            depth=spec.depth,
-            num_heads=spec.num_heads,
-            out_chans=spec.prompt_dim,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=spec.window_size,
-            global_attn_indexes=spec.global_attn_indexes,
-        ),
+        official_encoder(spec, spec.image_size),
         PromptEncoder(spec.prompt_dim, (grid, grid), (spec.image_size, spec.image_size), spec.mask_in_chans),
         MaskDecoder(
             transformer_dim=spec.prompt_dim,
@@ -102,3 +91,19 @@ def official_sam(spec: SamSpec, path: str | Path) -> Sam:
     )
     sam.load_state_dict(torch.load(path, weights_only=True))
     return sam.eval()
+
+
+def official_encoder(spec: SamSpec, size: int) -> ImageEncoderViT:
+    """segment_anything's own image encoder in the sizes of ``spec``, random, for images of ``size`` pixels a side."""
+    return ImageEncoderViT(
+        img_size=size,
+        patch_size=spec.patch_size,
+        embed_dim=spec.embed_dim,
+        depth=spec.depth,
+        num_heads=spec.num_heads,
+        out_chans=spec.prompt_dim,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=spec.window_size,
+        global_attn_indexes=spec.global_attn_indexes,
+    )
