@@ -42,8 +42,7 @@ def curves_svg(runs: Sequence[RunResult]) -> list[str]:
         ("dice", "Validation Dice", "mean Dice of cases (no unit)"),
     ):
         with figure_style():
-            below = 0.0 if len(trained) == 1 else 0.22 * len(trained)  # names of runs are long: they would hide curves
-            figure = Figure(figsize=(4.8, 3.4 + below), layout="constrained")
+            figure = Figure(figsize=(4.8, 3.4 + 0.22 * len(trained)), layout="constrained")
             axes = figure.subplots()
             for run in trained:
                 per_epoch = _iterations_per_epoch(run.history)
@@ -60,9 +59,7 @@ def curves_svg(runs: Sequence[RunResult]) -> list[str]:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             if axes.lines:
                 axes.set_xlim(left=0)
-                (figure if below else axes).legend(
-                    frameon=False, fontsize=10, loc="outside lower left" if below else "best"
-                )
+                figure.legend(frameon=False, fontsize=10, loc="outside lower left")  # inside it would hide curves
             else:
                 axes.text(0.5, 0.5, "not recorded", transform=axes.transAxes, ha="center", color=MUTED)
             figures.append(to_svg(figure, key, title=f"{title} by epoch", names=names))
