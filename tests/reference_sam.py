@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-from torch import nn
-
+from samseg_monai.export.official import official_encoder
 from samseg_monai.sam.spec import SamSpec
 
 
@@ -15,18 +13,7 @@ def reference_sam(spec: SamSpec, *, image_size: int | None = None, masks: int = 
     size = spec.image_size if image_size is None else image_size
     grid = size // spec.patch_size
     return Sam(
-        image_encoder=ImageEncoderViT(
-            img_size=size,
-            patch_size=spec.patch_size,
-            embed_dim=spec.embed_dim,
-            depth=spec.depth,
-            num_heads=spec.num_heads,
-            out_chans=spec.prompt_dim,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
-            use_rel_pos=True,
-            window_size=spec.window_size,
-            global_attn_indexes=spec.global_attn_indexes,
-        ),
+        image_encoder=official_encoder(spec, size),
         prompt_encoder=PromptEncoder(spec.prompt_dim, (grid, grid), (size, size), spec.mask_in_chans),
         mask_decoder=MaskDecoder(
             transformer_dim=spec.prompt_dim,
