@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from samseg_monai import __version__
-from samseg_monai.errors import CheckpointError, WeightsError, raise_all
+from samseg_monai.errors import CheckpointError, raise_all
 from samseg_monai.networks import PlainSegmenter, SamSegmenter
-from samseg_monai.sam.weights import sha256_of
+from samseg_monai.sam.weights import hash_file, sha256_of
 from samseg_monai.trainable import owned_state
 
 FORMAT_VERSION = 1
@@ -87,7 +87,7 @@ def save_adapter(
             "tensors": len(state),
             "values": sum(tensor.numel() for tensor in state.values()),
             **network.strategy.facts(network),
-            "adapter_sha256": sha256_of(tensors),
+            "adapter_sha256": hash_file(tensors),
             "package_version": __version__,
             "git_commit": git_commit(),
             "metrics": dict(metrics or {}),
@@ -137,7 +137,7 @@ def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
     path = folder / TENSORS
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file, though {CARD} is there; get both files again")
-    if sha256_of(path) != card.get("adapter_sha256"):
+    if hash_file(path) != card.get("adapter_sha256"):
         raise CheckpointError(f"{path}: not the file that {CARD} describes (sha256 differs); get both files again")
     try:
         state = load_file(path)
@@ -294,7 +294,7 @@ def _temporary(path: Path) -> Path:
 def _card_path(folder: Path) -> Path:
     """The card of the tensors in ``folder``: the one still to be moved, if a save was killed halfway."""
     staged = _temporary(folder / CARD)
-    with suppress(OSError, ValueError, LookupError, TypeError, WeightsError):  # none, or its tensors were not moved
-        if json.loads(staged.read_text(encoding="utf-8"))["adapter_sha256"] == sha256_of(folder / TENSORS):
+    with suppress(OSError, ValueError, LookupError, TypeError):  # none, or its tensors were not moved
+        if json.loads(staged.read_text(encoding="utf-8"))["adapter_sha256"] == hash_file(folder / TENSORS):
             return staged
     return folder / CARD

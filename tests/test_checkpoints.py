@@ -203,6 +203,19 @@ def test_an_unreadable_card_is_a_clear_error(tmp_path, content):
         read_card(tmp_path)
 
 
+def test_tensors_replaced_within_a_clock_tick_are_not_taken_for_the_old_ones(build, tmp_path):
+    save_adapter(build(), tmp_path)
+    load_adapter(build(), tmp_path)
+    path = tmp_path / "adapter.safetensors"
+    before = path.stat()
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as coarse clocks of file systems leave it
+    with pytest.raises(CheckpointError, match="sha256 differs"):
+        load_adapter(build(), tmp_path)
+
+
 def test_damaged_tensors_are_a_clear_error(build, tmp_path):
     network = build()
     save_adapter(network, tmp_path)

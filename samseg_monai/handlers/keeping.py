@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
@@ -19,6 +18,7 @@ from samseg_monai.errors import ConfigError
 from samseg_monai.handlers.ema import EMA
 from samseg_monai.handlers.provenance import plain
 from samseg_monai.handlers.stopping import metric_value
+from samseg_monai.sam.weights import hash_file
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class BestAdapter:
         if idist.get_rank() == 0:
             metrics = {**plain(engine.state.metrics), "epoch": engine.state.epoch}
             save_adapter(getattr(self.network, "module", self.network), self.folder, metrics=metrics)
-            self.sha256 = _hash(self.folder / TENSORS)
+            self.sha256 = hash_file(self.folder / TENSORS)
             logger.info("Best so far: %.4f in epoch %d, saved in %s", score, engine.state.epoch, self.folder)
         self.score, self.epoch = score, engine.state.epoch
 
@@ -98,7 +98,7 @@ class BestAdapter:
 
     def _still_there(self, sha256: str | None) -> bool:
         path = self.folder / TENSORS
-        return path.is_file() and (self.folder / CARD).is_file() and sha256 in (None, _hash(path))
+        return path.is_file() and (self.folder / CARD).is_file() and sha256 in (None, hash_file(path))
 
 
 class LastAdapter:
@@ -124,12 +124,3 @@ class LastAdapter:
             metrics = {"epoch": engine.state.epoch}
             with nullcontext() if self.ema is None else self.ema.in_use():
                 save_adapter(getattr(self.network, "module", self.network), self.folder, metrics=metrics)
-
-
-def _hash(path: Path) -> str:
-    # not sha256_of, which trusts size and time: epochs of a toy are as close together as a file system's clock ticks
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

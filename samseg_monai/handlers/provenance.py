@@ -24,6 +24,7 @@ import torch
 
 import samseg_monai
 from samseg_monai.checkpoints import git_commit
+from samseg_monai.sam.weights import hash_file
 
 PACKAGES = ("torch", "monai", "numpy", "pytorch-ignite", "segment-anything")
 # where things lie on one machine; what they contain is recorded by hashes of contents instead
@@ -91,7 +92,7 @@ def config_hash(settings: Mapping[str, Any]) -> str:
 def file_hash(path: str | os.PathLike[str]) -> str | None:
     """SHA-256 of a file's contents; None where there is no file."""
     path = Path(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return hash_file(path) if path.is_file() else None
 
 
 def versions() -> dict[str, str | None]:

@@ -7,7 +7,16 @@ network and refuses everything else that does not fit.
 
 from __future__ import annotations
 
-from samseg_monai.sam.weights.find import ENVIRONMENT, KNOWN, RANDOM, WeightsFile, cache_folder, find_weights, sha256_of
+from samseg_monai.sam.weights.find import (
+    ENVIRONMENT,
+    KNOWN,
+    RANDOM,
+    WeightsFile,
+    cache_folder,
+    find_weights,
+    hash_file,
+    sha256_of,
+)
 from samseg_monai.sam.weights.load import MASK_HEAD, LoadReport, load_sam_weights
 from samseg_monai.sam.weights.read import is_samed, read_state
 
@@ -20,6 +29,7 @@ __all__ = [
     "WeightsFile",
     "cache_folder",
     "find_weights",
+    "hash_file",
     "is_samed",
     "load_sam_weights",
     "read_state",

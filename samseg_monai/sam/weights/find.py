@@ -127,6 +127,11 @@ def sha256_of(path: str | Path) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _sha256(path: Path, size: int, mtime_ns: int) -> str:
+    return hash_file(path)
+
+
+def hash_file(path: Path) -> str:
+    """Hexadecimal sha256 of an existing file, read anew: for files that are replaced within one tick of a clock."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
