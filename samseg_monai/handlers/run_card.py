@@ -164,15 +164,11 @@ class RunCard:
         Those are the weights of the best epoch, or their average: the card of the adapter in the same folder knows.
         Without an adapter there (an evaluation) it is what the network says now.
         """
-        network = getattr(self.network, "module", self.network)
-        strategy = getattr(network, "strategy", None)
-        if strategy is None:
-            return {}
         try:
             saved = read_card(self.path.parent)
         except CheckpointError:
             saved = {}
-        return {key: saved.get(key, value) for key, value in strategy.facts(network).items()}
+        return {key: saved.get(key, value) for key, value in strategy_facts(self.network).items()}
 
     def _seconds(self) -> float:
         """Seconds of the whole training, those before a resume included."""
@@ -198,3 +194,10 @@ def _of_network(network: Any) -> dict[str, Any]:
         "strategy": None if strategy is None else {"name": strategy.name, "arguments": strategy.arguments()},
         "trainable_parameters": count_trainable(network),
     }
+
+
+def strategy_facts(network: Any) -> dict[str, Any]:
+    """What the strategy of a network (or DDP of it) says of what it has learnt, such as the ladder's ``gate``."""
+    network = getattr(network, "module", network)
+    strategy = getattr(network, "strategy", None)
+    return {} if strategy is None else dict(strategy.facts(network))

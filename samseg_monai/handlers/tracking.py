@@ -19,7 +19,7 @@ from ignite.engine import Events
 
 from samseg_monai.handlers.mlflow_run import MlflowRun, Point, check_address, flat
 from samseg_monai.handlers.provenance import plain, read_json, write_json
-from samseg_monai.handlers.run_card import RunCard
+from samseg_monai.handlers.run_card import RunCard, strategy_facts
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,8 @@ class Tracking:
         run.files(self.card.path)
 
     def _epoch(self, engine: Any) -> None:
-        self._try(lambda run: run.points([*_rows(self.history), *self._learnt(engine.state.epoch)]))
+        learnt = _scalars(strategy_facts(self.card.network), engine.state.epoch)
+        self._try(lambda run: run.points([*_rows(self.history), *learnt]))
 
     def _complete(self, engine: Any) -> None:
         self._finish(engine, "FINISHED")
@@ -141,11 +142,6 @@ class Tracking:
             send(self.run)
         except self.run.errors as error:
             logger.warning("MLflow: %s does not answer as it should, the run goes on without it: %s", self.uri, error)
-
-    def _learnt(self, epoch: int) -> Iterator[Point]:
-        network = getattr(self.card.network, "module", self.card.network)
-        strategy = getattr(network, "strategy", None)
-        yield from _scalars({} if strategy is None else strategy.facts(network), epoch)
 
     def _experiment(self) -> str:
         task = str(self.card.facts.get("bundle") or "").partition("_segmentation_")[0]
