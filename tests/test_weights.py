@@ -16,8 +16,9 @@ from segment_anything.modeling import Sam
 from torch import nn
 
 from samseg_monai.errors import WeightsError
+from samseg_monai.sam.backbone import SamSpec
 from samseg_monai.sam.build import build_sam
-from samseg_monai.sam.spec import SamSpec
+from samseg_monai.sam.vit import ViTSpec
 from samseg_monai.sam.weights import (
     ENVIRONMENT,
     KNOWN,
@@ -30,7 +31,7 @@ from samseg_monai.sam.weights import (
 )
 from samseg_monai.sam.weights.download import BLOCK
 
-VIT_B_LAYOUT = SamSpec(
+VIT_B_LAYOUT = ViTSpec(
     "toy", 16, 12, 2, (2, 5, 8, 11), prompt_dim=16, decoder_mlp_dim=16, decoder_heads=2, iou_hidden_dim=8
 )
 
@@ -187,7 +188,7 @@ def test_nothing_is_resized_at_the_size_of_the_file(file):
 
 
 def test_windowed_tables_are_never_stretched(file):
-    wider = SamSpec("wide", 32, 2, 2, (1,), window_size=4, image_size=64, prompt_dim=32, decoder_mlp_dim=64,
+    wider = ViTSpec("wide", 32, 2, 2, (1,), window_size=4, image_size=64, prompt_dim=32, decoder_mlp_dim=64,
                     decoder_heads=2, iou_hidden_dim=32)  # fmt: skip
     with pytest.raises(WeightsError, match=r"blocks\.0\.attn\.rel_pos_h: file \(5, 16\), network \(7, 16\)"):
         load_sam_weights(build_sam(wider), file)

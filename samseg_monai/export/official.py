@@ -19,8 +19,10 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from torch import Tensor, nn
 
 from samseg_monai.networks import SamSegmenter
+from samseg_monai.sam.backbone import SamSpec
 from samseg_monai.sam.build import build_sam
-from samseg_monai.sam.spec import SPECS, SamSpec
+from samseg_monai.sam.spec import SPECS
+from samseg_monai.sam.vit import ViTSpec
 from samseg_monai.sam.weights import read_state
 from samseg_monai.sam.weights.load import resize_pos_embed, resize_rel_pos
 
@@ -93,8 +95,13 @@ def official_sam(spec: SamSpec, path: str | Path) -> Sam:
     return sam.eval()
 
 
-def official_encoder(spec: SamSpec, size: int) -> ImageEncoderViT:
-    """segment_anything's own image encoder in the sizes of ``spec``, random, for images of ``size`` pixels a side."""
+def official_encoder(spec: SamSpec, size: int) -> nn.Module:
+    """Image encoder in the sizes of ``spec``, random, for images of ``size`` pixels a side.
+
+    segment_anything's own where it has one; it knows no TinyViT, so that one is this package's.
+    """
+    if not isinstance(spec, ViTSpec):
+        return spec.encoder(image_size=size)
     return ImageEncoderViT(
         img_size=size,
         patch_size=spec.patch_size,

@@ -14,8 +14,8 @@ from torch import Tensor
 from samseg_monai.adapters.lora import merge_all
 from samseg_monai.errors import AdapterError
 from samseg_monai.networks.checks import check_inputs, check_new_masks, check_options, tensors_hash, versions_of
+from samseg_monai.sam.backbone import SamSpec
 from samseg_monai.sam.build import build_sam
-from samseg_monai.sam.spec import SamSpec
 from samseg_monai.sam.weights import RANDOM, LoadReport, find_weights, load_sam_weights
 from samseg_monai.strategies import Segmenter, Strategy, ZeroShot
 from samseg_monai.trainable import hold_statistics, keep_only
@@ -32,7 +32,7 @@ class SamSegmenter(Segmenter):
     Built in evaluation mode with random weights and without reading a file; ``load_base`` loads SAM's weights.
 
     Args:
-        sam_variant: vit_b, vit_l, vit_h, pico, or tiny (tests); or a ``SamSpec``.
+        sam_variant: vit_b, vit_l, vit_h, vit_t (MobileSAM), pico, tiny or tiny_t (tests); or a ``SamSpec``.
         strategy: how SAM learns; None means zero-shot (nothing learns).
         image_size: side in pixels of the square that SAM sees, a multiple of 16; None means the variant's own.
         num_classes: 1 gives one map, SAM's single mask. K > 1 gives K + 1 maps, channel 0 is the background.

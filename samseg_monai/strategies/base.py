@@ -128,6 +128,19 @@ def head_names(segmenter: Segmenter) -> list[str]:
     return [name for name in decoder_names(segmenter) if MASK_HEAD.match(name.removeprefix("sam."))]
 
 
+def unused_of_prompts(segmenter: Segmenter) -> list[str]:
+    """Tensors of the prompt encoder that no box, or (without prompts) no prompt at all, ever reaches.
+
+    A box is the sum of its corners' codes and two learned embeddings (numbers 2 and 3 of four); without a mask prompt,
+    ``no_mask_embed`` stands for it.
+    """
+    used = ["no_mask_embed."]
+    if getattr(segmenter, "prompt", "none") == "box":
+        used += ["point_embeddings.2.", "point_embeddings.3."]
+    names = segmenter.sam.prompt_encoder.state_dict()
+    return [f"sam.prompt_encoder.{name}" for name in names if not name.startswith(tuple(used))]
+
+
 def unused_of_decoder(segmenter: Segmenter) -> list[str]:
     """The mask quality head, and the networks of masks that are not returned: no loss here looks at them."""
     decoder = "sam.mask_decoder"

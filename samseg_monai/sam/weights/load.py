@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from samseg_monai.errors import WeightsError, raise_all
+from samseg_monai.sam.backbone import Backbone
 from samseg_monai.sam.build import SamModel, build_sam
 from samseg_monai.sam.spec import SPECS
 from samseg_monai.sam.weights.find import RANDOM, sha256_of
@@ -161,7 +162,8 @@ def resize_rel_pos(table: torch.Tensor, length: int) -> torch.Tensor:
 
 def _plan(sam: nn.Module, state: Mapping[str, torch.Tensor], *, owned: set[str], new_masks: bool, tile: bool) -> _Plan:
     targets = sam.state_dict()
-    tables = _global_tables(sam)
+    encoder = sam.get_submodule("image_encoder")
+    tables = {f"image_encoder.{name}" for name in encoder.sized_tables()} if isinstance(encoder, Backbone) else set()
     new_head = new_masks and TOKENS in state and TOKENS in targets and state[TOKENS].shape != targets[TOKENS].shape
     plan = _Plan()
     for name, target in targets.items():
@@ -213,18 +215,6 @@ def _resized(table: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return resize_rel_pos(table, target.shape[0])
 
 
-def _global_tables(sam: nn.Module) -> set[str]:
-    """Names of the tables that follow the image size; those of windowed blocks follow the window and never change."""
-    blocks = sam.get_submodule("image_encoder.blocks").named_children()
-    names = {
-        f"image_encoder.blocks.{index}.attn.rel_pos_{axis}"
-        for index, block in blocks
-        if getattr(block, "window_size", None) == 0
-        for axis in "hw"
-    }
-    return {POS_EMBED} | names
-
-
 def _refuse(plan: _Plan, sam: nn.Module, state: Mapping[str, torch.Tensor], *, path: str | Path, strict: bool) -> None:
     shapes = {name: tuple(value.shape) for name, value in sam.state_dict().items()}
     problems = [f"shape: {name}: file {tuple(state[name].shape)}, network {shapes[name]}" for name in plan.mismatched]
@@ -243,7 +233,7 @@ def _hint(plan: _Plan, sam: nn.Module, state: Mapping[str, torch.Tensor]) -> str
     """The likely reason, so that nobody has to read two hundred shapes to find it."""
     table, target = state.get(POS_EMBED), sam.state_dict().get(POS_EMBED)
     if table is not None and target is not None and table.shape[-1] != target.shape[-1]:
-        likely = [name for name, spec in SPECS.items() if spec.embed_dim == table.shape[-1]]
+        likely = [name for name, spec in SPECS.items() if getattr(spec, "embed_dim", None) == table.shape[-1]]
         return f"; it looks like a file for sam_variant {' or '.join(map(repr, likely))}" if likely else ""
     if plan.mismatched and all(MASK_HEAD.match(name) for name in plan.mismatched):
         return "; it was made for another number of masks: pass allow_new_masks=True to start the mask head anew"
