@@ -129,7 +129,7 @@ def head_names(segmenter: Segmenter) -> list[str]:
 
 
 def unused_of_prompts(segmenter: Segmenter) -> list[str]:
-    """Tensors of the prompt encoder that no box, or (without prompts) no prompt at all, ever reaches.
+    """Parameters of the prompt encoder that no box, or (without prompts) no prompt at all, ever reaches.
 
     A box is the sum of its corners' codes and two learned embeddings (numbers 2 and 3 of four); without a mask prompt,
     ``no_mask_embed`` stands for it.
@@ -137,8 +137,8 @@ def unused_of_prompts(segmenter: Segmenter) -> list[str]:
     used = ["no_mask_embed."]
     if getattr(segmenter, "prompt", "none") == "box":
         used += ["point_embeddings.2.", "point_embeddings.3."]
-    names = segmenter.sam.prompt_encoder.state_dict()
-    return [f"sam.prompt_encoder.{name}" for name in names if not name.startswith(tuple(used))]
+    named = segmenter.sam.prompt_encoder.named_parameters()
+    return [f"sam.prompt_encoder.{name}" for name, _ in named if not name.startswith(tuple(used))]
 
 
 def unused_of_decoder(segmenter: Segmenter) -> list[str]:
