@@ -71,6 +71,11 @@ class ImageEncoder(ImageEncoderViT):
             self.blocks.append(EncoderBlock(spec, tokens=window or grid, window_size=window))
         self.checkpointing = checkpointing
 
+    def sized_tables(self) -> set[str]:
+        """Names of the tables that follow the image size; those of windowed blocks follow the window, never change."""
+        whole = [i for i, block in enumerate(self.blocks) if block.window_size == 0]
+        return {"pos_embed"} | {f"blocks.{i}.attn.rel_pos_{axis}" for i in whole for axis in "hw"}
+
     def forward(  # type: ignore[override]
         self, x: torch.Tensor, taps: Sequence[int] = ()
     ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
