@@ -62,7 +62,7 @@ def _other_base(card: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         return "; the adapter was trained on a random start: set sam_checkpoint to 'random'"
     file, other = card.get("base_file") or name_of(wanted), facts.get("base_file") or name_of(held)
     trained = f"{file}, the file" if file else "the file"
-    instead = f" and not for those of {other}" if other and other != file else ""
+    instead = f" and not to those of {other}" if other and other != file else ""
     return (
         f"; the adapter holds changes to the weights of {trained} with the first sha256{instead}: set sam_checkpoint "
         "to the path of that file, or train anew on this one"
