@@ -54,6 +54,7 @@ class PlainSegmenter(Segmenter):
         self.image_size, self.num_classes, self.scans, self.input_scale = image_size, num_classes, scans, input_scale
         self.scan_mode, self.prompt, self.spec = "channels", "none", SimpleNamespace(name="no SAM")
         self.base_sha256: str | None = None
+        self.base_file: str | None = None
         self.strategy = None
         strategy = Scratch() if strategy is None else strategy
         if not isinstance(strategy, Scratch):

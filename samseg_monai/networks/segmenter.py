@@ -53,6 +53,7 @@ class SamSegmenter(Segmenter):
         owned: names of the tensors that belong to the strategy and go into its adapter file; all learn but ``fixed``.
         unused: names that the strategy froze because the task never uses them.
         base_sha256: hash of the base weights' file, "random" after an explicit random start, None before loading.
+        base_file: name of that file, without its folder; None of a random start or before loading.
         side: None, or a callable ``side(image, embedding, taps) -> embedding`` that may change the embedding;
             ``side.taps`` (a sequence of block numbers) says which block outputs it wants to see.
 
@@ -96,6 +97,7 @@ class SamSegmenter(Segmenter):
         self.input_scale, self.prompt, self.autocast = input_scale, prompt, autocast
         self.low_res_training = low_res_training
         self.base_sha256: str | None = None
+        self.base_file: str | None = None
         self._encoder_hash: tuple[Any, str] | None = None
         self.side = None
         self.strategy = None
@@ -167,6 +169,7 @@ class SamSegmenter(Segmenter):
         if start:
             strategy.start(self, download=download)
         self.base_sha256 = report.sha256 or RANDOM
+        self.base_file = os.path.basename(report.path) if report.sha256 else None
         return report
 
     def merge(self) -> int:
