@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from samseg_monai import __version__
 from samseg_monai.errors import CheckpointError, raise_all
 from samseg_monai.networks import PlainSegmenter, SamSegmenter
+from samseg_monai.networks.plain import BOX_FACTS
 from samseg_monai.sam.weights import hash_file, sha256_of
 from samseg_monai.trainable import owned_state
 
@@ -35,16 +36,9 @@ Network = SamSegmenter | PlainSegmenter
 
 # What must be equal for an adapter to mean anything in another network.
 _MUST_AGREE = (
-    "strategy",
-    "sam_variant",
-    "base_sha256",
-    "num_classes",
-    "image_size",
-    "scans",
-    "scan_mode",
-    "input_scale",
-    "prompt",
-)
+    "strategy", "sam_variant", "base_sha256", "num_classes", "image_size", "scans", "scan_mode", "input_scale",
+    "prompt", *BOX_FACTS,
+)  # fmt: skip
 
 
 def save_adapter(
@@ -242,7 +236,9 @@ def git_commit() -> str | None:
 
 
 def _facts(network: Network) -> dict[str, Any]:
-    facts = {key: getattr(network, key) for key in _MUST_AGREE if key not in ("strategy", "sam_variant")}
+    plain = [key for key in _MUST_AGREE if key not in ("strategy", "sam_variant", *BOX_FACTS)]
+    facts = {key: getattr(network, key) for key in plain}
+    facts |= network.box_facts() if isinstance(network, PlainSegmenter) else {}
     strategy = None if network.strategy is None else network.strategy.card()
     return {"strategy": strategy, "sam_variant": network.spec.name, **facts}
 

@@ -19,6 +19,9 @@ STRATEGIES = {
     "cnn_only": "CNN only",
     "sam_only": "SAM only (decoder upscaling)",
     "unet": "U-Net, no SAM",
+    "unet_box": "U-Net with box channel, no SAM",
+    "unet_crop": "U-Net on the crop, no SAM",
+    "ellipse": "Fitted ellipse (no network)",
 }
 SIDES = {"ResNetSide": "ResNet18"}  # side networks that are known under another name than their class's
 PROMPTS = {

@@ -117,6 +117,11 @@ class Scratch(Strategy):
     def _install(self, segmenter: Segmenter) -> list[str]:
         return list(segmenter.state_dict())
 
+    def facts(self, segmenter: Segmenter) -> dict[str, Any]:
+        """What the network tells of itself, if it has ``facts()``."""
+        tell = getattr(getattr(segmenter, "net", None), "facts", None)
+        return tell() if callable(tell) else {}
+
 
 def decoder_names(segmenter: Segmenter) -> list[str]:
     """State-dict names of SAM's mask decoder within the segmenter."""
