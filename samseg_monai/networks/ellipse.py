@@ -43,8 +43,8 @@ class BoxEllipse(nn.Module):
         half = self.log_axes.exp() * sides / 2
         across, down = (self._distances(image, axis, centre, half) for axis in (0, 1))  # (R, W) and (R, H)
         logits = self.log_sharpness.exp() * (1 - across[:, None, :] - down[:, :, None])
-        below = logits.clamp(max=0)
-        return (F.relu(logits) + EMPTY_LOGIT * below / (below + EMPTY_LOGIT))[:, None]
+        below = logits.clamp(max=0) / EMPTY_LOGIT
+        return (F.relu(logits) + EMPTY_LOGIT * (below / (1 + below)))[:, None]
 
     def facts(self) -> dict[str, float]:
         """What was learnt, for the run card: axes and offset as fractions of the box's sides, and the sharpness."""

@@ -24,6 +24,8 @@ STRATEGIES = {
     "ellipse": "Fitted ellipse (no network)",
 }
 SIDES = {"ResNetSide": "ResNet18"}  # side networks that are known under another name than their class's
+VALIDATION_LOSS = "val_loss"
+CURVES = {"train_loss": "train loss", VALIDATION_LOSS: "validation loss"}
 PROMPTS = {
     "label": "GT boxes on GT slices",
     "json": "boxes given by a person",
