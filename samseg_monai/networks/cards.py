@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from samseg_monai.networks.plain import PlainSegmenter
     from samseg_monai.networks.segmenter import SamSegmenter
 
+BOX_FACTS = ("boxes", "crop_margin", "crop_size")  # of a network without SAM that takes boxes
 # What must be equal for an adapter to mean anything in another network.
 MUST_AGREE = (
     "strategy",
@@ -22,12 +23,15 @@ MUST_AGREE = (
     "scan_mode",
     "input_scale",
     "prompt",
+    *BOX_FACTS,
 )
 
 
 def card_facts(network: SamSegmenter | PlainSegmenter) -> dict[str, Any]:
     """What must agree, as JSON values, and ``base_file``: the name (no folder) of the base weights' file, or None."""
-    facts = {key: getattr(network, key) for key in MUST_AGREE if key not in ("strategy", "sam_variant")}
+    others = ("strategy", "sam_variant", *BOX_FACTS)
+    facts = {key: getattr(network, key) for key in MUST_AGREE if key not in others}
+    facts |= network.box_facts() if hasattr(network, "box_facts") else {}
     strategy = None if network.strategy is None else network.strategy.card()
     named = {"base_file": getattr(network, "base_file", None)}
     return {"strategy": strategy, "sam_variant": network.spec.name, **facts, **named}

@@ -28,8 +28,13 @@ STRATEGIES = {
     "decoder": "Mask decoder",
     "norm": "Normalisation layers",
     "bias": "Biases",
+    "unet_box": "U-Net with box channel, no SAM",
+    "unet_crop": "U-Net on the crop, no SAM",
+    "ellipse": "Fitted ellipse (no network)",
 }
 SIDES = {"ResNetSide": "ResNet18"}  # side networks that are known under another name than their class's
+VALIDATION_LOSS = "val_loss"
+CURVES = {"train_loss": "train loss", VALIDATION_LOSS: "validation loss"}
 PROMPTS = {
     "label": "GT boxes on GT slices",
     "json": "boxes given by a person",

@@ -24,6 +24,8 @@ class Segmenter(nn.Module):
     sam: SamModel
     num_classes: int
     strategy: Strategy | None
+    base_sha256: str | None
+    base_file: str | None
 
 
 class Strategy:
@@ -116,6 +118,11 @@ class Scratch(Strategy):
 
     def _install(self, segmenter: Segmenter) -> list[str]:
         return list(segmenter.state_dict())
+
+    def facts(self, segmenter: Segmenter) -> dict[str, Any]:
+        """What the network tells of itself, if it has ``facts()``."""
+        tell = getattr(getattr(segmenter, "net", None), "facts", None)
+        return tell() if callable(tell) else {}
 
 
 def decoder_names(segmenter: Segmenter) -> list[str]:
