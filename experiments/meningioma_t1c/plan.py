@@ -156,10 +156,7 @@ def evaluations_of(plan: Mapping[str, Any], run: Run) -> Iterator[tuple[str, str
     """
     laws = plan["boxes"] if run.prompted else ["none"]
     loose = "loose" if run.prompted else "none"
-    if run.fold == "all":
-        kinds = ["last"] if run.training else ["none"]
-    else:
-        kinds = ["best", "last"] if run.training else ["none"]
+    kinds = ["none"] if not run.training else ["last"] if run.fold == "all" else ["best", "last"]
     if run.fold != "all":
         yield from (("validation", loose, weights) for weights in (kinds if run.search else kinds[:1]))
     if not run.search:

@@ -16,7 +16,7 @@ CURVES = ("train_loss", "val_loss", "val_dice", "lr")
 
 
 def write(rows: Sequence[Row], facts: Mapping[str, Any], path: Path) -> None:
-    """Write ``path`` (CSV) and the JSON of the same name, each whole or not at all; the CSV last, since it says done."""
+    """Write ``path`` (CSV) and the JSON of the same name, each whole or not at all; the CSV last: it says done."""
 
     def write_csv(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as stream:
