@@ -13,8 +13,10 @@ from scipy import stats
 
 from samseg_monai.bundles import build_bundle
 from samseg_monai.bundles.build import recipe_names
+from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.data.datalists import load_datalist
 from samseg_monai.errors import ConfigError, DataError, TrainingError
+from tests.conftest import TINY
 
 HERE = Path(__file__).parents[1] / "experiments" / "meningioma_t1c"
 sys.path.insert(0, str(HERE))
@@ -339,6 +341,22 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(runner, monkeypatch):
     assert len(list(runner.results.glob("*.csv"))) == 3
     with pytest.raises(ConfigError, match="lora_r5"):
         run.main(["--data", "data", "--rows", "lora_r5"])
+
+
+def test_a_training_keeps_its_last_adapter_beside_the_best(phantoms, tmp_path, monkeypatch):
+    """With a metric that falls from epoch to epoch the best adapter is the first epoch's, the other the last one's."""
+    root = build_bundle("meningioma", "lora", tmp_path / "bundles")
+    falling = iter([0.9, 0.5])
+    monkeypatch.setattr("samseg_monai.handlers.keeping.metric_value", lambda *_: next(falling))
+    overrides = {**TINY, "dataset_dir": str(phantoms), "output_dir": str(tmp_path / "run"), "strategy::rank": 2}
+    training = {"epochs": 2, "val_interval": 1, "keep_last": True}
+    run_workflow([root / "configs" / "train.json"], {**overrides, **training})
+    best, last = (json.loads((tmp_path / "run" / place / "card.json").read_text()) for place in (".", "last"))
+    assert (best["metrics"]["epoch"], last["metrics"]["epoch"]) == (1, 2)
+    assert best["adapter_sha256"] != last["adapter_sha256"]
+    where = {"checkpoint": str(tmp_path / "run" / "last"), "results_dir": str(tmp_path / "results")}
+    run_workflow([root / "configs" / "evaluate.json"], {**overrides, **where})
+    assert (tmp_path / "results" / "cases.csv").is_file()
 
 
 @pytest.mark.realdata

@@ -64,7 +64,7 @@ def losses_of_ranks(facts: Sequence[records.Row]) -> Figure:
             axes.plot(*mean_curve([curve]), color=colour, lw=0.7, alpha=0.35)
         label = f"rank {rank} ({len(curves)} fold{'s' * (len(curves) > 1)})"
         axes.plot(*mean_curve(curves), color=colour, ls=dash, lw=2.2, marker="o", ms=3.5, label=label)
-    _finish(figure, axes, "Training loss of LoRA, decoder frozen: mean of folds, each fold faintly")
+    _finish(figure, axes, "Training loss of LoRA: mean of folds, each fold faintly")
     return figure
 
 
