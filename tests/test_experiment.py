@@ -237,7 +237,8 @@ def fake_facts(one):
         "train_loss": {str(e): 0.1 + 0.3 / e / rank**0.3 + 0.01 * int(one.fold) for e in range(1, epochs + 1)},
         "val_loss": {str(e): 0.16 + 0.2 / e + 0.001 * e for e in range(1, epochs + 1)},
     }
-    return {"row": one.name, "fold": one.fold, "seed": one.seed, "minutes": 3.0, "trainable_parameters": 1000,
+    return {"row": one.name, "fold": one.fold, "seed": one.seed, "settings": plans.settings_of(PLAN, one),
+            "minutes": 3.0, "trainable_parameters": 1000,
             "epochs": epochs, "best": {"metric": 0.9, "epoch": epochs // 2}, "history": curves}  # fmt: skip
 
 
@@ -304,7 +305,9 @@ def test_the_runner_writes_each_run_and_skips_what_is_there(runner):
     rows = [row for row in records.read(runner.results) if row["row"] == "lora_r16" and row["section"] == "testing"]
     assert len(rows) == 77 * 3 * 2 and {row["block"] for row in rows} == set(FOLDS["blocks"])
     facts = next(one for one in records.read_facts(runner.results) if one["row"] == "lora_r16")
-    assert facts["history"] == {"train_loss": {"1": 0.5}, "val_dice": {"1": 0.8}} and facts["seconds_training"] == 60
+    assert facts["history"] == {"train_loss": {"1": 0.5}, "val_dice": {"1": 0.8}} and facts["seconds"] == 60
+    assert facts["settings"]["strategy::rank"] == 16 and not plans.outdated(PLAN, [facts])
+    assert "best" not in next(one for one in records.read_facts(runner.results) if one["row"] == "zero_shot_512")
     runner.calls.clear()
     (runner.results / "lora_r16_fold2_seed0.csv").unlink()
     assert runner("--rows", "lora_r16", "zero_shot_512") is None
@@ -410,6 +413,17 @@ def test_the_row_and_the_baseline_are_chosen_by_validation_not_by_test(finished,
     assert gain["zero_shot_512"] == pytest.approx(gain["zero_shot_1024"] + 0.02, abs=0.005)
     # 0.05 above what validation chose, 0.03 above the other, which decides
     assert list(compared["criteria"].values())[1] == (gain["zero_shot_1024"] >= 0.03)
+
+
+def test_results_of_another_plan_are_refused(finished, tmp_path):
+    for path in finished.glob("lora_r16_fold0_seed0.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    table.build(tmp_path)
+    facts = json.loads((tmp_path / "lora_r16_fold0_seed0.json").read_text())
+    facts["settings"]["lr"] = 1.0
+    (tmp_path / "lora_r16_fold0_seed0.json").write_text(json.dumps(facts))
+    with pytest.raises(DataError, match="lora_r16_fold0_seed0"):
+        table.build(tmp_path)
 
 
 def test_rows_that_lack_slices_take_no_part(finished):

@@ -97,6 +97,21 @@ def overrides_of(plan: Mapping[str, Any], run: Run) -> dict[str, Any]:
     return {**plan["shared"], **sam, **run.row["overrides"], "seed": run.seed}
 
 
+def settings_of(plan: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    """All that the plan sets for a run; recorded with its results, so that a later plan can be told from theirs."""
+    return {**overrides_of(plan, run), **run.training}
+
+
+def outdated(plan: Mapping[str, Any], facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Results that the plan does not have, or has with other settings."""
+    known = {(run.name, run.fold, run.seed): settings_of(plan, run) for run in runs_of(plan)}
+    return [
+        f"{one['row']}_fold{one['fold']}_seed{one['seed']}"
+        for one in facts
+        if known.get((one["row"], one["fold"], one["seed"])) != one["settings"]
+    ]
+
+
 def sections_of(fold: int | str, folds: Mapping[str, Any] | None = None) -> dict[str, list[str]]:
     """Cases of each section. Fold "all" trains on all meningiomas and is tested on the two other kinds of tumour."""
     folds = folds or read("folds.json")

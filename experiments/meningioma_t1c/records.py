@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from samseg_monai.checkpoints import write_whole
+from samseg_monai.handlers.provenance import read_json
 
 Row = dict[str, Any]
 TEXTS = ("row", "case", "block", "section", "boxes", "weights")
 CURVES = ("train_loss", "val_loss", "val_dice", "lr")
+FACTS = ("trainable_parameters", "peak_memory_mb", "hardware", "versions", "git_commit", "strategy", "base_sha256")
+OF_TRAINING = ("best", "epochs", "seconds")
 
 
 def write(rows: Sequence[Row], facts: Mapping[str, Any], path: Path) -> None:
@@ -46,6 +49,13 @@ def read_facts(folder: Path) -> list[Row]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
+def facts_of(folder: Path, results: Path, *, trained: bool, **own: Any) -> Row:
+    """Facts of a run, from the card of its training in ``folder``, else its evaluation in ``results``, and ``own``."""
+    card = read_json((folder if trained else results) / "run_card.json")
+    keys = (*FACTS, *OF_TRAINING) if trained else FACTS
+    return {**own, **{key: card.get(key) for key in keys}, "history": curves_of(folder / "history.csv")}
+
+
 def curves_of(path: Path) -> dict[str, dict[str, float]]:
     """Curve -> epoch -> value from a training's ``history.csv``; empty where nothing was trained."""
     curves: dict[str, dict[str, float]] = {}
@@ -53,7 +63,7 @@ def curves_of(path: Path) -> dict[str, dict[str, float]]:
         return curves
     with path.open(newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
-            if row["name"] in CURVES or row["name"].endswith("dice_mean"):
+            if row["name"] in CURVES:
                 curves.setdefault(row["name"], {})[row["epoch"]] = short(float(row["value"]))
     return curves
 

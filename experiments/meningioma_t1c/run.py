@@ -21,7 +21,7 @@ import torch
 from samseg_monai.bundles import build_bundle
 from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.errors import SamsegError
-from samseg_monai.handlers.provenance import hardware, read_json
+from samseg_monai.handlers.provenance import read_json
 from samseg_monai.metrics import read_rows
 
 MEASURES = ("dice", "hd95_px", "nsd_1px", "nsd_2px", "empty_prediction")
@@ -50,12 +50,9 @@ def perform(run: plans.Run, plan: dict[str, Any], options: argparse.Namespace) -
         run_workflow([configs / "evaluate.json"], {**shared, **own})
         named = {"row": run.name, "fold": run.fold, "seed": run.seed}
         rows += rows_of(results, {**named, "section": section, "boxes": law, "weights": weights})
-    card = read_json((folder if run.training else results) / "run_card.json")
-    facts = {**named, "minutes": (time.perf_counter() - started) / 60, "seconds_training": 0.0, "hardware": hardware()}
-    facts |= {"seconds_training": card.get("seconds")} if run.training else {}
-    facts |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads()}
-    keys = ("best", "epochs", "trainable_parameters", "peak_memory_mb", "versions", "strategy", "base_sha256")
-    return rows, {**facts, **{k: card.get(k) for k in keys}, "history": records.curves_of(folder / "history.csv")}
+    named |= {"settings": plans.settings_of(plan, run), "minutes": (time.perf_counter() - started) / 60}
+    named |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads()}
+    return rows, records.facts_of(folder, results, trained=bool(run.training), **named)
 
 
 def rows_of(results: Path, labels: dict[str, Any]) -> list[records.Row]:

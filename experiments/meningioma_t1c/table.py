@@ -19,6 +19,7 @@ import plan as plans
 import records
 from block_statistics import Interval, block_means, holm, t_interval
 
+from samseg_monai.errors import DataError, raise_all
 from samseg_monai.handlers.provenance import write_json
 
 LAWS = ("tight", "loose", "unseen")
@@ -208,9 +209,15 @@ def markdown(lines: Sequence[Mapping[str, Any]], compared: Mapping[str, Any], we
 
 
 def build(folder: Path) -> tuple[dict[str, Any], str]:
-    """The table of a folder of results, as JSON values and as Markdown."""
-    plan = plans.read("plan.json")
-    results = Results(records.read(folder), records.read_facts(folder), plan)
+    """The table of a folder of results, as JSON values and as Markdown.
+
+    Raises:
+        DataError: results of other settings than the plan's.
+    """
+    plan, facts = plans.read("plan.json"), records.read_facts(folder)
+    where = f"{folder.name}: not results of this plan; delete their CSV files and run them again"
+    raise_all(plans.outdated(plan, facts), DataError, where)
+    results = Results(records.read(folder), facts, plan)
     there = {row["row"] for row in results.rows}
     lines = [line_of(results, row) for row in by_role(plan["rows"]) if row["name"] in there]
     ellipse = ellipse_line(results)
