@@ -95,7 +95,12 @@ def check_datalist(datalist: Mapping[str, Any], *, name: str = "datalist") -> No
 
 
 def load_datalist(
-    path: str | Path, dataset_dir: str | Path, section: str = "training", *, scans: Sequence[str] | None = None
+    path: str | Path,
+    dataset_dir: str | Path,
+    section: str = "training",
+    *,
+    scans: Sequence[str] | None = None,
+    boxes: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """Items of one section with absolute paths, ready for ``LoadImaged``.
 
@@ -130,9 +135,21 @@ def load_datalist(
             if key != "reference" or files != stored.get("label"):
                 problems += [f"{item['case']}: no file {file}" for file in paths if not os.path.isfile(file)]
             item[key] = paths[0] if isinstance(files, str) else paths
+        if boxes is not None:
+            item["boxes"] = json.loads(Path(boxes).read_text(encoding="utf-8")).get(item["case"])
         items.append(item)
     raise_all(problems, DataError, f"{path}: files of section {section!r} are missing; is dataset_dir right")
     return items
+
+
+def unit_of(path: str | Path) -> str:
+    """Unit of distances."""
+    return str(read_datalist(path).get("distance_unit", "mm"))
+
+
+def spacing_of(path: str | Path) -> float | None:
+    """Side of a pixel in mm."""
+    return read_datalist(path).get("spacing_mm")
 
 
 def labels_of(path: str | Path) -> dict[str, str]:
