@@ -143,8 +143,6 @@ def load_datalist(
             if key != "reference" or files != stored.get("label"):
                 problems += [f"{item['case']}: no file {file}" for file in paths if not os.path.isfile(file)]
             item[key] = paths[0] if isinstance(files, str) else paths
-        if boxes is not None:
-            item["boxes"] = json.loads(Path(boxes).read_text(encoding="utf-8")).get(item["case"])
         items.append(item)
     raise_all(problems, DataError, f"{path}: files of section {section!r} are missing; is dataset_dir right")
     return items if boxes is None else _with_boxes(items, datalist, Path(boxes), name=str(path))
@@ -170,16 +168,6 @@ def spacing_of(path: str | Path) -> float | None:
     """Pixel size in mm that a person gave for a datalist's images; None: the files' own, if they state one."""
     spacing = read_datalist(path).get("spacing_mm")
     return None if spacing is None else float(spacing)
-
-
-def unit_of(path: str | Path) -> str:
-    """Unit of distances."""
-    return str(read_datalist(path).get("distance_unit", "mm"))
-
-
-def spacing_of(path: str | Path) -> float | None:
-    """Side of a pixel in mm."""
-    return read_datalist(path).get("spacing_mm")
 
 
 def labels_of(path: str | Path) -> dict[str, str]:

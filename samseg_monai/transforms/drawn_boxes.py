@@ -36,8 +36,8 @@ class BoxesFromLabeld(RandomizableTransform, MapTransform):
         max_boxes: with ``per_component``, rows of the result: the largest are kept and NaN fills up, so that batches
             collate. None gives as many rows as there are boxes.
         allow_missing_keys: a case without the label keeps what is under ``boxes_key``.
-    Raises: ConfigError listing all settings that are out of range; PromptError for a label of several slices, or when
-        ``seed`` is given and the case has no name.
+    Raises: ConfigError listing all settings that are out of range; PromptError for a label of several slices, when
+        ``seed`` is given and the case has no name, or when a person's boxes are there already.
     """
 
     def __init__(
@@ -80,6 +80,11 @@ class BoxesFromLabeld(RandomizableTransform, MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
+        if isinstance(d.get(self.boxes_key), (list, tuple)):
+            raise PromptError(
+                f"{d.get(self.case_key, 'unnamed case')}: boxes are given, but are to be drawn from {self.keys[0]!r}; "
+                "set prompt::source to 'json' or prompt::boxes to null"
+            )
         for key in self.key_iterator(d):
             label = torch.as_tensor(d[key]).as_subclass(torch.Tensor)
             if label.ndim == 4 and label.shape[-1] == 1:

@@ -129,23 +129,30 @@ class BoxesFromImaged(MapTransform):
 
 
 class ShrinkBoxesd(MapTransform):
-    """Move each side of every box inwards, against boxes that are known to be drawn too large.
+    """Move each side of every box inwards, against boxes that are known to be drawn too large; last before the network.
 
     Args:
         boxes_key: float (N, 4).
         fraction: of the box's length along the axis, at least 0 and less than 0.5; the middle of the box stays.
-    Raises: ConfigError for another fraction.
+        case_key: where the name of the case is found for messages.
+    Raises: ConfigError for another fraction; PromptError if nothing before has made boxes.
     """
 
-    def __init__(self, boxes_key: str = "boxes", *, fraction: float = 0.0) -> None:
+    def __init__(self, boxes_key: str = "boxes", *, fraction: float = 0.0, case_key: str = "case") -> None:
         super().__init__(boxes_key)
+        self.case_key = case_key
         if not 0 <= fraction < 0.5:
             raise ConfigError(f"shrink must be at least 0 and less than 0.5, got {fraction!r}")
         self.fraction = float(fraction)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        for key in self.key_iterator(d):
+        for key in self.keys:
+            if not isinstance(d.get(key), torch.Tensor):
+                raise PromptError(
+                    f"{d.get(self.case_key, 'unnamed case')}: there are no boxes; prompt::source of 2-D images is "
+                    "label, json (with a file of boxes), image or none"
+                )
             low, high = d[key][:, :2], d[key][:, 2:]
             inwards = self.fraction * (high - low)
             d[key] = torch.cat([low + inwards, high - inwards], dim=1)
