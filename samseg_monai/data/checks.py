@@ -48,8 +48,8 @@ class Summary:
     """What a maker of datalists found and wrote; counts are of cases unless named otherwise.
 
     ``patients`` is None where the data do not tell which cases share a patient; ``labels`` names the labels.
-    ``things`` is what a case is, ``groups`` what ``patients`` counts, ``pixel`` the smallest part, ``unit`` that of the
-    spacings; ``extra`` are further facts, one a line.
+    ``things`` is what a case is, ``groups`` what ``patients`` counts, ``pixel`` the smallest part, ``unit`` that of
+    distances; ``extra`` are further facts, one a line.
     """
 
     datalist: Path
@@ -79,7 +79,9 @@ class Summary:
         return [
             f"{total} {members}: " + ", ".join(f"{n} {s}" for s, n in self.sections.items()),
             f"shapes: {_commonest(self.shapes)}",
-            f"spacings in {self.unit}: {_commonest(self.spacings_mm)}",
+            f"spacings in mm: {_commonest(self.spacings_mm)}"
+            if self.unit == "mm"
+            else "pixel size: not known, so that distances are in pixels",
             *(
                 f"label {label} {self.labels.get(label, '')}".rstrip()
                 + f": {n} {self.pixel}s ({100 * n / voxels:.3f} %), in {self.cases_per_label[label]} {cases}"
