@@ -21,7 +21,7 @@ from monai.transforms.utils import allow_missing_keys_mode, convert_applied_inte
 from samseg_monai.data.encoding import VolumeEmbeddings
 from samseg_monai.data.slice_cache import describe
 from samseg_monai.errors import ConfigError, PromptError, raise_all
-from samseg_monai.transforms import BoxFromPromptd, boxes_of
+from samseg_monai.transforms import BoxFromPromptd, boxes_of, clip_boxes, move_boxes
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,9 @@ class SliceVolumeInferer(Inferer):
     volume by the inverse of the same transforms, bilinearly. Slices without a box are not run: their logits are -20
     (and 20 for the background, which is channel 0 of several).
 
+    A 2-D image, a volume of one slice, takes ``boxes`` instead of a prompt volume: floats that follow the slice's
+    affine through ``slice_transforms`` and are never rounded.
+
     With ``embedding_dir`` the encoder sees each slice of a volume once: its embedding is kept on disk, in bf16, and
     read in later passes, as long as weights, transforms and volume stay the same. The first pass uses the rounded
     numbers too, so that all passes agree.
@@ -55,13 +58,14 @@ class SliceVolumeInferer(Inferer):
         direct: take logits back by one bilinear resize to the slice's own size, not step by step; for transforms that
             only resize, which then need not be invertible.
         labels: return class numbers, the channel of the largest logit in the grid of the volume, instead of logits.
-    Shape: inputs (B, S, H, W, D), prompt (B, 1, H, W, D) to logits (B, C, H, W, D), float32. The network sees
-        (b, S, h, w) and returns (b, C, h, w). With ``labels`` the result is (B, 1, H, W, D), float32, whole numbers 0
+    Shape: inputs (B, S, H, W, D), prompt (B, 1, H, W, D), or boxes (B, N, 4) in pixel edges of the input where D is 1
+        (rows of NaN are none), to logits (B, C, H, W, D), float32. The network sees (b, S, h, w), with boxes (b, 4) or
+        (b, N, 4), and returns (b, C, h, w). With ``labels`` the result is (B, 1, H, W, D), float32, whole numbers 0
         to C - 1, and 0 in slices without a box. Where the input is a MetaTensor, so is the result, with the same
         metadata and history: ``Invertd`` takes both back to the file's grid.
     Raises: ConfigError if ``slice_transforms`` hold a random transform or ``BoxFromPromptd``, cannot be undone, or the
         prompt is missing; if ``labels`` are asked of one channel; if embeddings are to be kept that change, because
-        the encoder learns or because they depend on the prompt. PromptError if the prompt does not fit the input.
+        the encoder learns or because they depend on the prompt. PromptError if prompt or boxes do not fit the input.
         CacheError if the embeddings on disk are damaged, foreign, or find no room.
     """
 
@@ -101,15 +105,20 @@ class SliceVolumeInferer(Inferer):
         network: Network,
         *args: Any,
         prompt: torch.Tensor | None = None,
+        boxes: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Predict a batch of volumes; see the class for shapes and errors."""
         if args or kwargs:
-            raise ConfigError(f"SliceVolumeInferer takes only 'prompt', got {len(args)} inputs and {sorted(kwargs)}")
+            raise ConfigError(
+                f"SliceVolumeInferer takes only 'prompt' or 'boxes', got {len(args)} inputs and {sorted(kwargs)}"
+            )
         if inputs.ndim != 5:
             raise ConfigError(f"SliceVolumeInferer needs volumes (B, S, H, W, D), got shape {tuple(inputs.shape)}")
         images = inputs.as_subclass(torch.Tensor)
-        prompts = self._checked(prompt, images) if self.prompted else [None] * len(images)
+        prompts: Any = [None] * len(images)
+        if self.prompted:
+            prompts = self._checked(prompt, images) if boxes is None else _checked_boxes(boxes, prompt, images)
         logits = torch.stack([self._volume(image, p, network) for image, p in zip(images, prompts, strict=True)])
         return MetaTensor(logits).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else logits
 
@@ -125,10 +134,12 @@ class SliceVolumeInferer(Inferer):
         return prompt.as_subclass(torch.Tensor)
 
     def _volume(self, image: torch.Tensor, prompt: torch.Tensor | None, network: Network) -> torch.Tensor:
-        """(S, H, W, D) and (1, H, W, D) to (C, H, W, D)."""
+        """(S, H, W, D) and a prompt (1, H, W, D), or boxes (N, 4) of a single slice, to (C, H, W, D)."""
         size, depth = image.shape[1:3], image.shape[3]
         if prompt is None:
             wanted = list(range(depth))
+        elif prompt.ndim == 2:
+            wanted = [] if prompt.isnan().any(dim=1).all() else [0]
         else:
             wanted = (prompt > 0).flatten(0, 2).any(dim=0).nonzero()[:, 0].tolist()
         store = self._embeddings(image, prompt, network, wanted)
@@ -155,7 +166,7 @@ class SliceVolumeInferer(Inferer):
     ) -> VolumeEmbeddings | None:
         if self.embedding_dir is None:
             return None
-        if prompt is not None and wanted:
+        if prompt is not None and prompt.ndim == 4 and wanted:
             # the prompt is no part of what an embedding is known by, so it must not change the image
             plane, mask = image[..., wanted[0]], prompt[..., wanted[0]]
             one, other = (self._prepare(plane, m)[0] for m in (mask, torch.ones_like(mask)))
@@ -170,7 +181,8 @@ class SliceVolumeInferer(Inferer):
         self, image: torch.Tensor, prompt: torch.Tensor | None, wanted: list[int]
     ) -> tuple[list[int], list[MetaTensor], torch.Tensor | None]:
         """Transformed slices that the network has to see, their numbers and their boxes."""
-        pairs = [self._prepare(image[..., z], None if prompt is None else prompt[..., z]) for z in wanted]
+        masks: Any = [prompt] * image.shape[-1] if prompt is None or prompt.ndim == 2 else prompt.unbind(-1)
+        pairs = [self._prepare(image[..., z], masks[z]) for z in wanted]
         if prompt is None:
             return wanted, [prepared for prepared, _ in pairs], None
         found = [(z, prepared, b) for z, (prepared, b) in zip(wanted, pairs, strict=True) if b is not None]
@@ -185,16 +197,16 @@ class SliceVolumeInferer(Inferer):
         return [z for z, _, _ in kept], [prepared for _, prepared, _ in kept], boxes
 
     def _prepare(self, image: torch.Tensor, prompt: torch.Tensor | None) -> tuple[MetaTensor, torch.Tensor | None]:
-        """One slice (S, H, W) as the network sees it, (S, h, w) with its history, and its box."""
+        """A slice (S, H, W) as the network sees it, (S, h, w), and its boxes, of a prompt (1, H, W) or moved (N, 4)."""
         d: dict[str, torch.Tensor] = {IMAGE: MetaTensor(image.clone())}
-        if prompt is not None:
-            d[PROMPT] = MetaTensor(prompt.clone())
+        mask = None if prompt is None or prompt.ndim == 2 else prompt
+        if mask is not None:
+            d[PROMPT] = MetaTensor(mask.clone())
         d = self._apply(self.slice_transforms, d)
-        boxes = None
-        if prompt is not None:
-            boxes = boxes_of(d[PROMPT], per_component=self.per_component, max_boxes=self.max_boxes)
-        prepared = d[IMAGE]
-        return prepared if isinstance(prepared, MetaTensor) else MetaTensor(prepared), boxes
+        prepared: Any = d[IMAGE] if isinstance(d[IMAGE], MetaTensor) else MetaTensor(d[IMAGE])
+        if mask is not None:
+            return prepared, boxes_of(d[PROMPT], per_component=self.per_component, max_boxes=self.max_boxes)
+        return prepared, None if prompt is None else _followed(prompt, image, prepared)
 
     def _undo(self, logits: torch.Tensor, prepared: MetaTensor, size: Sequence[int]) -> torch.Tensor:
         """(b, C, h, w) to (b, C, H, W): all slices went through the same geometry, so one call undoes it for all."""
@@ -242,6 +254,26 @@ class SliceVolumeInferer(Inferer):
             return d
         with allow_missing_keys_mode(self.slice_transforms):
             return function(d)
+
+
+def _checked_boxes(boxes: torch.Tensor, prompt: torch.Tensor | None, images: torch.Tensor) -> torch.Tensor:
+    """Boxes (B, N, 4) that fit ``images`` (B, S, H, W, D); PromptError says why others do not."""
+    if prompt is not None or images.shape[-1] != 1:
+        raise PromptError(f"boxes go with images of one slice and no prompt volume, got {images.shape[-1]} slices")
+    if boxes.ndim != 3 or len(boxes) != len(images) or boxes.shape[-1] != 4:
+        raise PromptError(f"boxes must have shape ({len(images)}, N, 4) to fit the image, got {tuple(boxes.shape)}")
+    return boxes.as_subclass(torch.Tensor)
+
+
+def _followed(boxes: torch.Tensor, image: torch.Tensor, prepared: MetaTensor) -> torch.Tensor:
+    """Boxes of a slice (S, H, W) on what the transforms made of it, (S, h, w)."""
+    if prepared.shape[1:] != image.shape[1:] and not prepared.applied_operations:
+        raise ConfigError(
+            "boxes cannot follow slice_transforms that keep no record of what they do (SplineResized); leave "
+            "store_size null for 2-D images"
+        )
+    moved = move_boxes(boxes, torch.eye(4), prepared.affine)  # a slice starts without an affine of its own
+    return clip_boxes(moved, (prepared.shape[1], prepared.shape[2])).to(image.device)
 
 
 def _stack(prepared: Sequence[MetaTensor]) -> torch.Tensor:

@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 
 from samseg_monai.data.datalists import (
-    SECTIONS,
     check_datalist,
     datalist_hash,
     load_datalist,
     patient_of,
     read_datalist,
-    split_by_patient,
     write_datalist,
 )
+from samseg_monai.data.splits import SECTIONS, split_by_patient
 from samseg_monai.errors import DataError
 
 

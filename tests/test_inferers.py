@@ -271,8 +271,10 @@ def test_slices_instead_of_volumes_and_stray_inputs_are_refused(volumes):
     image, prompt = volumes
     with pytest.raises(ConfigError, match=r"\(2, 3, 22, 30\)"):
         SliceVolumeInferer([resize()])(image[..., 0], BoxNetwork(), prompt=prompt[..., 0])
-    with pytest.raises(ConfigError, match=r"\['boxes'\]"):
-        SliceVolumeInferer([resize()])(image, BoxNetwork(), prompt=prompt, boxes=torch.zeros(2, 4))
+    with pytest.raises(ConfigError, match=r"\['points'\]"):
+        SliceVolumeInferer([resize()])(image, BoxNetwork(), prompt=prompt, points=torch.zeros(2, 4))
+    with pytest.raises(PromptError, match="images of one slice"):
+        SliceVolumeInferer([resize()])(image, BoxNetwork(), boxes=torch.zeros(2, 1, 4))
     with pytest.raises(ConfigError, match="at least 1"):
         SliceVolumeInferer([resize()], batch_size=0)
 

@@ -136,13 +136,39 @@ def test_transunet_policy_measures_in_voxels_with_medpys_definition():
     assert not {"dice", "hd95_mm", "nsd_1mm"} & score.keys()  # nobody can mix the two up in one column
 
 
-def test_volume_of_one_slice_is_scored():
-    prediction, reference = (mask[:, :, 5:6] for mask in blobs(1))
-    spacing = (0.8, 0.5, 3.0)
-    score = score_case(prediction, reference, spacing_mm=spacing)
-    assert score["hd95_medpy_mm"] == pytest.approx(medpy.hd95(prediction, reference, voxelspacing=spacing), rel=1e-6)
-    distances = compute_surface_distances(reference, prediction, spacing)
-    assert score["nsd_1mm"] == pytest.approx(compute_surface_dice_at_tolerance(distances, 1.0), rel=1e-5)
+@pytest.mark.parametrize(("unit", "used"), [("mm", (0.8, 0.5)), ("px", (1.0, 1.0))])
+@pytest.mark.parametrize("seed", range(3))
+def test_volume_of_one_slice_is_scored_in_two_dimensions(seed, unit, used):
+    """In three dimensions every pixel of it would be an edge. In pixels the spacing of the file does not matter."""
+    prediction, reference = (mask[:, :, 5:6] for mask in blobs(seed))
+    score = score_case(prediction, reference, spacing_mm=(0.8, 0.5, 3.0), unit=unit)
+    flat = prediction[..., 0], reference[..., 0]
+    assert score["dice"] == pytest.approx(medpy.dc(*flat), abs=1e-12)
+    assert score[f"hd95_medpy_{unit}"] == pytest.approx(medpy.hd95(*flat, voxelspacing=used), rel=1e-6)
+    planes = (torch.as_tensor(mask)[None, None].float() for mask in flat)
+    directed = compute_hausdorff_distance(*planes, include_background=True, percentile=95, spacing=used)
+    assert score[f"hd95_{unit}"] == pytest.approx(float(directed), rel=1e-6)
+    distances = compute_surface_distances(flat[1], flat[0], used)
+    for tolerance in (1, 2):
+        expected = compute_surface_dice_at_tolerance(distances, tolerance)
+        assert 0 < expected < 1
+        assert score[f"nsd_{tolerance}{unit}"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_empty_image_in_pixels_costs_the_diagonal_of_the_picture():
+    reference, nothing = np.ones((30, 40, 1), dtype=bool), np.zeros((30, 40, 1), dtype=bool)
+    score = score_case(nothing, reference, spacing_mm=(0.5, 0.5, 7.0), unit="px")
+    assert (score["dice"], score["hd95_px"], score["nsd_2px"]) == (0.0, 50.0, 0.0)
+    assert (score["prediction_px"], score["reference_px"]) == (0.0, 1200.0)
+
+
+def test_pixels_are_for_images_and_not_for_lesions():
+    with pytest.raises(DataError, match="one slice"):
+        score_case(*cubes(1), spacing_mm=(1, 1, 1), unit="px")
+    with pytest.raises(ConfigError, match="lesion_wise"):
+        CaseScores(unit="px", lesions=True)
+    with pytest.raises(ConfigError, match="mm, px"):
+        score_columns(unit="inch")
 
 
 def test_noise_of_an_affine_does_not_push_neighbours_out_of_tolerance():

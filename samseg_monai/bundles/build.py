@@ -4,7 +4,8 @@ A recipe is a JSON object with a part per file of the bundle: ``base`` goes into
 ``inference``, ``demo``, ``metadata`` ... into the file of that name, ``docs`` into the text files. The engine holds the
 wiring once; task and strategy only replace values, by MONAI ids such as ``"prompt::loosen"``, or extend a list or object
 with ``"+id"``. An id that replaces nothing is an error. A recipe that ``"extends"`` another takes over the parts that it does
-not have itself.
+not have itself; a task that names an ``"engine"`` (``images``: 2-D images) has that recipe of the engine between the
+engine's wiring and its own values.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from samseg_monai.errors import BundleError, raise_all
 RECIPES = Path(str(files("samseg_monai") / "recipes"))
 PLACEHOLDER = "REQUIRED"
 CONFIGS = ("train", "evaluate", "inference")
+ENGINES = ("images",)
 OVERLAYS = ("multi_gpu_train", "multi_gpu_evaluate", "demo")
 
 
@@ -79,9 +81,25 @@ def _placeholders(config: Any, where: str = "") -> list[str]:
     return [found for key, value in items for found in _placeholders(value, f"{where}::{key}".lstrip(":"))]
 
 
+def _layer(task: dict[str, Any]) -> dict[str, Any]:
+    """The engine's recipe for the kind of data that a task names; empty for volumes."""
+    name = task.get("engine")
+    path = RECIPES / "engine" / f"{name}.json"
+    if name is None:
+        return {}
+    if name not in ENGINES:
+        raise BundleError(f"task recipe: there is no engine {name!r}; leave it out for volumes, or use {ENGINES[0]!r}")
+    return dict(read_json(path))
+
+
 def expand(task: dict[str, Any], strategy: dict[str, Any], name: str) -> dict[str, Any]:
     """Build the config file ``name`` (train, evaluate, inference) from engine, task and strategy."""
     config = {**read_json(RECIPES / "engine" / "base.json"), **read_json(RECIPES / "engine" / f"{name}.json")}
+    layer = _layer(task)
+    for part in ("base", name):
+        # wiring of another kind of data has keys of its own; what it changes within others has to be there
+        own = {key: value for key, value in layer.get(part, {}).items() if key.isidentifier()}
+        config = merge({**config, **own}, layer.get(part, {}), f"engine's recipe, {part}")
     for origin, recipe in (("task", task), ("strategy", strategy)):
         for part in ("base", name):
             config = merge(config, recipe.get(part, {}), f"{origin} recipe, {part}")
@@ -120,7 +138,8 @@ def build_bundle(task: str, strategy: str, output: str | Path) -> Path:
         _write_json(root / "configs" / f"{overlay}.json", {**content, **parts})
     metadata = read_json(RECIPES / "engine" / "metadata.json")
     metadata["required_packages_version"]["samseg-monai"] = __version__
-    for origin, recipe in (("task", task_recipe), ("strategy", strategy_recipe)):
+    layer = _layer(task_recipe)
+    for origin, recipe in (("engine's", layer), ("task", task_recipe), ("strategy", strategy_recipe)):
         metadata = merge(metadata, recipe.get("metadata", {}), f"{origin} recipe, metadata")
     raise_all(_placeholders(metadata), BundleError, "metadata.json: keys that neither task nor strategy has set")
     _write_json(root / "configs" / "metadata.json", metadata)
@@ -128,6 +147,7 @@ def build_bundle(task: str, strategy: str, output: str | Path) -> Path:
     docs = {
         "has_sam": True,
         "embeddings": False,
+        "images": bool(layer),
         "performance": "No results with SAM's official weights are published with this bundle yet.",
         **task_recipe["docs"],
         **strategy_recipe["docs"],

@@ -19,6 +19,7 @@ from samseg_monai.sam.weights import sha256_of
 SUMS = "SHA256SUMS"
 WEIGHTS = (".pt", ".safetensors")  # floating-point numbers hardly shrink, and large files take half a minute to try
 POSTPROCESSING = ("min_component_mm3",)  # keys of an evaluation that belong to its numbers and to every prediction
+LABELS = "label_values"  # of 2-D images: what the values of the label files mean, which predictions have, too
 RESULTS = ("metrics.json", "cases.csv", "ellipse_cases.csv", "transunet_cases.csv", "run_card.json")
 
 
@@ -97,6 +98,7 @@ def pack_bundle(run: str | Path, output: str | Path, *, sam_checkpoint: str | No
         shutil.copytree(run / RECORD, root)
         steps = {key: card["settings"][key] for key in POSTPROCESSING if key in card.get("settings", {})}
         _set_keys(root / "configs", steps)
+        _set_labels(root / "configs" / "inference.json", card.get(LABELS))
         _write_models(run, root, sam_checkpoint, steps)
         (root / "metrics").mkdir()
         for result in RESULTS:
@@ -119,6 +121,14 @@ def _set_keys(configs: Path, values: dict[str, Any]) -> None:
         config = json.loads((configs / name).read_text(encoding="utf-8"))
         text = json.dumps({**config, **values}, indent=4, ensure_ascii=False) + "\n"
         (configs / name).write_text(text, encoding="utf-8")
+
+
+def _set_labels(inference: Path, labels: dict[str, str] | None) -> None:
+    """Let predictions of 2-D images have the values of the labels that were learnt from; of volumes nothing changes."""
+    config = json.loads(inference.read_text(encoding="utf-8"))
+    if labels and LABELS in config:
+        text = json.dumps({**config, LABELS: labels}, indent=4, ensure_ascii=False) + "\n"
+        inference.write_text(text, encoding="utf-8")
 
 
 def _write_models(run: Path, root: Path, sam_checkpoint: str | None, steps: dict[str, Any]) -> None:

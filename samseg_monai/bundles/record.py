@@ -150,6 +150,8 @@ def facts(datalist: str) -> dict[str, Any]:
     found["dataset"] = content.get("name")
     found["phantoms"] = bool(content.get("phantoms", False))
     found["split"] = content.get("split")
+    if content.get("kind") == "images":  # predictions are images with the values of these labels
+        found["label_values"] = content.get("labels")
     found["split_sizes"] = {s: len(content[s]) for s in ("training", "validation", "testing") if s in content}
     return found
 

@@ -1,4 +1,4 @@
-"""Commands about data: ``prepare brats-men | synapse | folders``, ``bbox`` and ``phantom brats | btcv``."""
+"""Commands about data: ``prepare brats-men | synapse | folders | images``, ``bbox`` and ``phantom brats | btcv``."""
 
 from __future__ import annotations
 
@@ -111,6 +111,48 @@ def prepare_folders_command(
         counts=None if split is None else _numbers(split, int, count=3, option="--split"),
         fractions=_numbers(fractions or "0.7,0.1,0.2", float, count=3, option="--fractions"),
         by_name=by_name,
+        seed=seed,
+        skip_bad=skip_bad,
+        num_threads=threads,
+    )
+    typer.echo("\n".join(summary.lines()))
+
+
+@prepare_app.command("images")
+def prepare_images_command(
+    images: Annotated[Path, typer.Option(help="Folder of PNG, JPEG, TIFF, BMP, DICOM or one-slice NIfTI files.")],
+    masks: Annotated[Path, typer.Option(help="Folder of masks with the same names, or ending in _mask or _seg.")],
+    output: Annotated[Path, typer.Option(help="Datalist (JSON) to write.")],
+    labels: Annotated[str, typer.Option(help="What the values in the masks mean, such as 255=tumour.")],
+    group: Annotated[
+        str | None, typer.Option(help="Regular expression for the patient, or block of images, in a name.")
+    ] = None,
+    spacing: Annotated[float | None, typer.Option(help="Pixel size in mm; default: the files' own, or pixels.")] = None,
+    match: Annotated[str | None, typer.Option(help="Take only names like this, such as 'meningioma_*'.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the data set; default: that of the folder.")] = None,
+    split_file: Annotated[
+        Path | None, typer.Option(help="JSON with names of images or groups under training, validation, testing.")
+    ] = None,
+    fractions: Annotated[str, typer.Option(help="Of groups, for training, validation, testing.")] = "0.7,0.1,0.2",
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad cases out and list them.")] = False,
+    threads: Annotated[int, typer.Option(min=1, help="Cases read at the same time.")] = 2,
+) -> None:
+    """Check 2-D images and their masks and write a datalist, split by group."""
+    from samseg_monai.data.folders import parse_labels
+    from samseg_monai.data.image_folders import prepare_images
+
+    summary = prepare_images(
+        images,
+        masks,
+        output,
+        labels=parse_labels(labels),
+        group=group,
+        spacing=spacing,
+        match=match,
+        name=name,
+        split_file=split_file,
+        fractions=_numbers(fractions, float, count=3, option="--fractions"),
         seed=seed,
         skip_bad=skip_bad,
         num_threads=threads,

@@ -6,15 +6,15 @@ Layout and label coding: LaBella et al., arXiv:2405.09787 (``<case>/<case>-{t1n,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from samseg_monai.data.brats_case import LABELS, SCANS, check_case, find_case_folders
 from samseg_monai.data.checks import CaseCheck, Summary, are_phantoms, check_all, split_off_bad, summarise
-from samseg_monai.data.datalists import SECTIONS, patient_of, split_by_patient, write_datalist
-from samseg_monai.errors import ConfigError, DataError, raise_all
+from samseg_monai.data.datalists import patient_of, write_datalist
+from samseg_monai.data.splits import read_split, split_by_patient
+from samseg_monai.errors import ConfigError
 
 DEFAULT_FRACTIONS = (0.7, 0.1, 0.2)
 
@@ -65,7 +65,7 @@ def prepare_brats_men(
         split = split_by_patient({check.case: patient_of(check.case) for check in good}, fractions, seed=seed)
         made_by: dict[str, Any] = {"by": "patient", "seed": seed, "fractions": list(fractions)}
     else:
-        split, unused = _read_split(Path(split_file), [check.case for check in checks])
+        split, unused = read_split(Path(split_file), {check.case: patient_of(check.case) for check in checks})
         warnings += [f"{case}: not named by the split file, not used" for case in unused]
         made_by = {"by": "file", "file": Path(split_file).name}
     used = {check.case: check for check in good}
@@ -98,35 +98,3 @@ def _item(check: CaseCheck, src: Path) -> dict[str, Any]:
         "label": label,
         "reference": label,
     }
-
-
-def _read_split(path: Path, cases: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Section -> cases of a split file, and the cases it does not name."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"split file {path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict) or not any(section in content for section in SECTIONS):
-        raise DataError(f"split file {path}: expected a JSON object with lists under {', '.join(SECTIONS)}")
-    by_patient: dict[str, list[str]] = {}
-    for case in cases:
-        by_patient.setdefault(patient_of(case), []).append(case)
-    split: dict[str, list[str]] = {section: [] for section in SECTIONS}
-    homes: dict[str, set[str]] = {}
-    problems = []
-    for section in SECTIONS:
-        for entry in content.get(section, []):
-            name = str(entry.get("case", entry) if isinstance(entry, dict) else entry)
-            members = [name] if name in cases else by_patient.get(name, [])
-            if not members:
-                problems.append(f"{section}: unknown case or patient {name}")
-            split[section] += [case for case in members if case not in split[section]]
-            homes.setdefault(patient_of(members[0]) if members else name, set()).add(section)
-    problems += [
-        f"patient {patient} is in {' and '.join(s for s in SECTIONS if s in sections)}"
-        for patient, sections in homes.items()
-        if len(sections) > 1
-    ]
-    raise_all(problems, DataError, f"split file {path} does not fit the cases")
-    named = {case for members in split.values() for case in members}
-    return split, [case for case in cases if case not in named]

@@ -14,11 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from samseg_monai.data.case_files import group_files
+from samseg_monai.data.boxes import read_table
+from samseg_monai.data.case_files import Found, group_files
+from samseg_monai.data.datalists import IMAGES
 from samseg_monai.data.dicom import read_series
+from samseg_monai.data.image_cases import check_image, group_images
 from samseg_monai.data.volumes import SUFFIXES, Volume, grid_difference, read_volume, stem_of, value_problem
-from samseg_monai.errors import DataError, PromptError, raise_all
+from samseg_monai.errors import ConfigError, DataError, PromptError, raise_all
 
+VOLUMES = "volumes"
 SCANS = ("t1n", "t1c", "t2w", "t2f")
 LOG = logging.getLogger(__name__)
 
@@ -49,6 +53,7 @@ def find_cases(
     scans: Sequence[str] = SCANS,
     boxes: str | Path | None = None,
     prompts: str | Path | None = None,
+    kind: str = VOLUMES,
     num_threads: int = 2,
 ) -> CaseList:
     """Find and check the cases of ``source``.
@@ -65,16 +70,23 @@ def find_cases(
             (for the usual axial slices from the feet upwards), whatever their instance numbers.
         prompts: coarse masks on the image's grid: one file (for one case), or a folder with ``<case>.nii.gz`` or
             ``<case>_seg.nii.gz``, also in a sub-folder ``<case>/``.
+        kind: ``volumes``, or ``images``: each 2-D image file is a case (see ``image_cases.group_images``), boxes are
+            those of ``boxes.read_boxes``, and there are no masks as prompts.
         num_threads: cases read at the same time.
 
     Raises:
         DataError: nothing found, or no case at all is good.
-        PromptError: both kinds of prompts given, or their file or folder cannot be read.
+        PromptError: both kinds of prompts given, masks for images, or their file or folder cannot be read.
     """
     if boxes is not None and prompts is not None:
         raise PromptError("got boxes and prompts (masks): give one of them")
-    box_table = None if boxes is None else _read_boxes(Path(boxes))
-    found = group_files(source, scans)
+    if kind not in (VOLUMES, IMAGES):
+        raise ConfigError(f"unknown kind of cases {kind!r}; choose one of {VOLUMES}, {IMAGES}")
+    if kind == IMAGES and prompts is not None:
+        raise PromptError("masks as prompts are for volumes; of 2-D images give boxes in pixels")
+    read = read_table if kind == IMAGES else _read_boxes
+    box_table = None if boxes is None else read(Path(boxes))
+    found = group_images(source) if kind == IMAGES else group_files(source, scans)
     if prompts is not None and not Path(prompts).exists():
         raise PromptError(f"prompts {prompts}: no such file or folder")
     if prompts is not None and Path(prompts).is_file() and len(found.files) > 1:
@@ -82,6 +94,8 @@ def find_cases(
 
     def check(entry: tuple[str, list[Path]]) -> dict[str, Any] | str:
         try:
+            if kind == IMAGES:
+                return check_image(entry[0], entry[1][0], scans=scans, boxes=box_table)
             return _check(*entry, scans=scans, boxes=box_table, prompts=None if prompts is None else Path(prompts))
         except (DataError, PromptError) as error:
             return str(error)
@@ -89,15 +103,20 @@ def find_cases(
     entries = sorted(found.files.items())
     with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
         results = list(pool.map(check, entries))
+    return _listed(found, dict(zip([case for case, _ in entries], results, strict=True)), box_table)
+
+
+def _listed(found: Found, results: Mapping[str, dict[str, Any] | str], boxes: Mapping[str, Any] | None) -> CaseList:
+    """Good and bad cases from what each one's check gave, an item or a reason; the bad ones are logged."""
     cases = CaseList(bad=dict(found.bad))
-    for (case, _), result in zip(entries, results, strict=True):
+    for case, result in results.items():
         if isinstance(result, str):
             cases.bad[case] = result
         else:
             cases.good.append(result)
     for case, reason in sorted(cases.bad.items()):
         LOG.error("%s will be skipped: %s", case, reason)
-    for case in sorted(set(box_table or {}) - {name for name, _ in entries} - set(found.bad)):
+    for case in sorted(set(boxes or {}) - set(results) - set(found.bad)):
         LOG.warning("boxes are given for %s, but there is no such case", case)
     if not cases.good:
         problems = [f"{case}: {reason}" for case, reason in sorted(cases.bad.items())]

@@ -21,6 +21,7 @@ from samseg_monai.errors import DataError, raise_all
 
 LOG = logging.getLogger(__name__)
 Job = TypeVar("Job")
+Check = TypeVar("Check", bound="CaseCheck")
 
 
 @dataclass
@@ -47,6 +48,8 @@ class Summary:
     """What a maker of datalists found and wrote; counts are of cases unless named otherwise.
 
     ``patients`` is None where the data do not tell which cases share a patient; ``labels`` names the labels.
+    ``things`` is what a case is, ``groups`` what ``patients`` counts, ``pixel`` the smallest part, ``unit`` that of
+    distances; ``extra`` are further facts, one a line.
     """
 
     datalist: Path
@@ -59,23 +62,32 @@ class Summary:
     labels: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    things: str = "volumes"
+    groups: str = "patients"
+    pixel: str = "voxel"
+    unit: str = "mm"
+    extra: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """The summary as text, one fact a line."""
         total = sum(self.sections.values())
         voxels = sum(self.voxels_per_label.values()) or 1
-        members = f"cases of {self.patients} patients"
+        cases = "cases" if self.things == "volumes" else self.things
+        members = f"{cases} of {self.patients} {self.groups}"
         if self.patients is None:
-            members = "volumes, it is not known which share a patient"
+            members = f"{self.things}, it is not known which share a patient"
         return [
             f"{total} {members}: " + ", ".join(f"{n} {s}" for s, n in self.sections.items()),
             f"shapes: {_commonest(self.shapes)}",
-            f"spacings in mm: {_commonest(self.spacings_mm)}",
+            f"spacings in mm: {_commonest(self.spacings_mm)}"
+            if self.unit == "mm"
+            else "pixel size: not known, so that distances are in pixels",
             *(
                 f"label {label} {self.labels.get(label, '')}".rstrip()
-                + f": {n} voxels ({100 * n / voxels:.3f} %), in {self.cases_per_label[label]} cases"
+                + f": {n} {self.pixel}s ({100 * n / voxels:.3f} %), in {self.cases_per_label[label]} {cases}"
                 for label, n in self.voxels_per_label.items()
             ),
+            *self.extra,
             *(f"warning: {text}" for text in self.warnings),
             *(f"left out: {text}" for text in self.left_out),
             f"wrote {self.datalist}",
@@ -118,15 +130,16 @@ def check_files(
         elif difference := grid_difference(volume, first):
             check.problems.append(f"{path.name}: {difference} of {first_name}")
         if name == label:
-            _check_label(volume.array, path.name, check, legal=legal, hint=hint)
+            check_label(volume.array, path.name, check, legal=legal, hint=hint)
         elif problem := value_problem(volume.array):
             check.problems.append(f"{path.name}: {problem}")
     check.sha256 = hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def _check_label(
+def check_label(
     array: np.ndarray, name: str, check: CaseCheck, *, legal: Collection[int], hint: Callable[[list[int]], str]
 ) -> None:
+    """Count the values of a label and add to ``check`` what is wrong with them; ``hint`` as in ``check_files``."""
     if not np.isfinite(array).all():
         check.problems.append(f"{name}: labels are NaN or infinite")
         return
@@ -140,7 +153,7 @@ def _check_label(
     check.voxels_per_label = {int(v): int(n) for v, n in zip(values, counts, strict=True)}
     strange = sorted(set(check.voxels_per_label) - set(legal))
     if strange:
-        check.problems.append(f"{name}: labels {strange} are outside {_ranges(legal)}{hint(strange)}")
+        check.problems.append(f"{name}: labels {_ranges(strange)} are outside {_ranges(legal)}{hint(strange)}")
     elif list(check.voxels_per_label) == [0]:
         check.warnings.append(f"{name}: the mask is empty: no training slice, and no Dice in an evaluation")
 
@@ -151,17 +164,15 @@ def _ranges(values: Collection[int]) -> str:
     return str(listed) if len(listed) <= 20 else f"[{listed[0]} to {listed[-1]}]"
 
 
-def check_all(
-    check: Callable[[Job], CaseCheck], jobs: Sequence[Job], *, num_threads: int, progress: bool
-) -> list[CaseCheck]:
+def check_all(check: Callable[[Job], Check], jobs: Sequence[Job], *, num_threads: int, progress: bool) -> list[Check]:
     """Check cases at the same time, in their order; unpacking and hashing release the interpreter lock."""
     with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
         return list(tqdm(pool.map(check, jobs), total=len(jobs), desc="checking cases", disable=not progress))
 
 
 def split_off_bad(
-    checks: Sequence[CaseCheck], src: Path, *, skip_bad: bool, others: Sequence[str] = ()
-) -> tuple[list[CaseCheck], list[str]]:
+    checks: Sequence[Check], src: Path, *, skip_bad: bool, others: Sequence[str] = ()
+) -> tuple[list[Check], list[str]]:
     """Good cases, and the problems of the bad ones as lines ``<case>: <problem>``.
 
     Args:
@@ -197,6 +208,19 @@ def case_notes(checks: Sequence[CaseCheck]) -> list[str]:
             for kind, count in sorted(kinds.items())
         ),
     ]
+
+
+def duplicates(checks: Sequence[Check], what: Callable[[Check], str] = lambda check: check.sha256) -> list[str]:
+    """One sentence for each content that stands under two names: it would leak from training into the test.
+
+    Args:
+        checks: of all cases.
+        what: hash of the content that is compared; default that of all files of a case.
+    """
+    by_content: dict[str, list[str]] = {}
+    for check in checks:
+        by_content.setdefault(what(check), []).append(check.case)
+    return [f"{' and '.join(cases)} have the same content" for cases in by_content.values() if len(cases) > 1]
 
 
 def summarise(

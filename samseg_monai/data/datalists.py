@@ -1,4 +1,4 @@
-"""Lists of cases in the style of the Medical Segmentation Decathlon: read, write, check, split by patient.
+"""Lists of cases in the style of the Medical Segmentation Decathlon: read, write, check.
 
 A datalist is a JSON object with the sections ``training``, ``validation`` and ``testing``; an item is
 ``{"case", "image": [one file per scan] or file, "label", "reference", "patient"}``, paths relative to a data folder.
@@ -14,15 +14,18 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from samseg_monai.data.boxes import read_boxes
 from samseg_monai.data.codings import CODINGS, labels_in
-from samseg_monai.data.volumes import stem_of
+from samseg_monai.data.splits import SECTIONS
+from samseg_monai.data.volumes import image_stem, stem_of
 from samseg_monai.errors import DataError, raise_all
 
-SECTIONS = ("training", "validation", "testing")
+IMAGES = "images"
+UNITS = ("mm", "px")
 _FILE_KEYS = ("image", "label", "reference")
 
 
@@ -51,7 +54,9 @@ def read_datalist(path: str | Path) -> dict[str, Any]:
         raise DataError(f"datalist {path}: expected a JSON object with {', '.join(SECTIONS)}, got a {kind}")
     for section in SECTIONS:
         items = datalist.get(section, [])
-        datalist[section] = [_complete(item) for item in items] if isinstance(items, list) else items
+        datalist[section] = (
+            [_complete(item, datalist.get("kind")) for item in items] if isinstance(items, list) else items
+        )
     check_datalist(datalist, name=str(path))
     return datalist
 
@@ -71,10 +76,11 @@ def check_datalist(datalist: Mapping[str, Any], *, name: str = "datalist") -> No
 
     Raises:
         DataError: labels that are not those of the label coding, every item without an image, with another number of
-            scans than ``scans`` says, every case listed twice and every patient in two sections, all at once.
+            scans than ``scans`` says, every case listed twice and every patient in two sections, all at once; of
+            images also an unknown unit of distances or a spacing that is no size.
     """
-    problems = _label_problems(datalist)
-    scans = datalist.get("scans")
+    problems = [*_label_problems(datalist), *_unit_problems(datalist)]
+    scans = ["image"] if datalist.get("kind") == IMAGES else datalist.get("scans")
     seen: Counter[str] = Counter()
     homes: dict[str, set[str]] = {}
     for section in SECTIONS:
@@ -95,7 +101,12 @@ def check_datalist(datalist: Mapping[str, Any], *, name: str = "datalist") -> No
 
 
 def load_datalist(
-    path: str | Path, dataset_dir: str | Path, section: str = "training", *, scans: Sequence[str] | None = None
+    path: str | Path,
+    dataset_dir: str | Path,
+    section: str = "training",
+    *,
+    scans: Sequence[str] | None = None,
+    boxes: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """Items of one section with absolute paths, ready for ``LoadImaged``.
 
@@ -104,10 +115,12 @@ def load_datalist(
         dataset_dir: folder that its paths are relative to.
         section: ``training``, ``validation`` or ``testing``.
         scans: names of the scans wanted, in this order; None takes all as they are listed.
+        boxes: box file of images (see ``boxes``): every item gets its ``boxes``, a list of lists of four floats.
 
     Raises:
         DataError: unknown or empty section, scans that the datalist does not have, no such folder, all missing files at
-            once, or as ``read_datalist``.
+            once, all cases of the section without a box, or as ``read_datalist``.
+        PromptError: as ``boxes.read_boxes``.
     """
     if section not in SECTIONS:
         raise DataError(f"unknown datalist section {section!r}; choose one of {', '.join(SECTIONS)}")
@@ -132,7 +145,29 @@ def load_datalist(
             item[key] = paths[0] if isinstance(files, str) else paths
         items.append(item)
     raise_all(problems, DataError, f"{path}: files of section {section!r} are missing; is dataset_dir right")
-    return items
+    return items if boxes is None else _with_boxes(items, datalist, Path(boxes), name=str(path))
+
+
+def _with_boxes(
+    items: list[dict[str, Any]], datalist: Mapping[str, Any], boxes: Path, *, name: str
+) -> list[dict[str, Any]]:
+    if datalist.get("kind") != IMAGES:
+        raise DataError(f"{name}: is a datalist of volumes, for which there are no box files; draw prompts from labels")
+    table = read_boxes(boxes, datalist.get("sizes"))
+    missing = [item["case"] for item in items if item["case"] not in table]
+    raise_all(missing, DataError, f"boxes {boxes}: cases of {name} without a box")
+    return [{**item, "boxes": table[item["case"]]} for item in items]
+
+
+def unit_of(path: str | Path) -> str:
+    """Unit of distances in a datalist's images: ``px`` where nobody knows their pixel size, else ``mm``."""
+    return str(read_datalist(path).get("distance_unit") or "mm")
+
+
+def spacing_of(path: str | Path) -> float | None:
+    """Pixel size in mm that a person gave for a datalist's images; None: the files' own, if they state one."""
+    spacing = read_datalist(path).get("spacing_mm")
+    return None if spacing is None else float(spacing)
 
 
 def labels_of(path: str | Path) -> dict[str, str]:
@@ -155,6 +190,11 @@ def _select_scans(datalist: dict[str, Any], scans: Sequence[str] | None, *, name
     stored = datalist.get("scans")
     if scans is None or not stored or list(scans) == list(stored):
         return datalist
+    if datalist.get("kind") == IMAGES:
+        raise DataError(
+            f"{name}: its images have the channels {', '.join(stored)}, the network wants "
+            f"{', '.join(scans)}; set scans to {list(stored)!r}, or save the images anew"
+        )
     absent = [scan for scan in scans if scan not in stored]
     raise_all(absent, DataError, f"{name}: scans that it does not have (it has {', '.join(stored)})")
     chosen = [stored.index(scan) for scan in scans]
@@ -167,90 +207,23 @@ def datalist_hash(datalist: Mapping[str, Any] | str | Path) -> str:
     if isinstance(datalist, (str, Path)):
         datalist = read_datalist(datalist)
     kept = {key: datalist.get(key) for key in (*SECTIONS, "scans", "label_coding", "hashes")}
+    if datalist.get("kind") == IMAGES:  # not part of the images' files, so not of their hashes
+        kept["spacing_mm"] = datalist.get("spacing_mm")
     return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def split_by_patient(
-    patients: Mapping[str, str], fractions: Sequence[float] = (0.7, 0.1, 0.2), *, seed: int = 0
-) -> dict[str, list[str]]:
-    """Split cases so that all cases of a patient share a section.
-
-    Patients are ordered by a hash of seed and id: the order depends on no library, and adding patients leaves the
-    order of the others unchanged.
-
-    Args:
-        patients: case -> patient.
-        fractions: of patients, for training, validation, testing; they must sum to 1. A fraction of 0 leaves its
-            section empty, any other gets at least one patient.
-        seed: another seed, another split.
-
-    Raises:
-        DataError: fractions are not three non-negative numbers with sum 1, or there are too few patients.
-    """
-    order = shuffled(patients.values(), seed=seed)
-    blocks = split_in_order(order, section_counts(len(order), fractions))
-    section_of = {patient: section for section, block in blocks.items() for patient in block}
-    split: dict[str, list[str]] = {section: [] for section in SECTIONS}
-    for case in sorted(patients):
-        split[section_of[patients[case]]].append(case)
-    return split
-
-
-def shuffled(names: Iterable[str], *, seed: int = 0) -> list[str]:
-    """Distinct ``names`` in the order of a hash of seed and name: no library and no other name changes it."""
-    return sorted(set(names), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).hexdigest())
-
-
-def split_in_order(names: Sequence[str], counts: Sequence[int]) -> dict[str, list[str]]:
-    """Consecutive blocks of ``names`` for training, validation and testing.
-
-    Raises:
-        DataError: not three counts >= 0 that sum to the number of names.
-    """
-    if len(counts) != 3 or min(counts) < 0 or sum(counts) != len(names):
-        raise DataError(
-            f"a split of {len(names)} cases needs three counts >= 0 with that sum (for {', '.join(SECTIONS)}), "
-            f"got {', '.join(map(str, counts))} with sum {sum(counts)}"
-        )
-    ends = [sum(counts[: n + 1]) for n in range(3)]
-    return {s: list(names[end - n : end]) for s, n, end in zip(SECTIONS, counts, ends, strict=True)}
-
-
-def section_counts(total: int, fractions: Sequence[float]) -> list[int]:
-    """Sizes of the three sections by largest remainders, at least 1 for every fraction that is not 0.
-
-    Raises:
-        DataError: fractions are not three non-negative numbers with sum 1, or ``total`` is too small for them.
-    """
-    fractions = tuple(float(f) for f in fractions)
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
-        raise DataError(f"fractions must be three numbers >= 0 with sum 1 (for {', '.join(SECTIONS)}), got {fractions}")
-    wanted = sum(f > 0 for f in fractions)
-    if total < wanted:
-        raise DataError(
-            f"{total} patients cannot fill {wanted} sections; set fractions to 0 for some, such as 0.5,0.5,0"
-        )
-    shares = [total * f for f in fractions]
-    counts = [max(int(share + 1e-9), 1 if share > 0 else 0) for share in shares]
-    while sum(counts) != total:
-        step = 1 if sum(counts) < total else -1
-        gaps = [step * (share - count) for share, count in zip(shares, counts, strict=True)]
-        open_to = [i for i, f in enumerate(fractions) if f > 0 and counts[i] + step >= 1]
-        counts[max(open_to, key=lambda i: gaps[i])] += step
-    return counts
-
-
-def _complete(item: Any) -> Any:
+def _complete(item: Any, kind: str | None) -> Any:
     """Decathlon files name neither case nor patient: derive them from the image's name."""
     if not isinstance(item, dict) or not item.get("image"):
         return item
     image = item["image"]
-    stems = [stem_of(f) or str(f) for f in ([image] if isinstance(image, str) else image)]
+    stems = [stem_of(str(f)) or image_stem(str(f)) or str(f) for f in ([image] if isinstance(image, str) else image)]
     case = stems[0]
     while not all(stem.startswith(case) for stem in stems):
         case = re.sub(r"[-_]?[^-_]*$", "", case)  # drop the last word: where names differ is the scan
     item = {"case": case or stems[0], **item}
-    item.setdefault("patient", patient_of(str(item["case"])))
+    case = str(item["case"])
+    item.setdefault("patient", case if kind == IMAGES else patient_of(case))
     if item.get("label"):
         item.setdefault("reference", item["label"])
     return item
@@ -270,6 +243,18 @@ def _label_problems(datalist: Mapping[str, Any]) -> list[str]:
         f"labels: {value} is {stored.get(value, 'absent')!r}, but {expected.get(value, 'absent')!r} in {coding}"
         for value in differing
     ]
+
+
+def _unit_problems(datalist: Mapping[str, Any]) -> list[str]:
+    unit, spacing = datalist.get("distance_unit", "mm"), datalist.get("spacing_mm")
+    problems = []
+    if unit not in UNITS:
+        problems.append(f"distance_unit: expected one of {', '.join(UNITS)}, got {unit!r}")
+    if spacing is not None and (isinstance(spacing, bool) or not isinstance(spacing, (int, float)) or spacing <= 0):
+        problems.append(f"spacing_mm: expected a size in mm above 0, or null, got {spacing!r}")
+    elif spacing is not None and unit == "px":
+        problems.append(f"distance_unit: is px although spacing_mm is {spacing}; one of them is wrong")
+    return problems
 
 
 def _item_problem(item: Any, scans: Sequence[str] | None) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from samseg_monai.data.volumes import Volume, from_itk, not_an_image, stem_of
+from samseg_monai.data.volumes import Volume, content_of, from_itk, stem_of
 from samseg_monai.errors import DataError, raise_all
 
 _MAGIC_AT, _MAGIC = 128, b"DICM"
@@ -128,16 +128,13 @@ def _listed_by_gdcm(folder: Path) -> list[list[Path]]:
 
 
 def _digest(path: Path) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path.name}: cannot be read ({error.strerror or error})") from error
-    if reason := not_an_image(content) or _other_object(content):
+    content = content_of(path)
+    if reason := other_object(content):
         raise DataError(f"{path.name}: {reason}")
     return hashlib.sha256(content).digest()
 
 
-def _other_object(content: bytes) -> str:
+def other_object(content: bytes) -> str:
     """What a DICOM file without an image is, by its file meta information; empty when that does not tell."""
     tag = b"\x02\x00\x02\x00UI"
     at = content.find(tag, _MAGIC_AT, 1024)

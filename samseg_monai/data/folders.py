@@ -18,12 +18,13 @@ from samseg_monai.data.checks import (
     case_notes,
     check_all,
     check_files,
+    duplicates,
     split_off_bad,
     write_single_scan_datalist,
 )
 from samseg_monai.data.codings import BACKGROUND, absent_labels, implausible_sizes, labels_in
-from samseg_monai.data.datalists import section_counts, split_by_patient, split_in_order
 from samseg_monai.data.folder_layouts import Folder, read_folder
+from samseg_monai.data.splits import section_counts, split_by_patient, split_in_order
 from samseg_monai.errors import ConfigError
 
 DEFAULT_FRACTIONS = (0.7, 0.1, 0.2)
@@ -81,7 +82,7 @@ def prepare_folders(
     of = {check.case: check for check in good}
     split, made_by = _split(list(of), counts, fractions, by_name=by_name, seed=seed)
     sections = {section: [of[case] for case in cases] for section, cases in split.items()}
-    warnings = [*case_notes(good), *folder.notes, *_duplicates(good)]
+    warnings = [*case_notes(good), *folder.notes, *duplicates(good)]
     voxels = [check.voxels_per_label for check in good]
     warnings += absent_labels(voxels, values) + (implausible_sizes(voxels, label_coding) if label_coding else [])
     header = {"name": name or folder.name, "modality": folder.modality, "labels": table}
@@ -137,11 +138,3 @@ def _split(
         return split_in_order(names, section_counts(len(names), fractions)), made_by
     split = split_by_patient(dict(zip(names, names, strict=True)), fractions, seed=seed)
     return split, {**made_by, "order": "hash", "seed": seed}
-
-
-def _duplicates(checks: Sequence[CaseCheck]) -> list[str]:
-    """Volumes that are the same file under two names would leak from training into the test."""
-    by_content: dict[str, list[str]] = {}
-    for check in checks:
-        by_content.setdefault(check.sha256, []).append(check.case)
-    return [f"{' and '.join(cases)} have the same content" for cases in by_content.values() if len(cases) > 1]

@@ -21,7 +21,7 @@ from samseg_monai.data.checks import (
     write_single_scan_datalist,
 )
 from samseg_monai.data.codings import ABDOMEN, absent_labels, coding_hint, fitting, implausible_sizes, labels_in
-from samseg_monai.data.datalists import shuffled
+from samseg_monai.data.splits import shuffled
 from samseg_monai.data.volumes import stem_of
 from samseg_monai.errors import ConfigError, DataError
 

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from nibabel.spatialimages import HeaderDataError
 from samseg_monai.errors import DataError
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".nrrd")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".nii.gz", ".nii")
 AFFINE_TOLERANCE_MM = 1e-3
 _FORM_TOLERANCE_MM = 0.1
 _SHEAR_TOLERANCE = 1e-2
@@ -52,15 +54,20 @@ class Volume:
         return x, y, z
 
 
-def stem_of(path: str | Path) -> str | None:
-    """File name without a known image suffix; None when it is no image or a hidden file (``._`` files of macOS)."""
+def stem_of(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> str | None:
+    """File name without a known suffix; None when it is no image or a hidden file (``._`` files of macOS)."""
     name = Path(path).name
     if name.startswith("."):
         return None
-    for suffix in SUFFIXES:
+    for suffix in suffixes:
         if name.lower().endswith(suffix) and len(name) > len(suffix):
             return name[: -len(suffix)]
     return None
+
+
+def image_stem(path: str | Path) -> str | None:
+    """``stem_of`` a 2-D image: PNG, JPEG, TIFF, BMP, DICOM with a suffix, or NIfTI."""
+    return stem_of(path, IMAGE_SUFFIXES)
 
 
 def read_volume(path: str | Path) -> Volume:
@@ -71,29 +78,38 @@ def read_volume(path: str | Path) -> Volume:
             or damaged, has fewer than three axes or a singular affine, or holds something other than real numbers.
     """
     path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path.name}: cannot be read ({error.strerror or error})") from error
-    reason = not_an_image(content)
-    if reason:
-        raise DataError(f"{path.name}: {reason}")
+    content = content_of(path)
     is_nifti = path.name.lower().endswith((".nii", ".nii.gz"))
-    array, affine, notes = _parse_nifti(path, content) if is_nifti else _parse_itk(path)
+    array, affine, notes = parse_nifti(path, content) if is_nifti else _parse_itk(path)
     reason = _unusable(array, affine)
     if reason:
         raise DataError(f"{path.name}: {reason}")
     return Volume(array, affine, hashlib.sha256(content).hexdigest(), notes)
 
 
-def value_problem(array: np.ndarray) -> str:
+def content_of(path: Path) -> bytes:
+    """All bytes of a file that may be an image.
+
+    Raises:
+        DataError: ``<file name>: <reason>`` when it cannot be read, or is what ``not_an_image`` tells.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error.strerror or error})") from error
+    if reason := not_an_image(content):
+        raise DataError(f"{path.name}: {reason}")
+    return content
+
+
+def value_problem(array: np.ndarray, what: str = "voxel") -> str:
     """What makes these intensities unusable: NaN, infinity, one value everywhere; empty when nothing does."""
     if array.dtype.kind == "f":
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         if bad:
-            return f"{bad} voxels are NaN or infinite; replace them, for example with 0"
+            return f"{bad} {what}s are NaN or infinite; replace them, for example with 0"
     low, high = array.min(), array.max()
-    return f"every voxel has the value {low:g}: there is no image in it" if low == high else ""
+    return f"every {what} has the value {low:g}: there is no image in it" if low == high else ""
 
 
 def grid_difference(volume: Volume, reference: Volume) -> str:
@@ -138,7 +154,12 @@ def not_an_image(content: bytes) -> str:
     return ""
 
 
-def _parse_nifti(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def parse_nifti(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Array as stored (any number of axes), affine (4, 4) to RAS mm and notes of a NIfTI file's bytes.
+
+    Raises:
+        DataError: truncated or damaged, or packed with gzip although the name says otherwise.
+    """
     name = path.name
     packed = content.startswith(_GZIP_MAGIC)
     if packed != name.lower().endswith(".gz"):

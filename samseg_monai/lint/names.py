@@ -101,7 +101,8 @@ OWN_CLASSES = words(
 )
 OWN_FUNCTIONS = frozenset({"learning_rates", "schedules", "transforms"})  # which read and write no files
 
-READERS = (None, "ITKReader", "NibabelReader", "NrrdReader", "PILReader", "PydicomReader")
+OWN_READER = "samseg_monai.data.images.ImageFileReader"
+READERS = (None, "ITKReader", "NibabelReader", "NrrdReader", "PILReader", "PydicomReader", OWN_READER)
 WRITERS = (None, "ITKWriter", "NibabelWriter", "PILWriter")
 # argument, wherever it stands (an override may give it to any component): values that are known to be harmless, and why
 ARGUMENTS: dict[str, tuple[tuple[object, ...], str]] = {
@@ -143,7 +144,8 @@ CALLS = words(
     samseg_monai.bundles.facts samseg_monai.bundles.find_checkpoint samseg_monai.bundles.guard
     samseg_monai.bundles.join_processes samseg_monai.bundles.rank_device samseg_monai.bundles.record_bundle
     samseg_monai.bundles.settings samseg_monai.checkpoints.load_trained samseg_monai.data.cases.find_cases
-    samseg_monai.data.datalists.labels_of samseg_monai.data.datalists.load_datalist"""
+    samseg_monai.data.datalists.labels_of samseg_monai.data.datalists.load_datalist
+    samseg_monai.data.datalists.spacing_of samseg_monai.data.datalists.unit_of"""
 )
 VALUES = words(
     """

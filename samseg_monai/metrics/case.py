@@ -1,4 +1,4 @@
-"""Dice, HD95 and NSD of one case and one class, in mm, with a named rule for empty masks.
+"""Dice, HD95 and NSD of one case and one class, in mm or pixels, with a named rule for empty masks.
 
 Two definitions of HD95 are in use and their numbers are not interchangeable:
 
@@ -8,6 +8,9 @@ Two definitions of HD95 are in use and their numbers are not interchangeable:
 NSD (Nikolov et al. 2018, arXiv:1809.04430) weighs surface elements by their area, as DeepMind's surface-distance does
 (MONAI's ``use_subvoxels=True``). The ``transunet`` policy follows Chen et al. 2021 (arXiv:2102.04306): voxel units,
 medpy's definitions, and its special cases for empty masks.
+
+A volume of one slice, as a 2-D image is, is scored in two dimensions: in three, every pixel of it would be an edge.
+Where nobody knows how large its pixels are, distances are in pixels (``px``), and the names of the scores say so.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ from monai.metrics.utils import get_mask_edges, get_surface_distance
 from samseg_monai.errors import ConfigError, DataError
 
 POLICIES = ("honest", "transunet")
+UNITS = ("mm", "px")
 PERCENTILE = 95
-NSD_TOLERANCES_MM = {"nsd_1mm": 1.0, "nsd_2mm": 2.0}
+NSD_TOLERANCES = (1.0, 2.0)  # in the unit of the distances; the names of the scores hold both
 # Headers hold spacing in float32 and norms of affine columns add noise (1.0000001). Unrounded, neighbours one voxel
 # apart would fall just outside a 1 mm tolerance and NSD would collapse.
 SPACING_DECIMALS = 5
@@ -31,17 +35,20 @@ Mask = torch.Tensor | np.ndarray
 Distances = tuple[torch.Tensor, torch.Tensor]
 
 
-def score_columns(policy: str = "honest", *, surface: bool = True) -> tuple[str, ...]:
-    """Names of the scores that ``score_case`` gives under ``policy``; Dice comes first.
+def score_columns(policy: str = "honest", *, surface: bool = True, unit: str = "mm") -> tuple[str, ...]:
+    """Names of the scores that ``score_case`` gives under ``policy`` with distances in ``unit``; Dice comes first.
 
     Raises:
-        ConfigError: unknown policy.
+        ConfigError: unknown policy or unit.
     """
     if policy not in POLICIES:
         raise ConfigError(f"unknown metric policy {policy!r}; choose one of {', '.join(POLICIES)}")
+    if unit not in UNITS:
+        raise ConfigError(f"unknown unit of distances {unit!r}; choose one of {', '.join(UNITS)}")
     if policy == "transunet":
         return ("dice_transunet", "hd95_transunet_voxel") if surface else ("dice_transunet",)
-    return ("dice", "hd95_mm", "hd95_medpy_mm", *NSD_TOLERANCES_MM) if surface else ("dice",)
+    nsd = (f"nsd_{tolerance:g}{unit}" for tolerance in NSD_TOLERANCES)
+    return ("dice", f"hd95_{unit}", f"hd95_medpy_{unit}", *nsd) if surface else ("dice",)
 
 
 def score_case(
@@ -51,54 +58,72 @@ def score_case(
     spacing_mm: Sequence[float],
     policy: str = "honest",
     surface: bool = True,
+    unit: str = "mm",
 ) -> dict[str, float | bool]:
     """Score one predicted mask against its reference.
 
     Empty masks under ``honest``: both empty, the case is ``excluded`` and every score is NaN; one empty, Dice 0, NSD 0
-    and both HD95 are the image's diagonal in mm (norm of shape times spacing). Under ``transunet`` nothing is excluded:
+    and both HD95 are the image's diagonal (norm of shape times spacing). Under ``transunet`` nothing is excluded:
     only the reference empty, Dice 1 and HD95 0; prediction empty, Dice 0 and HD95 0.
 
     Args:
-        prediction: mask of shape (H, W, D), boolean or holding 0 and 1 only; D may be 1.
+        prediction: mask of shape (H, W, D), boolean or holding 0 and 1 only; with D = 1 it is scored in 2-D.
         reference: mask of the same shape.
         spacing_mm: distance of neighbouring voxels along H, W and D, in mm (rounded to 1e-5 mm).
         policy: ``honest`` or ``transunet``.
         surface: False leaves out HD95 and NSD (fast validation).
+        unit: of distances, ``mm``, or ``px`` for images of one slice: pixels of side 1, whatever ``spacing_mm`` is.
 
     Returns:
-        ``score_columns(policy, surface=surface)`` as floats (Dice and NSD in [0, 1]; HD95 in mm, or in voxels when the
-        name says so), ``excluded``, ``empty_prediction`` and ``empty_reference`` as bool, ``prediction_ml`` and
-        ``reference_ml`` (volumes, ml).
+        ``score_columns(policy, surface=surface, unit=unit)`` as floats (Dice and NSD in [0, 1]; HD95 in the unit, or in
+        voxels when the name says so), ``excluded``, ``empty_prediction`` and ``empty_reference`` as bool,
+        ``prediction_ml`` and ``reference_ml`` (volumes, ml), for ``px`` ``prediction_px``, ``reference_px`` (areas).
 
     Raises:
-        DataError: shapes differ or are not 3-D, a mask holds other values than 0 and 1, the spacing is not positive.
-        ConfigError: unknown policy.
+        DataError: shapes differ or are not 3-D, a mask holds other values than 0 and 1, the spacing is not positive,
+            or distances in pixels are asked of several slices.
+        ConfigError: unknown policy or unit.
     """
-    columns = score_columns(policy, surface=surface)
+    columns = score_columns(policy, surface=surface, unit=unit)
     pred, ref = checked_masks(prediction, reference)
     spacing = checked_spacing(spacing_mm)
     n_pred, n_ref = _count(pred), _count(ref)
-    if n_pred and n_ref:
-        scores = [2 * _count(pred & ref) / (n_pred + n_ref)]
-        if surface:
-            cropped = _crop_to_common_box(pred, ref)
-            scores += _mm_scores(*cropped, spacing) if policy == "honest" else _voxel_scores(*cropped)
-    elif policy == "transunet":
-        scores = [float(n_pred > 0), 0.0]
-    elif n_pred or n_ref:
-        diagonal_mm = float(np.linalg.norm(np.asarray(pred.shape) * spacing))
-        scores = [0.0, diagonal_mm, diagonal_mm, *(0.0 for _ in NSD_TOLERANCES_MM)]
-    else:
-        scores = [float("nan")] * len(columns)
-    voxel_ml = float(np.prod(spacing)) / 1000.0
+    sizes = _sizes(n_pred, n_ref, spacing, unit)
+    if unit == "px" and pred.shape[-1] != 1:
+        raise DataError(f"distances in px are for images of one slice, got {tuple(pred.shape)}; use mm")
+    if pred.shape[-1] == 1:
+        pred, ref, spacing = pred[..., 0], ref[..., 0], np.ones(2) if unit == "px" else spacing[:2]
+    scores = _scores(pred, ref, spacing, policy=policy, surface=surface)
     return {
         **dict(zip(columns, scores, strict=False)),  # without surface only Dice is wanted of the empty cases' scores
         "excluded": policy == "honest" and not n_pred and not n_ref,
         "empty_prediction": n_pred == 0,
         "empty_reference": n_ref == 0,
-        "prediction_ml": n_pred * voxel_ml,
-        "reference_ml": n_ref * voxel_ml,
+        **sizes,
     }
+
+
+def _scores(pred: torch.Tensor, ref: torch.Tensor, spacing: np.ndarray, *, policy: str, surface: bool) -> list[float]:
+    """Dice and, of masks of which one is empty or with ``surface``, what follows it in ``score_columns``."""
+    n_pred, n_ref = _count(pred), _count(ref)
+    if n_pred and n_ref:
+        dice = [2 * _count(pred & ref) / (n_pred + n_ref)]
+        if not surface:
+            return dice
+        cropped = _crop_to_common_box(pred, ref)
+        return dice + (_spaced_scores(*cropped, spacing) if policy == "honest" else _voxel_scores(*cropped))
+    if policy == "transunet":
+        return [float(n_pred > 0), 0.0]
+    if n_pred or n_ref:
+        diagonal = float(np.linalg.norm(np.asarray(pred.shape) * spacing))
+        return [0.0, diagonal, diagonal, *(0.0 for _ in NSD_TOLERANCES)]
+    return [float("nan")] * len(score_columns(policy))
+
+
+def _sizes(n_pred: int, n_ref: int, spacing: np.ndarray, unit: str) -> dict[str, float]:
+    """Volumes in ml, or areas in pixels, of masks of so many voxels."""
+    scale, name = (1.0, "px") if unit == "px" else (float(np.prod(spacing)) / 1000.0, "ml")
+    return {f"prediction_{name}": n_pred * scale, f"reference_{name}": n_ref * scale}
 
 
 def checked_masks(prediction: Mask, reference: Mask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,17 +162,17 @@ def checked_spacing(spacing_mm: Sequence[float]) -> np.ndarray:
 
 
 def _crop_to_common_box(pred: torch.Tensor, ref: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both masks inside the box of their union, one voxel wider where the image allows, so that no edge is lost."""
+    """Both masks (H, W) or (H, W, D) in the box of their union, one voxel wider where possible: no edge is lost."""
     union = pred | ref
     box = []
     for axis in range(union.ndim):
         others = [other for other in range(union.ndim) if other != axis]
-        filled = torch.nonzero(union.any(dim=others[1]).any(dim=others[0])).flatten()
+        filled = torch.nonzero(union.amax(dim=others)).flatten()
         box.append(slice(max(int(filled[0]) - 1, 0), int(filled[-1]) + 2))
     return pred[tuple(box)], ref[tuple(box)]
 
 
-def _mm_scores(pred: torch.Tensor, ref: torch.Tensor, spacing: np.ndarray) -> list[float]:
+def _spaced_scores(pred: torch.Tensor, ref: torch.Tensor, spacing: np.ndarray) -> list[float]:
     """HD95 (both definitions) and NSD at each tolerance of two masks that are not empty."""
     edges: tuple[torch.Tensor, ...] = get_mask_edges(pred, ref)
     distances = _edge_distances(edges[0], edges[1], spacing)
@@ -156,7 +181,7 @@ def _mm_scores(pred: torch.Tensor, ref: torch.Tensor, spacing: np.ndarray) -> li
 
 def _voxel_scores(pred: torch.Tensor, ref: torch.Tensor) -> list[float]:
     edges: tuple[torch.Tensor, ...] = get_mask_edges(pred, ref)
-    return [_hd95_pooled(_edge_distances(edges[0], edges[1], np.ones(3)))]
+    return [_hd95_pooled(_edge_distances(edges[0], edges[1], np.ones(pred.ndim)))]
 
 
 def _surface_dice(pred: torch.Tensor, ref: torch.Tensor, spacing: np.ndarray) -> list[float]:
@@ -168,7 +193,7 @@ def _surface_dice(pred: torch.Tensor, ref: torch.Tensor, spacing: np.ndarray) ->
     total = areas_pred.sum() + areas_ref.sum()
     return [
         float((areas_pred[from_pred <= tolerance].sum() + areas_ref[from_ref <= tolerance].sum()) / total)
-        for tolerance in NSD_TOLERANCES_MM.values()
+        for tolerance in NSD_TOLERANCES
     ]
 
 

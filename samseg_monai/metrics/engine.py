@@ -47,12 +47,14 @@ class CaseScores(Metric):
         prefix: put before the published names; must differ between the CaseScores of one engine.
         surface: False computes Dice only (fast validation).
         lesions: add lesion-wise scores and counts to every row: True, or some of the numbers of ``LesionRules``.
+        unit: of distances, ``mm``, or ``px`` for images of one slice whose pixels have no known size.
         regions: what has a row of its own: None for every class, ``"brats"`` for those of WT, TC and ET that the
             classes allow, or region -> list of classes.
         output_transform: applied to the list of items.
 
     Raises:
-        ConfigError: no or repeated classes, a value that is not computed, a prefix used twice, bad rules or regions.
+        ConfigError: no or repeated classes, a value that is not computed, a prefix used twice, bad rules or regions,
+            lesion-wise scores in pixels.
         DataError: an item lacks a key, has the wrong shape or values, no affine, or a case name twice.
     """
 
@@ -69,10 +71,13 @@ class CaseScores(Metric):
         surface: bool = True,
         lesions: bool | Mapping[str, Any] | None = None,
         regions: str | Mapping[str, Sequence[str]] | None = None,
+        unit: str = "mm",
         output_transform: Callable = _unchanged,
     ) -> None:
         self.lesions = lesion_rules(lesions)
-        self.columns = score_columns(policy, surface=surface)
+        self.columns = score_columns(policy, surface=surface, unit=unit)
+        if self.lesions is not None and unit != "mm":
+            raise ConfigError(f"lesion-wise scores need sizes in mm, not in {unit}; set lesion_wise to false")
         if self.lesions is not None:
             self.columns += lesion_columns(surface=surface)
         self.value = self.columns[0] if value == "dice" else value
@@ -83,7 +88,7 @@ class CaseScores(Metric):
             raise ConfigError(f"classes must be one distinct name per channel, got {list(self.classes)}")
         self.regions = regions_of(self.classes, regions)
         self.pred_key, self.reference_key, self.case_key = pred_key, reference_key, case_key
-        self.policy, self.prefix, self.surface = policy, prefix, surface
+        self.policy, self.prefix, self.surface, self.unit = policy, prefix, surface, unit
         self.rows: list[dict[str, Any]] = []
         super().__init__(output_transform=output_transform)
 
@@ -173,7 +178,7 @@ class CaseScores(Metric):
 
     def _scores(self, pred: torch.Tensor, reference: torch.Tensor, spacing_mm: Sequence[float]) -> dict[str, Any]:
         how: dict[str, Any] = {"spacing_mm": spacing_mm, "surface": self.surface}
-        scores: dict[str, Any] = score_case(pred, reference, policy=self.policy, **how)
+        scores: dict[str, Any] = score_case(pred, reference, policy=self.policy, unit=self.unit, **how)
         if self.lesions is not None:
             scores |= score_lesions(pred, reference, rules=self.lesions, **how)
         return scores

@@ -1,8 +1,8 @@
 """Rows (one case, one class) to tables: means that do not depend on order, CSV files, paired comparison.
 
 A row is a plain dict: ``case``, ``class``, scores, ``excluded``, ``empty_prediction``, ``empty_reference``,
-``prediction_ml``, ``reference_ml``, and lesion-wise scores and counts where they were asked for. Every table of this
-project can be recomputed from such rows.
+``prediction_ml``, ``reference_ml`` (``_px`` where distances are in pixels), and lesion-wise scores and counts where
+they were asked for. Every table of this project can be recomputed from such rows.
 The bootstrap is Efron 1979 (percentile interval over cases).
 """
 
@@ -26,7 +26,8 @@ Row = Mapping[str, Any]
 LABELS = ("case", "class")
 FLAGS = ("excluded", "empty_prediction", "empty_reference")
 VOLUMES = ("prediction_ml", "reference_ml")
-NO_SCORES = (*LABELS, *FLAGS, *VOLUMES, *LESION_COUNTS)
+AREAS = ("prediction_px", "reference_px")
+NO_SCORES = (*LABELS, *FLAGS, *VOLUMES, *AREAS, *LESION_COUNTS)
 CONFIDENCE = 0.95
 BOOTSTRAP_DRAWS = 10_000
 # Even if all n differences point the same way, a sign test reaches p < 0.05 only from n = 6 (2 * 0.5**6 = 0.031).

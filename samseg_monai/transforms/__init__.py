@@ -1,5 +1,6 @@
-"""MONAI dictionary transforms that MONAI lacks: prompts as a volume, the boxes in it, a check that files share a
-grid, labels recoded to classes, mirroring that knows the sides of classes, small components removed.
+"""MONAI dictionary transforms that MONAI lacks: prompts as a volume, the boxes in it, boxes of 2-D images as numbers, a
+check that files share a grid, labels recoded to classes, mirroring that knows the sides of classes, small components
+removed, predicted images written.
 
 Volumes are channel-first (C, H, W, D), slices (C, H, W). The first spatial axis is y (H), the second is x (W) of the
 network input.
@@ -9,7 +10,18 @@ from __future__ import annotations
 
 from samseg_monai.transforms.boxes import BoxFromPromptd, EllipseFromPromptd, boxes_of
 from samseg_monai.transforms.components import RemoveSmallComponentsd
+from samseg_monai.transforms.drawn_boxes import BoxesFromLabeld
+from samseg_monai.transforms.float_boxes import (
+    BoxesFromGivend,
+    BoxesFromImaged,
+    EllipseFromBoxesd,
+    ShrinkBoxesd,
+    clip_boxes,
+    move_boxes,
+)
+from samseg_monai.transforms.greys import ScaleGreysd
 from samseg_monai.transforms.grids import CheckSameGridd
+from samseg_monai.transforms.image_files import SaveImagePngd
 from samseg_monai.transforms.labels import RecodeLabeld
 from samseg_monai.transforms.mirroring import RandMirroredd, left_right_axis
 from samseg_monai.transforms.naming import NameAfterCased
@@ -19,7 +31,11 @@ from samseg_monai.transforms.spline import SplineResized
 
 __all__ = [
     "BoxFromPromptd",
+    "BoxesFromGivend",
+    "BoxesFromImaged",
+    "BoxesFromLabeld",
     "CheckSameGridd",
+    "EllipseFromBoxesd",
     "EllipseFromPromptd",
     "NameAfterCased",
     "PromptFromBoxesd",
@@ -29,8 +45,13 @@ __all__ = [
     "RandMirroredd",
     "RecodeLabeld",
     "RemoveSmallComponentsd",
+    "SaveImagePngd",
+    "ScaleGreysd",
+    "ShrinkBoxesd",
     "SplineResized",
     "boxes_of",
+    "clip_boxes",
     "left_right_axis",
+    "move_boxes",
     "named_transforms",
 ]

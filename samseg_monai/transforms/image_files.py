@@ -1,0 +1,137 @@
+"""Predicted 2-D images written as PNG: the label values of the data, and a picture to look at beside it.
+
+Colours are those of Okabe and Ito (2008, "Color universal design"), which people with a colour-vision deficiency can
+tell apart: boxes sky blue, outlines of the classes orange, bluish green, reddish purple, yellow, and again from there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import LoadImage, MapTransform
+from PIL import Image, ImageDraw
+from scipy.ndimage import binary_erosion
+
+from samseg_monai.errors import ConfigError, DataError
+from samseg_monai.transforms.float_boxes import move_boxes
+from samseg_monai.transforms.greys import bytes_of
+
+BOX = (86, 180, 233)
+CLASSES = ((230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66))
+_PIXELS_PER_LINE = 400  # of the longer side: an outline is one pixel wide in small images, three in 1200 pixels
+
+
+class SaveImagePngd(MapTransform):
+    """Write ``<case>_seg.png`` with the values of the data's own labels, and ``<case>_overlay.png``.
+
+    The overlay is the stored image with the outline of each class and the boxes that the network was given. Items pass
+    unchanged.
+
+    Args:
+        keys: the prediction on the grid of the file, MetaTensor (1, H, W, 1): 0, and 1 to the number of classes.
+        classes: names of the values 1, 2, ...
+        output_dir: folder, made if need be.
+        labels: what values mean in label files (``datalists.labels_of``): class k is written as the smallest value of
+            its name, all else as 0. None writes 0 to K.
+        image_key: the network's image, a MetaTensor with its file's name; tells where the boxes lie.
+        boxes_key: boxes (N, 4) on the grid of that image; an item without has none in its picture.
+        case_key: the name of the case.
+        reader: how the stored image is read, as of ``LoadImage``.
+        overlay: False leaves the picture out.
+    Raises: ConfigError for a class without a value that a PNG can hold (0 to 65535); DataError for a prediction of
+        another shape or with other values, and for a case whose name leads to another folder.
+    """
+
+    def __init__(
+        self,
+        keys: str,
+        classes: Sequence[str],
+        output_dir: str | os.PathLike[str],
+        *,
+        labels: Mapping[str, str] | None = None,
+        image_key: str = "image",
+        boxes_key: str = "boxes",
+        case_key: str = "case",
+        reader: str | None = None,
+        overlay: bool = True,
+    ) -> None:
+        super().__init__(keys)
+        self.folder = Path(output_dir)
+        self.table = _table(classes, labels)
+        self.image_key, self.boxes_key, self.case_key = image_key, boxes_key, case_key
+        self.overlay = overlay
+        self.load = LoadImage(reader=reader, image_only=True, ensure_channel_first=True)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            pred, case = d[key], str(d[self.case_key])
+            plain = torch.as_tensor(pred).as_subclass(torch.Tensor).detach().cpu()
+            numbers = plain.round().long()
+            if plain.ndim != 4 or plain.shape[0] != 1 or plain.shape[-1] != 1 or not bool((numbers == plain).all()):
+                raise DataError(f"{case}: an image of whole numbers (1, H, W, 1) is written, got {tuple(plain.shape)}")
+            if "/" in case or "\\" in case:
+                raise DataError(f"{case!r} is no name of a file; rename the case in the datalist")
+            if int(numbers.min()) < 0 or int(numbers.max()) >= len(self.table):
+                raise DataError(f"{case}: {key} has values beyond the {len(self.table) - 1} classes")
+            plane = numbers[0, ..., 0].numpy()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(self.table[plane]).save(self.folder / f"{case}_seg.png")
+            if self.overlay:
+                picture = self._picture(d, plane, pred)
+                picture.save(self.folder / f"{case}_overlay.png")
+        return d
+
+    def _picture(self, d: Mapping[Hashable, Any], plane: np.ndarray, pred: Any) -> Image.Image:
+        image = d[self.image_key]
+        stored = np.asarray(self.load(image.meta["filename_or_obj"]))  # (C, H, W, 1)
+        boxes = d.get(self.boxes_key)
+        if boxes is not None:
+            affine = pred.affine if isinstance(pred, MetaTensor) else torch.eye(4)
+            boxes = move_boxes(torch.as_tensor(boxes).as_subclass(torch.Tensor), image.affine, affine)
+        return overlay_picture(np.moveaxis(stored[..., 0], 0, -1), plane, boxes)
+
+
+def overlay_picture(image: np.ndarray, labels: np.ndarray, boxes: torch.Tensor | None = None) -> Image.Image:
+    """The image with the outline of each class and the boxes.
+
+    Args:
+        image: (H, W, C) with three channels for colour, else the first channel is shown; any range of values.
+        labels: (H, W) whole numbers, 0 is background.
+        boxes: (N, 4) as x0 y0 x1 y1 in pixel edges; rows with NaN are passed over.
+    Returns: RGB picture of W x H pixels.
+    """
+    greys = image if image.shape[-1] == 3 else image[..., :1].repeat(3, axis=-1)
+    colours = bytes_of(greys).astype(np.uint8)
+    width = max(1, round(max(labels.shape) / _PIXELS_PER_LINE))
+    for number in np.unique(labels[labels > 0]).tolist():
+        mask = labels == number
+        # outside of the image counts as background, so that a class at the border is closed there
+        colours[mask & ~binary_erosion(mask, iterations=width)] = CLASSES[(number - 1) % len(CLASSES)]
+    picture = Image.fromarray(colours)
+    pen = ImageDraw.Draw(picture)
+    for x0, y0, x1, y1 in [] if boxes is None else boxes[~boxes.isnan().any(dim=1)].tolist():
+        left, top = round(x0), round(y0)
+        pen.rectangle([left, top, max(left, round(x1) - 1), max(top, round(y1) - 1)], outline=BOX, width=width)
+    return picture
+
+
+def _table(classes: Sequence[str], labels: Mapping[str, str] | None) -> np.ndarray:
+    """Values to be written for 0, 1, ..., K: uint8 where that holds them, else uint16."""
+    if labels is None:
+        values = list(range(len(classes) + 1))
+    else:
+        found = [sorted(int(value) for value, name in labels.items() if name == wanted) for wanted in classes]
+        missing = [name for name, its in zip(classes, found, strict=True) if not its]
+        if missing:
+            raise ConfigError(f"label_values have no value for {', '.join(missing)}, got {dict(labels)}")
+        values = [0, *(its[0] for its in found)]
+    if min(values) < 0 or max(values) > 65535:
+        raise ConfigError(f"a PNG holds values from 0 to 65535, got {values}")
+    return np.asarray(values, dtype=np.uint8 if max(values) <= 255 else np.uint16)

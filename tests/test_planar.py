@@ -1,0 +1,276 @@
+"""2-D images from PNG files through a bundle and back to PNG files: train, evaluate, pack, predict."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from PIL import Image
+
+from samseg_monai import bundles, cli
+from samseg_monai.cli.workflow import run_workflow
+from samseg_monai.errors import ConfigError, DataError, SamsegError
+from samseg_monai.networks import SamSegmenter
+from samseg_monai.transforms import SaveImagePngd, ScaleGreysd
+from samseg_monai.transforms.image_files import overlay_picture
+
+TINY = {"sam_variant": "tiny", "sam_checkpoint": "random", "image_size": 64}
+SIZE = (40, 52)  # rows, columns
+SCALE = np.array([64 / 52, 49 / 40] * 2)  # the longer side becomes 64, the other one the next whole number
+CLASSES = {"0": "background", "255": "tumour"}
+
+
+def discs(number: int, size: tuple[int, int] = SIZE) -> tuple[np.ndarray, np.ndarray]:
+    """Image and mask of two bright discs of different sizes, which do not touch."""
+    rng = np.random.default_rng(number)
+    y, x = np.mgrid[: size[0], : size[1]] + 0.5
+    image, mask = rng.normal(60, 10, size), np.zeros(size, dtype=bool)
+    for centre_x, radius in ((12 + rng.uniform(-2, 2), rng.uniform(6, 8)), (38, 4)):
+        disc = (x - centre_x) ** 2 + (y - rng.uniform(16, 24)) ** 2 <= radius**2
+        image, mask = np.where(disc, image + 120, image), mask | disc
+    return image.clip(0, 255).astype(np.uint8), mask
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Folder of seven small PNG images with labels 0 and 255, and their datalist; distances in pixels."""
+    folder = tmp_path_factory.mktemp("pictures")
+    names = [f"scan_{n:04d}" for n in range(7)]
+    for number, name in enumerate(names):
+        image, mask = discs(number)
+        for part, array in (("images", image), ("labels", mask.astype(np.uint8) * 255)):
+            (folder / part).mkdir(exist_ok=True)
+            Image.fromarray(array).save(folder / part / f"{name}.png")
+    items = [
+        {
+            "case": n,
+            "patient": n,
+            "image": f"images/{n}.png",
+            "label": f"labels/{n}.png",
+            "reference": f"labels/{n}.png",
+        }
+        for n in names
+    ]
+    datalist = {"name": "discs", "kind": "images", "spacing_mm": None, "distance_unit": "px", "scans": ["image"]}
+    datalist |= {"labels": CLASSES, "label_coding": "own"}
+    datalist |= {"training": items[:3], "validation": items[3:4], "testing": items[4:]}
+    (folder / "datalist.json").write_text(json.dumps(datalist))
+    return folder
+
+
+def config(strategy: str, name: str, folder: Path) -> list[Path]:
+    return [bundles.build_bundle("brain_tumour_t1c", strategy, folder) / "configs" / f"{name}.json"]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory) -> Path:
+    """Run folder of a training and its evaluation with saved predictions."""
+    folder = tmp_path_factory.mktemp("run")
+    places = {"dataset_dir": str(pictures), "output_dir": str(folder / "out")}
+    settings = {**TINY, "epochs": 2, "val_interval": 1, "strategy::rank": 2, "strategy::decoder": True}
+    run_workflow(config("lora", "train", folder), {**places, **settings})
+    run_workflow(config("lora", "evaluate", folder), {**places, **settings_of_evaluation(), "save_predictions": True})
+    return folder / "out"
+
+
+def settings_of_evaluation() -> dict:
+    return {**TINY, "strategy::rank": 2, "strategy::decoder": True}
+
+
+def test_training_and_evaluation_write_tables_in_pixels(trained):
+    table = rows(trained / "evaluation" / "cases.csv")
+    assert [row["case"] for row in table] == ["scan_0004", "scan_0005", "scan_0006"]
+    assert {"dice", "hd95_px", "hd95_medpy_px", "nsd_1px", "nsd_2px"} <= set(table[0])
+    assert not any(name.endswith("_mm") or name.endswith("_ml") for name in table[0])
+    ellipses = rows(trained / "evaluation" / "ellipse_cases.csv")
+    assert all(0.3 < float(row["dice"]) < 1 for row in ellipses)
+
+
+def box_file(folder: Path, boxes: dict[str, list[list[float]]]) -> str:
+    path = folder / "boxes.json"
+    path.write_text(json.dumps(boxes))
+    return str(path)
+
+
+BOXES = {
+    "scan_0004": [[3.25, 9.5, 21.75, 30.125], [33.5, 15.25, 43.0, 27.5]],
+    "scan_0005": [[2.5, 8.0, 22.0, 31.0]],
+    "scan_0006": [[-2.0, 8.0, 22.0, 55.5]],  # what sticks out is cut off
+}
+
+
+def evaluate(pictures: Path, folder: Path, **settings) -> Path:
+    places = {"dataset_dir": str(pictures), "output_dir": str(folder / "out")}
+    run_workflow(config("zero_shot", "evaluate", folder), {**TINY, **places, **settings})
+    return folder / "out" / "evaluation"
+
+
+def seen_by_network(monkeypatch) -> list[np.ndarray]:
+    """Boxes of every call of the network from now on."""
+    calls: list[np.ndarray] = []
+    forward = SamSegmenter.forward
+
+    def recorded(self, image, boxes=None, **others):
+        calls.append(None if boxes is None else boxes.numpy())
+        return forward(self, image, boxes, **others)
+
+    monkeypatch.setattr(SamSegmenter, "forward", recorded)
+    return calls
+
+
+def test_a_box_file_reaches_the_network_times_the_ratio_of_sizes(pictures, tmp_path, monkeypatch):
+    calls = seen_by_network(monkeypatch)
+    evaluate(pictures, tmp_path, **{"prompt::source": "json", "prompt::boxes": box_file(tmp_path, BOXES)})
+    assert len(calls) == 3
+    for boxes, found in zip(BOXES.values(), calls, strict=True):
+        clipped = np.clip(boxes, 0, (SIZE[1], SIZE[0]) * 2)
+        np.testing.assert_allclose(found[0], clipped * SCALE, rtol=0, atol=1e-4)
+
+
+def test_shrunk_boxes_reach_the_network(pictures, tmp_path, monkeypatch):
+    calls = seen_by_network(monkeypatch)
+    settings = {"prompt::source": "json", "prompt::boxes": box_file(tmp_path, BOXES), "prompt::shrink": 0.1}
+    evaluate(pictures, tmp_path, **settings)
+    np.testing.assert_allclose(calls[1][0], np.array([[4.45, 10.3, 20.05, 28.7]]) * SCALE, rtol=0, atol=1e-4)
+
+
+def test_validation_uses_the_boxes_of_the_file_and_training_draws_its_own(pictures, tmp_path, monkeypatch):
+    calls = seen_by_network(monkeypatch)
+    settings = {"epochs": 1, "val_interval": 1, "strategy::rank": 2, "batch_size": 3, "prompt::source": "json"}
+    settings["prompt::boxes"] = box_file(tmp_path, {"scan_0003": [[1.5, 2.5, 30.0, 31.0]]})
+    places = {"dataset_dir": str(pictures), "output_dir": str(tmp_path / "out")}
+    run_workflow(config("lora", "train", tmp_path), {**TINY, **places, **settings})
+    assert calls[0].shape == (3, 1, 4) and not (calls[0] == calls[0].round()).all()
+    np.testing.assert_allclose(calls[1], np.array([[[1.5, 2.5, 30.0, 31.0]]]) * SCALE, rtol=0, atol=1e-4)
+
+
+def test_components_are_prompts_of_their_own_in_training_and_evaluation(pictures, tmp_path, monkeypatch):
+    calls = seen_by_network(monkeypatch)
+    settings = {"epochs": 1, "val_interval": 1, "strategy::rank": 2, "batch_size": 3, "prompt::per_component": True}
+    places = {"dataset_dir": str(pictures), "output_dir": str(tmp_path / "out")}
+    run_workflow(config("lora", "train", tmp_path), {**TINY, **places, **settings})
+    assert calls[0].shape == (3, 8, 4) and np.isnan(calls[0][:, 2:]).all() and not np.isnan(calls[0][:, :2]).any()
+    assert calls[1].shape == (1, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "settings", "message"),
+    [
+        ({"scan_0004": [[1, 1, 9, 9]]}, {"prompt::source": "json"}, "scan_0005"),
+        (BOXES, {}, "prompt::source to 'json'"),
+        (None, {"prompt::source": "json"}, "prompt::boxes"),
+        (None, {"prompt::source": "mask"}, "label, json"),
+    ],
+)
+def test_missing_and_contradicting_boxes_are_said(pictures, tmp_path, boxes, settings, message):
+    given = {} if boxes is None else {"prompt::boxes": box_file(tmp_path, boxes)}
+    with pytest.raises(SamsegError, match=message):
+        evaluate(pictures, tmp_path, **given, **settings)
+
+
+def test_kept_embeddings_serve_other_boxes(pictures, tmp_path):
+    cache = {"embeddings::cache_dir": str(tmp_path / "bank"), "prompt::source": "json"}
+    found = []
+    for number, boxes in enumerate((BOXES, {**BOXES, "scan_0005": [[12.0, 3.0, 44.0, 35.0]]})):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        found.append(
+            rows(evaluate(pictures, folder, **cache, **{"prompt::boxes": box_file(folder, boxes)}) / "cases.csv")
+        )
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
+
+
+def test_evaluation_saves_images_with_the_values_of_the_labels(trained):
+    folder = trained / "evaluation" / "predictions"
+    for row in rows(trained / "evaluation" / "cases.csv"):
+        with (
+            Image.open(folder / f"{row['case']}_seg.png") as seg,
+            Image.open(folder / f"{row['case']}_overlay.png") as top,
+        ):
+            assert seg.mode == "L" and top.mode == "RGB" and seg.size == top.size == SIZE[::-1]
+            values = np.asarray(seg)
+        assert set(np.unique(values)) <= {0, 255}
+        assert (values == 255).sum() == float(row["prediction_px"])
+
+
+@pytest.fixture(scope="module")
+def packed(trained, tmp_path_factory) -> Path:
+    return bundles.pack_bundle(trained, tmp_path_factory.mktemp("packed") / "bundle.zip", sam_checkpoint="random")
+
+
+def predict(monkeypatch, *words) -> int:
+    monkeypatch.setattr(sys, "argv", ["samseg", "predict", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+def test_packed_bundle_predicts_as_it_was_evaluated(trained, packed, pictures, tmp_path, monkeypatch):
+    """The same boxes give the same images, values included, without a datalist and without weights at hand."""
+    names = ["scan_0004", "scan_0005", "scan_0006"]
+    (tmp_path / "images").mkdir()
+    for name in names:
+        (tmp_path / "images" / f"{name}.png").write_bytes((pictures / "images" / f"{name}.png").read_bytes())
+    boxes = box_file(tmp_path, BOXES)
+    again = {"prompt::source": "json", "prompt::boxes": boxes, "save_predictions": True}
+    places = {"dataset_dir": str(pictures), "output_dir": str(trained), "results_dir": str(tmp_path / "again")}
+    run_workflow([trained / "bundle" / "configs" / "evaluate.json"], {**places, **again, "sam_checkpoint": "random"})
+    out = tmp_path / "out"
+    assert predict(monkeypatch, packed, "--input", tmp_path / "images", "--boxes", boxes, "--output", out) == 0
+    for name in names:
+        first, second = (folder / f"{name}_seg.png" for folder in (out, tmp_path / "again" / "predictions"))
+        assert np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(second)))
+        assert (out / f"{name}_overlay.png").is_file()
+
+
+def test_overlay_shows_the_outline_and_the_boxes():
+    labels = np.zeros((30, 40), dtype=int)
+    labels[5:15, 10:20] = 1
+    picture = np.asarray(overlay_picture(np.full((30, 40, 1), 90.0), labels, torch.tensor([[2.4, 3.0, 30.6, 20.0]])))
+    assert picture.shape == (30, 40, 3)
+    assert tuple(picture[5, 12]) == (230, 159, 0) and tuple(picture[9, 14]) == (90, 90, 90)
+    assert tuple(picture[3, 8]) == tuple(picture[12, 30]) == (86, 180, 233)
+    assert tuple(picture[25, 35]) == (90, 90, 90)
+
+
+def test_values_of_several_classes_and_of_sixteen_bits(tmp_path):
+    image = MetaTensor(torch.zeros(1, 4, 3, 1), meta={"filename_or_obj": "absent.png"})
+    numbers = torch.tensor([0, 1, 2, 1]).reshape(1, 4, 1, 1).expand(1, 4, 3, 1)
+    for values, mode in (({"0": "background", "7": "a", "9": "b", "8": "b"}, "L"), ({"3": "a", "1000": "b"}, "I;16")):
+        save = SaveImagePngd("pred", ["a", "b"], tmp_path, labels=values, overlay=False)
+        save({"case": "x", "pred": MetaTensor(numbers), "image": image})
+        with Image.open(tmp_path / "x_seg.png") as stored:
+            assert stored.mode == mode
+            found = np.asarray(stored)
+        wanted = [min(int(v) for v, name in values.items() if name == kind) for kind in ("a", "b")]
+        assert found[:, 0].tolist() == [0, wanted[0], wanted[1], wanted[0]]
+
+
+def test_predictions_that_are_none_and_names_that_lead_elsewhere_are_refused(tmp_path):
+    save = SaveImagePngd("pred", ["a"], tmp_path / "out", overlay=False)
+    for pred, name in ((torch.full((1, 4, 4, 1), 0.5), "x"), (torch.full((1, 4, 4, 1), 2.0), "x"),
+                       (torch.ones(1, 4, 4, 2), "x"), (torch.ones(1, 4, 4, 1), "../x")):  # fmt: skip
+        with pytest.raises(DataError, match="x"):
+            save({"case": name, "pred": pred})
+    with pytest.raises(ConfigError, match="no value for b"):
+        SaveImagePngd("pred", ["a", "b"], tmp_path, labels={"1": "a"})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("image", "expected"), [([0.0, 50, 200], [0, 50, 200]), ([0.0, 2000, 4000], [0, 127.5, 255])])
+def test_images_of_eight_bits_keep_their_greys_and_others_are_stretched(image, expected):
+    stretched = ScaleGreysd("image")({"image": torch.tensor(image)})["image"]
+    torch.testing.assert_close(stretched, torch.tensor(expected, dtype=torch.float32), atol=11, rtol=0)
+    unit = ScaleGreysd("image", top=1)({"image": torch.tensor(image)})["image"]
+    torch.testing.assert_close(unit * 255, stretched)
