@@ -31,7 +31,8 @@ def card_facts(network: SamSegmenter | PlainSegmenter) -> dict[str, Any]:
     """What must agree, as JSON values, and ``base_file``: the name (no folder) of the base weights' file, or None."""
     others = ("strategy", "sam_variant", *BOX_FACTS)
     facts = {key: getattr(network, key) for key in MUST_AGREE if key not in others}
-    facts |= network.box_facts() if hasattr(network, "box_facts") else {}
+    box_facts: Any = getattr(network, "box_facts", dict)
+    facts |= box_facts()
     strategy = None if network.strategy is None else network.strategy.card()
     named = {"base_file": getattr(network, "base_file", None)}
     return {"strategy": strategy, "sam_variant": network.spec.name, **facts, **named}
