@@ -150,7 +150,8 @@ def test_few_bits_and_palettes_are_told(tmp_path):
     assert np.array_equal(grey.array[..., 0], MASK) and "palette" in grey.notes[0]
     palette.putpalette([0, 0, 0, 255, 0, 0])
     palette.save(tmp_path / "red.png")
-    assert read_image(tmp_path / "red.png").array.shape == (6, 9, 1, 3)
+    red = read_image(tmp_path / "red.png")
+    assert red.array.shape == (6, 9, 1, 3) and "palette of colours" in red.notes[0]
     named = read_image(save(tmp_path / "x.png", format="JPEG"))
     assert "is a JPEG file" in named.notes[0]
 
@@ -205,6 +206,27 @@ def test_every_bad_file_is_described_and_never_read_by_another_reader(tmp_path):
         with pytest.raises(Exception, match=words):
             load({"image": str(tmp_path / "bad" / name)})
     assert read_image(save(tmp_path / "upright.jpg", exif=exif(1))).notes == ()
+
+
+def test_a_picture_beyond_the_limit_and_one_without_pixels_are_refused(tmp_path):
+    save_png(tmp_path / "huge.png", [b"\0"], width=300_000_000, bits=8, colour=0)
+    with pytest.raises(DataError, match=r"huge.png: is too large for Pillow"):
+        read_image(tmp_path / "huge.png")
+    save_png(tmp_path / "none.png", [], width=4, bits=8, colour=0)
+    nib.save(nib.Nifti1Image(np.zeros((0, 3), np.uint8), np.eye(4)), tmp_path / "none.nii.gz")
+    for name in ("none.png", "none.nii.gz"):
+        with pytest.raises(DataError, match=name):
+            read_image(tmp_path / name)
+    content = save_dicom(tmp_path / "short.dcm", GREY).read_bytes()
+    (tmp_path / "short.dcm").write_bytes(content[:-20])
+    with pytest.raises(DataError, match=r"short.dcm: truncated or damaged DICOM"):
+        read_image(tmp_path / "short.dcm")
+
+
+def test_floats_of_a_tiff_are_kept(tmp_path):
+    assert np.array_equal(
+        read_image(save(tmp_path / "x.tif", GREY / np.float32(7))).array[..., 0], GREY / np.float32(7)
+    )
 
 
 def test_a_white_is_zero_tiff_of_16_bits_is_refused(tmp_path):
@@ -477,6 +499,8 @@ def test_images_for_prediction_are_found_and_bad_ones_set_aside(folders, tmp_pat
         found.finish()
     colours = find_cases([images / "c.png", images / "a_1.png"], scans=["red", "green", "blue"], kind="images")
     assert [item["case"] for item in colours.good] == ["c"] and "is in grey, but" in colours.bad["a_1"]
+    one = find_cases([images / "a_1.png"] * 2, scans=["image"], kind="images")
+    assert [item["case"] for item in one.good] == ["a_1"] and not one.bad
     one = find_cases(images / "a_1.png", scans=["image"], kind="images")
     assert [item["case"] for item in one.good] == ["a_1"]
     listed = find_cases([images / "a_1.png", images / "gone.png", folders / "x.txt"], scans=["image"], kind="images")

@@ -46,7 +46,6 @@ _DAMAGED = (
     IndexError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
 
 
@@ -86,6 +85,8 @@ def parse_picture(path: Path, content: bytes) -> Pixels:
             if not reason:
                 image.load()
                 array, notes = _decoded(image, raw)
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path.name}: is too large for Pillow ({error}); cut it into smaller images") from error
     except _DAMAGED as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if isinstance(error, Image.UnidentifiedImageError):
@@ -195,9 +196,9 @@ def _decoded(image: Image.Image, raw: str) -> tuple[np.ndarray, tuple[str, ...]]
         return np.asarray(image.convert("L")), ("has 1 bit a pixel: its values are read as 0 and 255",)
     if image.mode == "P":
         array = np.asarray(image.convert("RGB"))
-        if not is_grey(array):
-            return array, ()
-        return array[..., 0], ("has a palette of greys: the greys are read, not the numbers of its entries",)
+        grey = is_grey(array)
+        note = f"has a palette of {'greys' if grey else 'colours'}, which are read instead of the entries' numbers"
+        return (array[..., 0] if grey else array), (note,)
     array = np.asarray(image)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     few = re.match(r"L;([24])", raw)
