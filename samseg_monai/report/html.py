@@ -182,7 +182,7 @@ def _seconds(run: RunResult) -> tuple[str, str]:
 
 
 def _definitions(runs: Sequence[RunResult]) -> str:
-    """What the columns of distances are, where there are any; the two policies of `samseg_monai.metrics` measure differently."""
+    """What the columns of distances are; the two policies of `samseg_monai.metrics` measure differently."""
     found = tables.measures(runs)
     texts = []
     for unit in ("mm", "px"):
