@@ -31,14 +31,16 @@ from samseg_monai.data.embedding_bank import EmbeddingBank
 from samseg_monai.export.official import official_encoder
 from samseg_monai.losses import OnLogitGrid
 from samseg_monai.networks import SamSegmenter
-from samseg_monai.sam.spec import SamSpec, get_spec
+from samseg_monai.sam.backbone import SamSpec
+from samseg_monai.sam.spec import get_spec
+from samseg_monai.sam.vit import ViTSpec
 from samseg_monai.strategies import Ladder
 from samseg_monai.trainable import count_trainable
 
 CLASSES = 8
 PROCESSES = 5  # whose peaks of memory are compared by their median
 FLOOR = "cnn_alone"  # what no cache of embeddings can save: the published CNN, its gradients and its optimiser
-WARM = SamSpec("warm", 32, 2, 2, (1,), window_size=3, image_size=64)  # SAM's decoder behind next to no encoder
+WARM = ViTSpec("warm", 32, 2, 2, (1,), window_size=3, image_size=64)  # SAM's decoder behind next to no encoder
 # what of the network's settings differs; "recomputed" trades time for memory
 WAYS: dict[str, dict[str, Any]] = {
     "fp32": {}, "bf16": {"autocast": "bf16_all"}, "fp32_recomputed": {"checkpointing": True},

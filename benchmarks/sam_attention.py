@@ -22,8 +22,8 @@ from torch import nn
 
 import samseg_monai
 from samseg_monai.export.official import official_encoder
-from samseg_monai.sam.image_encoder import ImageEncoder
 from samseg_monai.sam.spec import get_spec
+from samseg_monai.sam.vit import ImageEncoder
 
 RESULT = Path(__file__).parent / "results" / "sam_attention.json"
 WHICH = ("reference", "ours")

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from samseg_monai import __version__
 from samseg_monai.errors import CheckpointError, raise_all
 from samseg_monai.networks import PlainSegmenter, SamSegmenter
+from samseg_monai.networks.cards import card_differences, card_facts
+from samseg_monai.networks.foreign import load_foreign
 from samseg_monai.sam.weights import hash_file, sha256_of
 from samseg_monai.trainable import owned_state
 
@@ -32,19 +34,6 @@ TENSORS, CARD = "adapter.safetensors", "card.json"
 
 StrPath = str | os.PathLike[str]
 Network = SamSegmenter | PlainSegmenter
-
-# What must be equal for an adapter to mean anything in another network.
-_MUST_AGREE = (
-    "strategy",
-    "sam_variant",
-    "base_sha256",
-    "num_classes",
-    "image_size",
-    "scans",
-    "scan_mode",
-    "input_scale",
-    "prompt",
-)
 
 
 def save_adapter(
@@ -82,7 +71,7 @@ def save_adapter(
         save_file(state, tensors, metadata={"format": "pt"})
         card = {
             "format_version": FORMAT_VERSION,
-            **_facts(network),
+            **card_facts(network),
             "rectangular": isinstance(network, SamSegmenter) and network.sam.rectangular,
             "tensors": len(state),
             "values": sum(tensor.numel() for tensor in state.values()),
@@ -133,7 +122,9 @@ def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
     """
     folder = Path(folder)
     card = read_card(folder)
-    raise_all(_differences(card, network), CheckpointError, f"{folder}: the adapter does not belong to this network")
+    raise_all(
+        card_differences(card, network), CheckpointError, f"{folder}: the adapter does not belong to this network"
+    )
     path = folder / TENSORS
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file, though {CARD} is there; get both files again")
@@ -187,15 +178,15 @@ def load_model(network: nn.Module, path: StrPath) -> None:
     _refuse_differences(state, network.state_dict(), f"{path}: does not fit this network")
     network.load_state_dict(state)
     if isinstance(network, (SamSegmenter, PlainSegmenter)):
-        network.base_sha256 = sha256_of(path)
+        network.base_sha256, network.base_file = sha256_of(path), path.name
 
 
 def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_checkpoint: StrPath | None = None) -> str:
     """Load whatever there is.
 
     Args:
-        checkpoint: an adapter folder (base weights are loaded first), a full model file, or None: SAM's base weights
-            alone, for a strategy that trains nothing (zero-shot).
+        checkpoint: an adapter folder (base weights are loaded first), a full model file, a file of SAMed (base weights
+            first) or SAM-LST, or None: SAM's base weights alone, for a strategy that trains nothing (zero-shot).
         sam_checkpoint: base weights as for ``SamSegmenter.load_base``; not needed for a full model.
     Returns:
         One line saying what was loaded.
@@ -219,11 +210,14 @@ def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_che
         load_adapter(network, path)
         return f"adapter {path} ({card['strategy']['_target_']}, {card['values']:,} values) on SAM {network.spec.name}"
     if path.is_file():
+        if loaded := load_foreign(network, path, sam_checkpoint):
+            return loaded
         load_model(network, path)
         return f"full model {path}"
     raise CheckpointError(
         f"checkpoint {path}: {'no ' + CARD + ' in this folder' if path.is_dir() else 'no such file or folder'}; give "
-        f"(1) a folder with {TENSORS} and {CARD}, (2) a model.pt written by training, or (3) null for SAM as it is"
+        f"(1) a folder with {TENSORS} and {CARD}, (2) a model.pt written by training or a file of SAMed or SAM-LST, or "
+        "(3) null for SAM as it is"
     )
 
 
@@ -239,31 +233,6 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
-
-
-def _facts(network: Network) -> dict[str, Any]:
-    facts = {key: getattr(network, key) for key in _MUST_AGREE if key not in ("strategy", "sam_variant")}
-    strategy = None if network.strategy is None else network.strategy.card()
-    return {"strategy": strategy, "sam_variant": network.spec.name, **facts}
-
-
-def _differences(card: Mapping[str, Any], network: Network) -> list[str]:
-    ignored = () if network.strategy is None else network.strategy.training_only
-    theirs, ours = _flat(card, ignored), _flat(_facts(network), ignored)
-    return [
-        f"{key}: adapter {theirs.get(key)!r}, network {ours.get(key)!r}"
-        for key in {**ours, **theirs}
-        if theirs.get(key) != ours.get(key)
-    ]
-
-
-def _flat(facts: Mapping[str, Any], ignored: tuple[str, ...]) -> dict[str, Any]:
-    """The facts that must agree, with one entry per argument of the strategy."""
-    flat = {key: facts.get(key) for key in _MUST_AGREE if key != "strategy"}
-    strategy = facts.get("strategy") or {}
-    arguments = strategy.get("arguments", {})
-    flat["strategy"] = strategy.get("_target_")
-    return flat | {f"strategy {name}": value for name, value in arguments.items() if name not in ignored}
 
 
 def _refuse_differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], heading: str) -> None:

@@ -45,15 +45,19 @@ class TrainingError(SamsegError):
     """Training went wrong in a way that must not pass silently."""
 
 
-def raise_all(problems: Sequence[str], error: type[SamsegError], heading: str) -> None:
+def raise_all(problems: Sequence[str], error: type[SamsegError], heading: str, *, most: int | None = None) -> None:
     """Raise one ``error`` that lists every problem, or return when there is none.
 
     Args:
         problems: one line each, in the order to be shown.
         error: class to raise.
         heading: first line; the number of problems is put behind it.
+        most: lines to be shown where the heading tells the reason and the rest would hide it; None shows all.
     """
     if problems:
-        lines = "\n".join(f"  - {problem}" for problem in problems)
+        shown = list(problems if most is None else problems[:most])
+        if len(shown) < len(problems):
+            shown.append(f"... and {len(problems) - len(shown)} more")
+        lines = "\n".join(f"  - {problem}" for problem in shown)
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise error(f"{heading} ({count}):\n{lines}")

@@ -22,10 +22,9 @@ logger = logging.getLogger(__name__)
 Scale = Sequence[tuple[str, float]]
 
 _ENCODER = "sam.image_encoder."
-_BLOCK = re.compile(r"sam\.image_encoder\.blocks\.(\d+)\.")
 # tables and tokens say where and what something is: shrinking them towards zero has no meaning
 _TOKENS = re.compile(
-    r"(^|\.)(iou_token|mask_tokens|cls_token|pos_embed|rel_pos_[hw]|relative_position_bias_table|point_embeddings"
+    r"(^|\.)(iou_token|mask_tokens|cls_token|pos_embed|rel_pos_[hw]|relative_position_bias_table|attention_biases|point_embeddings"
     r"|not_a_point_embed|no_mask_embed)(\.|$)"
 )
 
@@ -45,8 +44,8 @@ def parameter_groups(
     Args:
         network: SamSegmenter or another network, or DDP of it.
         lr: learning rate of everything that no rule names.
-        layer_decay: d, 0 < d <= 1: block i of SAM's image encoder, i from 0, gets ``lr * d ** (depth - i)``, its patch
-            and position embedding ``lr * d ** (depth + 1)``. Its neck, the mask decoder and a side network get ``lr``.
+        layer_decay: d, 0 < d <= 1: block i of SAM's image encoder, i from 0, gets ``lr * d ** (depth - i)``, what lies
+            before the blocks ``lr * d ** (depth + 1)``. Its neck, the mask decoder and a side network get ``lr``.
         scale: pairs of a pattern and a factor above 0. A pattern is a parameter's name or its beginning up to a dot,
             ``*`` stands for anything: ``["side.alpha", 10]``, ``["*.lora_b", 16]``. Of several that match the last one
             counts; the factor multiplies what ``layer_decay`` gives.
@@ -61,12 +60,12 @@ def parameter_groups(
     if layer_decay is None and not scale and not weight_decay_matrices_only:
         return list(learning.values())
     raise_all(_problems(learning, layer_decay, scale), ConfigError, "learning_rates cannot be used")
-    blocks = [int(match[1]) for name, _ in plain.named_parameters() if (match := _BLOCK.match(name))]
+    encoder = getattr(getattr(plain, "sam", None), "image_encoder", None)
     groups: dict[tuple[float, bool], dict[str, nn.Parameter]] = {}
     for name, parameter in learning.items():
         factor = next((value for pattern, value in reversed(scale) if _matches(pattern, name)), 1.0)
         if layer_decay is not None:
-            factor *= layer_decay ** _layers_behind(name, 1 + max(blocks))
+            factor *= layer_decay ** _layers_behind(name, encoder)
         spared = weight_decay_matrices_only and (parameter.ndim < 2 or _TOKENS.search(name) is not None)
         groups.setdefault((factor, spared), {})[name] = parameter
     # what has the rate of the config comes first: it is the one that curves call "lr"
@@ -83,13 +82,11 @@ def _matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
-def _layers_behind(name: str, depth: int) -> int:
+def _layers_behind(name: str, encoder: Any) -> int:
     """How many layers lie between a parameter and the encoder's end: the exponent of the decay."""
-    block = _BLOCK.match(name)
-    if block:
-        return depth - int(block[1])
-    first = name.startswith((f"{_ENCODER}patch_embed.", f"{_ENCODER}pos_embed"))
-    return depth + 1 if first else 0
+    if not name.startswith(_ENCODER):
+        return 0
+    return len(encoder.named_blocks()) + 1 - encoder.depth_of(name.removeprefix(_ENCODER))
 
 
 def _problems(learning: Mapping[str, nn.Parameter], layer_decay: float | None, scale: Scale) -> list[str]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
 from samseg_monai.export.official import official_encoder
-from samseg_monai.sam.spec import SamSpec
+from samseg_monai.sam.vit import ViTSpec
 
 
-def reference_sam(spec: SamSpec, *, image_size: int | None = None, masks: int = 3) -> Sam:
+def reference_sam(spec: ViTSpec, *, image_size: int | None = None, masks: int = 3) -> Sam:
     """SAM in the sizes of ``spec`` with ``masks`` masks behind the single one, random weights, in evaluation mode."""
     size = spec.image_size if image_size is None else image_size
     grid = size // spec.patch_size

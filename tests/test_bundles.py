@@ -299,6 +299,34 @@ def test_every_option_trains_the_ladder(options, abdomen, tmp_path):
     assert (tmp_path / "evaluation" / "transunet_cases.csv").is_file()
 
 
+@pytest.mark.parametrize("strategy", ["unet_box", "unet_crop", "ellipse"])
+def test_networks_without_sam_take_the_boxes_of_a_prompted_task(strategy, phantoms, tmp_path):
+    configs = bundles.build_bundle("meningioma", strategy, tmp_path / "bundles") / "configs"
+    shared = {"dataset_dir": str(phantoms), "output_dir": str(tmp_path), "image_size": 32, "crop_size": [32, 36]}
+    shared |= {"network_def::crop_size": 16} if strategy == "unet_crop" else {}
+    run_workflow([configs / "train.json"], {**shared, "epochs": 2, "val_interval": 1})
+    run_workflow([configs / "evaluate.json"], shared)
+    card = read_json(tmp_path / "evaluation" / "run_card.json")
+    assert (card["sam_variant"], card["strategy"]["name"]) == ("no SAM", strategy)
+    adapter = read_json(tmp_path / "card.json")
+    assert adapter["prompt"] == "box" and adapter["metrics"]["val_loss"] > 0
+    names = [line.split(",")[2] for line in (tmp_path / "history.csv").read_text().splitlines()]
+    assert names.count("val_loss") == names.count("train_loss") == 2
+    run_workflow([configs / "inference.json"], {**shared, "dataset_dir": str(phantoms / "unlabelled")})
+    assert len(list((tmp_path / "predictions").glob("*_seg.nii.gz"))) == 1
+
+
+def test_zero_shot_can_choose_sams_best_mask_from_the_command_line(phantoms, tmp_path):
+    configs = [ROOT / "meningioma_segmentation_zero_shot" / "configs" / "evaluate.json"]
+    tables = []
+    for masks in ("single", "best"):
+        folder = tmp_path / masks
+        run_workflow(configs, {**TINY, "dataset_dir": str(phantoms), "output_dir": str(folder), "masks": masks})
+        tables.append((folder / "evaluation" / "cases.csv").read_text())
+        assert read_json(folder / "evaluation" / "run_card.json")["settings"]["masks"] == masks
+    assert tables[0] != tables[1]
+
+
 def test_hippocampus_trains_evaluates_and_predicts_without_sam(hippocampi, tmp_path):
     configs = root_of("hippocampus_segmentation_unet") / "configs"
     shared = {"dataset_dir": str(hippocampi), "output_dir": str(tmp_path), "image_size": 32, "crop_size": [32, 32]}

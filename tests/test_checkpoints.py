@@ -24,7 +24,7 @@ from samseg_monai.checkpoints import (
 from samseg_monai.errors import CheckpointError, WeightsError
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.build import build_sam
-from samseg_monai.sam.weights import sha256_of
+from samseg_monai.sam.weights import KNOWN, sha256_of
 from samseg_monai.strategies import Ladder, LoRA
 
 
@@ -77,7 +77,7 @@ def test_the_card_explains_the_file(build, base, tmp_path):
         "format_version": 1, "sam_variant": "tiny", "base_sha256": sha256_of(base), "num_classes": 1, "image_size": 64,
         "scans": 1, "scan_mode": "mean_logits", "input_scale": "zscore", "prompt": "box", "rectangular": False,
         "tensors": 8, "values": 512, "adapter_sha256": sha256_of(folder / "adapter.safetensors"),
-        "metrics": {"dice_mean": 0.81}, "extra": {"data": "phantoms"},
+        "metrics": {"dice_mean": 0.81}, "extra": {"data": "phantoms"}, "base_file": "tiny.pth",
     }  # fmt: skip
     assert {key: card[key] for key in expected} == expected
     assert card.keys() == expected.keys() | {"strategy", "package_version", "git_commit"}
@@ -301,6 +301,32 @@ class TestLoadTrained:
         save_adapter(build(trained=True), tmp_path)
         with pytest.raises(CheckpointError, match=r"base_sha256: adapter '[0-9a-f]{64}', network 'random'"):
             load_trained(SamSegmenter("tiny", LoRA(2)), checkpoint=tmp_path, sam_checkpoint="random")
+
+    def test_an_adapter_on_another_base_says_which_file_it_wants(self, build, base, tmp_path):
+        save_adapter(build(trained=True), tmp_path / "adapter")
+        other = tmp_path / "mobile_sam.pt"
+        torch.save(build_sam("tiny").state_dict(), other)
+        card = json.loads((tmp_path / "adapter" / "card.json").read_text())
+        wanted = rf"adapter '{sha256_of(base)}', network '{sha256_of(other)}'; the adapter holds changes to the weights"
+        known = {**card, "base_sha256": KNOWN["vit_t"].sha256, "base_file": None}
+        for changes, told in (
+            (card, rf"{wanted} of tiny\.pth, .* and not to those of mobile_sam\.pt: set sam_checkpoint to the path"),
+            (known, r"of mobile_sam\.pt, the file with the first sha256: set"),  # named by the table of known files
+            ({**known, "base_sha256": "0" * 64}, r"weights of the file with the first sha256 and not"),
+            ({**known, "base_sha256": "random"}, r"trained on a random start: set sam_checkpoint to 'random'"),
+        ):
+            rewrite_card(tmp_path / "adapter", **changes)
+            with pytest.raises(CheckpointError, match=rf"base_sha256: .*{told}"):
+                load_trained(SamSegmenter("tiny", LoRA(2)), checkpoint=tmp_path / "adapter", sam_checkpoint=other)
+
+    def test_a_card_without_the_name_of_its_base_is_read_as_before(self, build, base, tmp_path):
+        save_adapter(build(trained=True), tmp_path)
+        card = json.loads((tmp_path / "card.json").read_text())
+        del card["base_file"]
+        (tmp_path / "card.json").write_text(json.dumps(card))
+        renamed = tmp_path / "renamed.pth"
+        renamed.write_bytes(base.read_bytes())  # the hash decides, whatever the name
+        assert "512 values" in load_trained(SamSegmenter("tiny", LoRA(2)), checkpoint=tmp_path, sam_checkpoint=renamed)
 
     def test_a_full_model_needs_no_base(self, build, output, tmp_path):
         trained = build(trained=True)

@@ -255,6 +255,7 @@ NETWORKS = {
     "prompted classes": lambda: SamSegmenter("tiny", LoRA(rank=2, decoder=True), num_classes=2, scans=2),
     "ladder": lambda: SamSegmenter("tiny", Ladder(SmallSide()), num_classes=2, prompt="none", scans=2),
     "side alone": lambda: SamSegmenter("tiny", Ladder(SmallSide(), mix="side"), input_scale="sam"),
+    "other encoder": lambda: SamSegmenter("tiny_t", LoRA(rank=2, decoder=True), scans=2),
     "plain": lambda: PlainSegmenter(nn.Conv2d(2, 3, 3, padding=1), num_classes=2, scans=2, image_size=40),
 }
 PARTS = {"ladder": ["encoder", "side", "decoder"], "side alone": ["side", "decoder"], "plain": ["network"]}
@@ -291,6 +292,21 @@ def test_network_that_is_exported_stays_as_it_is(tmp_path):
     card = json.loads((tmp_path / "export.json").read_text(encoding="utf-8"))
     assert card["warning"] == "random base weights: predictions are noise"
     assert Source(SamSegmenter("pico")).warning == "pico, not SAM"
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_format_holds_the_encoder_of_mobile_sam(fmt, tmp_path):
+    network = lively(SamSegmenter("tiny_t", LoRA(rank=2, decoder=True)))
+    done = export_network(Source(network, base_sha256="random"), fmt, tmp_path)  # compares, and raises where it differs
+    assert done.differences and all(difference.passes for difference in done.differences)
+    if fmt == "pth":
+        state = read_state(tmp_path / "sam_tiny_t.pth")
+        unused = {f"image_encoder.{n}": s for n, s in network.sam.image_encoder.unused_in_files.items()}
+        assert {name: tuple(state[name].shape) for name in unused} == unused and len(unused) == 4
+        again = SamSegmenter("tiny_t")
+        load_sam_weights(again.sam, tmp_path / "sam_tiny_t.pth")
+        network.merge()
+        torch.testing.assert_close(again.sam.state_dict(), network.sam.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:.*is a no-op:UserWarning")

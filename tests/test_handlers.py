@@ -325,6 +325,114 @@ def test_the_recorded_loss_is_the_mean_over_batches(network, tmp_path):
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
+class Volumes(nn.Module):
+    """Logits (1, 2, 3, D) of a volume are its image."""
+
+    def forward(self, image):
+        return image
+
+
+def losses_of(volumes, *, batch_size=1, postprocessing=None, more=()):
+    engine = SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=DataLoader(Dataset(volumes), batch_size=batch_size),
+        network=Volumes(),
+        key_val_metric={"dice": Rows([(0.5, [])])},
+        additional_metrics={"val_loss": handlers.ValidationLoss(nn.BCEWithLogitsLoss())},
+        postprocessing=postprocessing,
+        val_handlers=list(more),
+    )
+    engine.run()
+    return engine.state.metrics
+
+
+@pytest.fixture
+def volume_items():
+    """Two volumes of 4 slices: foreground in slice 1; in slices 0 and 3. A prompt in slice 2 of the first."""
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for case, slices in (("one", [1]), ("two", [0, 3])):
+        label = torch.zeros(1, 2, 3, 4)
+        label[:, 1, 1:, slices] = 1
+        image = torch.randn(1, 2, 3, 4, generator=generator)
+        found.append({"case": case, "image": image, "label": label, "prompt": torch.zeros(1, 2, 3, 4)})
+    found[0]["prompt"][0, 0, 0, 2] = 1
+    return found
+
+
+def by_hand(volumes, pairs):
+    """Binary cross-entropy log(1 + e^x) - x y, mean over pixels, then over (volume, slice) pairs."""
+    means = []
+    for volume, z in pairs:
+        x, y = (volumes[volume][key][..., z].double() for key in ("image", "label"))
+        means.append(float((torch.log1p(x.exp()) - x * y).mean()))
+    return sum(means) / len(means)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_validation_loss_is_the_mean_over_slices_with_foreground_or_prompt(volume_items, batch_size):
+    def spoil(item):
+        return {**item, "pred": item["pred"] * 0}  # what comes after the forward pass must not count
+
+    found = losses_of(volume_items, batch_size=batch_size, postprocessing=spoil)["val_loss"]
+    pairs = [(0, 1), (0, 2), (1, 0), (1, 3)]
+    assert found == pytest.approx(by_hand(volume_items, pairs), rel=1e-6)
+    assert found != pytest.approx(by_hand(volume_items, pairs[:1] + pairs[2:]), rel=1e-3)
+    for item in volume_items:
+        del item["prompt"]
+    unprompted = losses_of(volume_items, batch_size=batch_size)["val_loss"]
+    assert unprompted == pytest.approx(by_hand(volume_items, pairs[:1] + pairs[2:]), rel=1e-6)
+
+
+def test_the_validation_loss_of_images_counts_those_with_boxes(volume_items):
+    images = [{**item, "boxes": torch.full((2, 4), float("nan"))} for item in volume_items]
+    for item in images:
+        del item["prompt"]
+        item |= {key: item[key][..., 1:2] for key in ("image", "label")}
+    # the second has no foreground here: it counts as soon as it has a box
+    assert losses_of(images)["val_loss"] == pytest.approx(by_hand(images, [(0, 0)]), rel=1e-6)
+    images[1]["boxes"][0] = torch.tensor([0.0, 0.0, 2.5, 1.5])
+    assert losses_of(images)["val_loss"] == pytest.approx(by_hand(images, [(0, 0), (1, 0)]), rel=1e-6)
+
+
+def test_the_validation_loss_is_there_before_handlers_read_metrics_and_goes_into_the_curves(volume_items, tmp_path):
+    seen = []
+
+    class Reader:
+        def attach(self, engine):
+            engine.add_event_handler(Events.EPOCH_COMPLETED, lambda engine: seen.append(dict(engine.state.metrics)))
+
+    metrics = losses_of(volume_items, more=[Reader()])
+    assert seen[0]["val_loss"] == metrics["val_loss"]
+    validator = evaluator(Volumes(), [(0.5, [])])
+    curves = handlers.CurveLog(tmp_path, evaluator=validator)
+    curves._trainer = SimpleNamespace(state=SimpleNamespace(epoch=0, iteration=7))
+    validator.state.metrics = dict(metrics)
+    curves._validated(validator)
+    assert ("val_loss", repr(metrics["val_loss"])) in [(r["name"], r["value"]) for r in read(tmp_path / "history.csv")]
+
+
+def test_the_validation_loss_of_nothing_is_none_and_of_no_logits_an_error(volume_items, caplog):
+    empty = [{**item, "label": item["label"] * 0, "prompt": item["prompt"] * 0} for item in volume_items]
+    assert "val_loss" not in losses_of(empty) and "no validated slice has foreground" in caplog.text
+    with pytest.raises(TrainingError, match=r"predictions \(1, 1, 2, 3, 4\) and label \(1, 1, 2, 3, 2\)"):
+        losses_of([{**item, "label": item["label"][..., :2]} for item in volume_items])
+    with pytest.raises(TrainingError, match="names no cases under 'case'"):
+        losses_of([{key: item[key] for key in ("image", "label")} for item in volume_items])
+    with pytest.raises(ConfigError, match="must be callable"):
+        handlers.ValidationLoss("dice")
+
+
+def test_a_case_that_two_processes_hold_counts_once(volume_items, monkeypatch):
+    one, two = handlers.ValidationLoss(nn.MSELoss()), handlers.ValidationLoss(nn.MSELoss())
+    one._cases, two._cases = {"a": (3.0, 2), "b": (0.5, 1)}, {"b": (0.5, 1), "c": (4.0, 3)}
+    monkeypatch.setattr("ignite.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("ignite.distributed.all_gather", lambda own: [list(one._cases.items()), own])
+    engine = SimpleNamespace(state=SimpleNamespace(metrics={}))
+    two._publish(engine)
+    assert engine.state.metrics == {"val_loss": 7.5 / 6}
+
+
 def test_the_case_table_holds_rows_and_aggregates(network, tmp_path):
     rows = volumes(tumour=[1.5, 2.5])
     table = handlers.CaseTable(tmp_path, name="dice", prompt_source="label", policy="honest")
@@ -488,6 +596,7 @@ def test_every_handler_can_be_written_in_json(network, tmp_path):
             "output_dir": "@out",
             "uri": "sqlite:///runs.db",
         },
+        "ValidationLoss": {"loss": "$torch.nn.MSELoss()"},
         "WorstCaseImage": {"log_dir": "@out", "classes": ["tumour"]},
     }
     assert sorted(arguments) == sorted(handlers.__all__)

@@ -20,14 +20,14 @@ from samseg_monai.checkpoints import load_adapter, load_trained, read_card, save
 from samseg_monai.errors import AdapterError, CheckpointError, ConfigError, WeightsError
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.build import build_sam
-from samseg_monai.sam.spec import SamSpec
+from samseg_monai.sam.vit import ViTSpec
 from samseg_monai.sam.weights import ENVIRONMENT, KNOWN, WeightsFile, sha256_of
 from samseg_monai.strategies import Ladder, LoRA, ZeroShot
 from tests.reference_sam import reference_sam
 
 GOLDEN = Path(__file__).parent / "golden" / "ladder_paper.json"
 # the decoder's width is that of SAM and of ResNet18's third stage, so that nothing is projected, as published
-PAPER = SamSpec("narrow", 32, 2, 2, (1,), window_size=3, image_size=64, decoder_mlp_dim=64, iou_hidden_dim=32)
+PAPER = ViTSpec("narrow", 32, 2, 2, (1,), window_size=3, image_size=64, decoder_mlp_dim=64, iou_hidden_dim=32)
 PUBLISHED = {"decoder": "upscaling", "masks": "random"}
 EIGHT = {"num_classes": 8, "prompt": "none"}
 

@@ -82,7 +82,7 @@ def test_two_processes_learn_what_one_does_from_batches_as_large_together(traine
     moved = [float(tensor.abs().max()) for name, tensor in one["network"].items() if ".lora_b." in name]  # from zero
     assert max(moved) > 1e-3
     assert rows(trained[2]) == pytest.approx(rows(trained[1]), abs=1e-5)
-    assert {(3, "train_loss"), (3, "val_dice"), (3, "lr")} <= rows(trained[2]).keys()
+    assert {(3, "train_loss"), (3, "val_dice"), (3, "val_loss"), (3, "lr")} <= rows(trained[2]).keys()
 
 
 @needs_fork

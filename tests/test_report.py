@@ -304,12 +304,21 @@ def test_titles_and_commands_are_escaped(page):
 
 def test_curves_show_loss_and_mean_dice_but_no_spread(runs):
     loss, dice = curves_svg(runs)
-    assert "train loss" in loss
+    assert "train loss" in loss and "validation loss" not in loss  # trainings before it was recorded
     assert "best 0.783, epoch 6" in dice
     assert (
         dice.count("stroke-width: 2;") + dice.count('stroke-width: 2"') == 2
     )  # the curve and its sample in the legend
     assert curves_svg(runs[:2]) == []
+
+
+def test_losses_of_training_and_validation_share_a_panel(runs):
+    before = curves_svg(runs[2:])[0].count("<path")
+    runs[2].history["val_loss"] = [(2.0, 20.0, 0.7), (4.0, 40.0, 0.4), (6.0, 60.0, 0.5)]
+    loss, dice = curves_svg(runs[2:])
+    assert "Training and validation loss" in loss and "train loss" in loss and "validation loss" in loss
+    assert loss.count("<path") > before  # a curve of its own, with its markers
+    assert "best 0.783, epoch 6" in dice  # the Dice curve is still the Dice
 
 
 def test_box_plot_has_a_point_per_case_and_strategy(runs):

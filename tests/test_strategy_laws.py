@@ -25,12 +25,14 @@ from samseg_monai.checkpoints import load_adapter, save_adapter
 from samseg_monai.errors import AdapterError, CheckpointError
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.build import build_sam
-from samseg_monai.strategies import Ladder, LoRA, Scratch, Strategy, ZeroShot
+from samseg_monai.strategies import Ladder, LoRA, Scratch, Selective, Strategy, ZeroShot
 from samseg_monai.strategies.base import head_names
 from samseg_monai.trainable import count_trainable, owned_state
 
 GOLDEN = Path(__file__).parent / "golden" / "strategy_keys.json"
-WIDTH, HIDDEN, DEPTH = 32, 128, 2  # of SAM "tiny": embedding, MLP, number of blocks
+WIDTH = 32  # channels of the embedding of both tiny SAMs
+# Widths of the blocks with attention, by backbone; the MLP is four times as wide. tiny_t's block 0 has none.
+BLOCKS = {"tiny": {0: 32, 1: 32}, "tiny_t": {1: 16, 2: 24, 3: 24, 4: 32}}
 CLASSES = {"num_classes": 5, "prompt": "none"}
 MASKS = 6  # five classes and the background
 
@@ -43,7 +45,7 @@ ROUNDING_ONLY = "k_proj.bias"
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy with arguments, how many values it trains in SAM "tiny", and in what network.
+    """One strategy with arguments, how many values it trains in a tiny SAM, and in what network.
 
     ``kept`` counts what its adapter file holds beside those: running statistics, and its own but fixed tensors.
     ``mixed`` says what embedding a fresh network decodes, from SAM's and the side network's. ``noise``: the mask head
@@ -69,6 +71,40 @@ def decoder_values(network: SamSegmenter) -> int:
         decoder.output_hypernetworks_mlps[: network.channels_out],
     ]
     return sum(p.numel() for module in used for p in module.parameters())
+
+
+def lora_values(network: SamSegmenter, rank: int, of_width: int, *, extra: int = 0, blocks: list[int] | None = None):
+    """Of low-rank updates: ``of_width`` is the sum of inputs and outputs of all targets by the width of a block.
+
+    ``extra`` counts what comes with each unit of width besides: magnitudes.
+    """
+    widths = BLOCKS[network.spec.name]
+    return sum((rank * of_width + extra) * widths[index] for index in blocks or widths)
+
+
+def reached(network: SamSegmenter) -> dict[str, int]:
+    """Parameters of SAM that the logits depend on, by autograd, and their numbers of values."""
+    twin = copy.deepcopy(network).requires_grad_(True)
+    image, boxes, _ = draw_batch(network.num_classes, network.prompt)
+    named = dict(twin.named_parameters())
+    gradients = torch.autograd.grad(twin(image, boxes).sum(), list(named.values()), allow_unused=True)
+    return {name: g.numel() for name, g in zip(named, gradients, strict=True) if g is not None}
+
+
+def full_values(network: SamSegmenter, *, without: str = "nothing") -> int:
+    """Of everything that the logits depend on."""
+    return sum(count for name, count in reached(network).items() if not name.startswith(without))
+
+
+def norm_values(network: SamSegmenter) -> int:
+    """Of scales and shifts: nine normalisations in the decoder's transformer, one in its upscaling, the encoder's."""
+    decoder = 9 * 2 * WIDTH + 2 * (WIDTH // 4)
+    neck = 2 * 2 * WIDTH
+    if network.spec.name == "tiny":
+        return decoder + neck + 2 * 2 * 2 * WIDTH  # two in each of two blocks
+    stem, stage, merges = 4 + 8, 2 * 32 + 8, 3 * (16 + 24 + 32)
+    blocks = sum(3 * width for width in BLOCKS["tiny_t"].values())  # attention, MLP, convolution
+    return decoder + neck + 2 * (stem + stage + merges + blocks)
 
 
 class SmallSide(nn.Sequential):
@@ -98,22 +134,26 @@ STATISTICS = sum(number * (2 * channels + 1) for channels, number in NORMS.items
 ALL_SIX = ("q", "k", "v", "proj", "lin1", "lin2")
 ROWS = {
     "zero_shot": Row(ZeroShot, lambda network: 0),
-    "lora": Row(lambda: LoRA(2), lambda network: DEPTH * 2 * 2 * WIDTH * 2),
+    "lora": Row(lambda: LoRA(2), lambda network: lora_values(network, 2, 2 * 2)),
     "lora_all_targets": Row(
         lambda: LoRA(3, alpha=6, targets=ALL_SIX, dropout=0.1, rank_stabilised=True),
-        lambda network: DEPTH * 3 * (4 * 2 * WIDTH + 2 * (WIDTH + HIDDEN)),
+        lambda network: lora_values(network, 3, 4 * 2 + 2 * 5),
     ),
-    "lora_last_block": Row(lambda: LoRA(2, blocks=[1], targets=["k", "proj"]), lambda network: 2 * 2 * WIDTH * 2),
-    "dora": Row(lambda: LoRA(2, dora=True), lambda network: DEPTH * 2 * (2 * WIDTH * 2 + WIDTH)),
+    "lora_last_block": Row(
+        lambda: LoRA(2, blocks=[1], targets=["k", "proj"]), lambda network: lora_values(network, 2, 2 * 2, blocks=[1])
+    ),
+    "dora": Row(lambda: LoRA(2, dora=True), lambda network: lora_values(network, 2, 2 * 2, extra=2)),
     "dora_all_targets": Row(
         lambda: LoRA(3, alpha=6, targets=ALL_SIX, dropout=0.1, rank_stabilised=True, dora=True),
-        lambda network: DEPTH * (3 * (4 * 2 * WIDTH + 2 * (WIDTH + HIDDEN)) + 5 * WIDTH + HIDDEN),
+        lambda network: lora_values(network, 3, 4 * 2 + 2 * 5, extra=5 + 4),
     ),
     "lora_decoder": Row(
-        lambda: LoRA(2, decoder=True), lambda network: DEPTH * 2 * 2 * WIDTH * 2 + decoder_values(network)
+        lambda: LoRA(2, decoder=True), lambda network: lora_values(network, 2, 2 * 2) + decoder_values(network)
     ),
     "lora_decoder_classes": Row(
-        lambda: LoRA(2, decoder=True), lambda network: DEPTH * 2 * 2 * WIDTH * 2 + decoder_values(network), CLASSES
+        lambda: LoRA(2, decoder=True),
+        lambda network: lora_values(network, 2, 2 * 2) + decoder_values(network),
+        CLASSES,
     ),
     "zero_shot_random_masks": Row(lambda: ZeroShot(random_masks=True), lambda network: 0, CLASSES, noise=True),
     "ladder": Row(
@@ -149,15 +189,36 @@ ROWS = {
         CLASSES,
         kept=HEAD,
     ),
+    "full": Row(lambda: Selective(["sam"], name="full"), full_values),
+    "full_prompts_frozen": Row(
+        lambda: Selective(["sam"], frozen=["sam.prompt_encoder"], name="full"),
+        lambda network: full_values(network, without="sam.prompt_encoder"),
+    ),
+    "full_classes": Row(lambda: Selective(["sam"], name="full"), full_values, CLASSES),
+    "decoder": Row(lambda: Selective(["sam.mask_decoder"], name="decoder"), decoder_values),
+    "norm": Row(lambda: Selective(["<norm>"], name="norm"), norm_values),
+    "bias": Row(
+        lambda: Selective(["*.bias"], name="bias"),
+        lambda network: sum(count for name, count in reached(network).items() if name.endswith(".bias")),
+    ),
 }
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
+    """Files of both tiny SAMs; statistics of batch normalisation are those of no batch."""
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("base") / "tiny.pth"
-    torch.save(build_sam("tiny").state_dict(), path)
-    return path
+    paths = {}
+    for variant in BLOCKS:
+        paths[variant] = tmp_path_factory.mktemp("base") / f"{variant}.pth"
+        state = build_sam(variant).state_dict()
+        for name, tensor in state.items():
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 2.0)
+            elif variant == "tiny_t" and name.endswith("qkv.weight"):
+                tensor *= 4  # else attention is so even that q has next to no gradient
+        torch.save(state, paths[variant])
+    return paths
 
 
 @pytest.fixture(params=ROWS)
@@ -165,15 +226,21 @@ def row(request):
     return ROWS[request.param]
 
 
+@pytest.fixture(params=BLOCKS)
+def tiny(request):
+    """Name of a tiny SAM: every law holds for every backbone."""
+    return request.param
+
+
 @pytest.fixture
-def build(row, base):
+def build(row, base, tiny):
     """Builds the row's network, with the same base weights each time."""
 
-    def build_network(variant="tiny", *, strategy=None, seed=1, **arguments):
+    def build_network(variant=tiny, *, strategy=None, seed=1, **arguments):
         torch.manual_seed(seed)
         network = SamSegmenter(variant, strategy or row.make(), **{**row.network, **arguments})
-        if variant == "tiny" and not arguments:
-            network.load_base(base)
+        if variant == tiny and not arguments:
+            network.load_base(base[tiny])
         else:
             network.base_sha256 = "another"
         return network
@@ -223,14 +290,15 @@ def learn(network, batch, *, steps=1):
 
 
 class TestStrategyLaws:
-    def test_fresh_it_changes_nothing_but_what_it_mixes_in(self, build, row, base, batch):
-        network, plain = build(), SamSegmenter("tiny", ZeroShot(random_masks=True), **row.network)
-        plain.load_base(base)
+    def test_fresh_it_changes_nothing_but_what_it_mixes_in(self, build, row, base, batch, tiny):
+        network, plain = build(), SamSegmenter(tiny, ZeroShot(random_masks=True), **row.network)
+        plain.load_base(base[tiny])
         head = {name: tensor for name, tensor in network.state_dict().items() if name in head_names(plain)}
         plain.load_state_dict(head, strict=False)  # started anew where the number of masks is not SAM's
         image, boxes, _ = batch
         if row.mixed is None:
-            assert torch.equal(network(image, boxes), plain(image, boxes))
+            with torch.no_grad():  # a bias that learns takes another kernel of attention
+                assert torch.equal(network(image, boxes), plain(image, boxes))
             return
         padded = F.pad(image.expand(-1, 3, -1, -1), (0, 64 - image.shape[-1]))
         side = network.side.project(network.side.net(padded))
@@ -301,7 +369,8 @@ class TestStrategyLaws:
             ({"strategy": LoRA(5, decoder=True)}, "strategy rank: adapter .*, network 5"),
         ],
     )
-    def test_the_card_refuses_another_network(self, build, tmp_path, change, message):
+    def test_the_card_refuses_another_network(self, build, tmp_path, change, message, tiny):
+        message = message.replace("'tiny'", repr(tiny))
         save_adapter(build(), tmp_path)
         other = build(**change)
         with pytest.raises(CheckpointError, match=message):
@@ -331,7 +400,7 @@ class TestStrategyLaws:
             row.make().install(network)
         assert list(network.state_dict()) == before
 
-    def test_merged_it_is_plain_sam_with_equal_output(self, build, row, batch):
+    def test_merged_it_is_plain_sam_with_equal_output(self, build, row, batch, tiny):
         network = build()
         learn(network, batch, steps=2)
         if network.side is not None:
@@ -347,16 +416,29 @@ class TestStrategyLaws:
             torch.testing.assert_close(network(*batch[:2]), before, atol=1e-5, rtol=0)
         assert not any(isinstance(module, LoRALinear) for module in network.modules())
         assert count_trainable(network) == 0 and network.owned == []
-        plain = SamSegmenter("tiny", **row.network)
+        plain = SamSegmenter(tiny, **row.network)
         plain.sam.load_state_dict(network.sam.state_dict(), strict=True)
         torch.testing.assert_close(plain(*batch[:2]), before, atol=1e-5, rtol=0)
 
-    def test_keys_are_those_of_the_golden_list(self, build, row, request):
+    def test_keys_are_those_of_the_golden_list(self, build, row, request, tiny):
         golden = json.loads(GOLDEN.read_text())
-        assert golden.keys() == ROWS.keys()
+        assert golden.keys() == BLOCKS.keys() and golden[tiny].keys() == ROWS.keys()
         network = build()
-        assert network.owned == golden[request.node.callspec.params["row"]]
-        assert set(SamSegmenter("tiny", **row.network).state_dict()) <= set(network.state_dict())
+        assert network.owned == golden[tiny][request.node.callspec.params["row"]]
+        assert set(SamSegmenter(tiny, **row.network).state_dict()) <= set(network.state_dict())
+
+    def test_stored_statistics_of_the_encoder_are_used_and_stay_in_training(self, build, batch):
+        network = build()
+        encoder, image = network.sam.image_encoder, 5 + 3 * torch.randn(2, 3, 64, 64)
+        with torch.no_grad():
+            before = encoder.eval()(image)
+            statistics = {name: t.clone() for name, t in encoder.named_buffers()}
+            network.train()
+            drawn = [m for m in encoder.modules() if isinstance(m, nn.Dropout)]
+            for dropout in drawn:
+                dropout.eval()
+            assert torch.equal(encoder(image), before)
+        assert all(torch.equal(t, statistics[name]) for name, t in encoder.named_buffers())
 
     def test_a_copy_is_equal_and_independent(self, build, batch):
         network = build()
@@ -382,9 +464,21 @@ def test_every_strategy_has_a_row():
     found.remove(Strategy)
     found.remove(Scratch)  # is for networks without SAM: test_plain.py
     made = [row.make() for row in ROWS.values()]
-    assert len(found) == 3 and {type(strategy) for strategy in made} == set(found)
+    assert len(found) == 4 and {type(strategy) for strategy in made} == set(found)
     names = {strategy.name: type(strategy) for strategy in made}
-    assert names.keys() == {"zero_shot", "lora", "dora", "ladder", "ladder_paper", "cnn_only", "sam_only"}
+    assert names.keys() == {
+        "zero_shot",
+        "lora",
+        "dora",
+        "ladder",
+        "ladder_paper",
+        "cnn_only",
+        "sam_only",
+        "full",
+        "decoder",
+        "norm",
+        "bias",
+    }
     assert all(names[strategy.name] is type(strategy) for strategy in made)
 
 
@@ -427,7 +521,7 @@ def test_vit_b_ladders_train_the_published_number_of_values(strategy, count):
 
 def test_each_target_gets_its_own_gradient(base):
     network = SamSegmenter("tiny", LoRA(2, targets=ALL_SIX))
-    network.load_base(base)
+    network.load_base(base["tiny"])
     names = [name for name in learn(network, draw_batch(), steps=2) if ".blocks.0." in name]
     expected = [f"attn.qkv.lora_{m}.{part}" for m in "ab" for part in range(3)]
     expected += [f"{path}.lora_{m}.0" for path in ("attn.proj", "mlp.lin1", "mlp.lin2") for m in "ab"]
@@ -451,6 +545,25 @@ def test_lora_says_what_does_not_fit(arguments, message):
         SamSegmenter("tiny", LoRA(**arguments))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"patterns": []}, "patterns must name something"),
+        ({"patterns": "sam"}, "patterns must be a list of names or patterns, got 'sam'"),
+        (
+            {"patterns": ["sam.mask_decodr"]},
+            r"'sam.mask_decodr' matches nothing .* there is sam.image_encoder",
+        ),
+        ({"patterns": ["sam"], "frozen": ["sam.prompts"]}, "'sam.prompts' matches nothing that the task uses"),
+        ({"patterns": ["sam.mask_decoder"], "frozen": ["sam"]}, "leaves nothing of"),
+        ({"patterns": ["sam.mask_decoder.iou_prediction_head"]}, "matches nothing that the task uses"),
+    ],
+)
+def test_selective_says_what_does_not_fit(arguments, message):
+    with pytest.raises(AdapterError, match=message):
+        SamSegmenter("tiny", Selective(**arguments))
+
+
 def test_a_refused_strategy_leaves_the_network_as_it_was():
     network = SamSegmenter("tiny", LoRA(2))
     network.merge()
@@ -461,7 +574,10 @@ def test_a_refused_strategy_leaves_the_network_as_it_was():
 
 def write_golden() -> None:
     """Write the names that each row owns; a change of the file is a change of every adapter saved before."""
-    keys = {name: SamSegmenter("tiny", row.make(), **row.network).owned for name, row in ROWS.items()}
+    keys = {
+        tiny: {name: SamSegmenter(tiny, row.make(), **row.network).owned for name, row in ROWS.items()}
+        for tiny in BLOCKS
+    }
     GOLDEN.write_text(json.dumps(keys, indent=1) + "\n")
 
 

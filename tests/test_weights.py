@@ -16,8 +16,9 @@ from segment_anything.modeling import Sam
 from torch import nn
 
 from samseg_monai.errors import WeightsError
+from samseg_monai.sam.backbone import SamSpec
 from samseg_monai.sam.build import build_sam
-from samseg_monai.sam.spec import SamSpec
+from samseg_monai.sam.vit import ViTSpec
 from samseg_monai.sam.weights import (
     ENVIRONMENT,
     KNOWN,
@@ -25,12 +26,13 @@ from samseg_monai.sam.weights import (
     cache_folder,
     find_weights,
     load_sam_weights,
+    name_of,
     read_state,
     sha256_of,
 )
 from samseg_monai.sam.weights.download import BLOCK
 
-VIT_B_LAYOUT = SamSpec(
+VIT_B_LAYOUT = ViTSpec(
     "toy", 16, 12, 2, (2, 5, 8, 11), prompt_dim=16, decoder_mlp_dim=16, decoder_heads=2, iou_hidden_dim=8
 )
 
@@ -187,7 +189,7 @@ def test_nothing_is_resized_at_the_size_of_the_file(file):
 
 
 def test_windowed_tables_are_never_stretched(file):
-    wider = SamSpec("wide", 32, 2, 2, (1,), window_size=4, image_size=64, prompt_dim=32, decoder_mlp_dim=64,
+    wider = ViTSpec("wide", 32, 2, 2, (1,), window_size=4, image_size=64, prompt_dim=32, decoder_mlp_dim=64,
                     decoder_heads=2, iou_hidden_dim=32)  # fmt: skip
     with pytest.raises(WeightsError, match=r"blocks\.0\.attn\.rel_pos_h: file \(5, 16\), network \(7, 16\)"):
         load_sam_weights(build_sam(wider), file)
@@ -232,6 +234,67 @@ def test_a_file_that_fits_nowhere_is_refused_even_when_not_strict(tmp_path):
 def test_a_file_of_another_variant_is_called_by_its_name(file):
     with pytest.raises(WeightsError, match="looks like a file for sam_variant 'tiny'"):
         load_sam_weights(build_sam("pico"), file)
+
+
+def _as_tiny_vit(state: dict[str, torch.Tensor], width: int = 32) -> dict[str, torch.Tensor]:
+    """The same SAM with an encoder under some of MobileSAM's names, and more of them than anybody wants to read."""
+    names = [f"image_encoder.layers.1.blocks.{i}.attn.qkv.weight" for i in range(100)]
+    encoder = {name: torch.ones(2, 2) for name in names}
+    encoder["image_encoder.patch_embed.seq.0.c.weight"] = torch.ones(width, 3, 3, 3)
+    return encoder | {name: value for name, value in state.items() if not name.startswith("image_encoder")}
+
+
+def test_a_mobile_sam_file_given_to_a_vit_is_called_by_its_name_in_a_few_lines(state, tmp_path):
+    torch.save(_as_tiny_vit(state), tmp_path / "mobile.pt")
+    count = sum(name.startswith("image_encoder") for name in state) + 101
+    with pytest.raises(WeightsError, match=rf"looks like a file for sam_variant 'vit_t' \({count} problems\)") as error:
+        load_sam_weights(build_sam("tiny"), tmp_path / "mobile.pt")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 6 and lines[-1] == f"  - ... and {count - 4} more"
+    torch.save(_as_tiny_vit(state, width=8), tmp_path / "other.pt")
+    with pytest.raises(WeightsError, match="looks like a file for a TinyViT of another size"):
+        load_sam_weights(build_sam("tiny"), tmp_path / "other.pt")
+
+
+def _toy_mobile_sam() -> Sam:
+    return build_sam("tiny_t")
+
+
+def test_a_vit_file_given_to_a_tiny_vit_is_called_by_its_name(file):
+    with pytest.raises(WeightsError, match=r"looks like a file for sam_variant 'tiny' \("):
+        load_sam_weights(_toy_mobile_sam(), file)
+
+
+def test_leftovers_that_the_encoder_names_are_passed_over_and_nothing_else_is(tmp_path):
+    state = _snapshot(_toy_mobile_sam())
+    leftovers = {
+        f"image_encoder.{name}": torch.ones(shape)
+        for name, shape in {
+            "norm_head.weight": 32,
+            "norm_head.bias": 32,
+            "head.weight": (9, 32),
+            "head.bias": 9,
+        }.items()
+    }
+    torch.save(state | leftovers, tmp_path / "mobile.pt")
+    sam = _toy_mobile_sam()
+    report = load_sam_weights(sam, tmp_path / "mobile.pt")
+    assert report.passed_over == tuple(leftovers) and report.loaded == len(state) and not report.unexpected
+    assert "4 passed over" in report.summary()
+    _assert_same(_snapshot(sam), state)
+    assert load_sam_weights(_toy_mobile_sam(), tmp_path / "mobile.pt", strict=False).unexpected == ()
+
+    strangers = ["head.weight", "image_encoder.header.weight", "mask_decoder.head.weight", "image_encoder.x.head.bias"]
+    torch.save(state | leftovers | {name: torch.ones(2) for name in strangers}, tmp_path / "mobile.pt")
+    with pytest.raises(WeightsError, match=r"\(4 problems\)") as error:
+        load_sam_weights(_toy_mobile_sam(), tmp_path / "mobile.pt")
+    assert [name for name in strangers if f"unexpected: {name}:" not in str(error.value)] == []
+
+
+def test_leftovers_are_passed_over_by_an_encoder_that_names_them_only(state, tmp_path):
+    torch.save(state | {"image_encoder.head.weight": torch.ones(2)}, tmp_path / "sam.pth")
+    with pytest.raises(WeightsError, match=r"unexpected: image_encoder\.head\.weight"):
+        load_sam_weights(build_sam("tiny"), tmp_path / "sam.pth")
 
 
 def test_a_samed_file_is_recognised(state, tmp_path):
@@ -377,9 +440,12 @@ def test_the_official_files_are_those_of_the_published_table():
         "vit_b": ("sam_vit_b_01ec64.pth", "ec2df627"),
         "vit_l": ("sam_vit_l_0b3195.pth", "3adcc431"),
         "vit_h": ("sam_vit_h_4b8939.pth", "a7bf3b02"),
+        "vit_t": ("mobile_sam.pt", "6dbb9052"),
         "resnet18": ("resnet18-f37072fd.pth", "f37072fd"),  # the name holds the start of the hash
     }
-    assert all(len(file.sha256) == 64 and file.url.endswith(file.name) for file in KNOWN.values())
+    assert all(len(file.sha256) == 64 and file.url.endswith(f"/{file.name}") for file in KNOWN.values())
+    assert KNOWN["vit_t"].size == 40_728_226  # as its sha256, read off the file in MobileSAM's repository
+    assert name_of(KNOWN["vit_t"].sha256) == "mobile_sam.pt" and name_of("0" * 64) is name_of(None) is None
 
 
 def test_lookup_goes_from_the_explicit_path_to_the_environment_to_the_cache_to_the_network(

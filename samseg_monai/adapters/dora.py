@@ -60,7 +60,7 @@ class DoRALinear(LoRALinear):
         product = output + update
         unbiased = product
         if self.bias is not None:
-            unbiased = product - self.bias.chunk(self.num_parts)[part].to(product.dtype)
+            unbiased = product - self._split(self.bias, 0)[part].to(product.dtype)
         # exact where the stretch is 1, in any precision
         return product + (self._stretch(part) - 1).to(product.dtype) * unbiased
 

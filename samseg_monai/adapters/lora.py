@@ -19,7 +19,9 @@ from samseg_monai.errors import AdapterError, raise_all
 class LoRALinear(nn.Linear):
     """A frozen linear layer with low-rank updates to some of its equal output parts.
 
-    SAM fuses query, key and value into one ``Linear(d, 3 d)``: with ``num_parts=3``, parts 0, 1, 2 are q, k, v.
+    SAM fuses query, key and value into one ``Linear(d, 3 d)``: with ``num_parts=3``, parts 0, 1, 2 are q, k, v. In
+    MobileSAM their rows alternate head by head, [q, k, v] of the first head, then of the second: ``groups`` is then the
+    number of heads, and a part consists of its rows of all groups, in order.
     The tensors of ``base`` are shared, not copied, and keep the keys ``weight`` and ``bias``, so that a plain
     checkpoint loads before or after. The learned tensors are ``lora_a.<part> (rank, in_features)``, Kaiming uniform
     with a = sqrt(5), and ``lora_b.<part> (out_features / num_parts, rank)``, zeros: a fresh layer changes nothing.
@@ -31,6 +33,7 @@ class LoRALinear(nn.Linear):
             not rank-stabilised.
         parts: output parts to adapt, each in 0 .. num_parts - 1, no repetition.
         num_parts: number of equal parts that the output consists of.
+        groups: how often the sequence of parts repeats among the rows.
         dropout: probability, 0 <= p < 1, of dropping an input value of ``A`` during training.
         rank_stabilised: scale by ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
     Shape: ``(..., in_features)`` to ``(..., out_features)``.
@@ -46,14 +49,16 @@ class LoRALinear(nn.Linear):
         alpha: float | None = None,
         parts: Sequence[int] = (0,),
         num_parts: int = 1,
+        groups: int = 1,
         dropout: float = 0.0,
         rank_stabilised: bool = False,
     ) -> None:
-        raise_all(_problems(base, rank, alpha, parts, num_parts, dropout), AdapterError, "LoRALinear cannot be built")
+        problems = _problems(base, rank, alpha, parts, num_parts, groups, dropout)
+        raise_all(problems, AdapterError, "LoRALinear cannot be built")
         # "meta": no memory is taken and no random number drawn for tensors that are replaced at once.
         super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        self.rank, self.num_parts, self.parts = rank, num_parts, tuple(sorted(parts))
+        self.rank, self.num_parts, self.parts, self.groups = rank, num_parts, tuple(sorted(parts)), groups
         self.scaling = float(rank if alpha is None else alpha) / (math.sqrt(rank) if rank_stabilised else rank)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         width = base.out_features // num_parts
@@ -71,13 +76,26 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
-        outputs = list(super().forward(input).chunk(self.num_parts, dim=-1))
+        outputs = list(self._split(super().forward(input), -1))
         dropped = self.dropout(input)  # one mask for all parts: they read the same input
         for part in self.parts:
             low = functional.linear(dropped, self.lora_a[str(part)])  # (..., rank)
             update = self.scaling * functional.linear(low, self.lora_b[str(part)])
             outputs[part] = self._adapted(part, outputs[part], update)
-        return torch.cat(outputs, dim=-1) if self.num_parts > 1 else outputs[0]
+        if self.num_parts == 1:
+            return outputs[0]
+        if self.groups == 1:
+            return torch.cat(outputs, dim=-1)
+        # (..., groups, width) each -> (..., groups, parts, width) -> the rows' own order
+        return torch.stack([output.unflatten(-1, (self.groups, -1)) for output in outputs], dim=-2).flatten(-3)
+
+    def _split(self, tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
+        """The parts of ``tensor`` along ``dim`` (of size out_features), each of size out_features / num_parts."""
+        if self.groups == 1:
+            return tensor.chunk(self.num_parts, dim=dim)
+        grouped = tensor.unflatten(dim, (self.groups, self.num_parts, -1))
+        axis = dim % tensor.ndim
+        return tuple(part.flatten(axis, axis + 1) for part in grouped.unbind(axis + 1))
 
     def _adapted(self, part: int, output: Tensor, update: Tensor) -> Tensor:
         """Output of one part from that of the base and the low-rank update, both (..., out_features / num_parts)."""
@@ -87,16 +105,16 @@ class LoRALinear(nn.Linear):
         """Weight (out_features / num_parts, in_features) of one part that computes the same, in float32."""
         # whatever the stored type is: a merge happens once and should lose nothing
         update = self.lora_b[str(part)].float() @ self.lora_a[str(part)].float()
-        return self.weight.chunk(self.num_parts, dim=0)[part].float() + self.scaling * update
+        return self._split(self.weight, 0)[part].float() + self.scaling * update
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """A plain ``nn.Linear`` that computes the same in evaluation mode; this layer stays as it is."""
         plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         weight = self.weight.detach().clone()
-        for part, rows in enumerate(weight.chunk(self.num_parts, dim=0)):  # views: the sum lands in ``weight``
-            if part in self.parts:
-                rows.copy_(self._merged(part))
+        grouped = weight.unflatten(0, (self.groups, self.num_parts, -1))  # a view: what is written lands in ``weight``
+        for part in self.parts:
+            grouped[:, part] = self._merged(part).unflatten(0, (self.groups, -1)).to(weight.dtype)
         plain.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         plain.bias = self.bias
         return plain.train(self.training)
@@ -106,7 +124,7 @@ class LoRALinear(nn.Linear):
         return [name for name, _ in self.named_parameters() if name not in ("weight", "bias")]
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.rank}, parts={self.parts} of {self.num_parts}"
+        return f"{super().extra_repr()}, rank={self.rank}, parts={self.parts} of {self.num_parts}, groups={self.groups}"
 
 
 def merge_all(module: nn.Module) -> int:
@@ -125,14 +143,15 @@ def _like(weight: Tensor, rows: int, columns: int) -> nn.Parameter:
 
 
 def _problems(
-    base: nn.Linear, rank: int, alpha: float | None, parts: Sequence[int], num_parts: int, dropout: float
+    base: nn.Linear, rank: int, alpha: float | None, parts: Sequence[int], num_parts: int, groups: int, dropout: float
 ) -> list[str]:
     if not isinstance(base, nn.Linear):
         return [f"base must be an nn.Linear, got {type(base).__name__}; name a linear layer"]
     if isinstance(base, LoRALinear):
         return ["base is a LoRALinear already; merge it first or build the network anew"]
-    if num_parts < 1 or base.out_features % num_parts:
-        return [f"out_features {base.out_features} do not split into {num_parts} equal parts; choose a divisor"]
+    if num_parts < 1 or groups < 1 or base.out_features % (num_parts * groups):
+        times = f" in {groups} groups" if groups != 1 else ""
+        return [f"out_features {base.out_features} do not split into {num_parts} equal parts{times}; choose a divisor"]
     problems = []
     width = base.out_features // num_parts
     largest = min(base.in_features, width)

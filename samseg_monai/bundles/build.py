@@ -143,7 +143,7 @@ def build_bundle(task: str, strategy: str, output: str | Path) -> Path:
         metadata = merge(metadata, recipe.get("metadata", {}), f"{origin} recipe, metadata")
     raise_all(_placeholders(metadata), BundleError, "metadata.json: keys that neither task nor strategy has set")
     _write_json(root / "configs" / "metadata.json", metadata)
-    prompted = expand(task_recipe, strategy_recipe, "inference")["prompt"]["source"] != "none"
+    inference = expand(task_recipe, strategy_recipe, "inference")
     docs = {
         "has_sam": True,
         "embeddings": False,
@@ -151,7 +151,8 @@ def build_bundle(task: str, strategy: str, output: str | Path) -> Path:
         "performance": "No results with SAM's official weights are published with this bundle yet.",
         **task_recipe["docs"],
         **strategy_recipe["docs"],
-        "prompted": prompted,
+        "prompted": inference["prompt"]["source"] != "none",
+        "variant": inference["sam_variant"],
     }
     _write_texts(root, name, metadata, docs, wanted)
     return root
@@ -174,15 +175,15 @@ def _write_texts(root: Path, name: str, metadata: dict[str, Any], docs: dict[str
     }
     for template, target in targets.items():
         text = environment.get_template(f"{template}.jinja").render(
-            name=name, metadata=metadata, configs=configs, weights=_weights_table(), **docs
+            name=name, metadata=metadata, configs=configs, weights=_weights_of(docs["variant"]), **docs
         )
         path = root / target
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
 
-def _weights_table() -> dict[str, Any]:
-    """Name, URL and hash of SAM's official files, from the one place that knows them."""
+def _weights_of(variant: str | None) -> Any:
+    """Name, URL and hash of the published file of a SAM variant; without SAM those of vit_b, the engine's default."""
     from samseg_monai.sam.weights import KNOWN
 
-    return dict(KNOWN)
+    return KNOWN[variant or "vit_b"]

@@ -108,6 +108,8 @@ def use_of_pth(source: Source) -> list[str]:
     network: Any = source.network
     size, native = network.image_size, network.spec.image_size
     steps = [f"sam = sam_model_registry['{network.spec.name}'](checkpoint=FILE)"] if native == 1024 else []
+    if network.spec.name == "vit_t":
+        steps[0] += "; with MobileSAM's mobile_sam, since segment_anything has no vit_t"
     if network.input_scale != "sam":
         steps.append("SamPredictor normalises: give set_torch_image() the slice * sam.pixel_std + sam.pixel_mean")
     if network.scan_mode == "mean_logits":

@@ -9,7 +9,7 @@ from torch import nn
 from samseg_monai.checkpoints import Network
 from samseg_monai.errors import BundleError, raise_all
 from samseg_monai.export.official import official_shapes
-from samseg_monai.networks import SamSegmenter
+from samseg_monai.networks import PlainSegmenter, SamSegmenter
 
 FORMATS = ("pth", "torch", "onnx")
 LEGACY = "ckpt_export"  # MONAI's command, not ours
@@ -41,7 +41,7 @@ def mergeable(module: nn.Module) -> list[str]:
 def _against_pth(network: Network) -> list[str]:
     if not isinstance(network, SamSegmenter):
         return [f"{type(network.net).__name__}: there is no SAM in it, whose layout the file would have"]
-    reasons = []
+    reasons = _against_best(network)
     if network.side is not None:
         side = type(getattr(network.side, "net", network.side)).__name__
         reasons.append(f"side network {side}: no layer of SAM can take in what it adds to SAM's embedding")
@@ -66,10 +66,25 @@ def _against_pth(network: Network) -> list[str]:
 
 
 def _against_parts(network: Network) -> list[str]:
-    taps = tuple(getattr(network.side, "taps", ())) if isinstance(network, SamSegmenter) else ()
-    if not taps:
+    if not isinstance(network, SamSegmenter):
+        return _against_box_ways(network)
+    reasons, taps = _against_best(network), tuple(getattr(network.side, "taps", ()))
+    if taps:
+        side = type(network.side).__name__
+        reasons.append(f"side network {side}: it reads blocks {taps}, which the encoder does not hand out")
+    return reasons
+
+
+def _against_best(network: SamSegmenter) -> list[str]:
+    if network.masks == "single":
         return []
-    return [f"side network {type(network.side).__name__}: it reads blocks {taps}, which the encoder does not hand out"]
+    return ["masks 'best': the file would give the single mask, not the one of highest quality; set masks to 'single'"]
+
+
+def _against_box_ways(network: PlainSegmenter) -> list[str]:
+    if network.boxes == "none":
+        return []
+    return [f"boxes '{network.boxes}': only networks without boxes, or with SAM, have a part that takes them"]
 
 
 def _absent() -> list[str]:

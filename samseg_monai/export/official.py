@@ -19,8 +19,10 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from torch import Tensor, nn
 
 from samseg_monai.networks import SamSegmenter
+from samseg_monai.sam.backbone import Backbone, SamSpec
 from samseg_monai.sam.build import build_sam
-from samseg_monai.sam.spec import SPECS, SamSpec
+from samseg_monai.sam.spec import SPECS
+from samseg_monai.sam.vit import ViTSpec
 from samseg_monai.sam.weights import read_state
 from samseg_monai.sam.weights.load import resize_pos_embed, resize_rel_pos
 
@@ -45,10 +47,17 @@ def official_state(network: SamSegmenter, base: str | Path | None = None) -> dic
     state, shapes = plain.sam.state_dict(), official_shapes(network.spec)
     other = [name for name, shape in shapes.items() if state[name].shape != shape]
     start = {} if base is None or not other else read_state(base)
-    return {
+    official = {
         name: (_enlarged(state[name], shape, start.get(name)) if name in other else state[name]).cpu().contiguous()
         for name, shape in shapes.items()
     }
+    # MobileSAM's own builder loads strictly, and wants the classifier that its encoder was trained with and never uses
+    return official | {name: torch.zeros(shape) for name, shape in _unused(network.sam.image_encoder).items()}
+
+
+def _unused(encoder: Backbone) -> dict[str, tuple[int, ...]]:
+    """Names in SAM's state dict, and shapes, of what published files hold and nobody uses."""
+    return {f"image_encoder.{name}": shape for name, shape in encoder.unused_in_files.items()}
 
 
 def _enlarged(table: Tensor, shape: torch.Size, base: Tensor | None) -> Tensor:
@@ -76,6 +85,7 @@ def official_sam(spec: SamSpec, path: str | Path) -> Sam:
     """segment_anything's own SAM with the weights of ``path``, loaded strictly.
 
     vit_b, vit_l and vit_h come from its ``sam_model_registry``; other sizes are made of its classes in the same way.
+    It has no MobileSAM: that one gets this package's encoder, and what nobody uses of the file is passed over.
     """
     if SPECS.get(spec.name) == spec and spec.name in sam_model_registry:
         return sam_model_registry[spec.name](checkpoint=str(path))
@@ -89,12 +99,19 @@ def official_sam(spec: SamSpec, path: str | Path) -> Sam:
             iou_head_hidden_dim=spec.iou_hidden_dim,
         ),
     )
-    sam.load_state_dict(torch.load(path, weights_only=True))
+    state = torch.load(path, weights_only=True)
+    unused = _unused(sam.image_encoder) if isinstance(sam.image_encoder, Backbone) else {}
+    sam.load_state_dict({name: tensor for name, tensor in state.items() if name not in unused})
     return sam.eval()
 
 
-def official_encoder(spec: SamSpec, size: int) -> ImageEncoderViT:
-    """segment_anything's own image encoder in the sizes of ``spec``, random, for images of ``size`` pixels a side."""
+def official_encoder(spec: SamSpec, size: int) -> nn.Module:
+    """Image encoder in the sizes of ``spec``, random, for images of ``size`` pixels a side.
+
+    segment_anything's own where it has one; it knows no TinyViT, so that one is this package's.
+    """
+    if not isinstance(spec, ViTSpec):
+        return spec.encoder(image_size=size)
     return ImageEncoderViT(
         img_size=size,
         patch_size=spec.patch_size,

@@ -17,6 +17,7 @@ from samseg_monai.handlers.seeding import EpochSeeder
 from samseg_monai.handlers.stepping import GradientClip
 from samseg_monai.handlers.stopping import EarlyStop
 from samseg_monai.handlers.tracking import Tracking
+from samseg_monai.handlers.validation_loss import ValidationLoss
 from samseg_monai.handlers.worst_case import WorstCaseImage
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "ResumeSaver",
     "RunCard",
     "Tracking",
+    "ValidationLoss",
     "WorstCaseImage",
 ]

@@ -111,11 +111,15 @@ class GradientFlow:
 
 
 def _group(name: str) -> str:
-    """``sam.image_encoder.blocks.3.attn.qkv.lora_a`` to ``sam.image_encoder.blocks.3``; without a number, 3 words."""
+    """``sam.image_encoder.blocks.3.attn.qkv.lora_a`` to ``sam.image_encoder.blocks.3``; without a number, 3 words.
+
+    Blocks within a stage are groups of their own: ``layers.1.blocks.0``.
+    """
     parts = name.split(".")
     for index, part in enumerate(parts[:-1]):
         if part.isdigit():
-            return ".".join(parts[: index + 1])
+            nested = index + 2 < len(parts) - 1 and parts[index + 2].isdigit()
+            return ".".join(parts[: index + (3 if nested else 1)])
     return ".".join(parts[:-1][:3]) or name
 
 

@@ -20,13 +20,21 @@ OPTIONS: dict[str, tuple[str | None, ...]] = {
     "input_scale": ("zscore", "unit", "sam"),
     "prompt": ("box", "none"),
     "autocast": (None, "bf16", "bf16_all"),
+    "masks": ("single", "best"),
+    "boxes": ("none", "channel", "crop", "given"),
 }
 
 
 def check_options(
-    chosen: Mapping[str, str | None], *, num_classes: int, scans: int, low_res_training: bool = False
+    chosen: Mapping[str, str | None],
+    *,
+    num_classes: int,
+    scans: int,
+    low_res_training: bool = False,
+    masks: str = "single",
 ) -> None:
     """Raise ConfigError listing all constructor arguments that are unknown or contradict each other."""
+    chosen = {**chosen, "masks": masks}
     problems = [
         f"{key}: got {value!r}; choose one of {', '.join(map(repr, OPTIONS[key]))}"
         for key, value in chosen.items()
@@ -37,6 +45,8 @@ def check_options(
         problems.append(f"scans: got {scans}, but scan_mode 'channels' needs exactly 3; or use 'mean_logits'")
     if low_res_training and chosen.get("prompt") != "none":
         problems.append("low_res_training: got true with prompts; it is for networks with prompt='none'")
+    if masks == "best" and num_classes != 1:
+        problems.append(f"masks: got 'best' with {num_classes} classes, whose masks are no guesses; use 'single'")
     raise_all(problems, ConfigError, "the segmenter cannot be built")
 
 
@@ -49,13 +59,24 @@ def check_image(network: SamSegmenter | PlainSegmenter, image: Tensor) -> None:
         )
 
 
-def check_inputs(network: SamSegmenter, image: Tensor, boxes: Tensor | None, embedding: Tensor | None) -> None:
-    """Raise ConfigError naming the shape that was got and the one expected."""
-    check_image(network, image)
+def check_boxes(network: SamSegmenter | PlainSegmenter, image: Tensor, boxes: Tensor | None) -> None:
+    """Raise ConfigError if there are boxes that this network does not take, or in a shape that it does not take."""
     if boxes is not None and network.prompt == "none":
-        raise ConfigError("boxes: got some, but this network was built with prompt='none'; build it with 'box'")
+        how = "boxes='channel', 'crop' or 'given'" if hasattr(network, "boxes") else "'box'"
+        raise ConfigError(f"boxes: got some, but this network was built with prompt='none'; build it with {how}")
     if boxes is not None and (boxes.ndim not in (2, 3) or len(boxes) != len(image) or boxes.shape[-1] != 4):
         raise ConfigError(f"boxes: got shape {tuple(boxes.shape)}, expected (B, 4) or (B, N, 4) with B={len(image)}")
+
+
+def check_inputs(network: SamSegmenter, image: Tensor, boxes: Tensor | None, embedding: Tensor | None) -> None:
+    """Raise ConfigError naming the shape that was got and the one expected, or that these masks cannot be trained."""
+    check_image(network, image)
+    check_boxes(network, image, boxes)
+    if network.masks == "best" and network.training and network.owned:
+        raise ConfigError(
+            "masks: got 'best' in training, but the masks that it chooses from would not learn; train with 'single' "
+            "and evaluate with either"
+        )
     if embedding is None:
         return
     patch, size = network.spec.patch_size, network.image_size
@@ -89,5 +110,5 @@ def tensors_hash(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -14,13 +14,13 @@ from torch import Tensor
 from samseg_monai.adapters.lora import merge_all
 from samseg_monai.errors import AdapterError
 from samseg_monai.networks.checks import check_inputs, check_new_masks, check_options, tensors_hash, versions_of
+from samseg_monai.networks.joining import best_mask, empty_logits, join_boxes
+from samseg_monai.sam.backbone import SamSpec
 from samseg_monai.sam.build import build_sam
-from samseg_monai.sam.spec import SamSpec
 from samseg_monai.sam.weights import RANDOM, LoadReport, find_weights, load_sam_weights
 from samseg_monai.strategies import Segmenter, Strategy, ZeroShot
 from samseg_monai.trainable import hold_statistics, keep_only
 
-EMPTY_LOGIT = -20.0  # of a class where there is nothing to predict: sigmoid(-20) = 2e-9, still finite in every type
 LOW_RES = 4  # SAM's decoder makes one logit per 4 x 4 pixels
 
 Side = Callable[[Tensor, Tensor | None, list[Tensor]], Tensor]
@@ -32,7 +32,7 @@ class SamSegmenter(Segmenter):
     Built in evaluation mode with random weights and without reading a file; ``load_base`` loads SAM's weights.
 
     Args:
-        sam_variant: vit_b, vit_l, vit_h, pico, or tiny (tests); or a ``SamSpec``.
+        sam_variant: vit_b, vit_l, vit_h, vit_t (MobileSAM), pico, tiny or tiny_t (tests); or a ``SamSpec``.
         strategy: how SAM learns; None means zero-shot (nothing learns).
         image_size: side in pixels of the square that SAM sees, a multiple of 16; None means the variant's own.
         num_classes: 1 gives one map, SAM's single mask. K > 1 gives K + 1 maps, channel 0 is the background.
@@ -48,11 +48,14 @@ class SamSegmenter(Segmenter):
             mask decoder, too (its position codes stay float32); None leaves precision alone.
         low_res_training: in training mode return the decoder's own logits, one per 4 x 4 pixels, as SAMed and SAM-LST
             compare them with the label; only without prompts.
+        masks: "single": SAM's single mask. "best": of the three masks behind it the one whose quality SAM rates
+            highest, per box; for one class and for evaluation, since no strategy here trains those masks.
 
     Attributes:
         owned: names of the tensors that belong to the strategy and go into its adapter file; all learn but ``fixed``.
         unused: names that the strategy froze because the task never uses them.
         base_sha256: hash of the base weights' file, "random" after an explicit random start, None before loading.
+        base_file: name of that file, without its folder; None of a random start or before loading.
         side: None, or a callable ``side(image, embedding, taps) -> embedding`` that may change the embedding;
             ``side.taps`` (a sequence of block numbers) says which block outputs it wants to see.
 
@@ -78,10 +81,11 @@ class SamSegmenter(Segmenter):
         checkpointing: bool = False,
         autocast: Literal["bf16", "bf16_all"] | None = None,
         low_res_training: bool = False,
+        masks: Literal["single", "best"] = "single",
     ) -> None:
         super().__init__()
         check_options(
-            {"scan_mode": scan_mode, "input_scale": input_scale, "prompt": prompt, "autocast": autocast},
+            {"scan_mode": scan_mode, "input_scale": input_scale, "prompt": prompt, "autocast": autocast}, masks=masks,
             num_classes=num_classes, scans=scans, low_res_training=low_res_training,
         )  # fmt: skip
         # 3 masks behind the single one for a single class: SAM's own layout, which its checkpoints fit
@@ -94,11 +98,9 @@ class SamSegmenter(Segmenter):
         )
         self.num_classes, self.scans, self.scan_mode = num_classes, scans, scan_mode
         self.input_scale, self.prompt, self.autocast = input_scale, prompt, autocast
-        self.low_res_training = low_res_training
-        self.base_sha256: str | None = None
+        self.low_res_training, self.masks = low_res_training, masks
         self._encoder_hash: tuple[Any, str] | None = None
-        self.side = None
-        self.strategy = None
+        self.base_sha256 = self.base_file = self.side = self.strategy = None
         strategy = ZeroShot() if strategy is None else strategy
         self.owned = strategy.install(self)
         self.unused = strategy.unused(self)
@@ -167,6 +169,7 @@ class SamSegmenter(Segmenter):
         if start:
             strategy.start(self, download=download)
         self.base_sha256 = report.sha256 or RANDOM
+        self.base_file = os.path.basename(report.path) if report.sha256 else None
         return report
 
     def merge(self) -> int:
@@ -219,8 +222,10 @@ class SamSegmenter(Segmenter):
         if seen:
             owner = [row for row, index in enumerate(seen) for _ in range(counts[index])]
             logits = self._segment(image[seen], boxes[given], self._of_images(embedding, seen), owner=owner)
-            for index, maps in zip(seen, logits.split([counts[index] for index in seen]), strict=True):
-                result[index] = torch.cat([maps[:, : -self.num_classes].amin(0), maps[:, -self.num_classes :].amax(0)])
+            for index, joined in zip(
+                seen, join_boxes(logits, [counts[i] for i in seen], self.num_classes), strict=True
+            ):
+                result[index] = joined
         return torch.stack(result)
 
     def encode(self, image: Tensor) -> Tensor:
@@ -255,9 +260,10 @@ class SamSegmenter(Segmenter):
 
     def _decode(self, embedding: Tensor, boxes: Tensor | None) -> Tensor:
         """Low-resolution logits (R, M, 4 gh, 4 gw) in the wanted precision, whatever the surroundings'."""
-        multimask = False if self.num_classes == 1 else None
+        multimask = self.masks == "best" if self.num_classes == 1 else None
         with torch.autocast(embedding.device.type, dtype=torch.bfloat16, enabled=self.autocast == "bf16_all"):
-            return self.sam.decode(embedding, boxes=boxes, multimask=multimask)[0].float()
+            low, quality = self.sam.decode(embedding, boxes=boxes, multimask=multimask)
+        return (best_mask(low, quality, self.views) if multimask else low).float()
 
     def _embed(self, image: Tensor, embedding: Tensor | None) -> Tensor:
         if self.side is None:
@@ -287,9 +293,7 @@ class SamSegmenter(Segmenter):
         return None if embedding is None else embedding.unflatten(0, (-1, self.views))[images].flatten(0, 1)
 
     def _empty(self, image: Tensor) -> Tensor:
-        logits = image.new_full((len(image), self.channels_out, *image.shape[-2:]), EMPTY_LOGIT, dtype=torch.float32)
-        logits[:, : -self.num_classes] = -EMPTY_LOGIT
-        return logits
+        return empty_logits(image, len(image), self.num_classes, image.shape[-2:])
 
     def _encoder_precision(self, image: Tensor) -> AbstractContextManager[object]:
         return nullcontext() if self.autocast is None else torch.autocast(image.device.type, dtype=torch.bfloat16)

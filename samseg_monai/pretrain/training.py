@@ -41,7 +41,7 @@ class Pretraining:
         self.sam = build_sam(variant).train()
         gaussian = self.sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
         gaussian.copy_(gaussian.half())  # never trained: rounded now, training sees the values that are saved
-        for block in self.sam.image_encoder.blocks:
+        for _, block in self.sam.image_encoder.named_blocks():
             # equal results; for the 256 tokens of pico the unfused attention trains a fifth faster on a CPU
             block.attn.forward = MethodType(Attention.forward, block.attn)
         self.average = build_sam(variant)

@@ -10,12 +10,14 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
+from samseg_monai.report.labels import CURVES, VALIDATION_LOSS
 from samseg_monai.report.palette import INK, MUTED, SURFACE, Look, figure_style, looks, to_svg
 from samseg_monai.report.runs import RunResult
 from samseg_monai.report.tables import dice_of_cases
@@ -27,9 +29,10 @@ _Curve = Sequence[tuple[float, float, float]]
 
 
 def curves_svg(runs: Sequence[RunResult]) -> list[str]:
-    """Training loss and validation Dice over epochs, one figure each; empty when no run recorded a curve.
+    """Losses of training and validation, and validation Dice, over epochs; empty when no run recorded a curve.
 
-    Every curve with ``loss`` in its name is a loss; the Dice is the validation's key value (see `_dice_curve`).
+    Every curve with ``loss`` in its name is a loss; that of the validation has markers. The Dice is the validation's
+    key value (see `_dice_curve`).
     """
     trained = [run for run in runs if run.history]
     if not trained:
@@ -37,8 +40,9 @@ def curves_svg(runs: Sequence[RunResult]) -> list[str]:
     names = [run.name for run in runs]
     chosen = looks(names)
     figures = []
+    both = any(VALIDATION_LOSS in run.history for run in trained)  # older trainings recorded none
     for key, title, ylabel in (
-        ("loss", "Training loss", "loss (no unit)"),
+        ("loss", "Training and validation loss" if both else "Training loss", "loss (no unit)"),
         ("dice", "Validation Dice", "mean Dice of cases (no unit)"),
     ):
         with figure_style():
@@ -47,9 +51,10 @@ def curves_svg(runs: Sequence[RunResult]) -> list[str]:
             for run in trained:
                 per_epoch = _iterations_per_epoch(run.history)
                 for name in _loss_curves(run.history) if key == "loss" else ():
-                    words = name.replace("_", " ")
+                    words = CURVES.get(name, name.replace("_", " "))
                     label = words if len(trained) == 1 else f"{run.title}: {words}"
-                    _draw_loss(axes, run.history[name], per_epoch, chosen[run.name], label)
+                    marked = name == VALIDATION_LOSS
+                    _draw_loss(axes, run.history[name], per_epoch, chosen[run.name], label, marked=marked)
                 best = _dice_curve(run.history) if key == "dice" else None
                 if best is not None:
                     _draw_dice(axes, run.history[best], per_epoch, chosen[run.name], run.title)
@@ -110,7 +115,7 @@ def _dice_curve(history: Mapping[str, _Curve]) -> str | None:
     return min(found, key=lambda name: (name not in _KEY_CURVES, len(name), name), default=None)
 
 
-def _draw_loss(axes: Axes, points: _Curve, per_epoch: float, look: Look, label: str) -> None:
+def _draw_loss(axes: Axes, points: _Curve, per_epoch: float, look: Look, label: str, *, marked: bool = False) -> None:
     """Every recorded value faintly, the mean of each epoch on top; log scale when the loss spans two decades."""
     x, y = _xy(points, per_epoch)
     dense = len(y) > 2 * len({point[0] for point in points})
@@ -121,7 +126,8 @@ def _draw_loss(axes: Axes, points: _Curve, per_epoch: float, look: Look, label: 
             epochs.setdefault(epoch, []).append(value)
         x, y = np.array(list(epochs)), np.array([float(np.mean(v)) for v in epochs.values()])
         label = f"{label}, mean of each epoch"
-    axes.plot(x, y, color=look.light, lw=2, ls=look.dash, label=label)
+    marks: dict[str, Any] = {"marker": look.marker, "ms": 4, "mfc": SURFACE, "lw": 1.2} if marked else {"lw": 2}
+    axes.plot(x, y, color=look.light, ls=look.dash, label=label, **marks)
     positive = y[y > 0]
     if len(positive) == len(y) and positive.max() > 100 * positive.min():
         axes.set_yscale("log")

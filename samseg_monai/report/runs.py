@@ -19,7 +19,7 @@ from typing import Any
 
 from samseg_monai.errors import BundleError, raise_all
 from samseg_monai.metrics import read_rows
-from samseg_monai.report.labels import BOX_ELLIPSE, LADDER, LORA, NOT_RECORDED, PICO_LABEL, PROMPTS, SIDES, STRATEGIES
+from samseg_monai.report.labels import BOX_ELLIPSE, LADDER, LORA, NOT_RECORDED, PROMPTS, SIDES, STRATEGIES, sam_text
 
 CARD_FILE = "run_card.json"
 METRICS_FILE = "metrics.json"
@@ -134,8 +134,8 @@ class RunResult:
 
     @property
     def variant(self) -> str:
-        """SAM variant of the run, ``pico, not SAM`` where it is pico."""
-        return PICO_LABEL if self.is_pico else str(self.fact("sam_variant") or NOT_RECORDED)
+        """SAM variant of the run: ``pico, not SAM`` where it is pico; of MobileSAM, which file."""
+        return sam_text(str(self.fact("sam_variant") or NOT_RECORDED), self.fact("base_sha256"))
 
     @property
     def sam(self) -> str:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from segment_anything.modeling import Sam, TwoWayTransformer
 
 from samseg_monai.errors import ConfigError
-from samseg_monai.sam.image_encoder import ImageEncoder
+from samseg_monai.sam.backbone import Backbone, SamSpec
 from samseg_monai.sam.mask_decoder import MaskDecoder, PromptEncoder
-from samseg_monai.sam.spec import SamSpec, get_spec
+from samseg_monai.sam.spec import get_spec
 
 
 class SamModel(Sam):
@@ -23,10 +23,12 @@ class SamModel(Sam):
         rectangular: pad input to full patches only, instead of to the square.
     """
 
+    image_encoder: Backbone  # type: ignore[assignment]
+
     def __init__(self, spec: SamSpec, *, image_size: int, num_masks: int, rectangular: bool, checkpointing: bool):
         grid = image_size // spec.patch_size
         super().__init__(
-            image_encoder=ImageEncoder(spec, image_size=image_size, checkpointing=checkpointing),
+            image_encoder=spec.encoder(image_size=image_size, checkpointing=checkpointing),
             prompt_encoder=PromptEncoder(
                 embed_dim=spec.prompt_dim,
                 image_embedding_size=(grid, grid),
@@ -77,7 +79,7 @@ class SamModel(Sam):
     def embed(
         self, image: torch.Tensor, taps: Sequence[int] = ()
     ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Encode (B, 3, h, w), already normalised and padded, as (B, prompt_dim, h / 16, w / 16); see ImageEncoder."""
+        """Encode (B, 3, h, w), already normalised and padded, as (B, prompt_dim, h / 16, w / 16); see Backbone."""
         return self.image_encoder(image, taps)
 
     def decode(
@@ -119,7 +121,7 @@ def build_sam(
     """Build SAM with random weights, in evaluation mode.
 
     Args:
-        variant: name of a spec (vit_b, vit_l, vit_h, pico, tiny) or a spec.
+        variant: name of a spec (vit_b, vit_l, vit_h, vit_t, pico, tiny, tiny_t) or a spec.
         image_size: side of the square input, in pixels; default: the variant's own.
         num_masks: masks behind the single one; 3 in SAM, the number of classes for a semantic decoder.
         rectangular: pad input to full patches only; faster for oblong images. False is what SAM does.

@@ -24,6 +24,8 @@ class Segmenter(nn.Module):
     sam: SamModel
     num_classes: int
     strategy: Strategy | None
+    base_sha256: str | None
+    base_file: str | None
 
 
 class Strategy:
@@ -117,6 +119,11 @@ class Scratch(Strategy):
     def _install(self, segmenter: Segmenter) -> list[str]:
         return list(segmenter.state_dict())
 
+    def facts(self, segmenter: Segmenter) -> dict[str, Any]:
+        """What the network tells of itself, if it has ``facts()``."""
+        tell = getattr(getattr(segmenter, "net", None), "facts", None)
+        return tell() if callable(tell) else {}
+
 
 def decoder_names(segmenter: Segmenter) -> list[str]:
     """State-dict names of SAM's mask decoder within the segmenter."""
@@ -126,6 +133,19 @@ def decoder_names(segmenter: Segmenter) -> list[str]:
 def head_names(segmenter: Segmenter) -> list[str]:
     """Those whose shape or number follows the number of masks: mask tokens, hyper-networks, quality head."""
     return [name for name in decoder_names(segmenter) if MASK_HEAD.match(name.removeprefix("sam."))]
+
+
+def unused_of_prompts(segmenter: Segmenter) -> list[str]:
+    """Parameters of the prompt encoder that no box, or (without prompts) no prompt at all, ever reaches.
+
+    A box is the sum of its corners' codes and two learned embeddings (numbers 2 and 3 of four); without a mask prompt,
+    ``no_mask_embed`` stands for it.
+    """
+    used = ["no_mask_embed."]
+    if getattr(segmenter, "prompt", "none") == "box":
+        used += ["point_embeddings.2.", "point_embeddings.3."]
+    named = segmenter.sam.prompt_encoder.named_parameters()
+    return [f"sam.prompt_encoder.{name}" for name, _ in named if not name.startswith(tuple(used))]
 
 
 def unused_of_decoder(segmenter: Segmenter) -> list[str]:

@@ -81,7 +81,7 @@ class Ladder(Strategy):
             spec = segmenter.sam.spec
             segmenter.side = GatedSide(self.side, spec.prompt_dim, mix=self.mix, patch_size=spec.patch_size)
             if hasattr(self.side, "checkpointing"):
-                self.side.checkpointing = segmenter.sam.image_encoder.checkpointing
+                self.side.checkpointing = segmenter.sam.image_encoder.checkpointing  # type: ignore[assignment]
         owned = {name for name in segmenter.state_dict() if name.startswith("side.")} - set(self.unused(segmenter))
         owned |= set(self._learnt(segmenter)) | set(self.fixed(segmenter))
         return [name for name in segmenter.state_dict() if name in owned]

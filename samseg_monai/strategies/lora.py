@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,17 +10,8 @@ from torch import nn
 from samseg_monai.adapters.dora import DoRALinear
 from samseg_monai.adapters.lora import LoRALinear
 from samseg_monai.errors import AdapterError, raise_all
+from samseg_monai.sam.backbone import TARGETS, Rows
 from samseg_monai.strategies.base import Segmenter, Strategy, decoder_names, unused_of_decoder
-
-# Where the targets live in a block of SAM's image encoder: (module path, part of its output, number of parts).
-_TARGETS = {
-    "q": ("attn.qkv", 0, 3),
-    "k": ("attn.qkv", 1, 3),
-    "v": ("attn.qkv", 2, 3),
-    "proj": ("attn.proj", 0, 1),
-    "lin1": ("mlp.lin1", 0, 1),
-    "lin2": ("mlp.lin2", 0, 1),
-}
 
 
 class LoRA(Strategy):
@@ -30,8 +21,8 @@ class LoRA(Strategy):
         rank: rank of each update.
         alpha: scaling is ``alpha / rank``; None means ``rank`` (scaling 1, as SAMed).
         targets: subset of q, k, v (attention inputs), proj (attention output), lin1, lin2 (MLP).
-        blocks: encoder blocks to adapt, 0-based; None means all. Those before the first of them keep nothing for the
-            backward pass: with the last blocks alone a step needs less memory and time.
+        blocks: encoder blocks to adapt, 0-based; None means all that have attention. Those before the first of them
+            keep nothing for the backward pass: with the last blocks alone a step needs less memory and time.
         dropout: probability, 0 <= p < 1, on the input of the update during training.
         rank_stabilised: scale by ``alpha / sqrt(rank)`` (Kalajdzievski 2023, arXiv:2312.03732).
         decoder: also train what the task uses of the mask decoder.
@@ -61,8 +52,8 @@ class LoRA(Strategy):
         self.rank_stabilised, self.decoder, self.dora = rank_stabilised, decoder, dora
         if dora:
             self.name = "dora"
-        options = ", ".join(_TARGETS)
-        problems = [f"target {t!r} is unknown; the options are {options}" for t in self.targets if t not in _TARGETS]
+        options = ", ".join(TARGETS)
+        problems = [f"target {t!r} is unknown; the options are {options}" for t in self.targets if t not in TARGETS]
         if not self.targets or len(set(self.targets)) < len(self.targets):
             problems.append(f"targets must name different layers of {options}, got {self.targets}")
         if self.blocks is not None and (not self.blocks or len(set(self.blocks)) < len(self.blocks)):
@@ -70,12 +61,20 @@ class LoRA(Strategy):
         raise_all(problems, AdapterError, "LoRA cannot be built")
 
     def _install(self, segmenter: Segmenter) -> list[str]:
-        layers = list(segmenter.sam.image_encoder.blocks)
-        chosen = range(len(layers)) if self.blocks is None else self.blocks
+        encoder = segmenter.sam.image_encoder
+        layers = [block for _, block in encoder.named_blocks()]
+        able = [index for index, block in enumerate(layers) if set(self.targets) <= encoder.targets(block).keys()]
+        chosen = able if self.blocks is None else self.blocks
         outside = [index for index in chosen if not 0 <= index < len(layers)]
         if outside:
             raise AdapterError(f"LoRA blocks {outside} are not in this encoder; it has blocks 0 .. {len(layers) - 1}")
-        replacements = [replacement for index in chosen for replacement in self._layers(layers[index])]
+        if unable := [index for index in chosen if index not in able]:
+            raise AdapterError(f"LoRA blocks {unable} have no {', '.join(self.targets)}; blocks {able} have them")
+        replacements = [
+            replacement
+            for index in chosen
+            for replacement in self._layers(layers[index], encoder.targets(layers[index]))
+        ]
         if not replacements:
             raise AdapterError(f"LoRA replaces no layer (targets {self.targets}, blocks {self.blocks}): nothing learns")
         for parent, child, layer in replacements:  # only now: an error above leaves the network as it was
@@ -105,14 +104,14 @@ class LoRA(Strategy):
         """With ``decoder``: the mask quality head, and the networks of masks that are not returned."""
         return unused_of_decoder(segmenter) if self.decoder else []
 
-    def _layers(self, block: nn.Module) -> list[tuple[nn.Module, str, LoRALinear]]:
+    def _layers(self, block: nn.Module, targets: Mapping[str, Rows]) -> list[tuple[nn.Module, str, LoRALinear]]:
         """Parent, attribute name and new layer for everything that is to be replaced in one encoder block."""
-        parts: dict[tuple[str, int], list[int]] = {}
+        parts: dict[tuple[str, int, int], list[int]] = {}
         for target in self.targets:
-            path, part, num_parts = _TARGETS[target]
-            parts.setdefault((path, num_parts), []).append(part)
+            rows = targets[target]
+            parts.setdefault((rows.layer, rows.parts, rows.groups), []).append(rows.part)
         replacements = []
-        for (path, num_parts), chosen in parts.items():
+        for (path, num_parts, groups), chosen in parts.items():
             parent, _, child = path.rpartition(".")
             base = block.get_submodule(path)
             if not isinstance(base, nn.Linear):
@@ -123,6 +122,7 @@ class LoRA(Strategy):
                 alpha=self.alpha,
                 parts=chosen,
                 num_parts=num_parts,
+                groups=groups,
                 dropout=self.dropout,
                 rank_stabilised=self.rank_stabilised,
             )

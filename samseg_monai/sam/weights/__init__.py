@@ -1,8 +1,8 @@
 """SAM's weights: find (or download) the file, read it whatever its layout, load it with an exact report.
 
 ``find`` knows the official files and where they may lie; ``download`` fetches one, resumed; ``read`` turns any file
-into a flat float32 state dict or says what the file really is; ``load`` fits position tables to the image size of the
-network and refuses everything else that does not fit.
+into a flat float32 state dict or says what the file really is, with the names that ``layouts`` knows of other projects;
+``load`` fits position tables to the image size of the network and refuses everything else that does not fit.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from samseg_monai.sam.weights.find import (
     cache_folder,
     find_weights,
     hash_file,
+    name_of,
     sha256_of,
 )
+from samseg_monai.sam.weights.layouts import is_sam_lst, is_samed
 from samseg_monai.sam.weights.load import MASK_HEAD, LoadReport, load_sam_weights
-from samseg_monai.sam.weights.read import is_samed, read_state
+from samseg_monai.sam.weights.read import read_state
 
 __all__ = [
     "ENVIRONMENT",
@@ -30,8 +32,10 @@ __all__ = [
     "cache_folder",
     "find_weights",
     "hash_file",
+    "is_sam_lst",
     "is_samed",
     "load_sam_weights",
+    "name_of",
     "read_state",
     "sha256_of",
 ]

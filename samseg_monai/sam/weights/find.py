@@ -1,8 +1,9 @@
 """Where SAM's weights are: explicit path, ``SAMSEG_WEIGHTS_DIR``, the user cache, and last a checked, resumed download.
 
 The official files are those of Kirillov et al. 2023 (arXiv:2304.02643), https://github.com/facebookresearch/segment-anything,
-and torchvision's ImageNet weights of ResNet18, whose file name holds the first 8 digits of the sha256. The whole sha256
-are not published by the authors; they agree across independent public projects.
+of MobileSAM (Zhang et al. 2023, arXiv:2306.14289), https://github.com/ChaoningZhang/MobileSAM, and torchvision's
+ImageNet weights of ResNet18, whose file name holds the first 8 digits of the sha256. The whole sha256 are not published
+by the authors; they agree across independent public projects.
 """
 
 from __future__ import annotations
@@ -58,6 +59,12 @@ KNOWN: dict[str, WeightsFile] = {
     "vit_h": _official(
         "sam_vit_h_4b8939.pth", 2_564_550_879, "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"
     ),
+    "vit_t": WeightsFile(
+        "mobile_sam.pt",
+        "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
+        40_728_226,
+        "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+    ),
     "resnet18": WeightsFile(
         "resnet18-f37072fd.pth",
         "https://download.pytorch.org/models/resnet18-f37072fd.pth",
@@ -80,8 +87,8 @@ def find_weights(
     """Path of the weights of a network; downloads the official file only when it is nowhere on this machine.
 
     Args:
-        variant: ``"vit_b"``, ``"vit_l"``, ``"vit_h"``, ``"resnet18"`` (official files), ``"pico"`` (packaged),
-            ``"tiny"`` (none).
+        variant: ``"vit_b"``, ``"vit_l"``, ``"vit_h"``, ``"vit_t"``, ``"resnet18"`` (official files), ``"pico"``
+            (packaged), ``"tiny"`` (none).
         checkpoint: file to use instead, or a folder that holds the official file; ``"random"`` asks for a random start
             and is handed back as ``Path("random")``, which :func:`load_sam_weights` understands.
         download: False never touches the network.
@@ -128,6 +135,11 @@ def sha256_of(path: str | Path) -> str:
 @functools.lru_cache(maxsize=64)
 def _sha256(path: Path, size: int, mtime_ns: int) -> str:
     return hash_file(path)
+
+
+def name_of(sha256: str | None) -> str | None:
+    """Name of the published file with this hash; None of others."""
+    return next((file.name for file in KNOWN.values() if file.sha256 == sha256), None)
 
 
 def hash_file(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Load base weights into SAM: position tables fitted to the image size, everything that does not fit named.
 
 Position tables are interpolated as SAMed (Zhang & Liu 2023, arXiv:2304.13785) and SAM-LST (Chai et al. 2023) publish
-it, but the tables to change are found from the blocks themselves and not from digits in their names.
+it, but the image encoder says which tables these are, not digits in their names.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from samseg_monai.errors import WeightsError, raise_all
+from samseg_monai.sam.backbone import Backbone
 from samseg_monai.sam.build import SamModel, build_sam
-from samseg_monai.sam.spec import SPECS
 from samseg_monai.sam.weights.find import RANDOM, sha256_of
-from samseg_monai.sam.weights.read import is_samed, read_state
+from samseg_monai.sam.weights.layouts import is_sam_lst, is_samed, looks_like
+from samseg_monai.sam.weights.read import read_state
 
 logger = logging.getLogger(__name__)
 
-POS_EMBED = "image_encoder.pos_embed"
+ENCODER = "image_encoder."
 # Tensors whose shape or number follows the number of masks; SAMed starts all of them anew when it differs.
 MASK_HEAD = re.compile(r"mask_decoder\.(mask_tokens|output_hypernetworks_mlps|iou_prediction_head)\.")
 TOKENS = "mask_decoder.mask_tokens.weight"
 HYPER_NETWORK = re.compile(r"(mask_decoder\.output_hypernetworks_mlps\.)(\d+)(\..+)")
 ADAPTER = "lora_"
+FEW = 4  # problems shown of a file for another variant: none of the hundreds tells more than the heading
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class LoadReport:
         unexpected: the file's tensors that the network lacks (only with ``strict=False``).
         skipped: tensors of the mask head left as built because the number of masks differs.
         ignored: adapter tensors, which no base file has.
+        passed_over: the file's tensors that the image encoder knows by name and nobody uses (``unused_in_files``).
     """
 
     path: str
@@ -57,6 +60,7 @@ class LoadReport:
     unexpected: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One line for the log."""
@@ -67,7 +71,8 @@ class LoadReport:
         return f"{self.path}: {self.loaded} tensors loaded, {self.changed} changed{extra}, sha256 {self.sha256[:12]}"
 
     def _lists(self) -> dict[str, tuple[str, ...]]:
-        return {word: getattr(self, word) for word in ("resized", "missing", "unexpected", "skipped", "ignored")}
+        words = ("resized", "missing", "unexpected", "skipped", "ignored", "passed_over")
+        return {word.replace("_", " "): getattr(self, word) for word in words}
 
 
 def _parts(names: Collection[str]) -> list[str]:
@@ -85,6 +90,7 @@ class _Plan:
     unexpected: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
 
 
@@ -99,8 +105,8 @@ def load_sam_weights(
 ) -> LoadReport:
     """Copy the weights of a file into a SAM, whatever its image size, or refuse and leave the SAM untouched.
 
-    ``pos_embed`` and the relative position tables of global blocks are interpolated when the file was made for another
-    image size. Linear layers may have been replaced by adapters that keep ``weight`` and ``bias``.
+    Position tables that follow the image size are interpolated when the file was made for another. Linear layers may
+    have been replaced by adapters that keep ``weight`` and ``bias``.
 
     Args:
         sam: SAM with SAM's own names; device and dtype of its tensors are kept.
@@ -113,18 +119,15 @@ def load_sam_weights(
         tile_masks: with a new mask head, mask ``i`` takes token and hyper-network of the file's mask ``i % n`` (the IoU
             head stays as built). Equal starts part as soon as each learns its own class.
 
-    Raises: WeightsError if the file is unreadable (see :func:`read_state`), is a SAMed adapter file, fits nowhere, or
-        has missing, unexpected or differently shaped tensors: all are listed with both shapes.
+    Raises: WeightsError if the file is unreadable (see :func:`read_state`), is a trained network of SAMed or SAM-LST,
+        fits nowhere, or has missing, unexpected or differently shaped tensors: all are listed with both shapes, or the
+        first few of a file that was made for another variant.
     """
     if str(path) == RANDOM:
         logger.warning("SAM starts from random weights, as asked")
         return LoadReport(RANDOM, None)
     state = read_state(path)
-    if is_samed(state):
-        raise WeightsError(
-            f"{path} is a SAMed file: {len(state)} tensors of LoRA adapters (w_a_000 ...) and decoder "
-            "without SAM's image encoder. Give the SAM file it was trained on as sam_checkpoint"
-        )
+    _refuse_trained(path, state)
     owned = {name.removeprefix("sam.") for name in ignore}
     plan = _plan(sam, state, owned=owned - _plain_names(sam), new_masks=allow_new_masks, tile=tile_masks)
     _refuse(plan, sam, state, path=path, strict=strict)
@@ -139,6 +142,7 @@ def load_sam_weights(
         unexpected=tuple(plan.unexpected),
         skipped=tuple(plan.skipped),
         ignored=tuple(plan.ignored),
+        passed_over=tuple(plan.passed_over),
     )
     for word in ("missing", "unexpected", "skipped"):
         if names := getattr(report, word):
@@ -161,7 +165,10 @@ def resize_rel_pos(table: torch.Tensor, length: int) -> torch.Tensor:
 
 def _plan(sam: nn.Module, state: Mapping[str, torch.Tensor], *, owned: set[str], new_masks: bool, tile: bool) -> _Plan:
     targets = sam.state_dict()
-    tables = _global_tables(sam)
+    encoder = getattr(sam, "image_encoder", None)
+    known = encoder if isinstance(encoder, Backbone) else None  # segment_anything's own SAM says nothing of itself
+    tables = set() if known is None else {ENCODER + name for name in known.sized_tables()}
+    unused = set() if known is None else {ENCODER + name for name in known.unused_in_files}
     new_head = new_masks and TOKENS in state and TOKENS in targets and state[TOKENS].shape != targets[TOKENS].shape
     plan = _Plan()
     for name, target in targets.items():
@@ -181,7 +188,9 @@ def _plan(sam: nn.Module, state: Mapping[str, torch.Tensor], *, owned: set[str],
         else:
             plan.mismatched.append(name)
     for name in state:
-        if name not in targets:
+        if name in unused:
+            plan.passed_over.append(name)
+        elif name not in targets:
             (plan.skipped if new_head and MASK_HEAD.match(name) else plan.unexpected).append(name)
     return plan
 
@@ -213,16 +222,18 @@ def _resized(table: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return resize_rel_pos(table, target.shape[0])
 
 
-def _global_tables(sam: nn.Module) -> set[str]:
-    """Names of the tables that follow the image size; those of windowed blocks follow the window and never change."""
-    blocks = sam.get_submodule("image_encoder.blocks").named_children()
-    names = {
-        f"image_encoder.blocks.{index}.attn.rel_pos_{axis}"
-        for index, block in blocks
-        if getattr(block, "window_size", None) == 0
-        for axis in "hw"
-    }
-    return {POS_EMBED} | names
+def _refuse_trained(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise WeightsError if the file is what another project's training wrote, not a SAM to start from."""
+    if is_samed(state):
+        raise WeightsError(
+            f"{path} is a SAMed file: {len(state)} tensors of LoRA adapters (w_a_000 ...) and decoder without SAM's "
+            "image encoder. Give the SAM file it was trained on as sam_checkpoint, and this one as checkpoint"
+        )
+    if is_sam_lst(state):
+        raise WeightsError(
+            f"{path} is a SAM-LST file: a trained SAM with the ResNet beside it (CNN_encoder). Give it as checkpoint "
+            "of a network with the strategy Ladder(mix='gate', decoder='upscaling')"
+        )
 
 
 def _refuse(plan: _Plan, sam: nn.Module, state: Mapping[str, torch.Tensor], *, path: str | Path, strict: bool) -> None:
@@ -233,18 +244,17 @@ def _refuse(plan: _Plan, sam: nn.Module, state: Mapping[str, torch.Tensor], *, p
         problems += [
             f"unexpected: {name}: file {tuple(state[name].shape)}, network has none" for name in plan.unexpected
         ]
-    heading = f"{path} does not fit this SAM{_hint(plan, sam, state)}"
-    raise_all(problems, WeightsError, heading)
+    other = looks_like(state, sam.state_dict())
+    heading = f"{path} does not fit this SAM{_hint(plan, other)}"
+    raise_all(problems, WeightsError, heading, most=FEW if other else None)
     if not plan.values:
         raise WeightsError(f"{heading}: none of its {len(state)} tensors has a name that the network knows")
 
 
-def _hint(plan: _Plan, sam: nn.Module, state: Mapping[str, torch.Tensor]) -> str:
+def _hint(plan: _Plan, other: str) -> str:
     """The likely reason, so that nobody has to read two hundred shapes to find it."""
-    table, target = state.get(POS_EMBED), sam.state_dict().get(POS_EMBED)
-    if table is not None and target is not None and table.shape[-1] != target.shape[-1]:
-        likely = [name for name, spec in SPECS.items() if spec.embed_dim == table.shape[-1]]
-        return f"; it looks like a file for sam_variant {' or '.join(map(repr, likely))}" if likely else ""
+    if other:
+        return f"; it looks like a file for {other}"
     if plan.mismatched and all(MASK_HEAD.match(name) for name in plan.mismatched):
         return "; it was made for another number of masks: pass allow_new_masks=True to start the mask head anew"
     return ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,17 +12,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from samseg_monai.errors import WeightsError
+from samseg_monai.sam.weights.layouts import official_names
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state")  # MedSAM saves "model", Lightning "state_dict"
-PREFIXES = ("module.", "_orig_mod.", "sam.")  # DistributedDataParallel, torch.compile, a network that holds a SAM
 ZIP_START, PICKLE_START = b"PK\x03\x04", b"\x80"  # torch.save since 1.6, and before
 
 
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     """Tensors of a ``.pth``/``.pt`` or ``.safetensors`` file by name, on the CPU, floating ones as float32.
 
-    Knows plain SAM files, MedSAM's layouts (``{"model": ...}``, ``{"state_dict": ...}``, ``module.`` before each name)
-    and SAMed's flat adapter file (see :func:`is_samed`). Never runs code from the file (``weights_only=True``).
+    Knows plain SAM files, MedSAM's layouts (``{"model": ...}``, ``{"state_dict": ...}``), any prefix that all names
+    share, and Hugging Face's names, which become SAM's own (see ``layouts``). Files of SAMed and SAM-LST keep their
+    names. Never runs code from the file (``weights_only=True``).
 
     Raises: WeightsError if the file is absent, empty, truncated, a git-lfs pointer or a web page, or holds anything but
         tensors.
@@ -38,16 +38,8 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
             f"{path} holds no state dict of tensors; these entries are none: {', '.join(others)}. "
             "Save the model's state_dict()"
         )
-    state = {str(name): value for name, value in content.items()}
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    state = official_names({str(name): value for name, value in content.items()})
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-
-
-def is_samed(state: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a state dict is a SAMed file: LoRA tensors ``w_a_000 ...`` and a decoder, without SAM's image encoder."""
-    return any(re.fullmatch(r"w_[ab]_\d{3}", name) for name in state)
 
 
 def _read(path: Path) -> object:

@@ -1,9 +1,11 @@
-"""SAM's image encoder for any image size, with rectangular input, taps and activation checkpointing."""
+"""SAM's image encoder, a ViT (Kirillov et al. 2023, arXiv:2304.02643), for any image size and rectangular input."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from segment_anything.modeling.image_encoder import Block, ImageEncoderViT
@@ -12,7 +14,30 @@ from torch.utils.checkpoint import checkpoint
 
 from samseg_monai.errors import ConfigError
 from samseg_monai.sam.attention import FusedAttention
-from samseg_monai.sam.spec import SamSpec
+from samseg_monai.sam.backbone import Backbone, Rows, SamSpec
+
+
+@dataclass(frozen=True)
+class ViTSpec(SamSpec):
+    """A SAM around a ViT, as segment_anything's build_sam.py has it.
+
+    Args:
+        embed_dim: width of the encoder.
+        depth: number of transformer blocks.
+        num_heads: attention heads per block.
+        global_attn_indexes: blocks with global attention; the others attend within windows.
+        window_size: side of an attention window, in tokens.
+    """
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    global_attn_indexes: tuple[int, ...]
+    window_size: int = 14
+
+    def encoder(self, *, image_size: int, checkpointing: bool = False) -> ImageEncoder:
+        """Build the encoder with position tables for a square of ``image_size`` pixels."""
+        return ImageEncoder(self, image_size=image_size, checkpointing=checkpointing)
 
 
 class EncoderBlock(Block):
@@ -24,7 +49,7 @@ class EncoderBlock(Block):
         window_size: 0 for global attention.
     """
 
-    def __init__(self, spec: SamSpec, *, tokens: int, window_size: int) -> None:
+    def __init__(self, spec: ViTSpec, *, tokens: int, window_size: int) -> None:
         super().__init__(
             dim=spec.embed_dim,
             num_heads=spec.num_heads,
@@ -38,7 +63,7 @@ class EncoderBlock(Block):
         )
 
 
-class ImageEncoder(ImageEncoderViT):
+class ImageEncoder(ImageEncoderViT, Backbone):
     """SAM's ViT: (B, 3, h, w) to an embedding (B, prompt_dim, h / 16, w / 16).
 
     Keys and results are those of segment_anything's ``ImageEncoderViT``. Beyond it, h and w may be any multiples of the
@@ -53,7 +78,16 @@ class ImageEncoder(ImageEncoderViT):
         ConfigError: image_size is not a positive multiple of the patch size.
     """
 
-    def __init__(self, spec: SamSpec, *, image_size: int, checkpointing: bool = False) -> None:
+    # segment_anything has no type hints
+    patch_embed: Any
+    pos_embed: Any
+    blocks: nn.ModuleList
+    neck: nn.Module
+    img_size: int
+
+    stem = ("patch_embed.", "pos_embed")
+
+    def __init__(self, spec: ViTSpec, *, image_size: int, checkpointing: bool = False) -> None:
         if image_size <= 0 or image_size % spec.patch_size:
             raise ConfigError(
                 f"image_size: got {image_size}; SAM needs a positive multiple of its patch size {spec.patch_size}"
@@ -95,3 +129,22 @@ class ImageEncoder(ImageEncoderViT):
                 tapped[i] = x
         embedding = self.neck(x.permute(0, 3, 1, 2))
         return (embedding, [tapped[i] for i in taps]) if taps else embedding
+
+    def named_blocks(self) -> list[tuple[str, nn.Module]]:
+        """``blocks.0``, ``blocks.1`` ..."""
+        return [(f"blocks.{name}", block) for name, block in self.blocks.named_children()]
+
+    def targets(self, block: nn.Module) -> Mapping[str, Rows]:
+        """Query, key and value are the three thirds of one layer."""
+        fused = {name: Rows("attn.qkv", part, 3) for part, name in enumerate("qkv")}
+        return {**fused, "proj": Rows("attn.proj"), "lin1": Rows("mlp.lin1"), "lin2": Rows("mlp.lin2")}
+
+    def sized_tables(self) -> set[str]:
+        """The absolute positions and the relative ones of global blocks; those of windows never change."""
+        of_blocks = {
+            f"{name}.attn.rel_pos_{axis}"
+            for name, block in self.named_blocks()
+            if getattr(block, "window_size", None) == 0
+            for axis in "hw"
+        }
+        return {"pos_embed"} | of_blocks

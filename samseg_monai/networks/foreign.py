@@ -1,0 +1,177 @@
+"""Load what SAMed and SAM-LST wrote after training into a segmenter with the strategy that computes the same.
+
+The correspondence is exact: SAMed's LoRA on q and v (Zhang & Liu 2023, arXiv:2304.13785) has scaling 1, as ``LoRA``
+with ``alpha`` equal to ``rank``; SAM-LST (Chai et al. 2023, arXiv:2306.12737) is ``Ladder`` with the gate.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from samseg_monai.adapters.ladder import GatedSide, ResNetSide
+from samseg_monai.adapters.lora import LoRALinear
+from samseg_monai.errors import CheckpointError, WeightsError, raise_all
+from samseg_monai.networks.plain import PlainSegmenter
+from samseg_monai.networks.segmenter import SamSegmenter
+from samseg_monai.sam.weights import is_sam_lst, is_samed, read_state, sha256_of
+from samseg_monai.sam.weights.layouts import from_sam_lst, is_samed_s, samed_tensors
+from samseg_monai.strategies import LoRA
+
+logger = logging.getLogger(__name__)
+
+_TOKENS = "mask_decoder.mask_tokens.weight"
+_POS_EMBED = "sam.image_encoder.pos_embed"
+_PARTS = ("q", "v")
+_HEADS = ("prompt_encoder.", "mask_decoder.")
+_USUAL = {"input_scale": "unit", "prompt": "none"}
+
+
+def load_foreign(
+    network: SamSegmenter | PlainSegmenter, path: Path, sam_checkpoint: str | os.PathLike[str] | None
+) -> str | None:
+    """Load a file of SAMed or SAM-LST and say so in one line; None, and nothing is done, for any other file.
+
+    ``base_sha256`` then is this file's: what is trained from here on starts from it.
+
+    Args:
+        network: for SAMed with the strategy LoRA(rank, targets q and v, decoder=True), for SAM-LST with Ladder(mix
+            "gate"), and with the file's number of classes. Both projects show their networks images in [0, 1] without
+            prompts; another ``input_scale`` or ``prompt`` is logged as a warning.
+        path: existing file.
+        sam_checkpoint: for SAMed, the SAM file it was trained on, as for ``SamSegmenter.load_base``.
+    Raises:
+        CheckpointError: the file does not fit; everything that does not is named, and nothing was changed.
+        WeightsError: the base weights of a SAMed file are absent or do not fit.
+    """
+    try:
+        state = read_state(path)
+    except WeightsError:  # whoever reads it next says what is wrong with it
+        return None
+    project = "SAMed" if is_samed(state) else "SAM-LST" if is_sam_lst(state) else None
+    if project is None:
+        return None
+    if not isinstance(network, SamSegmenter):
+        raise CheckpointError(f"{path} is a file of {project}, but {type(network).__name__} has no SAM in it")
+    heading = f"{path}: this file of {project} does not fit this network"
+    if project == "SAMed":
+        values = _samed_values(network, state, heading)
+        network.load_base(sam_checkpoint, start=False)
+        on, passed_over = f" on SAM {network.spec.name} ({network.base_file})", 0
+    else:
+        values, passed_over = _sam_lst_values(network, state, heading)
+        on = ""
+    _copy(network, values)
+    network.base_sha256, network.base_file = sha256_of(path), path.name
+    used = [f"{key} {getattr(network, key)!r}" for key, usual in _USUAL.items() if getattr(network, key) != usual]
+    if used:
+        logger.warning("%s: %s trains on images in [0, 1] without prompts; here: %s", path, project, ", ".join(used))
+    idle = f", {passed_over} of no use passed over" if passed_over else ""
+    return f"{project} file {path} ({len(values)} tensors{idle}){on}"
+
+
+def _samed_values(network: SamSegmenter, state: Mapping[str, Tensor], heading: str) -> dict[str, Tensor]:
+    """The file's tensors under the network's names: LoRA of q and v, whole prompt encoder and mask decoder."""
+    rank = next((len(state[name]) for matrix, _, _, name in samed_tensors(state) if matrix == "a"), 0)
+    problems = _samed_arguments(network, rank) + _classes(network, state.get(_TOKENS))
+    if is_samed_s(state):
+        problems.append("it adapts the mask decoder with LoRA, too (SAMed_s); only SAMed's encoder adapters are known")
+    raise_all(problems, CheckpointError, heading)
+    layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, LoRALinear)]
+    named = {f"sam.{name}": value for name, value in state.items() if name.startswith(_HEADS)}
+    own = {name for name in network.state_dict() if name.startswith(tuple(f"sam.{head}" for head in _HEADS))}
+    for matrix, block, part, name in samed_tensors(state):
+        if block < len(layers):
+            prefix, layer = layers[block]
+            named[f"{prefix}.lora_{matrix}.{sorted(layer.lora_a)[part]}"] = state[name]
+        else:
+            problems.append(
+                f"{name}: it adapts {_PARTS[part]} of block {block}, the network adapts {len(layers)} blocks"
+            )
+    own |= {f"{prefix}.{name}" for prefix, layer in layers for name in layer.lora_names()}
+    rest = [name for name in state if not name.startswith(_HEADS) and name not in {t[3] for t in samed_tensors(state)}]
+    problems += [f"{name}: in the file, not in the network" for name in rest]
+    return _fitting(network, named, own, problems, heading)
+
+
+def _samed_arguments(network: SamSegmenter, rank: int) -> list[str]:
+    """What is to be changed in the strategy, so that it computes what SAMed does."""
+    strategy = network.strategy
+    if not isinstance(strategy, LoRA):
+        return [
+            f"strategy: the file needs LoRA(rank={rank}, targets=['q', 'v'], decoder=True), "
+            f"got {type(strategy).__name__}"
+        ]
+    problems = []
+    if strategy.rank != rank:
+        problems.append(f"rank: the file needs rank={rank}, got {strategy.rank}")
+    if strategy.rank_stabilised or strategy.alpha not in (None, strategy.rank):
+        problems.append(
+            f"alpha: the file needs a scaling of 1, alpha={rank} or null without rank_stabilised, "
+            f"got alpha={strategy.alpha}, rank_stabilised={strategy.rank_stabilised}"
+        )
+    if sorted(strategy.targets) != list(_PARTS):
+        problems.append(f"targets: the file needs ['q', 'v'], got {list(strategy.targets)}")
+    if not strategy.decoder:
+        problems.append("decoder: the file needs decoder=True, got False")
+    if strategy.dora:
+        problems.append("dora: the file needs dora=False, got True")
+    return problems
+
+
+def _classes(network: SamSegmenter, tokens: Tensor | None) -> list[str]:
+    """Both projects make one map per class and one of the background, each from a mask token."""
+    if tokens is None or network.num_classes == len(tokens) - 1 > 1:
+        return []
+    if len(tokens) == 2:
+        return ["num_classes: the file has maps of one class and the background; such a network has one map here"]
+    return [f"num_classes: the file needs {len(tokens) - 1} (and the background), got {network.num_classes}"]
+
+
+def _sam_lst_values(network: SamSegmenter, state: Mapping[str, Tensor], heading: str) -> tuple[dict[str, Tensor], int]:
+    """The file's tensors under the network's names, and how many were passed over."""
+    try:
+        named, passed_over = from_sam_lst(state)
+    except WeightsError as error:
+        raise CheckpointError(f"{heading}: {error}") from error
+    side = network.side
+    problems = _classes(network, named.get(f"sam.{_TOKENS}"))
+    if not isinstance(side, GatedSide) or not side.needs_embedding or not isinstance(side.net, ResNetSide):
+        got = type(network.strategy).__name__
+        problems.append(
+            f"strategy: the file needs Ladder(mix='gate', decoder='upscaling') with a ResNetSide, got {got}"
+        )
+    table, own = named.get(_POS_EMBED), network.state_dict().get(_POS_EMBED)
+    if table is not None and own is not None and table.shape[:-1] != own.shape[:-1]:
+        size = table.shape[1] * network.spec.patch_size
+        problems.append(f"image_size: the file needs {size}, got {network.image_size}")
+    raise_all(problems, CheckpointError, heading)
+    return _fitting(network, named, set(network.state_dict()), [], heading), len(passed_over)
+
+
+def _fitting(
+    network: SamSegmenter, named: dict[str, Tensor], wanted: set[str], problems: list[str], heading: str
+) -> dict[str, Tensor]:
+    """``named``, after comparing it with the ``wanted`` tensors of the network."""
+    mine = network.state_dict()
+    problems = problems + [f"{name}: missing in the file" for name in mine if name in wanted and name not in named]
+    problems += [f"{name}: in the file, not in the network" for name in named if name not in wanted]
+    problems += [
+        f"{name}: shape {tuple(value.shape)} in the file, {tuple(mine[name].shape)} in the network"
+        for name, value in named.items()
+        if name in wanted and value.shape != mine[name].shape
+    ]
+    raise_all(problems, CheckpointError, heading)
+    return named
+
+
+@torch.no_grad()
+def _copy(network: SamSegmenter, values: Mapping[str, Tensor]) -> None:
+    targets = network.state_dict()  # shares storage with the network
+    for name, value in values.items():
+        targets[name].copy_(value)
