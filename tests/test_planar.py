@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -10,12 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine
 from monai.data import MetaTensor
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from samseg_monai import bundles, cli
 from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.errors import ConfigError, DataError, SamsegError
+from samseg_monai.handlers import WorstCaseImage
+from samseg_monai.handlers.overlay import REFERENCE
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.transforms import SaveImagePngd, ScaleGreysd
 from samseg_monai.transforms.image_files import overlay_picture
@@ -78,14 +84,10 @@ def trained(pictures, tmp_path_factory) -> Path:
     """Run folder of a training and its evaluation with saved predictions."""
     folder = tmp_path_factory.mktemp("run")
     places = {"dataset_dir": str(pictures), "output_dir": str(folder / "out")}
-    settings = {**TINY, "epochs": 2, "val_interval": 1, "strategy::rank": 2, "strategy::decoder": True}
-    run_workflow(config("lora", "train", folder), {**places, **settings})
-    run_workflow(config("lora", "evaluate", folder), {**places, **settings_of_evaluation(), "save_predictions": True})
+    settings = {**TINY, "strategy::rank": 2, "strategy::decoder": True}
+    run_workflow(config("lora", "train", folder), {**places, **settings, "epochs": 2, "val_interval": 1})
+    run_workflow(config("lora", "evaluate", folder), {**places, **settings, "save_predictions": True})
     return folder / "out"
-
-
-def settings_of_evaluation() -> dict:
-    return {**TINY, "strategy::rank": 2, "strategy::decoder": True}
 
 
 def test_training_and_evaluation_write_tables_in_pixels(trained):
@@ -103,6 +105,13 @@ def box_file(folder: Path, boxes: dict[str, list[list[float]]]) -> str:
     return str(path)
 
 
+LADDER = {
+    "prompt::source": "label",
+    "schedule::warmup": 0,
+    "low_res_training": False,
+    "strategy::side_weights": "random",
+}
+LADDER["strategy::side"] = {"_target_": "samseg_monai.adapters.ResNetSide", "width": 8}
 BOXES = {
     "scan_0004": [[3.25, 9.5, 21.75, 30.125], [33.5, 15.25, 43.0, 27.5]],
     "scan_0005": [[2.5, 8.0, 22.0, 31.0]],
@@ -153,6 +162,33 @@ def test_validation_uses_the_boxes_of_the_file_and_training_draws_its_own(pictur
     run_workflow(config("lora", "train", tmp_path), {**TINY, **places, **settings})
     assert calls[0].shape == (3, 1, 4) and not (calls[0] == calls[0].round()).all()
     np.testing.assert_allclose(calls[1], np.array([[[1.5, 2.5, 30.0, 31.0]]]) * SCALE, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bank", [False, True])
+def test_boxes_are_drawn_anew_in_every_epoch_even_on_stored_embeddings(bank, pictures, tmp_path, monkeypatch):
+    """One look at each image has one embedding, but a person would not draw the same box again."""
+    calls = seen_by_network(monkeypatch)
+    settings = {"epochs": 3, "val_interval": 0, "strategy::rank": 2, "batch_size": 3}
+    if bank:
+        del settings["strategy::rank"]
+        settings |= {"embeddings::cache_dir": str(tmp_path / "bank"), "embeddings::variants": 1, **LADDER}
+    places = {"dataset_dir": str(pictures), "output_dir": str(tmp_path / "out")}
+    files = config("ladder" if bank else "lora", "train", tmp_path)
+    run_workflow(files, {**TINY, **places, **settings, "prompt::tight": 0.0})
+    assert len(calls) == 3
+    drawn = np.concatenate([boxes[:, 0] for boxes in calls])
+    assert len(np.unique(drawn.round(3), axis=0)) == 9
+    assert (drawn[:, 2:] > drawn[:, :2]).all() and drawn.min() >= 0 and drawn.max() <= 64
+
+
+def test_results_name_the_box_file_by_its_content_and_not_by_its_place(pictures, tmp_path):
+    given = {"prompt::source": "json", "prompt::boxes": box_file(tmp_path, BOXES)}
+    results = evaluate(pictures, tmp_path, **given)
+    card = json.loads((results / "run_card.json").read_text())
+    assert card["boxes_sha256"] == hashlib.sha256((tmp_path / "boxes.json").read_bytes()).hexdigest()
+    assert card["settings"]["prompt"]["boxes"] == "boxes.json" and card["label_values"] == CLASSES
+    texts = [p.read_text() for p in (tmp_path / "out").rglob("*") if p.suffix in (".json", ".csv")]
+    assert len(texts) > 5 and not any(str(tmp_path) in text for text in texts)
 
 
 def test_components_are_prompts_of_their_own_in_training_and_evaluation(pictures, tmp_path, monkeypatch):
@@ -232,6 +268,26 @@ def test_packed_bundle_predicts_as_it_was_evaluated(trained, packed, pictures, t
         first, second = (folder / f"{name}_seg.png" for folder in (out, tmp_path / "again" / "predictions"))
         assert np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(second)))
         assert (out / f"{name}_overlay.png").is_file()
+
+
+def test_the_worst_image_of_a_validation_stands_upright_without_sides(tmp_path):
+    """A disc at the upper right, missed: rows stay rows, nothing is mirrored, and no R and L are claimed."""
+    reference = np.zeros((60, 80, 1), dtype=np.float32)
+    reference[10:20, 55:70] = 1
+    grid = {"affine": np.diag([1.0, 1.0, 1.0, 1.0])}
+    item = {"case": "a", "image": MetaTensor(50 * reference[None], **grid)}
+    item |= {"reference": MetaTensor(reference[None], **grid), "pred": MetaTensor(0 * reference[None], **grid)}
+    engine = Engine(lambda engine, batch: batch)
+    WorstCaseImage(tmp_path, classes=["tumour"]).attach(engine)
+    engine.run([[item]], max_epochs=1)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    stored = events.Images("validation/worst_case")[0].encoded_image_string
+    picture = np.asarray(Image.open(io.BytesIO(stored)))[:288]
+    rows_, columns = np.nonzero((picture == REFERENCE).all(axis=2))
+    scale = 384 / 80
+    assert rows_.min() / scale == pytest.approx(10, abs=0.2) and (rows_.max() + 1) / scale == pytest.approx(20, abs=0.2)
+    assert columns.min() / scale == pytest.approx(55, abs=0.2)
+    assert (picture[120:170, :30] == picture[0, 0]).all()
 
 
 def test_overlay_shows_the_outline_and_the_boxes():

@@ -33,6 +33,7 @@ from samseg_monai.report import (
 )
 from samseg_monai.report.montage import overlay_svg, slice_svg
 from samseg_monai.report.palette import SURFACES, contrast, looks
+from samseg_monai.report.tables import measures
 
 CASES = [f"case{i:02d}" for i in range(9)]
 DICE = {"zero_shot": 0.60, "lora": 0.75, "box_ellipse": 0.60}
@@ -178,6 +179,18 @@ def test_every_row_of_every_table_of_results_says_pico(page, runs, results):
     text = [line for line in table_text(runs).splitlines() if line.startswith(("Box", "Zero", "LoRA"))]
     assert len(text) == 3 + 2 + 3
     assert all(PICO in line for line in text)
+
+
+def test_pixels_and_mm_have_columns_of_their_own(made, tmp_path):
+    """Images without a known pixel size beside volumes: no number stands under the other unit's heading."""
+    renamed = {"hd95_mm": "hd95_px", "nsd_1mm": "nsd_1px", "nsd_2mm": "nsd_2px"}
+    rows = [{renamed.get(key, key): value for key, value in row.items()} for row in _rows([0.5] * len(CASES))]
+    folder = _write_run(tmp_path / "pixels" / "evaluation", rows, strategy={"name": "unet", "arguments": {}})
+    both = [RunResult.load(made["lora"]), RunResult.load(folder)]
+    assert measures(both) == ["dice", "hd95_mm", "hd95_px", "nsd_1mm", "nsd_2mm", "nsd_1px", "nsd_2px"]
+    page = write_report(tmp_path / "page.html", title="t", runs=both).read_text()
+    assert "HD95 px" in page and "HD95 mm" in page and "within 1 or 2 mm or px" in page
+    assert "within 1 or 2 px" in write_report(tmp_path / "page.html", title="t", runs=both[1:]).read_text()
 
 
 def test_banner_says_pico_and_phantoms_only_where_the_cards_do(page, made, tmp_path):

@@ -98,7 +98,7 @@ def pack_bundle(run: str | Path, output: str | Path, *, sam_checkpoint: str | No
         shutil.copytree(run / RECORD, root)
         steps = {key: card["settings"][key] for key in POSTPROCESSING if key in card.get("settings", {})}
         _set_keys(root / "configs", steps)
-        _set_labels(root / "configs" / "inference.json", card.get(LABELS))
+        _set_images(root / "configs" / "inference.json", card)
         _write_models(run, root, sam_checkpoint, steps)
         (root / "metrics").mkdir()
         for result in RESULTS:
@@ -123,12 +123,14 @@ def _set_keys(configs: Path, values: dict[str, Any]) -> None:
         (configs / name).write_text(text, encoding="utf-8")
 
 
-def _set_labels(inference: Path, labels: dict[str, str] | None) -> None:
-    """Let predictions of 2-D images have the values of the labels that were learnt from; of volumes nothing changes."""
+def _set_images(inference: Path, card: dict[str, Any]) -> None:
+    """Let 2-D images be predicted as they were evaluated: the values of the labels, boxes shrunk as much."""
     config = json.loads(inference.read_text(encoding="utf-8"))
-    if labels and LABELS in config:
-        text = json.dumps({**config, LABELS: labels}, indent=4, ensure_ascii=False) + "\n"
-        inference.write_text(text, encoding="utf-8")
+    if LABELS not in config:  # volumes
+        return
+    shrink = card.get("settings", {}).get("prompt", {}).get("shrink", 0.0)
+    config |= {LABELS: card.get(LABELS), "prompt": {**config["prompt"], "shrink": shrink}}
+    inference.write_text(json.dumps(config, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_models(run: Path, root: Path, sam_checkpoint: str | None, steps: dict[str, Any]) -> None:

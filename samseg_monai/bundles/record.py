@@ -14,7 +14,7 @@ from monai.bundle.utils import merge_kv
 
 from samseg_monai.bundles.running import current_workflow
 from samseg_monai.errors import BundleError
-from samseg_monai.sam.weights import RANDOM
+from samseg_monai.sam.weights import RANDOM, sha256_of
 
 RECORD = "bundle"
 NAME = "name.txt"  # in every record: the name of the bundle that ran
@@ -28,7 +28,8 @@ LOCAL = {
     "is_rank0", "mlflow", "network", "output_dir", "results_dir", "run", "sam_checkpoint", "train", "validate",
 }  # fmt: skip
 _ABSENT = object()
-PLACES = {"embeddings": "cache_dir", "slices": "cache_dir", "strategy": "side_weights"}  # likewise, within settings
+# likewise, within settings
+PLACES = {"embeddings": "cache_dir", "slices": "cache_dir", "strategy": "side_weights", "prompt": "boxes"}
 
 
 def with_values(config: dict[str, Any], original: dict[str, Any], effective: dict[str, Any]) -> dict[str, Any]:
@@ -124,6 +125,9 @@ def settings() -> dict[str, Any]:
         for key, value in config.items()
         if key not in LOCAL and isinstance(value, wanted) and (key == "strategy" or not _is_wiring(value))
     }
+    prompt: Any = public.get("prompt")
+    if isinstance(prompt, dict) and prompt.get("boxes"):
+        public["prompt"] = {**prompt, "boxes": Path(prompt["boxes"]).name}  # its hash is among the facts
     return {**public, **overridden(_started_with(Path(workflow.config_root_path), config), config)}
 
 
@@ -146,6 +150,9 @@ def facts(datalist: str) -> dict[str, Any]:
         found["bundle"] = bundle_name(Path(workflow.config_root_path))
         found["bundle_version"] = config.get("_meta_", {}).get("version")
         found["prompt_loosen"] = config.get("prompt", {}).get("loosen")
+        boxes = config.get("prompt", {}).get("boxes")
+        if boxes and Path(boxes).is_file():
+            found["boxes_sha256"] = sha256_of(Path(boxes))
     content = json.loads(Path(datalist).read_text(encoding="utf-8"))
     found["dataset"] = content.get("name")
     found["phantoms"] = bool(content.get("phantoms", False))

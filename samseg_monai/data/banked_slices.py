@@ -13,7 +13,7 @@ from torch import nn
 from samseg_monai.data.embedding_bank import EmbeddingBank
 from samseg_monai.data.encoding import encode, frozen_encoder
 from samseg_monai.data.slice_cache import describe, describe_item
-from samseg_monai.data.slices import Picker, SliceDataset, Transforms
+from samseg_monai.data.slices import Picker, SliceDataset, Transforms, composed, seed_of
 from samseg_monai.errors import ConfigError
 
 DEFAULT_VARIANTS = 8  # as many as a square has rotations and reflections
@@ -31,6 +31,8 @@ class BankedSlices(SliceDataset):
         data, volume_transforms, slice_transforms, picker, settings: as of ``SliceDataset``.
         variants: looks per slice, at least 1; None is 8 where embeddings are kept, and without end where not: the
             dataset is then a ``SliceDataset`` and no more.
+        epoch_transforms: run behind ``slice_transforms`` on every access and draw from (seed, epoch, item), whatever
+            the look is: for boxes, which are no part of an embedding. They must leave the image as it is.
         embedding_dir: folder of the embeddings; None keeps none. Per slice and variant 2 bytes per number of the
             encoder's output, which is 512 kB for SAM at 512 pixels and 2 MB at 1024.
     Shape: "embedding" is (V, C, gh, gw), bf16; V is what the network makes of one image: its scans, or 1.
@@ -45,6 +47,7 @@ class BankedSlices(SliceDataset):
         *,
         picker: Picker,
         variants: int | None = None,
+        epoch_transforms: Transforms = None,
         embedding_dir: str | Path | None = None,
         **settings: Any,
     ) -> None:
@@ -52,6 +55,7 @@ class BankedSlices(SliceDataset):
             raise ConfigError(f"variants must be at least 1, got {variants}")
         super().__init__(data, volume_transforms, slice_transforms, picker=picker, **settings)
         self.variants = variants or (1 if embedding_dir is None else DEFAULT_VARIANTS)
+        self.epoch_transforms = composed(epoch_transforms)
         self._endless = variants is None and embedding_dir is None
         self._embedding_dir = None if embedding_dir is None else Path(embedding_dir)
         self._bank: EmbeddingBank | None = None
@@ -68,10 +72,13 @@ class BankedSlices(SliceDataset):
         }
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if self._endless:
-            return super().__getitem__(index)
         index = range(len(self))[index]
         epoch = int(self._epoch)
+        item = super().__getitem__(index) if self._endless else self._banked(index, epoch)
+        self.epoch_transforms.set_random_state(seed=seed_of(self.seed, epoch, index, 1))
+        return dict(self.epoch_transforms(item))
+
+    def _banked(self, index: int, epoch: int) -> dict[str, Any]:
         position, candidate = self._drawn(index, epoch)
         row = self._first[position] + candidate
         variant = self.variant(row, epoch)

@@ -69,8 +69,8 @@ class SliceDataset(Dataset):
     ) -> None:
         _check(data, cache=cache, cache_dir=cache_dir, seed=seed, num_threads=num_threads)
         self.data = [dict(item) for item in data]
-        self.volume_transforms = _composed(volume_transforms)
-        self.slice_transforms = _composed(slice_transforms)
+        self.volume_transforms = composed(volume_transforms)
+        self.slice_transforms = composed(slice_transforms)
         self.picker = picker
         self.keys = tuple(keys)
         self.seed = seed
@@ -114,7 +114,7 @@ class SliceDataset(Dataset):
         slices = self._slices[position] or self._from_file(position, mapped=True)
         item: dict[str, Any] = {key: tensors[row].clone() for key, tensors in slices.tensors.items()}
         item |= {"case": str(self.data[position]["case"]), "slice": self._numbers[position][row], **extra}
-        self.slice_transforms.set_random_state(seed=_seed_of(*seeds))
+        self.slice_transforms.set_random_state(seed=seed_of(*seeds))
         item = self.slice_transforms(item)
         # history and metadata of a single slice are of no use later on, but cost time in every collate
         return {k: v.as_subclass(torch.Tensor) if isinstance(v, torch.Tensor) else v for k, v in item.items()}
@@ -156,7 +156,7 @@ class SliceDataset(Dataset):
         item = self.data[position]
         # a copy for each case: MONAI's random transforms keep their draws in themselves, where other threads see them
         transforms = deepcopy(self.volume_transforms)
-        transforms.set_random_state(seed=_seed_of(self.seed, zlib.crc32(str(item["case"]).encode())))
+        transforms.set_random_state(seed=seed_of(self.seed, zlib.crc32(str(item["case"]).encode())))
         volume = transforms(dict(item))
         if not isinstance(volume, Mapping):
             raise ConfigError(f"volume transforms must give one dictionary per case, got {type(volume).__name__}")
@@ -207,13 +207,15 @@ def _check(
     raise_all(unnamed, DataError, "Every item needs 'case', its name")
 
 
-def _composed(transforms: Transforms) -> Compose:
+def composed(transforms: Transforms) -> Compose:
+    """Transforms as one Compose; of None it does nothing."""
     if isinstance(transforms, Compose):
         return transforms
     return Compose(list(transforms) if isinstance(transforms, (list, tuple)) else transforms)
 
 
-def _seed_of(*numbers: int) -> int:
+def seed_of(*numbers: int) -> int:
+    """One seed out of several numbers, none of which shines through."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 

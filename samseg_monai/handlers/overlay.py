@@ -63,7 +63,13 @@ def sampled(
 
 
 def draw(
-    image: np.ndarray, reference: np.ndarray, prediction: np.ndarray, caption: str, *, aspect: float = 1.0
+    image: np.ndarray,
+    reference: np.ndarray,
+    prediction: np.ndarray,
+    caption: str,
+    *,
+    aspect: float = 1.0,
+    sides: bool = True,
 ) -> np.ndarray:
     """The picture.
 
@@ -72,6 +78,7 @@ def draw(
         reference, prediction: (H, W) whole numbers, 0 is background; each class has its outline.
         caption: first line below the picture; shortened where it is too long.
         aspect: height of a pixel by its width, in mm.
+        sides: name the patient's right and left at the edges, which are known of volumes.
     Returns: (H, W, 3) uint8.
     """
     height, width = image.shape[0] * aspect, float(image.shape[1])
@@ -85,7 +92,7 @@ def draw(
     agree = lines[0] & lines[1] & (first == second)  # organs that were exchanged have the same outlines, too
     for where, colour in ((lines[0], REFERENCE), (lines[1], PREDICTION), (agree, BOTH)):
         picture[where] = colour
-    return np.concatenate([_sides_named(picture), _legend(caption, picture.shape[1])])
+    return np.concatenate([_sides_named(picture) if sides else picture, _legend(caption, picture.shape[1])])
 
 
 def _places(size: int, wanted: int) -> np.ndarray:

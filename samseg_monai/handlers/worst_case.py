@@ -28,6 +28,7 @@ class _Worst:
     reference: np.ndarray
     prediction: np.ndarray
     aspect: float
+    sides: bool
 
 
 class WorstCaseImage:
@@ -93,8 +94,11 @@ class WorstCaseImage:
         source = np.asarray(image.affine, dtype=float)
         grey = sampled(_plain(image)[self.scan], source, affine, tuple(truth.shape), axis, index)
         planes = [grey, *(labels.select(axis, index).cpu().numpy() for labels in (truth, found))]
-        grey, first, second = (as_seen(plane, affine) for plane in planes)
-        self._worst = _Worst(dice, case, index, grey, first, second, aspect_of(affine))
+        if truth.shape[2] > 1:  # a 2-D image stands upright as it is, and nobody knows the patient's sides
+            planes = [as_seen(plane, affine) for plane in planes]
+        grey, first, second = planes
+        aspect = aspect_of(affine) if truth.shape[2] > 1 else float(affine[0, 0] / affine[1, 1])
+        self._worst = _Worst(dice, case, index, grey, first, second, aspect, truth.shape[2] > 1)
 
     def _write(self, engine: Any) -> None:
         found: Any = idist.all_gather([self._worst]) if idist.get_world_size() > 1 else [[self._worst]]
@@ -105,7 +109,7 @@ class WorstCaseImage:
         worst = min(cases, key=lambda w: (w.dice, w.case))
         empty = "" if worst.prediction.any() else ", empty prediction here"
         caption = f"{worst.case}: Dice {worst.dice:.3f}, slice {worst.index}{empty}"
-        picture = draw(worst.image, worst.reference, worst.prediction, caption, aspect=worst.aspect)
+        picture = draw(worst.image, worst.reference, worst.prediction, caption, aspect=worst.aspect, sides=worst.sides)
         if self._writer is None:
             self._writer = SummaryWriter(self.log_dir)
         self._writer.add_image(self.tag, picture, engine.state.epoch, dataformats="HWC")

@@ -70,7 +70,7 @@ def write_report(
         dark=css_variables(names, "dark"),
         head=_head(runs),
         rows=_rows(runs),
-        hd95=_hd95_definition(runs),
+        definitions=_definitions(runs),
         by_class=_by_class(runs),
         organs=organs and organs_section(organs),
         colors={run.name: index for index, run in enumerate(runs)},
@@ -181,12 +181,15 @@ def _seconds(run: RunResult) -> tuple[str, str]:
     return tables.seconds_text(run.training_seconds), f"training; {evaluation}\u00a0evaluation"
 
 
-def _hd95_definition(runs: Sequence[RunResult]) -> str:
-    """What the HD95 columns are; the two policies of `samseg_monai.metrics` measure differently."""
+def _definitions(runs: Sequence[RunResult]) -> str:
+    """What the columns of distances are; the two policies of `samseg_monai.metrics` measure differently."""
     found = tables.measures(runs)
     texts = []
-    if "hd95_mm" in found:
-        texts.append("HD95 mm: larger of the two directed 95th percentiles of surface distances (MONAI's definition)")
+    for unit in ("mm", "px"):
+        if f"hd95_{unit}" in found:
+            texts.append(
+                f"HD95 {unit}: larger of the two directed 95th percentiles of surface distances (MONAI's definition)"
+            )
     if "hd95_transunet_voxel" in found:
         texts.append(
             "HD95 voxel: 95th percentile of both directions' distances pooled (medpy's definition), in voxels, "
@@ -197,6 +200,9 @@ def _hd95_definition(runs: Sequence[RunResult]) -> str:
             "Lesion Dice and HD95: BraTS 2023's means over the lesions found, missed and false of a case, missed and "
             "false ones with Dice 0 and a fixed HD95; HD95 is weighted by surface area, and excluded cases count, too"
         )
+    units = [unit for unit in ("mm", "px") if f"nsd_1{unit}" in found]
+    if units:
+        texts.append(f"NSD: share of the surface within 1 or 2 {' or '.join(units)} of the other surface")
     return "; ".join(texts)
 
 

@@ -25,9 +25,12 @@ MEASURES = {
     "dice": ("Dice", True),
     "dice_transunet": ("Dice (TransUNet rules)", True),
     "hd95_mm": ("HD95 mm", False),
+    "hd95_px": ("HD95 px", False),
     "hd95_transunet_voxel": ("HD95 voxel", False),
     "nsd_1mm": ("NSD 1 mm", True),
     "nsd_2mm": ("NSD 2 mm", True),
+    "nsd_1px": ("NSD 1 px", True),
+    "nsd_2px": ("NSD 2 px", True),
     "lesion_dice": ("Lesion Dice", True),
     "lesion_hd95_mm": ("Lesion HD95 mm", False),
 }
