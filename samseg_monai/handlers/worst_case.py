@@ -82,7 +82,9 @@ class WorstCaseImage:
             self._compare({**old, **new})
 
     def _compare(self, item: Mapping[str, Any]) -> None:
-        image, pred, reference, case = (item[key] for key in self.keys)
+        *volumes, case = (item[key] for key in self.keys)
+        # on a GPU the prediction lies there and the reference, which the network never sees, does not
+        image, pred, reference = (volume.cpu() for volume in volumes)
         dice = dice_of(pred, reference, len(self.classes))
         if np.isnan(dice) or (self._worst is not None and (self._worst.dice, self._worst.case) <= (dice, case)):
             return
