@@ -330,3 +330,18 @@ def test_images_of_eight_bits_keep_their_greys_and_others_are_stretched(image, e
     torch.testing.assert_close(stretched, torch.tensor(expected, dtype=torch.float32), atol=11, rtol=0)
     unit = ScaleGreysd("image", top=1)({"image": torch.tensor(image)})["image"]
     torch.testing.assert_close(unit * 255, stretched)
+
+
+@pytest.mark.parametrize("strategy", ["decoder", "full", "unet", "unet_box", "unet_crop", "ellipse"])
+def test_every_strategy_of_the_comparison_learns_images_from_boxes(strategy, pictures, tmp_path):
+    """One epoch with a validation, whose loss is written down, and an evaluation beside the box's ellipse."""
+    plain = strategy.startswith("unet") or strategy == "ellipse"
+    settings = {"image_size": 64, **({} if plain else TINY)}
+    places = {"dataset_dir": str(pictures), "output_dir": str(tmp_path / "out")}
+    run_workflow(config(strategy, "train", tmp_path), {**places, **settings, "epochs": 1, "val_interval": 1})
+    history = {row["name"]: float(row["value"]) for row in rows(tmp_path / "out" / "history.csv")}
+    assert 0 < history["val_loss"] < 20
+    run_workflow(config(strategy, "evaluate", tmp_path), {**places, **settings})
+    results = tmp_path / "out" / "evaluation"
+    assert len(rows(results / "cases.csv")) == 3 and "hd95_px" in rows(results / "cases.csv")[0]
+    assert (results / "ellipse_cases.csv").is_file() == (strategy != "unet")
