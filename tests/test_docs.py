@@ -26,6 +26,7 @@ ELSEWHERE = {
     "samseg demo": "test_demo_abdomen.py",
     "samseg export": "test_export.py",
     "samseg lint": "test_lint.py",
+    "samseg prepare images": "test_images.py",
     "make ": "test_docs.py",
     "mlflow ui": "a server that does not end; test_tracking.py reads what it shows",
     "tensorboard ": "a server that does not end; test_tracking.py reads what it shows",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -24,6 +25,7 @@ from samseg_monai.data.splits import SECTIONS
 from samseg_monai.data.volumes import image_stem, stem_of
 from samseg_monai.errors import DataError, raise_all
 
+LOG = logging.getLogger(__name__)
 IMAGES = "images"
 UNITS = ("mm", "px")
 _FILE_KEYS = ("image", "label", "reference")
@@ -154,6 +156,8 @@ def _with_boxes(
     if datalist.get("kind") != IMAGES:
         raise DataError(f"{name}: is a datalist of volumes, for which there are no box files; draw prompts from labels")
     table = read_boxes(boxes, datalist.get("sizes"))
+    if unknown := sorted(set(table) - {item["case"] for section in SECTIONS for item in datalist[section]}):
+        LOG.warning("boxes %s: %d names are no case of %s: %s", boxes, len(unknown), name, ", ".join(unknown[:10]))
     missing = [item["case"] for item in items if item["case"] not in table]
     raise_all(missing, DataError, f"boxes {boxes}: cases of {name} without a box")
     return [{**item, "boxes": table[item["case"]]} for item in items]

@@ -30,7 +30,7 @@ def group_images(source: str | Path | Sequence[str | Path]) -> Found:
     found = Found()
     sources = [Path(source)] if isinstance(source, (str, Path)) else [Path(path) for path in source]
     named: dict[str, list[Path]] = {}
-    for path in sources:
+    for path in dict.fromkeys(sources):  # one file listed twice is one case
         if path.is_dir():
             for case, file in _in_folder(path):
                 named.setdefault(case, []).append(file)

@@ -36,6 +36,7 @@ _GREY_MODES = ("1", "L", "I;16", "I;16L", "I;16B", "I", "F")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _ORIENTATION = 0x0112  # of EXIF and TIFF: 1 is upright, 2 to 8 are mirrored or turned
 _PHOTOMETRIC = 262  # of TIFF: 0 means that 0 is white
+_PIXEL_SPACING, _OTHER_SPACINGS = "0028|0030", ("0018|1164", "0018|2010")
 _DAMAGED = (
     OSError,
     SyntaxError,
@@ -45,7 +46,6 @@ _DAMAGED = (
     IndexError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
 
 
@@ -85,6 +85,8 @@ def parse_picture(path: Path, content: bytes) -> Pixels:
             if not reason:
                 image.load()
                 array, notes = _decoded(image, raw)
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path.name}: is too large for Pillow ({error}); cut it into smaller images") from error
     except _DAMAGED as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if isinstance(error, Image.UnidentifiedImageError):
@@ -100,7 +102,7 @@ def parse_picture(path: Path, content: bytes) -> Pixels:
 def parse_dicom(path: Path, content: bytes) -> Pixels:
     """Read a DICOM file of one frame, grey or RGB, in the units of its rescale slope and intercept.
 
-    The pixel size is that of (0028,0030); the one on the detector (0018,1164) is not that of the patient.
+    The pixel size is that of (0028,0030); those on the detector (0018,1164) or film (0018,2010) are not the patient's.
 
     Raises:
         DataError: no image, several frames, or damaged.
@@ -123,11 +125,19 @@ def parse_dicom(path: Path, content: bytes) -> Pixels:
         raise DataError(f"{path.name}: has {colours} values per pixel, expected 1 (grey) or 3 (RGB)")
     rows, columns = reader.GetSize()[1], reader.GetSize()[0]
     array = array.reshape((rows, columns) if colours == 1 else (rows, columns, 3))
-    stated = reader.HasMetaDataKey("0028|0030") and reader.GetMetaData("0028|0030").strip(" \0")
-    spacing = (float(reader.GetSpacing()[1]), float(reader.GetSpacing()[0])) if stated else None
-    inverse = reader.HasMetaDataKey("0028|0004") and reader.GetMetaData("0028|0004").strip(" \0") == "MONOCHROME1"
-    notes = ("is MONOCHROME1 (small values are white): its values are used as stored",) if inverse else ()
-    return Pixels(array, "DICOM", spacing, notes=notes)
+
+    def text(tag: str) -> str:
+        return reader.GetMetaData(tag).strip(" \0") if reader.HasMetaDataKey(tag) else ""
+
+    spacing = (float(reader.GetSpacing()[1]), float(reader.GetSpacing()[0])) if text(_PIXEL_SPACING) else None
+    notes = []
+    if spacing is None and any(text(tag) for tag in _OTHER_SPACINGS):
+        notes.append("states only the pixel size on the detector or film, which is not used")
+    if text("0028|0004") == "MONOCHROME1":
+        notes.append(
+            "is MONOCHROME1 (small values are white): it is read as its negative, in which large values are white"
+        )
+    return Pixels(array, "DICOM", spacing, notes=tuple(notes))
 
 
 def parse_slice(path: Path, content: bytes) -> Pixels:
@@ -186,9 +196,9 @@ def _decoded(image: Image.Image, raw: str) -> tuple[np.ndarray, tuple[str, ...]]
         return np.asarray(image.convert("L")), ("has 1 bit a pixel: its values are read as 0 and 255",)
     if image.mode == "P":
         array = np.asarray(image.convert("RGB"))
-        if not is_grey(array):
-            return array, ()
-        return array[..., 0], ("has a palette of greys: the greys are read, not the numbers of its entries",)
+        grey = is_grey(array)
+        note = f"has a palette of {'greys' if grey else 'colours'}, which are read instead of the entries' numbers"
+        return (array[..., 0] if grey else array), (note,)
     array = np.asarray(image)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     few = re.match(r"L;([24])", raw)

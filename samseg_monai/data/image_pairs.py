@@ -194,6 +194,7 @@ def _take_mask(check: ImageCheck, picture: Picture, legal: Collection[int]) -> N
     name = check.files["label"].name
     if picture.array.ndim != 3:
         what = "its three channels are equal" if is_grey(picture.array) else "colours are not label values"
+        what = "; ".join([what, *(f"it {note}" for note in picture.notes)])
         check.problems.append(
             f"mask {name}: is an RGB picture ({what}); save it in grey, with one value for each label"
         )
