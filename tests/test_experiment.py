@@ -396,6 +396,9 @@ def test_the_table_of_made_up_rows(finished):
     assert compared["primary"]["mean"] == pytest.approx(0.05, abs=0.01) and compared["primary"]["n"] == 9
     assert list(compared["criteria"].values()) == [lines[compared["chosen"]]["dice_loose"] >= 0.92, True, True]
     assert all(one["p_holm"] >= one["p"] for one in compared["exploratory"])
+    pairs = [(one["row"], one["minus"], one["boxes"]) for one in compared["exploratory"]]
+    assert len(set(pairs)) == len(pairs) and ("lora_r64", "lora_r4", "loose") in pairs
+    assert (compared["chosen"], "zero_shot_shrunk_1024", "loose") in pairs
     assert "Primary comparison" in text and "LoRA rank 64" in text and "nan" not in text
 
 

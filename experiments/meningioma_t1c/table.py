@@ -140,6 +140,8 @@ def comparisons(results: Results) -> dict[str, Any]:
     main = results.difference(chosen, baseline)
     pairs = [(chosen, baseline, law) for law in ("tight", "unseen")]
     pairs += [(name, baseline, "loose") for name in done if name not in (chosen, baseline)]
+    pairs += [(chosen, name, "loose") for name in primary["controls"] if name in done]
+    pairs += [(a, b, "loose") for a, b in primary["pairs"] if a in done and b in done]
     pairs += [(chosen, hardest, "loose")] if hardest != baseline else []
     intervals = [results.difference(*pair) for pair in pairs]
     adjusted = holm([one.p for one in intervals])
