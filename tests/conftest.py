@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.pictures import make_pictures
+
 os.environ.setdefault("MONAI_FAIL_ON_DUPLICATE_CONFIG", "1")
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, 2 // WORKERS))
@@ -94,12 +96,19 @@ def hippocampi(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def phantoms_of(phantoms, abdomen, hippocampi):
+def pictures(tmp_path_factory) -> Path:
+    """Folder of seven small PNG images with labels 0 and 255, and their datalist; distances in pixels."""
+    return make_pictures(tmp_path_factory.mktemp("pictures") / "discs")
+
+
+@pytest.fixture(scope="session")
+def phantoms_of(phantoms, abdomen, hippocampi, pictures):
     """Folder of tiny cases of the task that a bundle is named after; ``images`` of single scans are its unlabelled."""
     unlabelled = hippocampi / "unlabelled"
     if not unlabelled.exists():
         shutil.copytree(hippocampi / "images", unlabelled)
     folders = {"meningioma": phantoms, "abdomen": abdomen, "hippocampus": hippocampi}
+    folders["brain_tumour_t1c"] = pictures
     return lambda bundle: folders[bundle.partition("_segmentation_")[0]]
 
 

@@ -21,7 +21,13 @@ COMMITTED = sorted(p.name for p in ROOT.iterdir() if p.is_dir())
 BUILT = tempfile.TemporaryDirectory()  # bundles that are built on demand obey the same laws
 ON_DEMAND = [
     bundles.build_bundle(*pair, BUILT.name).name
-    for pair in (("abdomen", "cnn_only"), ("abdomen", "sam_only"), ("hippocampus", "ladder"), ("hippocampus", "unet"))
+    for pair in (
+        ("abdomen", "cnn_only"),
+        ("abdomen", "sam_only"),
+        ("brain_tumour_t1c", "lora"),
+        ("hippocampus", "ladder"),
+        ("hippocampus", "unet"),
+    )
 ]
 BUNDLES = [*COMMITTED, *ON_DEMAND]
 
@@ -51,9 +57,9 @@ def files_below(folder: Path) -> list[str]:
 def test_as_many_bundles_as_expected_are_tested():
     abdomen = ["abdomen_segmentation_ladder", "abdomen_segmentation_ladder_paper"]
     assert [*abdomen, "meningioma_segmentation_lora", "meningioma_segmentation_zero_shot"] == COMMITTED
-    assert len(ON_DEMAND) == 4
-    assert len(CONFIGS) == 3 * 6 + 3 + 4 * 6
-    assert len(RUNNABLE) == 3 * 3 + 2 + 4 * 3
+    assert len(ON_DEMAND) == 5
+    assert len(CONFIGS) == 3 * 6 + 3 + 5 * 6
+    assert len(RUNNABLE) == 3 * 3 + 2 + 5 * 3
 
 
 @pytest.mark.parametrize("bundle", COMMITTED)

@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -25,49 +26,10 @@ from samseg_monai.handlers.overlay import REFERENCE
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.transforms import SaveImagePngd, ScaleGreysd
 from samseg_monai.transforms.image_files import overlay_picture
+from tests.pictures import CLASSES, SIZE, make_pictures
 
 TINY = {"sam_variant": "tiny", "sam_checkpoint": "random", "image_size": 64}
-SIZE = (40, 52)  # rows, columns
 SCALE = np.array([64 / 52, 49 / 40] * 2)  # the longer side becomes 64, the other one the next whole number
-CLASSES = {"0": "background", "255": "tumour"}
-
-
-def discs(number: int, size: tuple[int, int] = SIZE) -> tuple[np.ndarray, np.ndarray]:
-    """Image and mask of two bright discs of different sizes, which do not touch."""
-    rng = np.random.default_rng(number)
-    y, x = np.mgrid[: size[0], : size[1]] + 0.5
-    image, mask = rng.normal(60, 10, size), np.zeros(size, dtype=bool)
-    for centre_x, radius in ((12 + rng.uniform(-2, 2), rng.uniform(6, 8)), (38, 4)):
-        disc = (x - centre_x) ** 2 + (y - rng.uniform(16, 24)) ** 2 <= radius**2
-        image, mask = np.where(disc, image + 120, image), mask | disc
-    return image.clip(0, 255).astype(np.uint8), mask
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """Folder of seven small PNG images with labels 0 and 255, and their datalist; distances in pixels."""
-    folder = tmp_path_factory.mktemp("pictures")
-    names = [f"scan_{n:04d}" for n in range(7)]
-    for number, name in enumerate(names):
-        image, mask = discs(number)
-        for part, array in (("images", image), ("labels", mask.astype(np.uint8) * 255)):
-            (folder / part).mkdir(exist_ok=True)
-            Image.fromarray(array).save(folder / part / f"{name}.png")
-    items = [
-        {
-            "case": n,
-            "patient": n,
-            "image": f"images/{n}.png",
-            "label": f"labels/{n}.png",
-            "reference": f"labels/{n}.png",
-        }
-        for n in names
-    ]
-    datalist = {"name": "discs", "kind": "images", "spacing_mm": None, "distance_unit": "px", "scans": ["image"]}
-    datalist |= {"labels": CLASSES, "label_coding": "own"}
-    datalist |= {"training": items[:3], "validation": items[3:4], "testing": items[4:]}
-    (folder / "datalist.json").write_text(json.dumps(datalist))
-    return folder
 
 
 def config(strategy: str, name: str, folder: Path) -> list[Path]:
@@ -330,3 +292,61 @@ def test_images_of_eight_bits_keep_their_greys_and_others_are_stretched(image, e
     torch.testing.assert_close(stretched, torch.tensor(expected, dtype=torch.float32), atol=11, rtol=0)
     unit = ScaleGreysd("image", top=1)({"image": torch.tensor(image)})["image"]
     torch.testing.assert_close(unit * 255, stretched)
+
+
+@pytest.mark.parametrize("strategy", ["decoder", "full", "unet", "unet_box", "unet_crop", "ellipse"])
+def test_every_strategy_of_the_comparison_learns_images_from_boxes(strategy, pictures, tmp_path):
+    """One epoch with a validation, whose loss is written down, and an evaluation beside the box's ellipse."""
+    plain = strategy.startswith("unet") or strategy == "ellipse"
+    settings = {"image_size": 64, **({} if plain else TINY)}
+    places = {"dataset_dir": str(pictures), "output_dir": str(tmp_path / "out")}
+    run_workflow(config(strategy, "train", tmp_path), {**places, **settings, "epochs": 1, "val_interval": 1})
+    history = {row["name"]: float(row["value"]) for row in rows(tmp_path / "out" / "history.csv")}
+    assert 0 < history["val_loss"] < 20
+    run_workflow(config(strategy, "evaluate", tmp_path), {**places, **settings})
+    results = tmp_path / "out" / "evaluation"
+    assert len(rows(results / "cases.csv")) == 3 and "hd95_px" in rows(results / "cases.csv")[0]
+    assert (results / "ellipse_cases.csv").is_file() == (strategy != "unet")
+
+
+def test_colour_images_are_three_scans_of_one_file(tmp_path):
+    data = make_pictures(tmp_path / "colour", colour=True)
+    settings = {"scans": ["red", "green", "blue"], "scan_mode": "channels", "input_scale": "sam"}
+    results = evaluate(data, tmp_path, **settings, save_predictions=True)
+    assert len(rows(results / "cases.csv")) == 3
+    with Image.open(data / "images" / "scan_0005.png") as image:
+        stored = np.asarray(image)
+    with Image.open(results / "predictions" / "scan_0005_overlay.png") as top:
+        assert (np.asarray(top) == stored).all(axis=2).mean() > 0.6  # all but lines
+
+
+@pytest.mark.parametrize("shape", [SIZE, (*SIZE, 1)])
+def test_flat_nifti_gives_a_png_of_the_picture_that_stands_upright(shape, packed, pictures, tmp_path, monkeypatch):
+    """x is the first axis of the file and runs along the picture's columns."""
+    with Image.open(pictures / "images" / "scan_0004.png") as image:
+        array = np.asarray(image)
+    (tmp_path / "in").mkdir()
+    stored = array.T.reshape(shape[1], shape[0], *shape[2:])
+    nib.save(nib.Nifti1Image(stored, np.eye(4)), tmp_path / "in" / "scan_0004.nii.gz")
+    boxes = box_file(tmp_path, {"scan_0004": BOXES["scan_0004"]})
+    for source, out in ((tmp_path / "in", "a"), (pictures / "images" / "scan_0004.png", "b")):
+        assert predict(monkeypatch, packed, "--input", source, "--boxes", boxes, "--output", tmp_path / out) == 0
+    first, second = (np.asarray(Image.open(tmp_path / out / "scan_0004_seg.png")) for out in "ab")
+    assert first.shape == SIZE and np.array_equal(first, second)
+
+
+def test_images_without_boxes_are_predicted_as_a_whole_and_bad_boxes_cost_one_image(
+    packed, pictures, tmp_path, monkeypatch, capsys
+):
+    assert predict(monkeypatch, packed, "--input", pictures / "unlabelled", "--output", tmp_path / "whole") == 0
+    assert (tmp_path / "whole" / "new_overlay.png").is_file()
+    boxes = box_file(tmp_path, {**BOXES, "scan_0005": [[60, 2, 70, 9]]})
+    found = [pictures / "images" / f"{name}.png" for name in BOXES]
+    (tmp_path / "in").mkdir()
+    for path in found:
+        (tmp_path / "in" / path.name).write_bytes(path.read_bytes())
+    words = ["--input", tmp_path / "in", "--boxes", boxes, "--output", tmp_path / "out"]
+    assert predict(monkeypatch, packed, *words) == 1
+    assert "scan_0005" in capsys.readouterr().err
+    made = sorted(path.name for path in (tmp_path / "out").glob("*_seg.png"))
+    assert made == ["scan_0004_seg.png", "scan_0006_seg.png"]

@@ -57,7 +57,9 @@ def predict(
     bundle: Annotated[Path, typer.Argument(help="folder or ZIP of a bundle")],
     input: Annotated[
         Path,
-        typer.Option(help="case folder, folder of cases or of NIfTI/MHA/NRRD files, one file, or a DICOM series"),
+        typer.Option(
+            help="case folder, folder of cases or of NIfTI/MHA/NRRD files or 2-D images, one file, or a DICOM series"
+        ),
     ],
     output: Annotated[Path, typer.Option(help="folder for the segmentations")],
     boxes: Annotated[Path | None, typer.Option(help="JSON of boxes per case")] = None,
@@ -67,6 +69,8 @@ def predict(
     trust: Annotated[bool, typer.Option("--trust", help="run a bundle that 'samseg lint' has findings in")] = False,
 ) -> None:
     """Segment cases without labels; the result has exactly the grid and the affine of its image.
+
+    A bundle for 2-D images writes a PNG of the image's size for each, and a picture of it with outline and boxes.
 
     A bundle is a program: one that could do more than predict (see 'samseg lint') is refused without --trust.
 
