@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from monai.data import DataLoader, pad_list_data_collate
 from monai.transforms import (
     Compose,
@@ -26,6 +27,7 @@ from monai.transforms import (
 )
 from torch.utils.data import DataLoader as TorchDataLoader
 
+from samseg_monai.bundles.build import RECIPES, read_json
 from samseg_monai.data import slice_cache
 from samseg_monai.data.slices import AllSlices, EveryNth, Foreground, MaxArea, RandomN, SliceDataset
 from samseg_monai.errors import ConfigError, DataError
@@ -207,6 +209,22 @@ def test_workers_and_collates_give_the_same_items(cases):
     assert_same(expected, flat(DataLoader(dataset, batch_size=3, num_workers=2)))  # MONAI's worker seeds
     assert_same(expected, flat(TorchDataLoader(dataset, batch_size=3)))
     assert_same(expected, flat(DataLoader(dataset, batch_size=3, collate_fn=pad_list_data_collate)))
+
+
+def test_slices_of_unequal_shape_stay_under_their_boxes_in_a_batch():
+    config = read_json(RECIPES / "engine" / "train.json")
+    collate = ConfigParser({"collate_fn": config["train"]["dataloader"]["collate_fn"]}).get_parsed_content("collate_fn")
+    items = []
+    for shape in ((64, 36), (36, 64), (64, 64)):
+        prompt = torch.zeros(1, *shape)
+        prompt[:, 10:20, 12:20] = 1
+        items.append(BoxFromPromptd()({"image": prompt.clone(), "label": prompt.clone(), "prompt": prompt}))
+    batch = collate(items)
+    assert batch["label"].shape == (3, 1, 64, 64)
+    for key in ("image", "label"):
+        for found, box in zip(batch[key][:, 0], batch["boxes"], strict=True):
+            rows, columns = (found.any(axis).nonzero()[:, 0].tolist() for axis in (1, 0))
+            assert box.tolist() == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
 
 
 def test_persistent_workers_hear_of_a_new_epoch(cases):
