@@ -315,6 +315,17 @@ def test_the_runner_writes_each_run_and_skips_what_is_there(runner):
     assert [name for name, _ in runner.calls] == ["evaluate"] * 7
 
 
+def test_a_finished_training_of_another_plan_is_not_taken_for_this_plans(runner):
+    runner("--rows", "unet", "--shard", "0/4")
+    (runner.results / "unet_fold0_seed0.csv").unlink()
+    card = runner.results.parent / "work" / "runs" / "unet_fold0_seed0" / "run_card.json"
+    card.write_text(json.dumps({"status": "completed", "settings": {"lr": 0.02, "image_size": 256, "epochs": 40}}))
+    runner.calls.clear()
+    text = runner("--rows", "unet", "--shard", "0/4")
+    assert "lr: 0.02 there, 0.001 in the plan" in text and "epochs" not in text
+    assert not runner.calls and not (runner.results / "unet_fold0_seed0.csv").is_file()
+
+
 def test_last_and_best_weights_come_from_their_own_folders(runner):
     runner("--rows", "unet_box", "--shard", "0/4")
     by_results = {Path(o["results_dir"]).name: o.get("checkpoint", "") for n, o in runner.calls if n == "evaluate"}
@@ -389,7 +400,7 @@ def test_the_table_of_made_up_rows(finished):
     assert lines["lora_r4"]["seeds"] == 3 and 0 < lines["lora_r4"]["sd_of_seeds"] < 0.01
     assert lines["unet"]["dice_tight"] == lines["unet"]["dice_loose"]
     assert lines["inscribed_ellipse"]["dice_loose"] == pytest.approx(0.75)
-    assert lines["lora_r16"]["minutes_per_run"] == 3 and lines["lora_r16"]["without_hd95_loose"] == 0
+    assert lines["lora_r16"]["minutes_per_run"] == 3 and lines["lora_r16"]["empty_loose"] == 0
     compared = content["comparisons"]
     assert compared["chosen"] in PLAN["primary"]["candidates"]
     assert compared["baseline"] in PLAN["primary"]["baselines"]
@@ -443,6 +454,35 @@ def test_transfer_is_reported_apart():
     lines = table.transfer_lines(table.Results(rows, [], PLAN))
     assert [(line["kind"], line["slices"]) for line in lines] == [("glioma", 74), ("pituitary", 36)]
     assert not table.Results(rows, [], PLAN).rows
+    twice = [*rows, *({**one, "seed": 1, "dice": one["dice"] + 0.1} for one in rows)]
+    of_seeds = table.transfer_lines(table.Results(twice, [], PLAN))
+    assert [line["slices"] for line in of_seeds] == [74, 36]  # a second seed gives no more slices
+    for one, mean in zip(lines, of_seeds, strict=True):
+        assert mean["dice_loose"] == pytest.approx(one["dice_loose"] + 0.05)
+        widths = [x["over_slices_loose_too_narrow"]["high"] - x["dice_loose"] for x in (one, mean)]
+        assert widths[0] == pytest.approx(widths[1])
+
+
+def test_empty_predictions_are_counted_beside_the_distance_that_stands_in_for_them(finished):
+    rows = records.read(finished)
+    wanted = ("lora_r16", "loose", "best", "testing")
+    of_row = [row for row in rows if (row["row"], row["boxes"], row["weights"], row["section"]) == wanted]
+    of_row[0].update(dice=0.0, hd95_px=724.08, empty_prediction=1.0)
+    row = next(row for row in PLAN["rows"] if row["name"] == "lora_r16")
+    line = table.line_of(table.Results(rows, [{**fake_facts(run), "fold": "0"} for run in plans.runs_of(PLAN)
+                                              if run.name == "lora_r16"], PLAN), row)  # fmt: skip
+    assert line["empty_loose"] == 1 and line["hd95_px_loose"] > 14
+    text = table.markdown([line], {"missing": []}, "w")
+    assert "(1 empty, as the image's diagonal)" in text
+
+
+def test_a_table_with_runs_missing_says_that_it_is_provisional(finished, tmp_path):
+    for path in finished.glob("*_fold*"):
+        if not path.name.startswith("lora_r4_fold1_seed1"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    content, text = table.build(tmp_path)
+    assert content["comparisons"]["unfinished"] == ["lora_r4_fold1_seed1"] and "Provisional: 1 runs" in text
+    assert "Provisional" not in table.build(finished)[1]
 
 
 # figures

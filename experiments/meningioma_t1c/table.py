@@ -3,7 +3,8 @@
 ``python experiments/meningioma_t1c/table.py``. Means are over all 77 slices, after the mean over seeds of each slice.
 The interval is Student's t over the means of the nine blocks, so it is centred on the mean of blocks, which stands
 beside the mean of slices. Intervals over slices are given, too; they are too narrow, since slices of one patient are
-alike and patients are unknown.
+alike and patients are unknown. Blocks are not wholly independent either: those of one fold are scored by one model, and
+the folds' training parts overlap, so that p-values and intervals over blocks are approximate.
 """
 
 from __future__ import annotations
@@ -71,6 +72,12 @@ class Results:
         """Whether every slice of the folds was tested with loose boxes."""
         return len(self.slices(name, "loose")) == len(self.blocks)
 
+    def unfinished(self) -> list[str]:
+        """Runs of the folds that the plan has and the results have not; rows that only draw curves do not count."""
+        there = {(row["row"], row["fold"], row["seed"]) for row in self.rows}
+        runs = (run for run in plans.runs_of(self.plan) if run.fold != "all" and run.row["role"] in ROLES)
+        return [run.file for run in runs if (run.name, str(run.fold), run.seed) not in there]
+
     def difference(self, name: str, other: str, law: str = "loose") -> Interval:
         """Dice of ``name`` minus ``other``, paired by slice: t interval over means of blocks."""
         ours, theirs = self.slices(name, law), self.slices(other, law)
@@ -88,8 +95,8 @@ def line_of(results: Results, row: Mapping[str, Any]) -> dict[str, Any]:
     for law in LAWS:
         for measure in MEASURES:
             line[f"{measure}_{law}"] = _mean(results.slices(name, law, measure=measure).values())
-        # no prediction, no distance: the mean is over the others, and says so
-        line[f"without_hd95_{law}"] = line["slices"] - len(results.slices(name, law, measure="hd95_px"))
+        # nothing predicted: its distance is the image's diagonal, which weighs heavily in the mean
+        line[f"empty_{law}"] = sum(v > 0 for v in results.slices(name, law, measure="empty_prediction").values())
         of_blocks = t_interval(block_means(results.slices(name, law), results.blocks))
         line[f"blocks_{law}"] = vars(of_blocks)
         line[f"over_slices_{law}_too_narrow"] = vars(t_interval(list(results.slices(name, law).values())))
@@ -159,14 +166,18 @@ def comparisons(results: Results) -> dict[str, Any]:
 
 
 def transfer_lines(results: Results) -> list[dict[str, Any]]:
-    """Mean Dice of each row on the other kinds of tumour, with intervals over slices (patients are unknown)."""
+    """Mean Dice of each row on the other kinds of tumour, after the mean over seeds of each slice; intervals are over
+    slices (patients are unknown)."""
     lines = []
     for name in dict.fromkeys(row["row"] for row in results.transfer):
         for kind in plans.KINDS[1:]:
             line = {"row": name, "kind": kind}
             for law in LAWS:
-                values = [r["dice"] for r in results.transfer if r["row"] == name and r["case"].startswith(kind)
-                          and r["boxes"] in (law, "none")]  # fmt: skip
+                found: dict[str, list[float]] = {}  # case -> one value per seed
+                for r in results.transfer:
+                    if r["row"] == name and r["case"].startswith(kind) and r["boxes"] in (law, "none"):
+                        found.setdefault(r["case"], []).append(r["dice"])
+                values = [_mean(seeds) for seeds in found.values()]
                 line |= {f"dice_{law}": _mean(values), f"over_slices_{law}_too_narrow": vars(t_interval(values))}
             lines.append({**line, "slices": len(values)})
     return lines
@@ -184,9 +195,9 @@ def markdown(lines: Sequence[Mapping[str, Any]], compared: Mapping[str, Any], we
         cells = [line["title"] + (f" ({line['slices']} slices so far)" if short else ""), _f(line["dice_loose"])]
         cells += [f"{_f(block['low'])} to {_f(block['high'])} (mean of blocks {_f(block['mean'])})"]
         cells += [_f(line["dice_tight"]), _f(line["dice_unseen"]), _f(line.get("dice_loose_last_epoch"))]
-        without = line.get("without_hd95_loose")
+        empty = line.get("empty_loose")
         cells += [
-            _f(line["hd95_px_loose"], 1) + (f" ({without} empty)" if without else ""),
+            _f(line["hd95_px_loose"], 1) + (f" ({empty} empty, as the image's diagonal)" if empty else ""),
             _f(line.get("sd_of_seeds"), 4),
         ]
         values = line.get("trained_values")
@@ -205,6 +216,9 @@ def markdown(lines: Sequence[Mapping[str, Any]], compared: Mapping[str, Any], we
     text += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     text += [f"| {one['row']} | {one['minus']} | {one['boxes']} | {one['mean']:+.3f} | {one['low']:+.3f} to "
              f"{one['high']:+.3f} | {one['p_holm']:.2g} |" for one in compared["exploratory"]]  # fmt: skip
+    if left := compared.get("unfinished"):
+        text += ["", f"Provisional: {len(left)} runs of the plan are not there yet, rows may have "
+                 f"fewer seeds than planned and another row may be chosen: {', '.join(left)}."]  # fmt: skip
     if compared["missing"]:
         text += ["", f"Rows that lack slices and take no part: {', '.join(compared['missing'])}."]
     return "\n".join([*text, ""])
@@ -224,7 +238,7 @@ def build(folder: Path) -> tuple[dict[str, Any], str]:
     lines = [line_of(results, row) for row in by_role(plan["rows"]) if row["name"] in there]
     ellipse = ellipse_line(results)
     lines += [ellipse] if ellipse["slices"] else []
-    compared = {**comparisons(results), "slices": len(results.blocks)}
+    compared = {**comparisons(results), "slices": len(results.blocks), "unfinished": results.unfinished()}
     content = {"weights": plan["weights"], "rows": lines, "comparisons": compared, "transfer": transfer_lines(results)}
     return content, markdown(lines, compared, plan["weights"])
 

@@ -14,7 +14,7 @@ from samseg_monai.cli.workflow import run_workflow, shell_command
 if TYPE_CHECKING:
     from samseg_monai.report import OverlayCase, RunResult
 
-_ABSENT = object()
+ABSENT = object()
 
 
 class Story:
@@ -70,16 +70,16 @@ def is_trained(overrides: Mapping[str, Any]) -> bool:
         return False  # the training says what is wrong with them
     if card.get("base_sha256") != (RANDOM if weights == RANDOM else sha256_of(weights)):
         return False
-    recorded = ((_recorded(card.get("settings", {}), key), plain(value)) for key, value in overrides.items())
-    return all(was in (_ABSENT, now) for was, now in recorded)
+    pairs = ((recorded(card.get("settings", {}), key), plain(value)) for key, value in overrides.items())
+    return all(was in (ABSENT, now) for was, now in pairs)
 
 
-def _recorded(settings: Mapping[str, Any], key: str) -> Any:
-    """Value at a MONAI id in the settings of a card, which holds no places and no wiring."""
+def recorded(settings: Mapping[str, Any], key: str) -> Any:
+    """Value at a MONAI id in the settings of a card, which holds no places and no wiring; else ``ABSENT``."""
     value: Any = settings
     for part in key.split("::"):
         if not isinstance(value, Mapping) or part not in value:
-            return _ABSENT
+            return ABSENT
         value = value[part]
     return value
 

@@ -29,7 +29,8 @@ TRANSFORMS = words(
     FlattenSequence FlattenSubKeys Flip ForegroundMask FromMetaTensor GaussianSharpen GaussianSmooth GibbsNoise
     GridDistortion GridPatch GridSplit HistogramNormalize Identity IntensityRemap IntensityStats Invert
     KSpaceSpikeNoise KeepLargestConnectedComponent LabelFilter LabelToContour LabelToMask Lambda LoadImage
-    MapLabelValue MaskIntensity MeanEnsemble MedianSmooth MixUp NormalizeIntensity OneOf Orientation Pad PadListDataCollate ProbNMS
+    MapLabelValue MaskIntensity MeanEnsemble MedianSmooth MixUp NormalizeIntensity OneOf Orientation Pad
+    PadListDataCollate ProbNMS
     Rand2DElastic Rand3DElastic RandAdjustContrast RandAffine RandAffineGrid RandAxisFlip RandBiasField
     RandCoarseDropout RandCoarseShuffle RandCropByLabelClasses RandCropByPosNegLabel RandDeformGrid RandFlip
     RandGaussianNoise RandGaussianSharpen RandGaussianSmooth RandGibbsNoise RandGridDistortion RandGridPatch
