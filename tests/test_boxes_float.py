@@ -206,6 +206,16 @@ def test_boxes_stay_in_the_image():
 def test_bad_laws_are_all_named_at_once():
     with pytest.raises(ConfigError, match=r"(?s)loosen.*tight.*shift.*seed.*max_boxes"):
         BoxesFromLabeld(loosen=(0.3, 0.1), tight=2, shift=0.6, seed=-1, max_boxes=0)
+    with pytest.raises(
+        ConfigError, match=r"(?s)tight must be a number, got 'a'.*shift must.*loosen is a pair.*got 0.3"
+    ):
+        BoxesFromLabeld(loosen=0.3, tight="a", shift=None)  # as a command line gives them
+    for loosen in ("01", (0.1, "x"), (0.1,)):
+        with pytest.raises(ConfigError, match="loosen is a pair"):
+            BoxesFromLabeld(loosen=loosen)
+    for fraction in ("a", None, 0.5):
+        with pytest.raises(ConfigError, match="shrink must be"):
+            ShrinkBoxesd(fraction=fraction)
     with pytest.raises(ConfigError, match=r"less than 0\.5"):
         ShrinkBoxesd(fraction=0.5)
     with pytest.raises(PromptError, match="2-D images"):

@@ -465,17 +465,22 @@ def test_all_slips_of_a_box_file_are_listed_at_once(tmp_path):
         "f": ([], "expected a list of boxes"),
         "g": ([[1, 2, 3, True]], "must be four numbers"),
         "h": ([[1, 2, 3, 4]], "there is no such image"),
+        "i": ([[0.25, 0.3, 0.5, 1.0]], "fractions of the image"),
+        "j": ([[3, 1, 3.0000001, 5]], "less than 0.01 pixels"),
+        "k": ([[-4, 1, 0.001, 5]], "less than 0.01 pixels"),  # of which nothing is left in the image
     }
     path = tmp_path / "boxes.json"
     path.write_text(json.dumps({name: boxes for name, (boxes, _) in slips.items()}))
-    with pytest.raises(PromptError, match="8 problems") as caught:
-        read_boxes(path, {"d": (6, 9)}, names="abcdefg")
+    with pytest.raises(PromptError, match="11 problems") as caught:
+        read_boxes(path, {"d": (6, 9), "k": (6, 9)}, names="abcdefgijk")
     for name, (_, text) in slips.items():
         assert any(f"- {name}: " in line and text in line for line in str(caught.value).splitlines()), name
     for content, text in (("[1", "cannot be read as JSON"), ("[]", "got a list"), ('{"a": [], "a": []}', "more than")):
         path.write_text(content)
         with pytest.raises(PromptError, match=text):
             read_boxes(path)
+    path.write_text('{"first pixel": [[0, 0, 1, 1]], "wide": [[0.5, 0.5, 1, 1.5]], "above": [[0, -1, 1, 0.5]]}')
+    assert len(read_boxes(path, dict.fromkeys(("first pixel", "wide", "above"), (6, 9)))) == 3
 
 
 def test_images_for_prediction_are_found_and_bad_ones_set_aside(folders, tmp_path):

@@ -275,6 +275,17 @@ def test_values_of_several_classes_and_of_sixteen_bits(tmp_path):
         assert found[:, 0].tolist() == [0, wanted[0], wanted[1], wanted[0]]
 
 
+def test_masks_whose_background_is_not_zero_are_written_with_its_value(tmp_path):
+    image = MetaTensor(torch.zeros(1, 4, 3, 1), meta={"filename_or_obj": "absent.png"})
+    numbers = torch.tensor([0, 1, 0, 1]).reshape(1, 4, 1, 1).expand(1, 4, 3, 1)
+    save = SaveImagePngd("pred", ["a"], tmp_path, labels={"0": "a", "255": "background"}, overlay=False)
+    save({"case": "x", "pred": MetaTensor(numbers), "image": image})
+    with Image.open(tmp_path / "x_seg.png") as stored:
+        assert np.asarray(stored)[:, 0].tolist() == [255, 0, 255, 0]
+    with pytest.raises(ConfigError, match="values of their own"):
+        SaveImagePngd("pred", ["a"], tmp_path, labels={"0": "a"})
+
+
 def test_predictions_that_are_none_and_names_that_lead_elsewhere_are_refused(tmp_path):
     save = SaveImagePngd("pred", ["a"], tmp_path / "out", overlay=False)
     for pred, name in ((torch.full((1, 4, 4, 1), 0.5), "x"), (torch.full((1, 4, 4, 1), 2.0), "x"),
@@ -335,12 +346,13 @@ def test_flat_nifti_gives_a_png_of_the_picture_that_stands_upright(shape, packed
     assert first.shape == SIZE and np.array_equal(first, second)
 
 
+@pytest.mark.parametrize("box", [[60, 2, 70, 9], [3, 2, 3.0000001, 9]])
 def test_images_without_boxes_are_predicted_as_a_whole_and_bad_boxes_cost_one_image(
-    packed, pictures, tmp_path, monkeypatch, capsys
+    box, packed, pictures, tmp_path, monkeypatch, capsys
 ):
     assert predict(monkeypatch, packed, "--input", pictures / "unlabelled", "--output", tmp_path / "whole") == 0
     assert (tmp_path / "whole" / "new_overlay.png").is_file()
-    boxes = box_file(tmp_path, {**BOXES, "scan_0005": [[60, 2, 70, 9]]})
+    boxes = box_file(tmp_path, {**BOXES, "scan_0005": [box]})
     found = [pictures / "images" / f"{name}.png" for name in BOXES]
     (tmp_path / "in").mkdir()
     for path in found:

@@ -15,6 +15,7 @@ from typing import Any
 
 from samseg_monai.errors import PromptError, raise_all
 
+_SMALLEST = 0.01  # pixels: what is left of a side must stay a side when large images are made small
 _FORMAT = '{"NAME": [[x0, y0, x1, y1], ...]}'
 
 
@@ -80,7 +81,8 @@ def box_problems(boxes: Any, size: Sequence[int] | None = None) -> list[str]:
 
 
 def box_problem(box: Any, size: Sequence[int] | None = None) -> str:
-    """What is wrong with one box: not four finite numbers, empty, reversed, or wholly outside; empty if nothing is."""
+    """What is wrong with one box: not four finite numbers, empty, reversed, outside, in fractions of the image in place
+    of pixels, or too narrow for any network; empty if nothing is."""
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
         return f"must be four numbers [x0, y0, x1, y1], got {box!r}"
     if not all(math.isfinite(value) for value in box):
@@ -88,8 +90,14 @@ def box_problem(box: Any, size: Sequence[int] | None = None) -> str:
     x0, y0, x1, y1 = box
     if x1 <= x0 or y1 <= y0:
         return f"must have x0 < x1 and y0 < y1, got {box}; is it [x, y, width, height]?"
-    if size is not None and (x1 <= 0 or y1 <= 0 or x0 >= size[1] or y0 >= size[0]):
-        return f"lies outside of the image of {size[1]} columns and {size[0]} rows: {box}"
+    if min(box) >= 0 and max(box) <= 1 and any(value % 1 for value in box):
+        return f"lies within the first pixel: {box}; are these fractions of the image? Give pixels"
+    if size is not None:
+        if x1 <= 0 or y1 <= 0 or x0 >= size[1] or y0 >= size[0]:
+            return f"lies outside of the image of {size[1]} columns and {size[0]} rows: {box}"
+        x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, size[1]), min(y1, size[0])
+    if x1 - x0 < _SMALLEST or y1 - y0 < _SMALLEST:
+        return f"is less than {_SMALLEST} pixels wide or high in the image: {box}"
     return ""
 
 

@@ -12,7 +12,7 @@ from monai.transforms import MapTransform, RandomizableTransform
 
 from samseg_monai.errors import ConfigError, PromptError, raise_all
 from samseg_monai.transforms.boxes import Rectangle, rectangles
-from samseg_monai.transforms.float_boxes import no_boxes
+from samseg_monai.transforms.float_boxes import is_number, no_boxes
 
 Random = np.random.RandomState | np.random.Generator
 
@@ -56,8 +56,12 @@ class BoxesFromLabeld(RandomizableTransform, MapTransform):
     ) -> None:
         MapTransform.__init__(self, label_key, allow_missing_keys)
         RandomizableTransform.__init__(self, prob=1.0)
-        problems = []
-        if len(loosen) != 2 or not 0 <= loosen[0] <= loosen[1]:
+        problems = [f"{key} must be a number, got {value!r}" for key, value in
+                    (("tight", tight), ("shift", shift)) if not is_number(value)]  # fmt: skip
+        if not isinstance(loosen, Sequence) or len(loosen) != 2 or not all(map(is_number, loosen)):
+            problems.append(f"loosen is a pair of numbers (low, high), got {loosen!r}")
+        raise_all(problems, ConfigError, "boxes cannot be drawn from labels")
+        if not 0 <= loosen[0] <= loosen[1]:
             problems.append(f"loosen is a pair (low, high) with 0 <= low <= high, got {loosen!r}")
         if not 0 <= tight <= 1:
             problems.append(f"tight is the fraction of tight boxes, 0 to 1, got {tight!r}")

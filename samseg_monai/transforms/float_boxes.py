@@ -23,6 +23,11 @@ _PARALLEL = 1e-6  # of a pixel's side: what an affine may be off the axes by rou
 _DUST = 1e-3  # pixels: what rounding may put beyond the border
 
 
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a number and no truth value: the command line also gives texts."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def move_boxes(boxes: torch.Tensor, before: Any, after: Any) -> torch.Tensor:
     """Boxes on one grid as boxes on another grid over the same picture.
 
@@ -141,7 +146,7 @@ class ShrinkBoxesd(MapTransform):
     def __init__(self, boxes_key: str = "boxes", *, fraction: float = 0.0, case_key: str = "case") -> None:
         super().__init__(boxes_key)
         self.case_key = case_key
-        if not 0 <= fraction < 0.5:
+        if not is_number(fraction) or not 0 <= fraction < 0.5:
             raise ConfigError(f"shrink must be at least 0 and less than 0.5, got {fraction!r}")
         self.fraction = float(fraction)
 

@@ -22,6 +22,7 @@ from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.transforms.float_boxes import move_boxes
 from samseg_monai.transforms.greys import bytes_of
 
+BACKGROUND = "background"  # as datalists name it
 BOX = (86, 180, 233)
 CLASSES = ((230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66))
 _PIXELS_PER_LINE = 400  # of the longer side: an outline is one pixel wide in small images, three in 1200 pixels
@@ -38,7 +39,7 @@ class SaveImagePngd(MapTransform):
         classes: names of the values 1, 2, ...
         output_dir: folder, made if need be.
         labels: what values mean in label files (``datalists.labels_of``): class k is written as the smallest value of
-            its name, all else as 0. None writes 0 to K.
+            its name, all else as that of the background, or 0. None writes 0 to K.
         image_key: the network's image, a MetaTensor with its file's name; tells where the boxes lie.
         boxes_key: boxes (N, 4) on the grid of that image; an item without has none in its picture.
         case_key: the name of the case.
@@ -131,7 +132,10 @@ def _table(classes: Sequence[str], labels: Mapping[str, str] | None) -> np.ndarr
         missing = [name for name, its in zip(classes, found, strict=True) if not its]
         if missing:
             raise ConfigError(f"label_values have no value for {', '.join(missing)}, got {dict(labels)}")
-        values = [0, *(its[0] for its in found)]
+        nothing = sorted(int(value) for value, name in labels.items() if name == BACKGROUND)
+        values = [nothing[0] if nothing else 0, *(its[0] for its in found)]
     if min(values) < 0 or max(values) > 65535:
         raise ConfigError(f"a PNG holds values from 0 to 65535, got {values}")
+    if len(set(values)) < len(values):
+        raise ConfigError(f"background and classes need values of their own in a PNG, got {values} of {labels}")
     return np.asarray(values, dtype=np.uint8 if max(values) <= 255 else np.uint16)
