@@ -346,6 +346,16 @@ def test_flat_nifti_gives_a_png_of_the_picture_that_stands_upright(shape, packed
     assert first.shape == SIZE and np.array_equal(first, second)
 
 
+def test_results_lie_where_they_were_asked_for_whatever_the_folder_is_called(packed, pictures, tmp_path, monkeypatch):
+    folder = tmp_path / "study #2 $x 'y' @z %w \\ é"
+    folder.mkdir()
+    (folder / "new.png").write_bytes((pictures / "unlabelled" / "new.png").read_bytes())
+    (folder / "boxes #1.json").write_text('{"new": [[1, 2, 30, 40]]}')
+    words = ["--input", folder, "--boxes", folder / "boxes #1.json", "--output", folder / "out"]
+    assert predict(monkeypatch, packed, *words) == 0
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["new_overlay.png", "new_seg.png"]
+
+
 @pytest.mark.parametrize("box", [[60, 2, 70, 9], [3, 2, 3.0000001, 9]])
 def test_images_without_boxes_are_predicted_as_a_whole_and_bad_boxes_cost_one_image(
     box, packed, pictures, tmp_path, monkeypatch, capsys

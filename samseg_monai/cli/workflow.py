@@ -32,6 +32,7 @@ def run_workflow(configs: Sequence[str | Path], overrides: dict[str, Any], *, ec
     missing = [str(c) for c in configs if not Path(c).is_file()]
     if missing:
         raise BundleError(f"no such config: {', '.join(missing)}; give the folder of a bundle")
+    overrides = {key: _literal(value) for key, value in overrides.items()}
     command = shell_command(configs, overrides)
     if echo:
         typer.echo(f"$ {command}", err=True)
@@ -45,6 +46,17 @@ def run_workflow(configs: Sequence[str | Path], overrides: dict[str, Any], *, ec
             raise
         raise own from None
     return command
+
+
+def _literal(value: Any) -> Any:
+    """A text with "#" as an expression that gives it: MONAI writes every "#" of a config as "::", in paths, too."""
+    if not isinstance(value, str) or "#" not in value or value.startswith(("$", "@")):
+        return value
+    return "$'" + "".join(c if c.isalnum() or c in "/. _-" else _escaped(c) for c in value) + "'"
+
+
+def _escaped(character: str) -> str:
+    return f"\\U{ord(character):08x}"
 
 
 def _own_error(error: BaseException | None) -> SamsegError | None:
