@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from monai.bundle import ConfigParser
 
 from samseg_monai import checkpoints
@@ -99,7 +100,9 @@ def pack_bundle(run: str | Path, output: str | Path, *, sam_checkpoint: str | No
         steps = {key: card["settings"][key] for key in POSTPROCESSING if key in card.get("settings", {})}
         _set_keys(root / "configs", steps)
         _set_images(root / "configs" / "inference.json", card)
-        _write_models(run, root, sam_checkpoint, steps)
+        with torch.random.fork_rng():
+            torch.manual_seed(int(card.get("seed") or 0))  # a random base is that of the evaluation
+            _write_models(run, root, sam_checkpoint, steps)
         (root / "metrics").mkdir()
         for result in RESULTS:
             if (run / "evaluation" / result).is_file():
