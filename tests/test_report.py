@@ -31,6 +31,7 @@ from samseg_monai.report import (
     table_text,
     write_report,
 )
+from samseg_monai.report.labels import prompt_text
 from samseg_monai.report.montage import overlay_svg, slice_svg
 from samseg_monai.report.palette import SURFACES, contrast, looks
 from samseg_monai.report.tables import measures
@@ -60,6 +61,16 @@ def _write_run(folder: Path, rows: list[dict], **card: object) -> Path:
     (folder / "metrics.json").write_text(json.dumps({"policy": "honest"}))
     (folder / "run_card.json").write_text(json.dumps({**facts, "git_commit": "abc1234", "seconds": 12.5, **card}))
     return folder
+
+
+def test_prompts_are_told_by_the_law_or_the_file_that_they_come_from():
+    drawn = {"loosen": [0.0, 0.3], "tight": 0.25, "shift": 0.1, "shrink": 0.0, "boxes": "loose.json"}
+    assert prompt_text("label", {"loosen": [0.0, 0.3]}) == "GT boxes on GT slices, sides enlarged 0 to 30 %"
+    assert prompt_text("label", drawn).endswith("0 to 30 %, 25 % of the boxes tight, shifted by up to 10 %")
+    # a law of drawing says nothing about boxes that a person gave
+    one, other = (prompt_text("json", {**drawn, "shrink": 0.1154}, digest * 64) for digest in "ab")
+    assert one == "boxes given by a person (loose.json, file aaaaaaaa), then each side moved inwards by 11.5 %"
+    assert one != other and prompt_text("none", drawn) == "no prompts" and prompt_text("image", drawn) == "whole slice"
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ _FACTS: dict[str, tuple[str, ...]] = {
     "SAM weights (sha256)": ("base_sha256",),
     "image size": ("image_size",),
     "prompt source": ("prompt_source",),
-    "boxes enlarged by (fraction of a side)": ("prompt_loosen", "settings.prompt.loosen"),
+    "boxes drawn from labels: enlarged by (fraction of a side)": ("prompt_loosen", "settings.prompt.loosen"),
     "empty masks (policy)": ("policy", "settings.policy"),
     "smallest component kept (mm^3)": ("settings.min_component_mm3",),
     "seed": ("seed", "seeds"),

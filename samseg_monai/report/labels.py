@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 BOX_ELLIPSE = "box_ellipse"
 ZERO_SHOT = "zero_shot"
 LORA = "lora"
@@ -56,3 +59,25 @@ def sam_text(variant: str, base_sha256: str | None) -> str:
 def gate_text(gate: float) -> str:
     """The gate of the ladder, ``g * SAM + (1 - g) * CNN`` (Chai et al. 2023, equation 3), for readers."""
     return f"gate g = {gate:.2f} (1 = SAM alone, 0 = CNN alone)"
+
+
+def prompt_text(source: str, settings: Mapping[str, Any], boxes_sha256: str | None = None) -> str:
+    """Where boxes came from, for readers: a law of drawing is named only where they were drawn from labels by it.
+
+    Args:
+        source: label, json, mask, image or none.
+        settings: ``prompt`` of the card's settings: loosen, tight, shift, shrink and boxes, those of them there are.
+        boxes_sha256: of the file of boxes; two files of one name are two sources.
+    """
+    text = PROMPTS.get(source, source)
+    if source == "json" and settings.get("boxes"):
+        text += f" ({settings['boxes']}{f', file {boxes_sha256[:8]}' if boxes_sha256 else ''})"
+    loosen, tight, shift = (settings.get(key) for key in ("loosen", "tight", "shift"))
+    if source == "label" and isinstance(loosen, Sequence) and len(loosen) == 2 and max(loosen) > 0:
+        text += f", sides enlarged {100 * loosen[0]:.0f} to {100 * loosen[1]:.0f} %"
+        text += f", {100 * tight:.0f} % of the boxes tight" if tight else ""
+    if source == "label" and shift:
+        text += f", shifted by up to {100 * shift:.0f} %"
+    if source != "none" and settings.get("shrink"):
+        text += f", then each side moved inwards by {100 * settings['shrink']:.3g} %"
+    return text

@@ -19,7 +19,7 @@ from typing import Any
 
 from samseg_monai.errors import BundleError, raise_all
 from samseg_monai.metrics import read_rows
-from samseg_monai.report.labels import BOX_ELLIPSE, LADDER, LORA, NOT_RECORDED, PROMPTS, SIDES, STRATEGIES, sam_text
+from samseg_monai.report.labels import BOX_ELLIPSE, LADDER, LORA, NOT_RECORDED, SIDES, STRATEGIES, prompt_text, sam_text
 
 CARD_FILE = "run_card.json"
 METRICS_FILE = "metrics.json"
@@ -157,15 +157,13 @@ class RunResult:
 
     @property
     def prompt_source(self) -> str:
-        """Where the boxes came from, spelt out, with how far they were loosened."""
+        """Where the boxes came from, spelt out, with the law that they were drawn by or the file that they stand in."""
         source = self.fact("prompt_source")
         if source is None:
             return NOT_RECORDED
-        text = PROMPTS.get(str(source), str(source))
         loosen = self.fact("prompt_loosen", "settings.prompt.loosen")
-        if isinstance(loosen, Sequence) and len(loosen) == 2 and max(loosen) > 0:
-            text += f", sides enlarged {100 * loosen[0]:.0f} to {100 * loosen[1]:.0f} %"
-        return text
+        settings = {**(self.fact("settings.prompt") or {}), "loosen": loosen}
+        return prompt_text(str(source), settings, self.fact("boxes_sha256"))
 
     @property
     def trainable(self) -> int | None:
