@@ -20,8 +20,8 @@ from tests.conftest import TINY
 
 HERE = Path(__file__).parents[1] / "experiments" / "meningioma_t1c"
 sys.path.insert(0, str(HERE))
-make_inputs, plans, records, run, table, figures, block_statistics = map(
-    importlib.import_module, ("make_inputs", "plan", "records", "run", "table", "figures", "block_statistics")
+make_inputs, plans, records, run, table, figures, block_statistics, pages = map(
+    importlib.import_module, ("make_inputs", "plan", "records", "run", "table", "figures", "block_statistics", "pages")
 )
 PLAN, FOLDS = plans.read("plan.json"), plans.read("folds.json")
 SIZES = {"meningioma": 77, "glioma": 74, "pituitary": 36}
@@ -435,6 +435,26 @@ def test_rows_that_lack_slices_take_no_part(finished):
     compared = table.comparisons(results)
     assert compared["missing"] == ["full"] and "full" not in [one["row"] for one in compared["exploratory"]]
     assert table.comparisons(table.Results([], [], PLAN))["missing"]
+
+
+def test_the_pages_show_the_committed_results():
+    content, text = table.build(plans.RESULTS)
+    assert json.loads((plans.RESULTS / "table.json").read_text(encoding="utf-8"))["rows"]
+    assert (
+        pages.parts(table.PAGE)[1] == text.strip() == (plans.RESULTS / "table.md").read_text(encoding="utf-8").strip()
+    )
+    assert pages.parts(table.README)[1] == pages.short_table(content).strip()
+
+
+def test_a_page_without_marks_is_left_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before {pages.END} {pages.BEGIN} after")
+    with pytest.raises(DataError, match=r"page.md: needs the lines .* once each, in this order"):
+        pages.insert(page, "new")
+    page.write_text(f"before {pages.BEGIN} old {pages.END} after")
+    pages.insert(page, "new")
+    pages.insert(page, "newer")
+    assert page.read_text() == f"before {pages.BEGIN}\n\nnewer\n\n{pages.END} after"
 
 
 def test_transfer_is_reported_apart():
