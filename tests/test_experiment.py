@@ -440,9 +440,8 @@ def test_rows_that_lack_slices_take_no_part(finished):
 def test_the_pages_show_the_committed_results():
     content, text = table.build(plans.RESULTS)
     assert json.loads((plans.RESULTS / "table.json").read_text(encoding="utf-8"))["rows"]
-    assert (
-        pages.parts(table.PAGE)[1] == text.strip() == (plans.RESULTS / "table.md").read_text(encoding="utf-8").strip()
-    )
+    written = (plans.RESULTS / "table.md").read_text(encoding="utf-8")
+    assert pages.parts(table.PAGE)[1] == text.strip() == written.strip()
     assert pages.parts(table.README)[1] == pages.short_table(content).strip()
 
 
