@@ -26,7 +26,6 @@ ELSEWHERE = {
     "samseg demo": "test_demo_abdomen.py",
     "samseg export": "test_export.py",
     "samseg lint": "test_lint.py",
-    "samseg prepare images": "test_images.py",
     "make ": "test_docs.py",
     "mlflow ui": "a server that does not end; test_tracking.py reads what it shows",
     "tensorboard ": "a server that does not end; test_tracking.py reads what it shows",
@@ -49,9 +48,9 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(phantoms, abdomen, tmp_path_factory) -> Path:
+def folder(phantoms, abdomen, pictures, tmp_path_factory) -> Path:
     """A working folder with data, unlabelled cases, boxes and bundles where the pages expect them."""
-    where = tmp_path_factory.mktemp("docs")
+    where, drawn = tmp_path_factory.mktemp("docs"), pictures
     shutil.copytree(phantoms, where / "data" / "brats-men", ignore=shutil.ignore_patterns("unlabelled"))
     shutil.copytree(phantoms / "unlabelled", where / "CASES")
     shutil.copytree(abdomen, where / "data" / "synapse", ignore=shutil.ignore_patterns("unlabelled"))
@@ -61,6 +60,13 @@ def folder(phantoms, abdomen, tmp_path_factory) -> Path:
         shutil.copytree(bundle, where / bundle.name)
     boxes = {"BraTS-MEN-00008-000": [{"slices": [4, 8], "box": [8, 8, 24, 24]}]}
     (where / "boxes.json").write_text(json.dumps(boxes))
+    pictures = where / "data" / "brain_tumour_t1c"
+    for part in ("images", "labels"):  # names as of the real set: the first two digits are the block
+        (pictures / part).mkdir(parents=True)
+        for number, path in enumerate(sorted((drawn / part).iterdir())):
+            shutil.copy(path, pictures / part / f"meningioma_{number:02d}10.png")
+    shutil.copytree(drawn / "unlabelled", where / "NEW_IMAGES")
+    (where / "boxes_2d.json").write_text(json.dumps({"new": [[8.5, 9.25, 22.0, 30.5], [33, 12, 44, 26]]}))
     return where
 
 

@@ -20,8 +20,8 @@ from tests.conftest import TINY
 
 HERE = Path(__file__).parents[1] / "experiments" / "meningioma_t1c"
 sys.path.insert(0, str(HERE))
-make_inputs, plans, records, run, table, figures, block_statistics = map(
-    importlib.import_module, ("make_inputs", "plan", "records", "run", "table", "figures", "block_statistics")
+make_inputs, plans, records, run, table, figures, block_statistics, pages = map(
+    importlib.import_module, ("make_inputs", "plan", "records", "run", "table", "figures", "block_statistics", "pages")
 )
 PLAN, FOLDS = plans.read("plan.json"), plans.read("folds.json")
 SIZES = {"meningioma": 77, "glioma": 74, "pituitary": 36}
@@ -448,6 +448,25 @@ def test_rows_that_lack_slices_take_no_part(finished):
     assert table.comparisons(table.Results([], [], PLAN))["missing"]
 
 
+def test_the_pages_show_the_committed_results():
+    content, text = table.build(plans.RESULTS)
+    assert json.loads((plans.RESULTS / "table.json").read_text(encoding="utf-8"))["rows"]
+    written = (plans.RESULTS / "table.md").read_text(encoding="utf-8")
+    assert pages.parts(table.PAGE)[1] == text.strip() == written.strip()
+    assert pages.parts(table.README)[1] == pages.short_table(content).strip()
+
+
+def test_a_page_without_marks_is_left_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before {pages.END} {pages.BEGIN} after")
+    with pytest.raises(DataError, match=r"page.md: needs the lines .* once each, in this order"):
+        pages.insert(page, "new")
+    page.write_text(f"before {pages.BEGIN} old {pages.END} after")
+    pages.insert(page, "new")
+    pages.insert(page, "newer")
+    assert page.read_text() == f"before {pages.BEGIN}\n\nnewer\n\n{pages.END} after"
+
+
 def test_transfer_is_reported_apart():
     rng, row = np.random.default_rng(0), PLAN["rows"][0]
     rows = fake_rows(plans.Run(row, "all", 0, row["name"], {}), rng)
@@ -472,7 +491,7 @@ def test_empty_predictions_are_counted_beside_the_distance_that_stands_in_for_th
     line = table.line_of(table.Results(rows, [{**fake_facts(run), "fold": "0"} for run in plans.runs_of(PLAN)
                                               if run.name == "lora_r16"], PLAN), row)  # fmt: skip
     assert line["empty_loose"] == 1 and line["hd95_px_loose"] > 14
-    text = table.markdown([line], {"missing": []}, "w")
+    text = pages.markdown({"weights": "w", "rows": [line], "comparisons": {"missing": []}, "transfer": []})
     assert "(1 empty, as the image's diagonal)" in text
 
 
@@ -482,7 +501,9 @@ def test_a_table_with_runs_missing_says_that_it_is_provisional(finished, tmp_pat
             (tmp_path / path.name).write_bytes(path.read_bytes())
     content, text = table.build(tmp_path)
     assert content["comparisons"]["unfinished"] == ["lora_r4_fold1_seed1"] and "Provisional: 1 runs" in text
-    assert "Provisional" not in table.build(finished)[1]
+    assert "Provisional: 1 runs" in pages.short_table(content)
+    whole, text = table.build(finished)
+    assert "Provisional" not in text + pages.short_table(whole)
 
 
 # figures

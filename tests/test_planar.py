@@ -189,6 +189,30 @@ def test_kept_embeddings_serve_other_boxes(pictures, tmp_path):
     assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
 
 
+@pytest.mark.parametrize(
+    ("strategy", "settings"),
+    [
+        ("decoder", {"embeddings::cache_dir": "bank", "embeddings::variants": 1}),
+        ("full", {"ema": 0.5, "learning_rates::layer_decay": 0.8, "checkpointing": True}),
+        ("norm", {"learning_rates::weight_decay_matrices_only": True}),
+        ("bias", {}),
+        ("lora", {"strategy::rank": 2, "strategy::dora": True, "ema": 0.5, "checkpointing": True}),
+    ],
+)
+def test_mobile_sams_encoder_goes_the_whole_way(strategy, settings, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"dataset_dir": str(pictures), "output_dir": str(tmp_path / "out")}
+    shared = {**places, **TINY, "sam_variant": "tiny_t"}
+    network = {key: value for key, value in settings.items() if key.startswith("strategy")}
+    run_workflow(config(strategy, "train", tmp_path), {**shared, **settings, "epochs": 1, "val_interval": 1})
+    run_workflow(config(strategy, "evaluate", tmp_path), {**shared, **network})
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert card["sam_variant"] == "tiny_t" and card["values"] > 0
+    assert len(rows(tmp_path / "out" / "evaluation" / "cases.csv")) == 3
+    if strategy == "decoder":
+        assert any((tmp_path / "bank").rglob("*"))
+
+
 def test_evaluation_saves_images_with_the_values_of_the_labels(trained):
     folder = trained / "evaluation" / "predictions"
     for row in rows(trained / "evaluation" / "cases.csv"):

@@ -53,11 +53,13 @@ def mean_curve(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def losses_of_ranks(facts: Sequence[records.Row]) -> Figure:
-    """Training loss by epoch of ranks 4, 16, 64: mean of the folds, first seed, each fold faintly."""
+    """Training loss by epoch of ranks 4, 16, 64: mean of the folds, first seed there is, each fold faintly."""
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     for rank, colour, dash in ((4, BLUE, "-"), (16, VERMILION, "--"), (64, GREEN, ":")):
-        curves = [one["history"]["train_loss"] for one in facts if one["row"] == f"lora_r{rank}" and one["seed"] == 0]
+        of_rank = [one for one in facts if one["row"] == f"lora_r{rank}"]
+        first = min((one["seed"] for one in of_rank), default=None)
+        curves = [one["history"]["train_loss"] for one in of_rank if one["seed"] == first]
         if not curves:
             continue
         for curve in curves:
@@ -121,8 +123,9 @@ def dice_by_boxes(results: table.Results) -> Figure:
         laws = MARKS if row.get("boxes", True) else {"loose": ("x", GREY)}
         means = {law: float(np.mean(list(results.slices(row["name"], law).values()) or [np.nan])) for law in laws}
         axes.hlines(place, min(means.values()), max(means.values()), color=GREY, lw=1, alpha=0.5)
-        for law, (marker, colour) in laws.items():
-            axes.plot(means[law], place, marker, color=colour, ms=6.5)
+        for step, (law, (marker, colour)) in enumerate(laws.items()):
+            beside = 0.2 * (step - 1) if len(laws) > 1 else 0.0  # else equal means would hide each other
+            axes.plot(means[law], place + beside, marker, color=colour, ms=5.5)
     axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="both", lw=0.6, alpha=0.4)
@@ -141,7 +144,13 @@ def pick(dice: Mapping[str, float]) -> dict[str, str]:
     return {case: role for role, cases in chosen.items() for case in cases}
 
 
-def overlays(data: Path, predictions: Mapping[str, Path], boxes: Mapping[str, Sequence], title: str) -> Figure:
+def overlays(
+    data: Path,
+    predictions: Mapping[str, Path],
+    boxes: Mapping[str, Sequence],
+    title: str,
+    before: Mapping[str, Path] | None = None,
+) -> Figure:
     """Best, median and worst slices around the tumour: reference, prediction and box, with the credit below.
 
     Args:
@@ -149,6 +158,7 @@ def overlays(data: Path, predictions: Mapping[str, Path], boxes: Mapping[str, Se
         predictions: case -> PNG file; their Dice decides which six are shown.
         boxes: case -> boxes, as in the committed files.
         title: line above.
+        before: the same of SAM without fine-tuning, drawn beside it.
     """
     dice = {case: _dice(_pixels(path), _pixels(data / "labels" / f"{case}.png")) for case, path in predictions.items()}
     picked = pick(dice)
@@ -159,6 +169,11 @@ def overlays(data: Path, predictions: Mapping[str, Path], boxes: Mapping[str, Se
         axes.imshow(image, cmap="gray")
         axes.contour(reference > 0, [0.5], colors="white", linewidths=1.6)
         axes.contour(prediction > 0, [0.5], colors="#ff8433", linewidths=1.4)
+        told = f"{role}: {dice[case]:.3f}"
+        if before:
+            earlier = _pixels(before[case])
+            axes.contour(earlier > 0, [0.5], colors="#f0e442", linewidths=1.2, linestyles=":")
+            told += f" (zero-shot {_dice(earlier, reference):.3f})"
         for x0, y0, x1, y1 in boxes[case]:  # edges: the first pixel's centre is 0 for imshow, its edge -0.5
             place = (x0 - 0.5, y0 - 0.5)
             axes.add_patch(Rectangle(place, x1 - x0, y1 - y0, fill=False, ec="#56b4e9", lw=1.2, ls="--"))
@@ -168,11 +183,12 @@ def overlays(data: Path, predictions: Mapping[str, Path], boxes: Mapping[str, Se
         axes.set_ylim((y0 + y1) / 2 + half, (y0 + y1) / 2 - half)
         axes.set_facecolor("black")
         axes.set(xticks=[], yticks=[])
-        axes.set_title(f"{role}: {dice[case]:.3f} ({case.replace('_', ' ')})", fontsize=9.5, fontweight="normal")
+        axes.set_title(f"{told}\n{case.replace('_', ' ')}", fontsize=9.5, fontweight="normal")
     figure.suptitle(textwrap.fill(title, 80), fontsize=11, fontweight="bold")
-    shown = (("reference (white)", "#9a9a9a", "-"), ("prediction", "#ff8433", "-"), ("box", "#56b4e9", "--"))
+    shown = [("reference (white)", "#9a9a9a", "-"), ("fine-tuned", "#ff8433", "-"), ("box", "#56b4e9", "--")]
+    shown += [("zero-shot (yellow)", "#b8ab00", ":")] if before else []
     handles = [Line2D([], [], color=colour, ls=dash, lw=2, label=name) for name, colour, dash in shown]
-    figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False)
+    figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False)
     figure.supxlabel(CREDIT, fontsize=8, x=0.99, ha="right")
     return figure
 
@@ -224,6 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--data", type=Path, help="folder with images/ and labels/, for the overlays")
     parser.add_argument("--predictions", type=Path, nargs="+", help="folders of predicted PNG files, loose boxes")
+    parser.add_argument("--before", type=Path, nargs="+", help="the same of zero-shot, to be drawn beside them")
     options = parser.parse_args(arguments)
     plan = plans.read("plan.json")
     facts = [one for one in records.read_facts(options.results) if one["fold"] != "all"]
@@ -241,7 +258,8 @@ def main(arguments: list[str] | None = None) -> None:
         if options.predictions and "chosen" in compared:
             title = next(row["title"] for row in plan["rows"] if row["name"] == compared["chosen"]) + ", loose boxes"
             predictions = predictions_in(options.predictions, list(results.blocks))
-            drawn["overlays.png"] = overlays(options.data, predictions, plans.read("boxes/loose.json"), title)
+            before = predictions_in(options.before, list(results.blocks)) if options.before else None
+            drawn["overlays.png"] = overlays(options.data, predictions, plans.read("boxes/loose.json"), title, before)
         for name, figure in drawn.items():
             print(save(figure, name, options.output))
 

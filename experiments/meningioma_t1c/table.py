@@ -1,17 +1,18 @@
 """Make the table of the experiment from the committed rows of slices: ``table.json`` and ``table.md`` beside them.
 
-``python experiments/meningioma_t1c/table.py``. Means are over all 77 slices, after the mean over seeds of each slice.
-The interval is Student's t over the means of the nine blocks, so it is centred on the mean of blocks, which stands
-beside the mean of slices. Intervals over slices are given, too; they are too narrow, since slices of one patient are
-alike and patients are unknown. Blocks are not wholly independent either: those of one fold are scored by one model, and
-the folds' training parts overlap, so that p-values and intervals over blocks are approximate.
+``python experiments/meningioma_t1c/table.py`` writes them into ``docs/does_fine_tuning_help.md`` and README, too.
+Means are over all 77 slices, after the mean over seeds of each slice. The interval is Student's t over the means of
+the nine blocks, so it is centred on the mean of blocks, which stands beside the mean of slices. Intervals over slices
+are given, too; they are too narrow, since slices of one patient are alike and patients are unknown. Blocks are not
+wholly independent either: those of one fold are scored by one model, and the folds' training parts overlap, so that
+p-values and intervals over blocks are approximate.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ import numpy as np
 import plan as plans
 import records
 from block_statistics import Interval, block_means, holm, t_interval
+from pages import insert, markdown, short_table
 
 from samseg_monai.errors import DataError, raise_all
 from samseg_monai.handlers.provenance import write_json
 
+ROOT = plans.HERE.parents[1]
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "does_fine_tuning_help.md"
 LAWS = ("tight", "loose", "unseen")
 ROLES = ("zero-shot", "fine-tuned", "without SAM")
 MEASURES = ("dice", "hd95_px", "nsd_1px", "nsd_2px")
@@ -183,47 +187,6 @@ def transfer_lines(results: Results) -> list[dict[str, Any]]:
     return lines
 
 
-def markdown(lines: Sequence[Mapping[str, Any]], compared: Mapping[str, Any], weights: str) -> str:
-    """The table as Markdown, with the comparisons below it."""
-    heads = ["", "Dice loose", "95 % over 9 blocks", "Dice tight", "Dice unseen", "last epoch, loose", "HD95 loose, px",
-             "SD of seeds", "trained values", "minutes a run"]  # fmt: skip
-    text = [f"{weights}; mean of the test slices of four folds, weights of the epoch that validation chose.", ""]
-    text += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for line in lines:
-        block = line["blocks_loose"]
-        short = line["slices"] < compared.get("slices", 77)
-        cells = [line["title"] + (f" ({line['slices']} slices so far)" if short else ""), _f(line["dice_loose"])]
-        cells += [f"{_f(block['low'])} to {_f(block['high'])} (mean of blocks {_f(block['mean'])})"]
-        cells += [_f(line["dice_tight"]), _f(line["dice_unseen"]), _f(line.get("dice_loose_last_epoch"))]
-        empty = line.get("empty_loose")
-        cells += [
-            _f(line["hd95_px_loose"], 1) + (f" ({empty} empty, as the image's diagonal)" if empty else ""),
-            _f(line.get("sd_of_seeds"), 4),
-        ]
-        values = line.get("trained_values")
-        cells += ["-" if values is None else f"{values:,}", _f(line.get("minutes_per_run"), 1)]
-        text.append("| " + " | ".join(cells) + " |")
-    if "primary" not in compared:
-        return "\n".join([*text, "", f"Not compared yet; rows that lack slices: {', '.join(compared['missing'])}.", ""])
-    main = compared["primary"]
-    text += ["", f"Primary comparison, loose boxes: {compared['chosen']} minus {compared['baseline']}, mean of blocks "
-             f"{main['mean']:+.3f} ({main['low']:+.3f} to {main['high']:+.3f}, p = {main['p']:.2g}, n = {main['n']} "
-             "blocks). Gain on the mean of slices: "
-             + ", ".join(f"{gain:+.3f} over {name}" for name, gain in compared["gains"].items()) + "."]  # fmt: skip
-    text += [f"- {name}: {'reached' if reached else 'not reached'}" for name, reached in compared["criteria"].items()]
-    heads = ["row", "minus", "boxes", "difference of Dice", "95 % over blocks", "p (Holm)"]
-    text += ["", "Exploratory: all other comparisons; intervals are not corrected, p is (Holm).", ""]
-    text += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    text += [f"| {one['row']} | {one['minus']} | {one['boxes']} | {one['mean']:+.3f} | {one['low']:+.3f} to "
-             f"{one['high']:+.3f} | {one['p_holm']:.2g} |" for one in compared["exploratory"]]  # fmt: skip
-    if left := compared.get("unfinished"):
-        text += ["", f"Provisional: {len(left)} runs of the plan are not there yet, rows may have "
-                 f"fewer seeds than planned and another row may be chosen: {', '.join(left)}."]  # fmt: skip
-    if compared["missing"]:
-        text += ["", f"Rows that lack slices and take no part: {', '.join(compared['missing'])}."]
-    return "\n".join([*text, ""])
-
-
 def build(folder: Path) -> tuple[dict[str, Any], str]:
     """The table of a folder of results, as JSON values and as Markdown.
 
@@ -240,7 +203,7 @@ def build(folder: Path) -> tuple[dict[str, Any], str]:
     lines += [ellipse] if ellipse["slices"] else []
     compared = {**comparisons(results), "slices": len(results.blocks), "unfinished": results.unfinished()}
     content = {"weights": plan["weights"], "rows": lines, "comparisons": compared, "transfer": transfer_lines(results)}
-    return content, markdown(lines, compared, plan["weights"])
+    return content, markdown(content)
 
 
 def by_role(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -251,10 +214,6 @@ def by_role(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 def _mean(values: Iterable[float]) -> float:
     finite = [value for value in values if math.isfinite(value)]
     return math.fsum(finite) / len(finite) if finite else math.nan
-
-
-def _f(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
 def rates(folder: Path) -> str:
@@ -277,6 +236,9 @@ def main(arguments: list[str] | None = None) -> None:
     content, text = build(options.results)
     write_json(options.results / "table.json", content)  # what does not exist is null
     (options.results / "table.md").write_text(text, encoding="utf-8")
+    if options.results == plans.RESULTS:
+        insert(PAGE, text)
+        insert(README, short_table(content))
     print(text)
 
 

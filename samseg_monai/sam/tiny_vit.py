@@ -41,10 +41,10 @@ class TinyViTSpec(SamSpec):
     windows: tuple[int, int, int, int]
 
     def encoder(self, *, image_size: int, checkpointing: bool = False) -> TinyViT:
-        """Build the encoder; ``image_size`` is only checked, since no tensor depends on it."""
+        """Build the encoder; no tensor depends on ``image_size``."""
         if image_size <= 0 or image_size % self.patch_size:
             raise ConfigError(f"image_size: got {image_size}; SAM needs a positive multiple of {self.patch_size}")
-        return TinyViT(self, checkpointing=checkpointing)
+        return TinyViT(self, image_size=image_size, checkpointing=checkpointing)
 
 
 class StoredBatchNorm(nn.BatchNorm2d):
@@ -190,12 +190,13 @@ class TinyViT(Backbone):
 
     Args:
         spec: sizes.
+        image_size: kept as ``img_size``, to which segment_anything's ``SamPredictor`` resizes; nothing here reads it.
         checkpointing: see ``Backbone``.
     """
 
-    def __init__(self, spec: TinyViTSpec, *, checkpointing: bool = False) -> None:
+    def __init__(self, spec: TinyViTSpec, *, image_size: int, checkpointing: bool = False) -> None:
         super().__init__()
-        self.patch, self.checkpointing = spec.patch_size, checkpointing
+        self.patch, self.img_size, self.checkpointing = spec.patch_size, image_size, checkpointing
         first, last = spec.widths[0], spec.widths[-1]
         self.unused_in_files = {  # what training on ImageNet's classes left in the published file
             "norm_head.weight": (last,), "norm_head.bias": (last,), "head.weight": (1000, last), "head.bias": (1000,),
