@@ -12,10 +12,12 @@ vit_b / vit_t: how many times faster or smaller vit_t is. Usage:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from measuring import alternate, in_fresh_processes, record, resident_peak_bytes
+from measuring import RESULTS, alternate, in_fresh_processes, record, resident_peak_bytes
 
 from samseg_monai.losses import SegmentationLoss
 from samseg_monai.networks import SamSegmenter
@@ -26,6 +28,7 @@ from samseg_monai.trainable import count_trainable
 VARIANTS = ("vit_b", "vit_t")
 SMALL = {"vit_b": "tiny", "vit_t": "tiny_t"}  # the same layers, to load the libraries
 REPEATS = {("forward", 512): 5, ("lora_step", 512): 5, ("forward", 1024): 3, ("lora_step", 1024): 2}
+SIZES = (512, 1024)
 RANK = 4
 
 
@@ -82,7 +85,9 @@ def peak_bytes(kind: str, variant: str, size: int, threads: int) -> tuple[int, i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", type=int, choices=(512, 1024), default=[512, 1024])
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, choices=SIZES, default=SIZES, help="rows of other sizes stay as they are"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="vit_t", help="of the file in results")
     options = parser.parse_args()
@@ -94,7 +99,7 @@ def main() -> None:
         seconds[kind, size] = alternate({variant: MAKE[kind](variant, size) for variant in VARIANTS}, repeats)
         print(f"{kind} at {size} px, seconds: {seconds[kind, size]}", flush=True)
     print("times measured; peak memory, which a busy machine does not change, is next", flush=True)
-    rows = []
+    rows = kept_rows(options.name, options.sizes)
     for kind, size in cases:
         found = in_fresh_processes(peak_bytes, [(kind, variant, size, options.threads) for variant in VARIANTS])
         rows.append(row(kind, size, seconds[kind, size], dict(zip(VARIANTS, found, strict=True))))
@@ -102,7 +107,7 @@ def main() -> None:
     record(
         options.name,
         {
-            "cases": rows,
+            "cases": sorted(rows, key=lambda found: found["image_size"]),
             "rank": RANK,
             "trainable": trainable,
             "batch_size": 1,
@@ -112,7 +117,14 @@ def main() -> None:
     )
 
 
-def row(kind: str, size: int, seconds: dict[str, float], peaks: dict[str, tuple[int, int]]) -> dict[str, object]:
+def kept_rows(name: str, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """Rows of an earlier run at sizes that are not measured now: two variants are compared at one size only."""
+    path = RESULTS / f"{name}.json"
+    rows = json.loads(path.read_text())["cases"] if path.is_file() else []
+    return [found for found in rows if found["image_size"] not in sizes]
+
+
+def row(kind: str, size: int, seconds: dict[str, float], peaks: dict[str, tuple[int, int]]) -> dict[str, Any]:
     """One case of the result file."""
     old, new = VARIANTS
     return {
