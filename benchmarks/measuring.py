@@ -47,7 +47,7 @@ def resident_peak_bytes() -> int:
     return int(match[1]) * 1024 if match else 0
 
 
-def in_fresh_processes(function: Callable[..., int], arguments: Sequence[tuple[Any, ...]]) -> list[int]:
+def in_fresh_processes(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Results of ``function``, each from a process of its own, one after the other."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         return pool.starmap(function, arguments, 1)

@@ -1,4 +1,4 @@
-"""``samseg demo``: a whole story on phantoms with pico SAM, in minutes; ``samseg report``: a page of runs."""
+"""``samseg demo``: a story on phantoms with pico SAM or MobileSAM, in minutes; ``samseg report``: a page of runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from samseg_monai.errors import ConfigError, raise_all
+
 
 class DemoTask(str, Enum):
     """Tasks that have a demo."""
@@ -18,12 +20,26 @@ class DemoTask(str, Enum):
     ABDOMEN = "abdomen"
 
 
+class DemoSam(str, Enum):
+    """SAMs that a demo can use."""
+
+    PICO = "pico"
+    VIT_T = "vit_t"
+
+
 def demo(
     task: Annotated[
         DemoTask, typer.Option(help="meningioma: boxes and LoRA; abdomen: eight organs and the ladder")
     ] = DemoTask.MENINGIOMA,
+    sam: Annotated[
+        DemoSam, typer.Option(help="pico: the toy in the package; vit_t: MobileSAM, from a file (meningioma only)")
+    ] = DemoSam.PICO,
+    sam_checkpoint: Annotated[
+        str | None, typer.Option(help="MobileSAM's weights, if not found by name; nothing is downloaded")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="folder for phantoms, runs and the report; default: demo, or demo_abdomen")
+        Path | None,
+        typer.Option(help="folder for phantoms, runs and the report; default: demo, demo_vit_t or demo_abdomen"),
     ] = None,
     cases: Annotated[
         int | None, typer.Option(help="labelled phantoms; default: 44, or 15 abdomens of at most 30", min=8)
@@ -35,13 +51,25 @@ def demo(
     from samseg_monai.cli import demo_abdomen, demo_meningioma
 
     began = time.monotonic()
+    _check_sam(task, sam, sam_checkpoint)
     story = demo_meningioma if task is DemoTask.MENINGIOMA else demo_abdomen
-    output = output or Path(story.FOLDER)
+    which = {} if sam is DemoSam.PICO else {"sam": demo_meningioma.mobile_sam(sam_checkpoint)}
+    output = output or Path(story.FOLDER if sam is DemoSam.PICO else f"{story.FOLDER}_{sam.value}")
     shutil.rmtree(output / "runs", ignore_errors=True)  # a finished training would refuse to be trained again
-    commands, table = story.tell(output, cases=cases or story.CASES, epochs=epochs, seed=seed)
+    commands, table = story.tell(output, cases=cases or story.CASES, epochs=epochs, seed=seed, **which)
     typer.echo("\nCommands of this demo:\n" + "\n".join(f"  {command}" for command in commands))
     typer.echo(f"\n{table}\nreport: {output / 'report.html'}   numbers: {output / 'results.json'}")
     typer.echo(f"took {time.monotonic() - began:.0f} s")
+
+
+def _check_sam(task: DemoTask, sam: DemoSam, sam_checkpoint: str | None) -> None:
+    """Raise ConfigError, before anything is done, for options that do not go together."""
+    problems = []
+    if sam is not DemoSam.PICO and task is not DemoTask.MENINGIOMA:
+        problems.append(f"--sam {sam.value}: only the demo of --task meningioma has it, got --task {task.value}")
+    if sam is DemoSam.PICO and sam_checkpoint is not None:
+        problems.append(f"--sam-checkpoint {sam_checkpoint}: pico's weights come with the package; add --sam vit_t")
+    raise_all(problems, ConfigError, "These options of the demo do not go together")
 
 
 def report(

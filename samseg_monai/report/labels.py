@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from samseg_monai.sam.weights import RANDOM
+
 BOX_ELLIPSE = "box_ellipse"
 ZERO_SHOT = "zero_shot"
 LORA = "lora"
 LADDER = "ladder"
 NOT_RECORDED = "not recorded"
 PICO_LABEL = "pico, not SAM"
+PICO_TEXT = "pico, a network of two million parameters that this project trained on drawn shapes"
 # by the hash of the file: MobileSAM circulates in files that are not shown to be equal
 MOBILE_SAM = {
     "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f": "MobileSAM",
@@ -48,11 +51,13 @@ PROMPTS = {
 
 
 def sam_text(variant: str, base_sha256: str | None) -> str:
-    """Name of the SAM that numbers come from; of MobileSAM, which of its files."""
+    """Name of the SAM that numbers come from; of MobileSAM, which of its files (``base_sha256``, or "random")."""
     if variant.startswith("pico"):
         return PICO_LABEL
     if variant != "vit_t":
         return variant
+    if base_sha256 == RANDOM:
+        return "MobileSAM's network, random weights"
     return MOBILE_SAM.get(base_sha256 or "", f"MobileSAM (file {(base_sha256 or NOT_RECORDED)[:12]})")
 
 

@@ -116,7 +116,7 @@ def find_weights(
         if (folder / file.name).is_file():
             return _checked(folder / file.name, file, key)
     if not download:
-        raise WeightsError(_absent(variant, file, folders, "downloading is switched off", key))
+        raise WeightsError(_absent(variant, file, folders, "downloading is switched off", key, online=False))
     return _download(variant, file, folders, key)
 
 
@@ -193,8 +193,9 @@ def _download(variant: str, file: WeightsFile, folders: list[Path], key: str) ->
     return Path(path)
 
 
-def _absent(variant: str, file: WeightsFile, folders: list[Path], reason: str, key: str) -> str:
+def _absent(variant: str, file: WeightsFile, folders: list[Path], reason: str, key: str, *, online: bool = True) -> str:
     looked = ", ".join(str(folder) for folder in folders)
+    or_download = ", or run once with a network connection" if online else ""
     return (
         f"The weights of {variant!r} are not on this machine and {reason}\n"
         f"  file:      {file.name} ({file.size:,} bytes)\n"
@@ -204,5 +205,5 @@ def _absent(variant: str, file: WeightsFile, folders: list[Path], reason: str, k
         "Provide it in one of three ways:\n"
         f"  1. set {key} to the path of the file, or to {RANDOM!r} for a random start on purpose\n"
         f"  2. put the file into a folder of yours and set the environment variable {ENVIRONMENT} to that folder\n"
-        f"  3. put the file into {cache_folder()}, or run once with a network connection"
+        f"  3. put the file into {cache_folder()}{or_download}"
     )
