@@ -45,12 +45,12 @@ def read(name: str) -> Any:
 
 
 def runs_of(plan: Mapping[str, Any]) -> list[Run]:
-    """All runs of the rows: every row with its first seed comes before any with its second."""
+    """All runs of the rows: every row with its first seed comes before any with its second; fold "all" has one."""
     found = [
         (number, Run(row, fold, seed, row["name"], _training(plan, row, fold)))
         for row in plan["rows"]
         for fold in row["folds"]
-        for number, seed in enumerate(row["seeds"])
+        for number, seed in enumerate(row["seeds"][: 1 if fold == "all" else None])  # one bundle is packed
     ]
     return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 

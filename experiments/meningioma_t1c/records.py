@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from samseg_monai.checkpoints import write_whole
-from samseg_monai.handlers.provenance import read_json
+from samseg_monai.cli.story import ABSENT, recorded
+from samseg_monai.errors import ConfigError, raise_all
+from samseg_monai.handlers.provenance import plain, read_json
 
 Row = dict[str, Any]
 TEXTS = ("row", "case", "block", "section", "boxes", "weights")
@@ -54,6 +56,24 @@ def facts_of(folder: Path, results: Path, *, trained: bool, **own: Any) -> Row:
     card = read_json((folder if trained else results) / "run_card.json")
     keys = (*FACTS, *OF_TRAINING) if trained else FACTS
     return {**own, **{key: card.get(key) for key in keys}, "history": curves_of(folder / "history.csv")}
+
+
+def is_trained(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether ``folder`` holds a completed training with these settings.
+
+    Raises:
+        ConfigError: it holds one with others, such as of an earlier plan, whose weights are not this plan's.
+    """
+    card = read_json(folder / "run_card.json")
+    if not card:
+        return False
+    others = []
+    for key, wanted in settings.items():
+        was = recorded(card.get("settings", {}), key)
+        if was is not ABSENT and was != plain(wanted):
+            others.append(f"{key}: {was!r} there, {wanted!r} in the plan")
+    raise_all(others, ConfigError, f"{folder}: is a training with other settings; move it away")
+    return bool(card.get("status") == "completed")
 
 
 def curves_of(path: Path) -> dict[str, dict[str, float]]:

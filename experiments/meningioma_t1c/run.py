@@ -19,10 +19,8 @@ import records
 import torch
 
 from samseg_monai.bundles import build_bundle
-from samseg_monai.cli.story import ABSENT, recorded
 from samseg_monai.cli.workflow import run_workflow
-from samseg_monai.errors import ConfigError, SamsegError, raise_all
-from samseg_monai.handlers.provenance import plain, read_json
+from samseg_monai.errors import SamsegError
 from samseg_monai.metrics import read_rows
 
 MEASURES = ("dice", "hd95_px", "nsd_1px", "nsd_2px", "empty_prediction")
@@ -39,7 +37,7 @@ def perform(run: plans.Run, plan: dict[str, Any], options: argparse.Namespace) -
     shared |= {"output_dir": str(folder), **plans.overrides_of(plan, run)}
     shared |= {"sam_checkpoint": str(options.weights)} if run.row.get("sam", True) else {}
     given = {"prompt::source": "json", "prompt::boxes": str(plans.box_file(options.work, "loose"))}
-    if run.training and not _is_trained(folder, {**plans.overrides_of(plan, run), **run.training}):
+    if run.training and not records.is_trained(folder, {**plans.overrides_of(plan, run), **run.training}):
         known = given if run.prompted and run.fold != "all" else {}  # the boxes of the validation slices
         run_workflow([configs / "train.json"], {**shared, **known, **run.training})
     rows = []
@@ -54,24 +52,6 @@ def perform(run: plans.Run, plan: dict[str, Any], options: argparse.Namespace) -
     named |= {"settings": plans.settings_of(plan, run), "minutes": (time.perf_counter() - started) / 60}
     named |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads()}
     return rows, records.facts_of(folder, results, trained=bool(run.training), **named)
-
-
-def _is_trained(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether ``folder`` holds a completed training with these settings.
-
-    Raises:
-        ConfigError: it holds one with others, such as of an earlier plan, whose weights are not this plan's.
-    """
-    card = read_json(folder / "run_card.json")
-    if not card:
-        return False
-    others = []
-    for key, wanted in settings.items():
-        was = recorded(card.get("settings", {}), key)
-        if was is not ABSENT and was != plain(wanted):
-            others.append(f"{key}: {was!r} there, {wanted!r} in the plan")
-    raise_all(others, ConfigError, f"{folder}: is a training with other settings; move it away")
-    return bool(card.get("status") == "completed")
 
 
 def rows_of(results: Path, labels: dict[str, Any]) -> list[records.Row]:
