@@ -199,9 +199,11 @@ def test_pixels_and_mm_have_columns_of_their_own(made, tmp_path):
     folder = _write_run(tmp_path / "pixels" / "evaluation", rows, strategy={"name": "unet", "arguments": {}})
     both = [RunResult.load(made["lora"]), RunResult.load(folder)]
     assert measures(both) == ["dice", "hd95_mm", "hd95_px", "nsd_1mm", "nsd_2mm", "nsd_1px", "nsd_2px"]
-    page = write_report(tmp_path / "page.html", title="t", runs=both).read_text()
+    page = write_report(tmp_path / "page.html", title="t", runs=both).read_text(encoding="utf-8")
     assert "HD95 px" in page and "HD95 mm" in page and "within 1 or 2 mm or px" in page
-    assert "within 1 or 2 px" in write_report(tmp_path / "page.html", title="t", runs=both[1:]).read_text()
+    assert "within 1 or 2 px" in write_report(tmp_path / "page.html", title="t", runs=both[1:]).read_text(
+        encoding="utf-8"
+    )
 
 
 def test_banner_says_pico_and_phantoms_only_where_the_cards_do(page, made, tmp_path):

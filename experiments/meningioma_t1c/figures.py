@@ -188,8 +188,15 @@ def overlays(
     shown = [("reference (white)", "#9a9a9a", "-"), ("fine-tuned", "#ff8433", "-"), ("box", "#56b4e9", "--")]
     shown += [("zero-shot (yellow)", "#b8ab00", ":")] if before else []
     handles = [Line2D([], [], color=colour, ls=dash, lw=2, label=name) for name, colour, dash in shown]
-    figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False)
-    figure.supxlabel(CREDIT, fontsize=8, x=0.99, ha="right")
+    figure.legend(
+        handles=handles,
+        loc="outside lower left",
+        ncols=4,
+        frameon=False,
+        title=CREDIT,
+        title_fontsize=8.5,
+        alignment="left",
+    )
     return figure
 
 
