@@ -263,7 +263,8 @@ def main(arguments: list[str] | None = None) -> None:
             drawn |= {"dice_of_rows.png": dice_of_rows(results), "dice_by_boxes.png": dice_by_boxes(results)}
         compared = table.comparisons(results)
         if options.predictions and "chosen" in compared:
-            title = next(row["title"] for row in plan["rows"] if row["name"] == compared["chosen"]) + ", loose boxes"
+            title = next(row["title"] for row in plan["rows"] if row["name"] == compared["chosen"])
+            title += ", loose boxes, one seed (tables: mean of seeds)"
             predictions = predictions_in(options.predictions, list(results.blocks))
             before = predictions_in(options.before, list(results.blocks)) if options.before else None
             drawn["overlays.png"] = overlays(options.data, predictions, plans.read("boxes/loose.json"), title, before)

@@ -14,7 +14,7 @@ import typer
 
 from samseg_monai.cli.lint import refuse_findings
 from samseg_monai.cli.workflow import run_workflow
-from samseg_monai.errors import BundleError
+from samseg_monai.errors import BundleError, WeightsError
 
 bundle_app = typer.Typer(help="Build bundles from recipes and pack runs to share them.", no_args_is_help=True)
 
@@ -49,7 +49,12 @@ def pack(
     """Pack a run as one ZIP that predicts and evaluates alone, offline."""
     from samseg_monai.bundles import pack_bundle
 
-    path = pack_bundle(run, output, sam_checkpoint=sam_checkpoint)
+    try:
+        path = pack_bundle(run, output, sam_checkpoint=sam_checkpoint)
+    except WeightsError as error:
+        raise WeightsError(
+            f"pack: {error}\nHere sam_checkpoint is --sam-checkpoint FILE: the file that the training was given"
+        ) from error
     typer.echo(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -138,7 +143,14 @@ def _prompt_overrides(root: Path, prompts: dict[str, str]) -> dict[str, str]:
     if not isinstance(prompt, dict):
         raise BundleError(f"{path}: expected a JSON object whose 'prompt' is one, too; ask for the bundle again")
     if prompt.get("source") != "none":
-        return {**prompts, "prompt::source": {"boxes": "json", "prompts": "mask"}.get(next(iter(prompts), ""), "image")}
+        source = {"boxes": "json", "prompts": "mask"}.get(next(iter(prompts), ""), "image")
+        if source == "image":
+            typer.echo(
+                "no --boxes and no --prompts: the whole slice is the prompt; what was trained with a box around each "
+                "object may then find anything",
+                err=True,
+            )
+        return {**prompts, "prompt::source": source}
     if prompts:
         raise BundleError(
             f"predict: this bundle takes no prompts, but got --{next(iter(prompts))}; leave it out, whole slices are "
