@@ -82,9 +82,9 @@ class WorstCaseImage:
             self._compare({**old, **new})
 
     def _compare(self, item: Mapping[str, Any]) -> None:
-        *volumes, case = (item[key] for key in self.keys)
+        image, pred, reference, case = (item[key] for key in self.keys)
         # on a GPU the prediction lies there and the reference, which the network never sees, does not
-        image, pred, reference = (volume.cpu() for volume in volumes)
+        pred, reference = pred.cpu(), reference.cpu()
         dice = dice_of(pred, reference, len(self.classes))
         if np.isnan(dice) or (self._worst is not None and (self._worst.dice, self._worst.case) <= (dice, case)):
             return
@@ -94,8 +94,8 @@ class WorstCaseImage:
         counts = list(zip(_per_slice(truth != found, axis), _per_slice(truth > 0, axis), strict=True))
         index = counts.index(max(counts))
         source = np.asarray(image.affine, dtype=float)
-        grey = sampled(_plain(image)[self.scan], source, affine, tuple(truth.shape), axis, index)
-        planes = [grey, *(labels.select(axis, index).cpu().numpy() for labels in (truth, found))]
+        grey = sampled(_plain(image)[self.scan].cpu(), source, affine, tuple(truth.shape), axis, index)
+        planes = [grey, *(labels.select(axis, index).numpy() for labels in (truth, found))]
         if truth.shape[2] > 1:  # a 2-D image stands upright as it is, and nobody knows the patient's sides
             planes = [as_seen(plane, affine) for plane in planes]
         grey, first, second = planes

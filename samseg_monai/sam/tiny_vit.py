@@ -53,6 +53,10 @@ class StoredBatchNorm(nn.BatchNorm2d):
     A few medical images in a batch say little of the statistics that the pretrained layers behind it expect.
     """
 
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.train()  # a module begins in training mode, whatever its ``train`` does
+
     def train(self, mode: bool = True) -> StoredBatchNorm:
         """Stay in evaluation mode."""
         super().train(False)
@@ -66,7 +70,6 @@ class ConvNorm(nn.Sequential):
         super().__init__()
         self.c = nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
         self.bn = StoredBatchNorm(out)
-        self.bn.train(False)
 
 
 class Bottleneck(nn.Module):
