@@ -1,0 +1,98 @@
+"""Files as every part of the package reads and writes them: whole or not at all, with one sentence for what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from samseg_monai.errors import SamsegError, raise_all
+
+StrPath = str | os.PathLike[str]
+
+
+def write_whole(path: StrPath, write: Callable[[Path], Any], *, shared: bool = False) -> None:
+    """Let ``write`` fill a temporary file beside ``path`` and move it there: a reader never meets half a file.
+
+    Args:
+        path: target; its folder is made if need be.
+        write: called with the temporary path.
+        shared: several processes may write ``path`` at the same time, so each has a temporary file of its own. Else
+            its name is always the same, and what a killed write left behind is replaced by the next one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = f".{os.getpid()}-{threading.get_ident()}" if shared else ""
+    temporary = path.with_name(f".{path.name}{own}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: StrPath, text: str) -> None:
+    """Write a text as UTF-8; see ``write_whole``."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: StrPath, value: Any, *, indent: int = 2) -> None:
+    """Write a value as JSON with a newline at its end.
+
+    Raises:
+        ValueError: NaN or an infinity in it, which JSON does not have.
+    """
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: StrPath, error: type[SamsegError], what: str, fix: str = "get the file again") -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: file, UTF-8.
+        error: class to raise.
+        what: what the file is, for the message ("datalist", "card", ...).
+        fix: what the user can do about it.
+
+    Raises:
+        ``error``: the file is absent or unreadable, is not JSON, holds no object, or has a key twice (one of its two
+            values would be lost without a word).
+    """
+    twice: list[str] = []
+
+    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice.extend(sorted({name for name in names if names.count(name) > 1}))
+        return dict(pairs)
+
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=collect)
+    except OSError as problem:
+        raise error(f"{what} {path}: cannot be read ({problem.strerror}); {fix}") from problem
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{what} {path}: is not JSON ({problem}); {fix}") from problem
+    raise_all(twice, error, f"{what} {path}: keys given twice; keep one of each")
+    if not isinstance(value, dict):
+        raise error(f"{what} {path}: expected a JSON object, got a {type(value).__name__}; {fix}")
+    return value
+
+
+def hash_file(path: StrPath) -> str:
+    """Hexadecimal sha256 of an existing file, read anew each time."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network inside ``DistributedDataParallel`` or ``DataParallel``; any other as it is."""
+    return network.module if isinstance(network, (DistributedDataParallel, DataParallel)) else network
