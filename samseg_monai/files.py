@@ -1,4 +1,4 @@
-"""Files as every part of the package reads and writes them: whole or not at all, with one sentence for what is wrong."""
+"""How every part of the package reads and writes files: whole or not at all, and one sentence for what is wrong."""
 
 from __future__ import annotations
 
