@@ -60,7 +60,7 @@ def test_imports_point_downwards(path):
 def test_files_and_functions_stay_small_and_explained(path):
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
-    assert text.count("\n") <= 300
+    assert text.count("\n") <= 500
     assert ast.get_docstring(tree), "module docstring"
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):

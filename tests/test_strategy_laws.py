@@ -23,7 +23,7 @@ from samseg_monai import strategies
 from samseg_monai.adapters import LoRALinear
 from samseg_monai.checkpoints import load_adapter, save_adapter
 from samseg_monai.errors import AdapterError, CheckpointError
-from samseg_monai.networks import SamSegmenter
+from samseg_monai.networks import SamSegmenter, disable_adapter
 from samseg_monai.sam.build import build_sam
 from samseg_monai.strategies import Ladder, LoRA, Scratch, Selective, Strategy, ZeroShot
 from samseg_monai.strategies.base import head_names
@@ -397,8 +397,38 @@ class TestStrategyLaws:
         network = build()
         before = list(network.state_dict())
         with pytest.raises(AdapterError, match="installed already"):
-            row.make().install(network)
+            network.adopt(row.make())
         assert list(network.state_dict()) == before
+
+    def test_disabled_it_is_the_frozen_sam_and_afterwards_as_before(self, build, row, base, batch, tiny):
+        network, plain = build(), SamSegmenter(tiny, ZeroShot(random_masks=True), **row.network)
+        plain.load_base(base[tiny])
+        learn(network, batch)
+        before, state = network(*batch[:2]), copy.deepcopy(network.state_dict())
+        inside = {f"sam.{name}" for name in plain.sam.state_dict()}
+        if set(network.owned) & inside:
+            with pytest.raises(AdapterError, match="SAM's own tensors in place"), disable_adapter(network):
+                pass
+        else:
+            plain.sam.mask_decoder.load_state_dict(network.sam.mask_decoder.state_dict())  # a random head is its own
+            with torch.no_grad(), disable_adapter(network):
+                assert torch.equal(network(*batch[:2]), plain(*batch[:2]))
+                with disable_adapter(network):
+                    pass
+                assert torch.equal(network(*batch[:2]), plain(*batch[:2]))
+        assert torch.equal(network(*batch[:2]), before)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+        assert network.strategy is None or learning(network) == {
+            name for name, parameter in network.named_parameters() if parameter.requires_grad
+        }
+
+    def test_its_text_names_its_arguments(self, row):
+        text = repr(row.make())
+        if isinstance(row.make(), Ladder):
+            assert text.startswith("Ladder(side=") and "decoder=" in text
+        else:
+            assert repr(eval(text, vars(strategies))) == text
+            assert eval(text, vars(strategies)).card() == row.make().card()
 
     def test_merged_it_is_plain_sam_with_equal_output(self, build, row, batch, tiny):
         network = build()
@@ -562,6 +592,51 @@ def test_lora_says_what_does_not_fit(arguments, message):
 def test_selective_says_what_does_not_fit(arguments, message):
     with pytest.raises(AdapterError, match=message):
         SamSegmenter("tiny", Selective(**arguments))
+
+
+def test_only_a_sam_below_an_adapter_can_be_had_back(capsys):
+    network = SamSegmenter("tiny", LoRA(2))
+    network.load_base("random")
+    network.print_trainable_parameters()
+    learns = count_trainable(network)
+    assert capsys.readouterr().out.startswith(f"{learns:,} of {sum(p.numel() for p in network.parameters()):,} values")
+    with pytest.raises(ZeroDivisionError), disable_adapter(network):
+        raise ZeroDivisionError
+    assert all(layer.enabled for layer in network.modules() if isinstance(layer, LoRALinear))
+    network.merge()
+    with pytest.raises(AdapterError, match="was merged"), disable_adapter(network):
+        pass
+    with pytest.raises(AdapterError, match="Conv2d has no SAM"), disable_adapter(nn.Conv2d(1, 1, 1)):
+        pass
+    network.adopt(LoRA(3))
+    assert network.strategy.rank == 3 and count_trainable(network) == learns * 3 // 2
+
+
+def test_a_side_network_that_learns_alone_can_be_disabled():
+    class Beside(Strategy):
+        """Shifts SAM's embedding by what it learns."""
+
+        def install(self, segmenter):
+            segmenter.side = Shift()
+            return ["side.by"]
+
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.by = nn.Parameter(torch.ones(WIDTH, 1, 1))
+
+        def forward(self, image, embedding, taps):
+            return embedding + self.by
+
+    torch.manual_seed(0)
+    network = SamSegmenter("tiny", Beside())
+    torch.manual_seed(0)
+    plain = SamSegmenter("tiny")
+    image, boxes, _ = draw_batch()
+    assert not torch.equal(network(image, boxes), plain(image, boxes))
+    with disable_adapter(network):
+        assert torch.equal(network(image, boxes), plain(image, boxes))
+    assert isinstance(network.side, Shift) and "side.by" in network.state_dict()
 
 
 def test_a_refused_strategy_leaves_the_network_as_it_was():

@@ -36,6 +36,8 @@ class LoRALinear(nn.Linear):
         groups: how often the sequence of parts repeats among the rows.
         dropout: probability, 0 <= p < 1, of dropping an input value of ``A`` during training.
         rank_stabilised: scale by ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
+    Attributes:
+        enabled: False makes it compute what its base computes, bit for bit.
     Shape: ``(..., in_features)`` to ``(..., out_features)``.
     Raises:
         AdapterError: listing everything that is wrong with the arguments.
@@ -61,6 +63,7 @@ class LoRALinear(nn.Linear):
         self.rank, self.num_parts, self.parts, self.groups = rank, num_parts, tuple(sorted(parts)), groups
         self.scaling = float(rank if alpha is None else alpha) / (math.sqrt(rank) if rank_stabilised else rank)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        self.enabled = True
         width = base.out_features // num_parts
         self.lora_a = nn.ParameterDict({str(p): _like(base.weight, rank, base.in_features) for p in self.parts})
         self.lora_b = nn.ParameterDict({str(p): _like(base.weight, width, rank) for p in self.parts})
@@ -76,6 +79,8 @@ class LoRALinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
+        if not self.enabled:
+            return super().forward(input)
         outputs = list(self._split(super().forward(input), -1))
         dropped = self.dropout(input)  # one mask for all parts: they read the same input
         for part in self.parts:

@@ -17,7 +17,6 @@ from samseg_monai.networks.crops import cut_out, draw_boxes, lay_back, squares
 from samseg_monai.networks.joining import empty_logits, join_boxes
 from samseg_monai.sam.weights import RANDOM
 from samseg_monai.strategies import Scratch, Segmenter, Strategy
-from samseg_monai.trainable import keep_only
 
 
 class PlainSegmenter(Segmenter):
@@ -38,8 +37,6 @@ class PlainSegmenter(Segmenter):
             ``net(image, boxes)``, a row of the padded square and one of (R, 4) for each box.
         crop_margin: the square's side is the box's longer one, moved out by this fraction of it at either end.
         crop_size: side of the crop in pixels, to which the square is resampled bilinearly.
-
-    Attributes: as of ``SamSegmenter``, as far as training, saving and cards need them.
 
     Raises:
         ConfigError: listing all options that are unknown or out of range.
@@ -68,17 +65,12 @@ class PlainSegmenter(Segmenter):
         self.image_size, self.num_classes, self.scans, self.input_scale = image_size, num_classes, scans, input_scale
         self.scan_mode, self.prompt = "channels", "none" if boxes == "none" else "box"
         self.spec = SimpleNamespace(name="no SAM")
-        self.base_sha256 = self.base_file = self.strategy = None
         strategy = Scratch() if strategy is None else strategy
         if not isinstance(strategy, Scratch):
             raise AdapterError(
                 f"strategy: got {type(strategy).__name__}, but {type(net).__name__} has no SAM in it; use Scratch"
             )
-        self.owned = strategy.install(self)
-        self.unused: list[str] = []
-        self.fixed: list[str] = []
-        self.strategy = strategy
-        keep_only(self, self.owned)
+        self.adopt(strategy)
         self.eval()
 
     @property

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from samseg_monai.adapters.lora import merge_all
+from samseg_monai.adapters.lora import LoRALinear, merge_all
 from samseg_monai.errors import AdapterError
+from samseg_monai.files import unwrap
 from samseg_monai.networks.checks import check_inputs, check_new_masks, check_options, tensors_hash, versions_of
 from samseg_monai.networks.joining import best_mask, empty_logits, join_boxes
 from samseg_monai.sam.backbone import SamSpec
 from samseg_monai.sam.build import build_sam
-from samseg_monai.sam.weights import RANDOM, LoadReport, find_weights, load_sam_weights
+from samseg_monai.sam.weights import RANDOM, LoadReport, find_weights, load_sam_weights, plain_names
 from samseg_monai.strategies import Segmenter, Strategy, ZeroShot
 from samseg_monai.trainable import hold_statistics, keep_only
 
@@ -51,11 +52,7 @@ class SamSegmenter(Segmenter):
         masks: "single": SAM's single mask. "best": of the three masks behind it the one whose quality SAM rates
             highest, per box; for one class and for evaluation, since no strategy here trains those masks.
 
-    Attributes:
-        owned: names of the tensors that belong to the strategy and go into its adapter file; all learn but ``fixed``.
-        unused: names that the strategy froze because the task never uses them.
-        base_sha256: hash of the base weights' file, "random" after an explicit random start, None before loading.
-        base_file: name of that file, without its folder; None of a random start or before loading.
+    Attributes: those of ``Segmenter``, and
         side: None, or a callable ``side(image, embedding, taps) -> embedding`` that may change the embedding;
             ``side.taps`` (a sequence of block numbers) says which block outputs it wants to see.
 
@@ -100,13 +97,8 @@ class SamSegmenter(Segmenter):
         self.input_scale, self.prompt, self.autocast = input_scale, prompt, autocast
         self.low_res_training, self.masks = low_res_training, masks
         self._encoder_hash: tuple[Any, str] | None = None
-        self.base_sha256 = self.base_file = self.side = self.strategy = None
-        strategy = ZeroShot() if strategy is None else strategy
-        self.owned = strategy.install(self)
-        self.unused = strategy.unused(self)
-        self.strategy = strategy
-        self.fixed = strategy.fixed(self)
-        keep_only(self, set(self.owned) - set(self.fixed))
+        self.side = None
+        self.adopt(ZeroShot() if strategy is None else strategy)
         self.eval()
 
     @property
@@ -297,3 +289,36 @@ class SamSegmenter(Segmenter):
 
     def _encoder_precision(self, image: Tensor) -> AbstractContextManager[object]:
         return nullcontext() if self.autocast is None else torch.autocast(image.device.type, dtype=torch.bfloat16)
+
+
+@contextmanager
+def disable_adapter(network: nn.Module) -> Iterator[None]:
+    """Within, the network computes what the frozen SAM below its adapter computes, bit for bit.
+
+    Args:
+        network: a ``SamSegmenter`` (also in ``DistributedDataParallel``) whose strategy only adds to SAM: low-rank
+            updates, a side network. Zero-shot has nothing to disable.
+    Raises:
+        AdapterError: SAM as it was is not there: trained in place (which tensors is told), merged, or never there.
+    """
+    network = unwrap(network)
+    if not isinstance(network, SamSegmenter):
+        raise AdapterError(f"disable_adapter: {type(network).__name__} has no SAM in it that an adapter was put on")
+    if network.strategy is None:
+        raise AdapterError("disable_adapter: the adapter was merged into SAM's weights; build the network again")
+    if changed := sorted(set(network.owned) & {f"sam.{name}" for name in plain_names(network.sam)}):
+        raise AdapterError(
+            f"disable_adapter: {network.strategy.name!r} trains {len(changed)} of SAM's own tensors in place "
+            f"({changed[0]} ...), so that SAM as it was is not here any more; compare with a zero-shot network"
+        )
+    layers = [layer for layer in network.modules() if isinstance(layer, LoRALinear)]
+    before, side = [layer.enabled for layer in layers], network.side
+    try:
+        network.side = None
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        network.side = side
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled

@@ -14,25 +14,60 @@ from torch import nn
 from samseg_monai.errors import AdapterError
 from samseg_monai.sam.build import SamModel
 from samseg_monai.sam.weights import MASK_HEAD
+from samseg_monai.trainable import count_trainable, keep_only
 
 PACKAGE = "samseg_monai.strategies"
 
 
 class Segmenter(nn.Module):
-    """What a strategy needs to know of the network it is installed into."""
+    """What a strategy needs to know of the network it is installed into, and what the network then knows of it.
+
+    Attributes:
+        owned: names of the tensors that belong to the strategy and go into its adapter file; all learn but ``fixed``.
+        unused: names that the strategy froze because the task never uses them.
+        base_sha256: hash of the base weights' file, "random" after an explicit random start, None before loading.
+        base_file: name of that file, without its folder; None of a random start or before loading.
+    """
 
     sam: SamModel
     num_classes: int
-    strategy: Strategy | None
-    base_sha256: str | None
-    base_file: str | None
+    strategy: Strategy | None = None
+    owned: list[str]
+    unused: list[str]
+    fixed: list[str]
+    base_sha256: str | None = None
+    base_file: str | None = None
+
+    def adopt(self, strategy: Strategy) -> None:
+        """Install ``strategy``; its tensors learn from now on and all others stay frozen.
+
+        Raises:
+            AdapterError: another one is installed already, or this one does not fit; the network is then as it was.
+        """
+        if self.strategy is not None:
+            raise AdapterError(
+                f"strategy {strategy.name!r} cannot be installed: {self.strategy.name!r} is installed already; "
+                "build a new network, or merge() that one first"
+            )
+        self.owned = strategy.install(self)
+        self.unused, self.fixed = strategy.unused(self), strategy.fixed(self)
+        self.strategy = strategy
+        keep_only(self, set(self.owned) - set(self.fixed))
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many values learn, of how many, by which strategy, and what base weights they start from."""
+        learns, values = count_trainable(self), sum(parameter.numel() for parameter in self.parameters())
+        base = self.base_file or {None: "not loaded yet", "random": "random"}.get(self.base_sha256, "a file")
+        print(
+            f"{learns:,} of {values:,} values learn ({learns / values:.3%}), by {self.strategy}; base weights: {base}"
+        )
 
 
 class Strategy:
     """How SAM learns: owns nothing until a subclass says what.
 
     Subclasses keep every constructor argument under its own name (``arguments`` reads them back for the card) and
-    override ``_install``.
+    override ``install``, and further methods where they own more than new layers.
 
     Attributes:
         name: short name, for tables.
@@ -47,21 +82,13 @@ class Strategy:
     random_masks: bool = False
 
     def install(self, segmenter: Segmenter) -> list[str]:
-        """Install into ``segmenter`` and return the names of the owned tensors.
+        """Put this strategy's layers into ``segmenter``, which has none yet, or nothing at all.
 
         Returns:
-            Names of parameters and buffers in ``segmenter.state_dict()``, in its order.
+            Names of the owned parameters and buffers in ``segmenter.state_dict()``, in its order.
         Raises:
-            AdapterError: when a strategy is installed already, or this one does not fit the network.
+            AdapterError: it does not fit; the network is as it was.
         """
-        if segmenter.strategy is not None:
-            raise AdapterError(
-                f"strategy {self.name!r} cannot be installed: {segmenter.strategy.name!r} is installed already; "
-                "build a new network, or merge() this one first"
-            )
-        return self._install(segmenter)
-
-    def _install(self, segmenter: Segmenter) -> list[str]:
         return []
 
     def unused(self, segmenter: Segmenter) -> list[str]:
@@ -91,6 +118,11 @@ class Strategy:
         public = PACKAGE if module.startswith(f"{PACKAGE}.") else module
         return {"_target_": f"{public}.{type(self).__qualname__}", "arguments": self.arguments()}
 
+    def __repr__(self) -> str:
+        values = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        told = (f"{k}={type(v).__name__ if isinstance(v, nn.Module) else repr(v)}" for k, v in values.items())
+        return f"{type(self).__name__}({', '.join(told)})"
+
 
 class ZeroShot(Strategy):
     """SAM as it is: nothing learns. The baseline with the same prompts and the same evaluation.
@@ -116,7 +148,7 @@ class Scratch(Strategy):
     def __init__(self, name: str = "scratch") -> None:
         self.name = name
 
-    def _install(self, segmenter: Segmenter) -> list[str]:
+    def install(self, segmenter: Segmenter) -> list[str]:
         return list(segmenter.state_dict())
 
     def facts(self, segmenter: Segmenter) -> dict[str, Any]:

@@ -76,7 +76,8 @@ class Ladder(Strategy):
             named["side_weights"] = Path(self.side_weights).name
         return {**super().arguments(), **named}
 
-    def _install(self, segmenter: Segmenter) -> list[str]:
+    def install(self, segmenter: Segmenter) -> list[str]:
+        """Put the side network beside the encoder; owned are it, the gate and what learns of the mask decoder."""
         if self.side is not None:
             spec = segmenter.sam.spec
             segmenter.side = GatedSide(self.side, spec.prompt_dim, mix=self.mix, patch_size=spec.patch_size)

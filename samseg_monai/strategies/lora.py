@@ -60,7 +60,8 @@ class LoRA(Strategy):
             problems.append(f"blocks must be different block numbers, got {self.blocks}; None means all")
         raise_all(problems, AdapterError, "LoRA cannot be built")
 
-    def _install(self, segmenter: Segmenter) -> list[str]:
+    def install(self, segmenter: Segmenter) -> list[str]:
+        """Replace the chosen layers of the encoder; owned are their updates, and with ``decoder`` the mask decoder."""
         encoder = segmenter.sam.image_encoder
         layers = [block for _, block in encoder.named_blocks()]
         able = [index for index, block in enumerate(layers) if set(self.targets) <= encoder.targets(block).keys()]

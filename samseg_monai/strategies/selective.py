@@ -45,7 +45,8 @@ class Selective(Strategy):
         raise_all(problems, AdapterError, "Selective cannot be built")
         self.patterns, self.frozen, self.name = tuple(patterns), tuple(frozen), name
 
-    def _install(self, segmenter: Segmenter) -> list[str]:
+    def install(self, segmenter: Segmenter) -> list[str]:
+        """Change no layer; owned are SAM's parameters that a pattern matches."""
         unused = set(self.unused(segmenter))
         usable = [name for name, _ in segmenter.named_parameters() if name not in unused]
         norms = _norm_parameters(segmenter)

@@ -19,7 +19,7 @@ from samseg_monai.sam.weights.find import (
     sha256_of,
 )
 from samseg_monai.sam.weights.layouts import is_sam_lst, is_samed
-from samseg_monai.sam.weights.load import MASK_HEAD, LoadReport, load_sam_weights
+from samseg_monai.sam.weights.load import MASK_HEAD, LoadReport, load_sam_weights, plain_names
 from samseg_monai.sam.weights.read import read_state
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "is_samed",
     "load_sam_weights",
     "name_of",
+    "plain_names",
     "read_state",
     "sha256_of",
 ]

@@ -129,7 +129,7 @@ def load_sam_weights(
     state = read_state(path)
     _refuse_trained(path, state)
     owned = {name.removeprefix("sam.") for name in ignore}
-    plan = _plan(sam, state, owned=owned - _plain_names(sam), new_masks=allow_new_masks, tile=tile_masks)
+    plan = _plan(sam, state, owned=owned - plain_names(sam), new_masks=allow_new_masks, tile=tile_masks)
     _refuse(plan, sam, state, path=path, strict=strict)
     changed = _copy(sam, plan.values)
     report = LoadReport(
@@ -207,7 +207,7 @@ def _tiled(state: Mapping[str, torch.Tensor], name: str, wanted: int) -> torch.T
     return None if match is None else state.get(f"{match[1]}{int(match[2]) % have}{match[3]}")
 
 
-def _plain_names(sam: nn.Module) -> set[str]:
+def plain_names(sam: nn.Module) -> set[str]:
     """Names that this SAM had before any adapter: a strategy may own some, but a base file must have them."""
     if not isinstance(sam, SamModel):
         return set()
