@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+from samseg_monai import __version__
 from samseg_monai.cli.bundle import bundle_app, predict
 from samseg_monai.cli.data import bbox, phantom_app, prepare_app
 from samseg_monai.cli.demo import demo, report
 from samseg_monai.cli.export import export
 from samseg_monai.cli.find_lr import find_lr
+from samseg_monai.cli.info import info
 from samseg_monai.cli.lint import lint
 from samseg_monai.cli.reproduce import reproduce_app
 from samseg_monai.errors import SamsegError
@@ -24,7 +27,6 @@ app = typer.Typer(
     name="samseg",
     help="Fine-tune the Segment Anything Model for medical images, as MONAI bundles.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(prepare_app, name="prepare")
@@ -38,6 +40,23 @@ app.command(name="report")(report)
 app.command(name="demo")(demo)
 app.command(name="find-lr", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(find_lr)
 app.add_typer(reproduce_app, name="reproduce")
+app.command(name="info")(info)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"samseg-monai {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    # options of ``samseg`` itself; the help text stands in ``app``
+    return
 
 
 def main() -> None:

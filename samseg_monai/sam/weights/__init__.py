@@ -17,6 +17,7 @@ from samseg_monai.sam.weights.find import (
     hash_file,
     name_of,
     sha256_of,
+    weights_folders,
 )
 from samseg_monai.sam.weights.layouts import is_sam_lst, is_samed
 from samseg_monai.sam.weights.load import MASK_HEAD, LoadReport, load_sam_weights, plain_names
@@ -39,4 +40,5 @@ __all__ = [
     "plain_names",
     "read_state",
     "sha256_of",
+    "weights_folders",
 ]

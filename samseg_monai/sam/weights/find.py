@@ -81,6 +81,11 @@ def cache_folder() -> Path:
     return Path(pooch.os_cache("samseg-monai"))
 
 
+def weights_folders() -> list[Path]:
+    """Where published files are looked for, in this order: ``SAMSEG_WEIGHTS_DIR`` if it is set, the user cache."""
+    return [Path(folder).expanduser() for folder in [os.environ.get(ENVIRONMENT)] if folder] + [cache_folder()]
+
+
 def find_weights(
     variant: str, checkpoint: str | Path | None = None, *, download: bool = True, key: str = "sam_checkpoint"
 ) -> Path:
@@ -111,7 +116,7 @@ def find_weights(
             f"there are some for {', '.join([*KNOWN, 'pico'])}"
         )
     file = KNOWN[variant]
-    folders = [Path(folder).expanduser() for folder in [os.environ.get(ENVIRONMENT)] if folder] + [cache_folder()]
+    folders = weights_folders()
     for folder in folders:
         if (folder / file.name).is_file():
             return _checked(folder / file.name, file, key)
