@@ -325,6 +325,30 @@ def test_the_recorded_loss_is_the_mean_over_batches(network, tmp_path):
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_log_tells_loss_time_left_and_dice_of_each_class(network, tmp_path, caplog, monkeypatch):
+    class Scored:
+        def attach(self, engine):
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+        def __call__(self, engine):
+            engine.state.metrics |= {"dice_mean": 0.75, "spleen_dice_mean": 0.5, "aorta_dice_mean": 1.0}
+            engine.state.metric_details = {"val_dice": [{"case": "a", "class": c} for c in ("spleen", "aorta")]}
+
+    validator = evaluator(network, [(0.5, [])] * 3)
+    curves = handlers.CurveLog(tmp_path, evaluator=validator)
+    Scored().attach(validator)
+    clock = iter(range(0, 10**6, 4000))
+    monkeypatch.setattr("samseg_monai.handlers.records.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with caplog.at_level("INFO"):
+        trainer(network, [curves, ValidationHandler(1, validator)], epochs=3).run()
+    told = [r.getMessage() for r in caplog.records if r.name == "samseg_monai.handlers.records"]
+    assert [line.split("; ")[-1] for line in told[::2]] == [
+        "at most 2 h 13 min left", "at most 1 h 07 min left", "at most 0 s left",
+    ]  # fmt: skip
+    assert told[0].startswith("epoch 1 of 3: loss 0.")
+    assert told[1] == "epoch 1 of 3: validation Dice 0.750 (spleen 0.500, aorta 1.000)"
+
+
 class Volumes(nn.Module):
     """Logits (1, 2, 3, D) of a volume are its image."""
 
@@ -406,7 +430,7 @@ def test_the_validation_loss_is_there_before_handlers_read_metrics_and_goes_into
     assert seen[0]["val_loss"] == metrics["val_loss"]
     validator = evaluator(Volumes(), [(0.5, [])])
     curves = handlers.CurveLog(tmp_path, evaluator=validator)
-    curves._trainer = SimpleNamespace(state=SimpleNamespace(epoch=0, iteration=7))
+    curves._trainer = SimpleNamespace(state=SimpleNamespace(epoch=0, iteration=7, max_epochs=1))
     validator.state.metrics = dict(metrics)
     curves._validated(validator)
     assert ("val_loss", repr(metrics["val_loss"])) in [(r["name"], r["value"]) for r in read(tmp_path / "history.csv")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ COLUMNS = ("epoch", "iteration", "name", "value")
 
 class CurveLog:
     """``history.csv`` with columns epoch, iteration, name, value: mean loss and rate per epoch, metrics per validation.
+
+    The log gets a line per epoch with the loss and the time that is left over all epochs at most, and a line per
+    validation with Dice, of each class where there are several.
 
     The file is rewritten whole after each epoch, so it is never torn. A resumed run keeps the rows up to the epoch it
     starts from; a run from scratch starts the file anew. In a distributed run the loss is the mean over all ranks'
@@ -64,6 +68,7 @@ class CurveLog:
             return
         self._begun = True
         start = self._trainer.state.epoch
+        self._started = (start, time.monotonic())
         self._rows = {key: row for key, row in _read(self.path).items() if key[0] <= start} if start > 0 else {}
 
     def _end(self, engine: Any) -> None:
@@ -81,6 +86,7 @@ class CurveLog:
             if idist.get_world_size() > 1:  # every rank has as many batches
                 loss = float(idist.all_reduce(loss)) / idist.get_world_size()
             self._add(engine.state.epoch, "train_loss", loss)
+            self._tell(f"loss {loss:.4g}; {self._time_left()}")
         self._loss_sum, self._losses = None, 0
         for index, group in enumerate(engine.optimizer.param_groups):
             self._add(engine.state.epoch, "lr" if index == 0 else f"lr_{index}", float(group["lr"]))
@@ -88,10 +94,27 @@ class CurveLog:
 
     def _validated(self, engine: Any) -> None:
         self._begin(engine)
-        for name, value in plain(engine.state.metrics).items():
-            if isinstance(value, (int, float)):
-                self._add(engine.state.epoch, name, float(value))
+        metrics = {k: float(v) for k, v in plain(engine.state.metrics).items() if isinstance(v, (int, float))}
+        for name, value in metrics.items():
+            self._add(engine.state.epoch, name, value)
+        if "dice_mean" in metrics:
+            classes = {row["class"]: metrics.get(f"{row['class']}_dice_mean") for row in case_rows(engine)}
+            each = ", ".join(f"{name} {value:.3f}" for name, value in classes.items() if value is not None)
+            self._tell(f"validation Dice {metrics['dice_mean']:.3f}" + (f" ({each})" if each else ""))
         self._write()
+
+    def _tell(self, what: str) -> None:
+        if idist.get_rank() == 0:
+            logger.info("epoch %d of %d: %s", self._trainer.state.epoch, self._trainer.state.max_epochs, what)
+
+    def _time_left(self) -> str:
+        """Of all epochs, as long as those of this process took on average, validations included."""
+        state, (epoch, began) = self._trainer.state, self._started
+        seconds = (time.monotonic() - began) / (state.epoch - epoch) * (state.max_epochs - state.epoch)
+        if seconds < 100:
+            return f"at most {seconds:.0f} s left"
+        hours, minutes = divmod(round(seconds / 60), 60)
+        return f"at most {hours} h {minutes:02} min left" if hours else f"at most {minutes} min left"
 
     def _add(self, epoch: int, name: str, value: float) -> None:
         self._rows[(epoch, name)] = (self._trainer.state.iteration, value)
