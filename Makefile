@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup dev demo test lint pico bundles bench clean
+.PHONY: setup dev demo test lint docs pico bundles bench clean
 
 setup: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
@@ -31,6 +31,10 @@ lint: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# site/index.html opens from the disk; the search needs a server: python -m http.server --directory site
+docs: dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 pico: setup
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m samseg_monai.pretrain --output samseg_monai/sam
 
@@ -45,4 +49,4 @@ bench: dev
 	    $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info
+	rm -rf $(VENV) demo site build *.egg-info

@@ -20,12 +20,18 @@ from tests.forked import forked
 ROOT = Path(__file__).parents[1]
 TOPICS = [ROOT / "docs" / name for name in ("learning_options.md", "tracking.md")]
 PAGES = [ROOT / "README.md", *TOPICS, *sorted(ROOT.glob("bundles/*/docs/README.md"))]
+NAMES = ("index", "your_own_data", "from_the_clinic", "strategies", "bundles", "evaluation", "speed")
+GUIDES = [ROOT / "docs" / f"{name}.md" for name in NAMES]
 # not run here: the file that does, or why none can
 ELSEWHERE = {
     "samseg reproduce": "test_reproduce.py",
     "samseg demo": "test_demo_abdomen.py",
     "samseg export": "test_export.py",
     "samseg lint": "test_lint.py",
+    "samseg info": "test_face.py",
+    "samseg --version": "test_face.py",
+    "samseg --help": "test_face.py",
+    "samseg --install-completion": "test_face.py",
     "make ": "test_docs.py",
     "mlflow ui": "a server that does not end; test_tracking.py reads what it shows",
     "tensorboard ": "a server that does not end; test_tracking.py reads what it shows",
@@ -41,10 +47,19 @@ SMALL = {
 }
 
 
+def fenced(page: Path) -> list[tuple[str, str]]:
+    """Kind and text of each block between lines of three backticks."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+
+
 def commands(page: Path) -> list[str]:
-    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    blocks = [text for kind, text in fenced(page) if kind in ("", "bash")]
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     return [line.split("  #")[0].strip() for line in lines if line and not line.startswith("#")]
+
+
+def python_blocks(page: Path) -> list[str]:
+    return [text for kind, text in fenced(page) if kind == "python"]
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +167,23 @@ def test_every_shown_command_runs(page, folder, monkeypatch):
                 shutil.rmtree(target)
             trained.add(target)
         run_line(line, monkeypatch, launch="segmentation_lora" in str(page))
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_guides_show_what_is_run(page, tmp_path, monkeypatch):
+    """A command of a guide stands on a page above, word for word; its Python is run here, block after block."""
+    run = {line for page in PAGES for line in commands(page)}
+    assert [line for line in commands(page) if line not in run and not line.startswith(tuple(ELSEWHERE))] == []
+    monkeypatch.chdir(tmp_path)
+    for block in python_blocks(page):
+        exec(compile(block, page.name, "exec"), {"__name__": "__main__"})
+
+
+def test_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [block] = python_blocks(ROOT / "README.md")
+    exec(compile(block, "README.md", "exec"), {})
+    assert block in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")  # one example, in two places
 
 
 def test_commands_named_in_a_sentence_are_run_somewhere():

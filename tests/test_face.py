@@ -98,9 +98,11 @@ def test_a_created_network_loads_weights_and_segments():
     assert torch.equal(mask, plain) and mask[80:160, 96:180].float().mean() > 0.8
 
 
-def test_the_command_knows_its_version():
+def test_the_command_knows_its_version_and_its_commands():
     done = CliRunner().invoke(app, ["--version"])
     assert (done.exit_code, done.stdout) == (0, f"samseg-monai {sm.__version__}\n")
+    told = CliRunner().invoke(app, ["--help"]).stdout
+    assert all(word in told for word in ("--install-completion", "predict", "bundle", "info"))
 
 
 def test_info_tells_versions_devices_weights_and_cache(tmp_path, monkeypatch):
