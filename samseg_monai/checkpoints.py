@@ -27,7 +27,7 @@ from samseg_monai.networks import PlainSegmenter, SamSegmenter
 from samseg_monai.networks.cards import card_differences, card_facts
 from samseg_monai.networks.foreign import load_foreign
 from samseg_monai.sam.weights import hash_file, sha256_of
-from samseg_monai.trainable import owned_state
+from samseg_monai.training.owned import owned_state
 
 FORMAT_VERSION = 1
 TENSORS, CARD = "adapter.safetensors", "card.json"

@@ -21,8 +21,8 @@ from torch.utils.data import Dataset, DistributedSampler
 from samseg_monai import handlers
 from samseg_monai.errors import CheckpointError, ConfigError, TrainingError
 from samseg_monai.networks import SamSegmenter
-from samseg_monai.schedules import warmup_schedule
 from samseg_monai.strategies import LoRA
+from samseg_monai.training import warmup_schedule
 
 EPOCHS = 5
 

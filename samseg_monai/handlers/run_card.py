@@ -16,7 +16,7 @@ from ignite.engine import Events
 from samseg_monai.checkpoints import read_card
 from samseg_monai.errors import CheckpointError
 from samseg_monai.handlers import provenance
-from samseg_monai.trainable import count_trainable
+from samseg_monai.training.owned import count_trainable
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from samseg_monai.checkpoints import write_whole
 from samseg_monai.errors import CheckpointError, ConfigError, TrainingError, raise_all
 from samseg_monai.handlers.processes import hold_folder
 from samseg_monai.handlers.provenance import plain
-from samseg_monai.trainable import owned_state
+from samseg_monai.training.owned import owned_state
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from samseg_monai.networks.crops import cut_out, draw_boxes, lay_back, squares
 from samseg_monai.networks.joining import empty_logits, join_boxes
 from samseg_monai.sam.weights import RANDOM
 from samseg_monai.strategies import Scratch, Segmenter, Strategy
-from samseg_monai.trainable import keep_only
+from samseg_monai.training.owned import keep_only
 
 
 class PlainSegmenter(Segmenter):
