@@ -11,7 +11,7 @@ import os
 import pickle
 import subprocess
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,16 @@ from torch import Tensor, nn
 
 from samseg_monai import __version__
 from samseg_monai.errors import CheckpointError, raise_all
+from samseg_monai.files import hash_file, read_json, write_whole
 from samseg_monai.networks import PlainSegmenter, SamSegmenter
 from samseg_monai.networks.cards import card_differences, card_facts
 from samseg_monai.networks.foreign import load_foreign
-from samseg_monai.sam.weights import hash_file, sha256_of
-from samseg_monai.trainable import owned_state
+from samseg_monai.sam.weights import sha256_of
+from samseg_monai.training.owned import owned_state
 
 FORMAT_VERSION = 1
 TENSORS, CARD = "adapter.safetensors", "card.json"
+STAGED_CARD = ".card.json.tmp"  # a card whose tensors are about to be moved
 
 StrPath = str | os.PathLike[str]
 Network = SamSegmenter | PlainSegmenter
@@ -56,8 +58,8 @@ def save_adapter(
     Raises:
         CheckpointError: base weights were never loaded, or the network was merged and has no adapter any more.
     """
-    folder = Path(folder)
-    if network.strategy is None:
+    folder, strategy = Path(folder), network.strategy
+    if strategy is None:
         raise CheckpointError("adapter: this network was merged and has none; save it with save_model")
     if network.base_sha256 is None:
         raise CheckpointError(
@@ -66,8 +68,9 @@ def save_adapter(
         )
     folder.mkdir(parents=True, exist_ok=True)
     state = owned_state(network, network.owned)
-    tensors, staged = _temporary(folder / TENSORS), _temporary(folder / CARD)
-    try:
+    staged = folder / STAGED_CARD
+
+    def write(tensors: Path) -> None:
         save_file(state, tensors, metadata={"format": "pt"})
         card = {
             "format_version": FORMAT_VERSION,
@@ -75,7 +78,7 @@ def save_adapter(
             "rectangular": isinstance(network, SamSegmenter) and network.sam.rectangular,
             "tensors": len(state),
             "values": sum(tensor.numel() for tensor in state.values()),
-            **network.strategy.facts(network),
+            **strategy.facts(network),
             "adapter_sha256": hash_file(tensors),
             "package_version": __version__,
             "git_commit": git_commit(),
@@ -83,11 +86,12 @@ def save_adapter(
             "extra": dict(extra or {}),
         }
         staged.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(tensors, folder / TENSORS)
-    finally:
-        if tensors.exists():  # else they were moved, and the new card is all that explains them
-            tensors.unlink()
-            staged.unlink(missing_ok=True)
+
+    try:
+        write_whole(folder / TENSORS, write)
+    except Exception:
+        staged.unlink(missing_ok=True)
+        raise
     os.replace(staged, folder / CARD)
     return folder
 
@@ -99,16 +103,12 @@ def read_card(folder: StrPath) -> dict[str, Any]:
         CheckpointError: absent, unreadable, or of a format that this version does not know.
     """
     path = _card_path(Path(folder))
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; an adapter folder holds {TENSORS} and {CARD}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); get the file again") from error
-    found = card.get("format_version") if isinstance(card, dict) else None
-    if found != FORMAT_VERSION:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; an adapter folder holds {TENSORS} and {CARD}")
+    card = read_json(path, CheckpointError, "card")
+    if card.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: card format {found!r}, this version of samseg-monai reads {FORMAT_VERSION}; "
+            f"{path}: card format {card.get('format_version')!r}, this version of samseg-monai reads {FORMAT_VERSION}; "
             "use the version that wrote it"
         )
     return card
@@ -143,7 +143,6 @@ def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
 def save_model(network: nn.Module, path: StrPath) -> Path:
     """Write the bare, full state dict (plain CPU tensors), readable with ``weights_only=True``."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
     write_whole(path, lambda temporary: torch.save(state, temporary))
     return path
@@ -246,24 +245,10 @@ def _refuse_differences(state: Mapping[str, Tensor], expected: Mapping[str, Tens
     raise_all(problems, CheckpointError, heading)
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, always the same, and move it there: all of it or nothing."""
-    temporary = _temporary(path)
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
 def _card_path(folder: Path) -> Path:
     """The card of the tensors in ``folder``: the one still to be moved, if a save was killed halfway."""
-    staged = _temporary(folder / CARD)
-    with suppress(OSError, ValueError, LookupError, TypeError):  # none, or its tensors were not moved
-        if json.loads(staged.read_text(encoding="utf-8"))["adapter_sha256"] == hash_file(folder / TENSORS):
+    staged = folder / STAGED_CARD
+    with suppress(CheckpointError, OSError):  # none, or its tensors were not moved
+        if read_json(staged, CheckpointError, "card").get("adapter_sha256") == hash_file(folder / TENSORS):
             return staged
     return folder / CARD

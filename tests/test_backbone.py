@@ -15,7 +15,6 @@ from torch import nn
 
 from samseg_monai.adapters import DoRALinear, LoRALinear
 from samseg_monai.errors import AdapterError, ConfigError
-from samseg_monai.learning_rates import parameter_groups
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.networks.checks import tensors_hash
 from samseg_monai.sam.backbone import Backbone, Rows, SamSpec
@@ -23,7 +22,8 @@ from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.spec import get_spec
 from samseg_monai.sam.weights import load_sam_weights
 from samseg_monai.strategies import Ladder, LoRA
-from samseg_monai.trainable import count_trainable
+from samseg_monai.training import parameter_groups
+from samseg_monai.training.owned import count_trainable
 
 PACKAGE = Path(__file__).parents[1] / "samseg_monai"
 WEIGHTS = Path(os.environ.get("SAMSEG_REALWEIGHTS", "absent"))

@@ -20,7 +20,7 @@ from samseg_monai.sam.backbone import SamSpec
 from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.weights import RANDOM, LoadReport, find_weights, load_sam_weights, plain_names
 from samseg_monai.strategies import Segmenter, Strategy, ZeroShot
-from samseg_monai.trainable import hold_statistics, keep_only
+from samseg_monai.training.owned import hold_statistics, keep_only
 
 LOW_RES = 4  # SAM's decoder makes one logit per 4 x 4 pixels
 
