@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pydoc import locate
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 import samseg_monai as sm
 from samseg_monai.bundles import build_bundle, recipe_names
 from samseg_monai.cli import app
+from samseg_monai.sam.weights import KNOWN
 from samseg_monai.strategies import STRATEGIES
 
 HEAVY = {"torch", "monai", "numpy", "pandas", "matplotlib", "nibabel"}
@@ -117,6 +119,18 @@ def test_info_tells_versions_devices_weights_and_cache(tmp_path, monkeypatch):
     assert "7 bytes, but the published file has 40,728,226" in told["vit_t"]
     assert str(tmp_path) in told["SAMSEG_WEIGHTS_DIR:"] and str(tmp_path / "cache") in told["cache:"]
     assert not (tmp_path / "cache").exists()
+
+
+def test_info_tells_gpus_and_that_published_files_are_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAMSEG_WEIGHTS_DIR", str(tmp_path))
+    size = KNOWN["vit_t"].size
+    with (tmp_path / KNOWN["vit_t"].name).open("wb") as stream:
+        stream.truncate(size)  # sparse: takes no room
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "H100")
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: SimpleNamespace(total_memory=80 * 10**9))
+    told = CliRunner().invoke(app, ["info"]).stdout
+    assert "GPU cuda:0: H100, 80 GB\n" in told and f"vit_t    {tmp_path / 'mobile_sam.pt'}\n" in told
 
 
 def test_shells_can_complete_commands(monkeypatch):
