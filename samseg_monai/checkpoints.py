@@ -220,15 +220,18 @@ def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_che
     )
 
 
-def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, or None when it was installed or git is absent."""
+def git_commit(*, changes: bool = False) -> str | None:
+    """Commit of the checkout this package runs from; None when it was installed or git is absent.
+
+    Args:
+        changes: add ``+changes`` where the checkout is not clean.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():  # a package in site-packages must not report the commit of its surroundings
         return None
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", *["--dirty=+changes"][: int(changes)]]
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True
-        )
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
