@@ -19,7 +19,7 @@ FLOORS = {
     "cli": 5, "__main__": 6,
 }  # fmt: skip
 # (importer, imported) on one floor: each is one step further down the same staircase
-NEIGHBOURS = {("checkpoints", "networks"), ("export", "bundles")}
+NEIGHBOURS = {("checkpoints", "networks"), ("inferers", "networks"), ("export", "bundles")}
 
 
 def part_of(path: Path) -> str:

@@ -34,18 +34,13 @@ class EMA:
     ``d = min(decay, (1 + t) / (10 + t))``: early on it follows closely, so that the random start is forgotten.
 
     The average stands in the network from the start to the end of each validation, so that a BestAdapter saves it;
-    LastAdapter asks for it. Only parameters that learn are averaged, in float32 on their device; buffers (running
-    statistics) stay those of the training. ResumeSaver keeps the weights of the training and the average.
-
-    Attach it from ``run``, after the other handlers and before ResumeSaver's ``load``.
+    LastAdapter asks for it. Only parameters that learn are averaged, in float32 on their device; running statistics
+    stay those of the training. In ``run`` attach it after the other handlers and before ResumeSaver's ``load``.
 
     Args:
         network: SamSegmenter (or DDP of it) that is trained.
-        decay: largest weight of the old average, 0 < decay < 1; 0.999 averages over about 1000 steps.
+        decay: largest weight of the old average, 0 < decay < 1, else ConfigError; 0.999: over about 1000 steps.
         evaluator: engine of the validations; None where there are none.
-
-    Raises:
-        ConfigError: decay out of range.
     """
 
     def __init__(self, network: nn.Module, decay: float, *, evaluator: Any = None) -> None:
@@ -128,16 +123,13 @@ class EMA:
 class BestAdapter:
     """Saves the adapter and its card whenever a validation beats all before it; else the files stay as they are.
 
-    Its best score goes into the resume file, so the first validation after a resume replaces no better adapter; and so
-    do the metrics of the last validation, which the card of the resumed run reports, too.
+    Its best score and the metrics of the last validation go into the resume file.
 
     Args:
         network: SamSegmenter (or DDP of it) that is trained.
         output_dir: folder for ``adapter.safetensors`` and ``card.json``; the card's metrics hold the epoch.
-        key_metric_name: name in ``engine.state.metrics``, more is better; None is the evaluator's key metric.
-
-    Raises:
-        TrainingError: during the run, when there is no such metric.
+        key_metric_name: name in ``engine.state.metrics``, more is better; None is the evaluator's key metric. During
+            the run TrainingError, if there is none.
     """
 
     def __init__(self, network: Any, output_dir: str | os.PathLike[str], *, key_metric_name: str | None = None) -> None:

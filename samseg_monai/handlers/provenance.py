@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -99,16 +98,7 @@ def versions() -> dict[str, str | None]:
 @functools.cache  # the code that runs was read when the process began
 def git_state() -> str | None:
     """Commit of the package's own checkout, with ``+changes`` if it is not clean; None when installed without one."""
-    commit = git_commit()
-    if commit is None:
-        return None
-    root = Path(samseg_monai.__file__).resolve().parent.parent
-    command = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return commit
-    return commit + ("+changes" if done.stdout.strip() else "")
+    return git_commit(changes=True)
 
 
 def hardware() -> dict[str, Any]:

@@ -35,21 +35,17 @@ class RunCard:
     """Writes ``run_card.json``: what a run was, on what, with what result; at its start, and kept true to its end.
 
     Its status is ``running``, then ``completed``, ``interrupted`` or ``failed`` (with the message). No absolute path
-    and no user name gets into it.
-
-    Put it first among the handlers: of several handlers of an exception (MONAI's StatsHandler is one) ignite reaches
-    only those before the first that raises, and this one raises the exception again, too.
+    and no user name gets into it. Put it first among the handlers: of several handlers of an exception (MONAI's
+    StatsHandler is one) ignite reaches only those before the first that raises it again, as this one does, too.
 
     Args:
         output_dir: folder of the run, made if need be.
         settings: values of the config's public keys; hashed (places left out) into ``config_hash``.
-        seed: seed of the run.
-        prompt_source: label, json, mask, image or none; recorded with every number.
+        seed, prompt_source, cases_file: recorded as they are.
         network: SamSegmenter (or DDP of it): strategy, SAM variant, base weights' hash and counts are read from it.
         evaluator: engine whose last and best metrics are recorded; not needed when attached to the evaluator.
         best: BestAdapter, whose epoch and score then count as the best.
         datalist: datalist JSON, whose hash is recorded.
-        cases_file: name of the CSV with per-case rows.
         facts: more keys for the card's top level, e.g. ``{"dataset": "phantoms", "phantoms": true}``.
     """
 
@@ -205,9 +201,8 @@ class CurveLog:
     The log gets a line per epoch with the loss and the time that is left over all epochs at most, and a line per
     validation with Dice, of each class where there are several.
 
-    The file is rewritten whole after each epoch, so it is never torn. A resumed run keeps the rows up to the epoch it
-    starts from; a run from scratch starts the file anew. In a distributed run the loss is the mean over all ranks'
-    batches.
+    The file is rewritten whole after each epoch. A resumed run keeps the rows up to the epoch it starts from; a run
+    from scratch starts the file anew. In a distributed run the loss is the mean over all ranks' batches.
 
     Args:
         output_dir: folder of the run, made if need be.
@@ -319,15 +314,10 @@ class CaseTable:
 
     Args:
         output_dir: folder of the run, made if need be.
-        name: which metric's rows in ``engine.state.metric_details``; None takes all there are.
+        name: which metric's rows in ``engine.state.metric_details``, TrainingError if there are none; None takes all.
         filename: CSV, one row per case and class (``samseg_monai.metrics.write_rows``).
-        metrics_filename: JSON with ``metrics`` (plain numbers), ``cases``, ``cases_file``, ``prompt_source``,
-            ``policy``, ``epoch``.
-        prompt_source: label, json, mask, image or none.
-        policy: the empty-mask policy the rows follow.
-
-    Raises:
-        TrainingError: when the evaluator has no such rows.
+        metrics_filename: JSON with ``metrics`` (plain numbers) and what is known of them.
+        prompt_source, policy: recorded beside the numbers.
     """
 
     def __init__(

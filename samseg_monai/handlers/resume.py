@@ -42,11 +42,7 @@ def hold_folder(folder: str | os.PathLike[str]) -> FileLock | None:
     """Keep other processes from training into ``folder`` for as long as the result lives; a process that dies lets go.
 
     A training started by ``torchrun`` outlives a launcher that is killed, and would go on writing beside the next one.
-
-    Returns:
-        The lock, taken; None where the file system has no locks, which is logged.
-    Raises:
-        TrainingError: another process has it.
+    None where the file system has no locks, which is logged; TrainingError if another process has it.
     """
     path = Path(folder) / LOCK
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,12 +63,8 @@ def hold_folder(folder: str | os.PathLike[str]) -> FileLock | None:
 class EpochSeeder:
     """Seeds, at each epoch's start, everything the trainer's data loader and network draw from.
 
-    Calls ``set_epoch`` of the dataset and of the sampler (DistributedSampler) if they have it, seeds the generators of
-    the loader and its sampler from (seed, epoch), and the global ones of torch (dropout), numpy and Python from
-    (seed, epoch, rank). The loader is found in the engine.
-
-    Args:
-        seed: any integer.
+    Calls ``set_epoch`` of dataset and sampler (DistributedSampler) if they have it, seeds the generators of loader and
+    sampler from (seed, epoch), and the global ones of torch (dropout), numpy and Python from (seed, epoch, rank).
 
     Raises:
         ConfigError: at the start, for persistent workers with a dataset that has an epoch but is no SliceDataset
@@ -124,19 +116,16 @@ def _mix(*numbers: int) -> int:
 class ResumeSaver:
     """Writes ``resume.pt`` after an epoch, whole or not at all, and goes on from it.
 
-    The file holds the owned tensors only, the optimiser, the schedule, the counters of the given handlers, the random
-    state and the card of the network; ``torch.load(weights_only=True)`` reads it. After an error nothing is written.
-    With EpochSeeder and a dataset that draws from (seed, epoch, item), a training killed at any moment and resumed ends
-    with the same weights, best adapter and metrics as one that never was: what was half done is done again. The last
-    epoch's file is written behind everything else (RunCard's "completed"), so that nothing is left out after a kill.
+    The file holds the owned tensors, the states of optimiser, schedule and given handlers, the random state and the
+    card of the network; ``torch.load(weights_only=True)`` reads it. With EpochSeeder and a dataset that draws from
+    (seed, epoch, item), a training killed at any moment and resumed ends with the same weights, best adapter and
+    metrics as one that never was: what was half done is done again. The last epoch's file is written behind everything
+    else (RunCard's "completed"), so that nothing is left out after a kill; after an error nothing is written.
 
     Ignite's ``Checkpoint`` writes through a temporary file of random name, which a kill leaves behind, and neither
     looks at whose file it reads nor whether the training in it is finished; hence this one.
 
-    Attach it from ``run`` (inside ``train::handlers`` it would refer to itself), after the other handlers, then
-    ``load()`` it, with base weights loaded before::
-
-        "$@resume.attach(@train::trainer)", "$@resume.load()", "$@train::trainer.run()"
+    In ``run`` attach it after the other handlers, then ``load()`` it, with base weights loaded before.
 
     Args:
         output_dir: folder of the run, made if need be.
@@ -223,10 +212,7 @@ class ResumeSaver:
         self._lock = None
 
     def load(self) -> int:
-        """Restore everything if the file exists.
-
-        Returns:
-            The epoch that was finished last; 0 without a file.
+        """Restore everything if the file exists, and return the epoch that was finished last; 0 without a file.
 
         Raises:
             TrainingError: not attached yet; another process trains in this folder; or the training is finished already.

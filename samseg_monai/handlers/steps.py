@@ -155,16 +155,13 @@ class GradientFlow:
 
     A strategy that freezes one tensor too many, or an adapter that is installed but never called, trains without any
     error and merely scores low. Two steps are looked at because a fresh LoRA has no gradient on ``A`` in its first one
-    (``B`` is zero; Hu et al. 2021, arXiv:2106.09685).
-
-    A group is the tensor's name up to its block (``sam.image_encoder.blocks.3``). The rows are put in
-    ``engine.state.gradient_flow`` (and ``.rows``): dicts of ``group``, ``tensors``, ``parameters``,
-    ``gradient_norm`` (L2, of the last step looked at or the largest before it), ``silent`` (names without gradient).
+    (``B`` is zero; Hu et al. 2021, arXiv:2106.09685). Rows go to ``engine.state.gradient_flow`` and ``.rows``: dicts of
+    ``group`` (name up to the block), ``tensors``, ``parameters``, ``gradient_norm`` (L2, of the last step looked at or
+    the largest before it), ``silent`` (names without gradient).
 
     Args:
         network: what is trained; DDP is unwrapped.
-        steps: optimiser steps to look at, at least 1; up to ``MAX_IDLE`` in which no tensor has a gradient do not
-            count.
+        steps: optimiser steps to look at, at least 1; up to ``MAX_IDLE`` without any gradient do not count.
 
     Raises:
         TrainingError: during the run, naming all tensors that get no gradient or are not in the optimiser.

@@ -77,20 +77,15 @@ def check_address(uri: str) -> None:
 class MlflowRun:
     """A run that is open: values, files and an end can be given to it.
 
-    Opening fails with one of our errors; later failures raise what is in ``errors``, for the caller to pass over: a
-    training must not end because a server is away.
+    Opening raises ConfigError (see ``check_address``) or TrainingError (the store cannot be opened). What is raised
+    later is in ``errors``, for the caller to pass over: a training must not end because a server is away.
 
     Args:
-        uri: see ``check_address``; of a relative sqlite path the working directory is the root. Files (artifacts) lie
-            beside a sqlite file, in a folder ``<name of the file>-artifacts``, else where the server keeps them.
-        experiment: its name; made if need be.
-        name: name of the run.
-        tags: values to find it by.
+        uri: see ``check_address``. Files (artifacts) lie beside a sqlite file, in ``<its name>-artifacts``, else where
+            the server keeps them.
+        experiment, name, tags: of the run; the experiment is made if need be.
         run_id: go on with this run, if the store still has it, instead of a new one.
         parent: run below which a new one is shown, if the store has it.
-
-    Raises:
-        ConfigError: see ``check_address``. TrainingError: the store cannot be opened.
     """
 
     def __init__(
@@ -214,25 +209,18 @@ def _alone(path: Path | None) -> AbstractContextManager[Any]:
 class Tracking:
     """Keeps one MLflow run beside a training or an evaluation.
 
-    A training is a run named after its strategy, with the card's settings as parameters, the rows of ``history.csv``
-    and the numbers that the strategy tells of itself (the ladder's ``gate``) as metrics by epoch, the bundle's configs
-    and the card as files. A resumed training goes on with its run. An evaluation is a run of its own, below that of the
-    training in the same ``output_dir`` if there was one, with the evaluator's metrics. The status follows the card:
-    FINISHED, FAILED with an error, KILLED by an interrupt. Only a process that is killed without notice leaves RUNNING.
-
-    Opening the run fails loudly; a store that is away later costs a warning, and values are sent again after the next
-    epoch. Rank 0 alone writes.
+    A training is a run named after its strategy: settings are parameters, rows of ``history.csv`` and what the strategy
+    tells of itself (the ladder's ``gate``) metrics by epoch, configs and card files. A resumed training goes on with
+    its run. An evaluation is a run of its own, below that of the training in the same ``output_dir``. The status
+    follows the card: FINISHED, FAILED, KILLED by an interrupt; a process killed without notice leaves RUNNING. A store
+    that is away costs a warning, and values are sent again after the next epoch. Rank 0 alone writes.
 
     Args:
-        card: the run's card. Put it before this handler, which takes over its part at an exception: the card raises the
-            exception again, so that a handler behind it would never hear of it.
+        card: the run's card, which stands before this handler. It raises an exception again, so that a handler behind
+            would never hear of it: this one calls it then.
         output_dir: folder of the training; it keeps the id of the run.
-        uri: ``sqlite:///PATH`` or an MLflow server.
+        uri: ``sqlite:///PATH`` or an MLflow server, see ``check_address``.
         experiment: None is ``samseg-<task>``.
-
-    Raises:
-        ConfigError: the address is none, or mlflow is not installed. TrainingError: at the start, when the store cannot
-            be opened.
     """
 
     def __init__(

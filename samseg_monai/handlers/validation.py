@@ -30,12 +30,8 @@ class SameBuffers:
     """Gives every process rank 0's buffers (running statistics) when a validation starts.
 
     ``DistributedDataParallel`` does so before each forward pass of the training, so after the last batch of an epoch
-    every process is left with statistics of its own, and would validate another network than the one that rank 0 saves.
-    Validations themselves must run on the network inside: DDP's exchange in a forward pass would wait for a process
-    that has fewer slices.
-
-    Args:
-        network: what is validated.
+    every process would validate another network than the one that rank 0 saves. Validations themselves must run on the
+    network inside: DDP's exchange in a forward pass would wait for a process that has fewer slices.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -55,12 +51,10 @@ class ValidationLoss:
     """Mean loss over the slices of all validation volumes that have foreground or a prompt, in the volumes' own grid.
 
     Logits are taken as the inferer returns them, before any postprocessing. Each slice counts once, whatever the
-    batches, the volumes and the number of processes; slices without foreground or prompt, which prompted networks are
-    not asked about, count nothing. A training's loss is of another grid (``image_size``) and of the slices that its
-    picker takes, so the two curves can be compared in their course, and in their values only roughly.
+    batches, the volumes and the number of processes. A training's loss is of another grid (``image_size``) and of the
+    slices that its picker takes, so the two curves can be compared in their course, and in their values only roughly.
 
-    Written in JSON it belongs under the evaluator's ``additional_metrics``: metrics are complete before any of the
-    evaluator's handlers reads them, so the value reaches cards, TensorBoard and ``history.csv`` of the same epoch.
+    It belongs under the evaluator's ``additional_metrics``: those are complete before any handler reads them.
 
     Args:
         loss: called with logits (1, C, H, W) and label (1, 1, H, W), returns a scalar; the training's own.
@@ -139,9 +133,9 @@ class _Worst:
 class WorstCaseImage:
     """Writes one picture per validation: the case with the lowest Dice, at its axial slice with most wrong voxels.
 
-    A mean hides what a look at one case tells. Of cases with equal Dice the first by name is taken, of equal slices the
-    one with most of the reference. Dice is that of ``CaseScores``: the mean over the classes that are in reference or
-    prediction. Only one slice is kept while the cases go by. With several processes it is the worst case of all.
+    Of cases with equal Dice the first by name is taken, of equal slices the one with most of the reference. Dice is
+    that of ``CaseScores``: the mean over the classes that are in reference or prediction. Only one slice is kept while
+    the cases go by. With several processes it is the worst case of all.
 
     Args:
         log_dir: folder of TensorBoard's files.
