@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from samseg_monai import bundles, cli
-from samseg_monai.data import abdomen_phantoms
+from samseg_monai.demo import abdomen_phantoms
 from samseg_monai.report import ORGANS
 
 SHAPE = (40, 32, 16)
