@@ -57,14 +57,15 @@ def tell(output: Path, *, cases: int, epochs: int | None, seed: int) -> tuple[li
     # one folder for all: whoever sees the same slice through the same encoder finds its embedding there
     shared: dict[str, Any] = {"dataset_dir": str(data), "seed": seed}
     shared |= {"embeddings::cache_dir": str(output / "embeddings")}
-    _evaluate(story, "zero-shot: evaluate", configs["zero_shot"], {**shared, "output_dir": str(runs["zero_shot"])})
+    run = {**shared, "output_dir": str(runs["zero_shot"])}
+    story.evaluate_demo("zero-shot: evaluate", configs["zero_shot"], run)
     train = [configs[LADDER] / name for name in ("train.json", "demo.json")]
     length = {"embeddings::variants": 8, **({} if epochs is None else _shortened(train[1], epochs))}
     for name in (*HALVES, LADDER):
         run = {**shared, "output_dir": str(runs[name]), **HALVES.get(name, {})}
         story.run(f"{name}: train", train, {**run, **length})
-        _evaluate(story, f"{name}: evaluate", configs[LADDER], run)
-    _pack_and_predict(story, output, runs[LADDER], data)
+        story.evaluate_demo(f"{name}: evaluate", configs[LADDER], run)
+    story.pack_and_predict(runs[LADDER], output / f"{TASK}_segmentation_{LADDER}.zip", data / "unlabelled")
     return story.commands, _write_report(story, output, runs, data, configs[LADDER])
 
 
@@ -92,25 +93,6 @@ def _phantoms(story: Story, output: Path, cases: int, seed: int) -> Path:
     )
     prepare_synapse(data, datalist, validation=VALIDATION, allow_missing=True, seed=seed)
     return data
-
-
-def _evaluate(story: Story, what: str, configs: Path, run: dict[str, Any]) -> None:
-    story.run(what, [configs / name for name in ("evaluate.json", "demo.json")], {**run, "save_predictions": True})
-
-
-def _pack_and_predict(story: Story, output: Path, run: Path, data: Path) -> None:
-    """Pack the run, unpack the ZIP as its receiver would, and segment the unlabelled case."""
-    from samseg_monai.bundles import pack_bundle
-    from samseg_monai.cli.bundle import predict
-
-    archive, unlabelled = output / f"{TASK}_segmentation_{LADDER}.zip", data / "unlabelled"
-    story.step("pack", f"samseg bundle pack {run} --output {archive}")
-    pack_bundle(run, archive)
-    story.step(
-        "predict the unlabelled case with the packed bundle",
-        f"samseg predict {archive} --input {unlabelled} --output {output / 'predictions'}",
-    )
-    predict(archive, input=unlabelled, output=output / "predictions")
 
 
 def _write_report(story: Story, output: Path, runs: dict[str, Path], data: Path, configs: Path) -> str:

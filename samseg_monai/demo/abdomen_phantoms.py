@@ -29,29 +29,13 @@ LOG = logging.getLogger(__name__)
 
 # HU: (mean, spread between cases). Both kidneys share one draw.
 _HU = {
-    anatomy.AIR: (-1000, 0),
-    anatomy.SPLEEN: (120, 8),
-    anatomy.RIGHT_KIDNEY: (180, 13),
-    anatomy.GALLBLADDER: (10, 5),
-    anatomy.OESOPHAGUS: (62, 7),
-    anatomy.LIVER: (110, 9),
-    anatomy.STOMACH: (88, 9),
-    anatomy.AORTA: (170, 13),
-    anatomy.VENA_CAVA: (150, 12),
-    anatomy.PORTAL_VEIN: (165, 12),
-    anatomy.PANCREAS: (100, 9),
-    anatomy.RIGHT_ADRENAL: (78, 8),
-    anatomy.FAT: (-100, 5),
-    anatomy.MUSCLE: (60, 5),
-    anatomy.BONE: (550, 70),
-    anatomy.MARROW: (310, 40),
-    anatomy.LUNG: (-840, 25),
-    anatomy.HEART: (145, 12),
-    anatomy.BOWEL: (98, 9),
-    anatomy.CONTENT: (25, 12),
-    anatomy.STOMACH_CONTENT: (35, 15),
-    anatomy.GAS: (-920, 15),
-}
+    anatomy.AIR: (-1000, 0), anatomy.SPLEEN: (120, 8), anatomy.RIGHT_KIDNEY: (180, 13), anatomy.GALLBLADDER: (10, 5),
+    anatomy.OESOPHAGUS: (62, 7), anatomy.LIVER: (110, 9), anatomy.STOMACH: (88, 9), anatomy.AORTA: (170, 13),
+    anatomy.VENA_CAVA: (150, 12), anatomy.PORTAL_VEIN: (165, 12), anatomy.PANCREAS: (100, 9),
+    anatomy.RIGHT_ADRENAL: (78, 8), anatomy.FAT: (-100, 5), anatomy.MUSCLE: (60, 5), anatomy.BONE: (550, 70),
+    anatomy.MARROW: (310, 40), anatomy.LUNG: (-840, 25), anatomy.HEART: (145, 12), anatomy.BOWEL: (98, 9),
+    anatomy.CONTENT: (25, 12), anatomy.STOMACH_CONTENT: (35, 15), anatomy.GAS: (-920, 15),
+}  # fmt: skip
 _TWINS = {anatomy.LEFT_KIDNEY: anatomy.RIGHT_KIDNEY, anatomy.LEFT_ADRENAL: anatomy.RIGHT_ADRENAL}
 _NOISE_HU = (15.0, 25.0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from samseg_monai.demo.story import Story, write_results
+from samseg_monai.files import write_json
 from samseg_monai.report.labels import PICO_TEXT
 
 TASK = "meningioma"
@@ -89,13 +89,16 @@ def tell(output: Path, *, cases: int, epochs: int | None, seed: int, sam: DemoMo
     data = _phantoms(story, output, cases, seed)
     runs = {name: output / "runs" / name for name in configs}
     shared: dict[str, Any] = {"dataset_dir": str(data), "seed": seed, **sam.settings}
-    _evaluate(story, "zero-shot: evaluate", configs["zero_shot"], runs["zero_shot"], shared)
+    zero_shot = {**shared, "output_dir": str(runs["zero_shot"])}
+    story.evaluate_demo("zero-shot: evaluate", configs["zero_shot"], zero_shot)
     shared |= sam.training
     length = {key: value for key, value in (("lr", sam.lr), ("epochs", epochs)) if value is not None}
-    training = {**shared, "output_dir": str(runs["lora"]), **length}
-    story.run("LoRA: train", [configs["lora"] / name for name in ("train.json", "demo.json")], training)
-    _evaluate(story, "LoRA: evaluate", configs["lora"], runs["lora"], shared)
-    _pack_and_predict(story, output, runs["lora"], data, seed, sam.checkpoint)
+    shared["output_dir"] = str(runs["lora"])
+    story.run("LoRA: train", [configs["lora"] / name for name in ("train.json", "demo.json")], {**shared, **length})
+    story.evaluate_demo("LoRA: evaluate", configs["lora"], shared)
+    boxes, archive = output / "boxes.json", output / f"{TASK}_segmentation_lora.zip"
+    write_json(boxes, _drawn_boxes(data / "unlabelled", seed), indent=1)
+    story.pack_and_predict(runs["lora"], archive, data / "unlabelled", boxes=boxes, weights=sam.checkpoint)
     return story.commands, _write_report(story, output, runs, data, sam)
 
 
@@ -116,30 +119,6 @@ def _phantoms(story: Story, output: Path, cases: int, seed: int) -> Path:
     )
     prepare_brats_men(data, data / "datalist.json", fractions=FRACTIONS, seed=seed)
     return data
-
-
-def _evaluate(story: Story, what: str, configs: Path, run: Path, shared: dict[str, Any]) -> None:
-    files = [configs / name for name in ("evaluate.json", "demo.json")]
-    story.run(what, files, {**shared, "output_dir": str(run), "save_predictions": True})
-
-
-def _pack_and_predict(story: Story, output: Path, run: Path, data: Path, seed: int, weights: str | None) -> None:
-    """Pack the run, unpack the ZIP as its receiver would, and segment the unlabelled case with boxes from a person."""
-    from samseg_monai.bundles import pack_bundle
-    from samseg_monai.cli.bundle import predict
-
-    archive = output / f"{TASK}_segmentation_lora.zip"
-    given = "" if weights is None else f" --sam-checkpoint {weights}"
-    story.step("pack", f"samseg bundle pack {run} --output {archive}{given}")
-    pack_bundle(run, archive, sam_checkpoint=weights)
-    unlabelled = data / "unlabelled"
-    boxes = output / "boxes.json"
-    boxes.write_text(json.dumps(_drawn_boxes(unlabelled, seed), indent=1), encoding="utf-8")
-    story.step(
-        "predict the unlabelled case with the packed bundle",
-        f"samseg predict {archive} --input {unlabelled} --boxes {boxes} --output {output / 'predictions'}",
-    )
-    predict(archive, input=unlabelled, output=output / "predictions", boxes=boxes)
 
 
 def _drawn_boxes(folder: Path, seed: int) -> dict[str, Any]:

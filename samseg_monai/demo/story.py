@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,24 +17,19 @@ ABSENT = object()
 
 
 class Story:
-    """Steps of a demo or an experiment, told on stderr as they begin, and the shell lines that do the same.
-
-    Attributes:
-        commands: shell lines so far.
-    """
+    """Steps of a demo or an experiment, told on stderr as they begin; ``commands`` are shell lines that do the same."""
 
     def __init__(self) -> None:
         self.commands: list[str] = []
 
-    def step(self, what: str, command: str | None = None) -> None:
+    def step(self, what: str, command: str) -> None:
         """Tell what begins now; ``command`` is the shell line of a step that the caller does itself."""
         typer.echo(f"\n== {len(self.commands) + 1}. {what}", err=True)
-        if command is not None:
-            self.commands.append(command)
+        self.commands.append(command)
 
     def run(self, what: str, configs: Sequence[Path], overrides: dict[str, Any]) -> None:
         """Tell and run a workflow of a bundle; raises as ``run_workflow``."""
-        self.step(what)
+        typer.echo(f"\n== {len(self.commands) + 1}. {what}", err=True)
         self.commands.append(run_workflow(configs, overrides))
 
     def train(self, what: str, configs: Sequence[Path], overrides: dict[str, Any]) -> None:
@@ -49,6 +43,35 @@ class Story:
             return
         self.step(what, shell_command(configs, overrides))
         typer.echo(f"{overrides['output_dir']} holds this training, finished: kept", err=True)
+
+    def evaluate_demo(self, what: str, configs: Path, overrides: dict[str, Any]) -> None:
+        """Evaluate with a bundle's demo settings, predictions saved."""
+        self.run(
+            what, [configs / name for name in ("evaluate.json", "demo.json")], {**overrides, "save_predictions": True}
+        )
+
+    def pack_and_predict(
+        self, run: Path, archive: Path, cases: Path, *, boxes: Path | None = None, weights: str | None = None
+    ) -> None:
+        """Pack a run, unpack the ZIP as its receiver would, and segment unlabelled cases into "predictions" beside it.
+
+        Args:
+            run: output_dir of the training.
+            archive: ZIP to write.
+            cases: folder of unlabelled cases.
+            boxes: JSON of their prompts, if the bundle takes some.
+            weights: file of the base weights, if they are not those of the package.
+        """
+        from samseg_monai.bundles import pack_bundle
+        from samseg_monai.cli.bundle import predict
+
+        given = "" if weights is None else f" --sam-checkpoint {weights}"
+        self.step("pack", f"samseg bundle pack {run} --output {archive}{given}")
+        pack_bundle(run, archive, sam_checkpoint=weights)
+        output, prompts = archive.with_name("predictions"), "" if boxes is None else f" --boxes {boxes}"
+        command = f"samseg predict {archive} --input {cases}{prompts} --output {output}"
+        self.step("predict the unlabelled case with the packed bundle", command)
+        predict(archive, input=cases, output=output, boxes=boxes)
 
 
 def is_trained(overrides: Mapping[str, Any]) -> bool:
@@ -105,18 +128,13 @@ def write_results(
     Raises:
         BundleError: runs that cannot stand in one table.
     """
+    from samseg_monai.files import write_json
     from samseg_monai.report import organ_table, organs_json, organs_text, results_json, table_text, write_report
 
     table = organ_table(runs) if organs else None
-    _write_json(output / "results.json", results_json(runs))
+    write_json(output / "results.json", results_json(runs))
     if table is not None:
-        _write_json(output / "organs.json", organs_json(table))
-    write_report(
-        output / "report.html",
-        title=title, runs=runs, montage=montage, commands=commands, notes=notes, organs=table,
-    )  # fmt: skip
+        write_json(output / "organs.json", organs_json(table))
+    page = output / "report.html"
+    write_report(page, title=title, runs=runs, montage=montage, commands=commands, notes=notes, organs=table)
     return table_text(runs) if table is None else organs_text(table)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

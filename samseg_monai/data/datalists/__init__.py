@@ -45,10 +45,9 @@ def read_datalist(path: str | Path) -> dict[str, Any]:
     """
     datalist = read_json(path, DataError, "datalist", "'samseg prepare' or 'samseg phantom' makes one")
     for section in SECTIONS:
-        items = datalist.get(section, [])
-        datalist[section] = (
-            [_complete(item, datalist.get("kind")) for item in items] if isinstance(items, list) else items
-        )
+        items = datalist.setdefault(section, [])
+        if isinstance(items, list):
+            datalist[section] = [_complete(item, datalist.get("kind")) for item in items]
     check_datalist(datalist, name=str(path))
     return datalist
 
@@ -70,21 +69,25 @@ def check_datalist(datalist: Mapping[str, Any], *, name: str = "datalist") -> No
     problems = [*_label_problems(datalist), *_unit_problems(datalist)]
     scans = ["image"] if datalist.get("kind") == IMAGES else datalist.get("scans")
     seen: Counter[str] = Counter()
-    homes: dict[str, set[str]] = {}
+    homes: dict[str, list[str]] = {}
     for section in SECTIONS:
         items = datalist.get(section, [])
         if not isinstance(items, list):
             problems.append(f"{section}: expected a list of items, got a {type(items).__name__}")
             continue
         for number, item in enumerate(items):
-            problem = _item_problem(item, scans)
-            if problem:
+            if problem := _item_problem(item, scans):
                 problems.append(f"{section}[{number}]: {problem}")
                 continue
             seen[item["case"]] += 1
-            homes.setdefault(item.get("patient") or patient_of(item["case"]), set()).add(section)
+            homes.setdefault(item.get("patient") or patient_of(item["case"]), []).append(section)
     problems += [f"case {case} is listed {count} times" for case, count in seen.items() if count > 1]
-    problems += [_leak(patient, sections) for patient, sections in homes.items() if len(sections) > 1]
+    problems += [
+        f"patient {patient} is in {' and '.join(dict.fromkeys(sections))}: scores would be too good; keep all time "
+        "points of a patient together"
+        for patient, sections in homes.items()
+        if len(set(sections)) > 1
+    ]
     raise_all(problems, DataError, f"{name}: not a usable datalist")
 
 
@@ -112,8 +115,7 @@ def load_datalist(
     """
     if section not in SECTIONS:
         raise DataError(f"unknown datalist section {section!r}; choose one of {', '.join(SECTIONS)}")
-    datalist = read_datalist(path)
-    root = Path(dataset_dir)
+    datalist, root = read_datalist(path), Path(dataset_dir)
     if not root.is_dir():
         raise DataError(f"dataset_dir {root} is not a folder; set it to the folder that holds the cases of {path}")
     if not datalist[section]:
@@ -134,19 +136,6 @@ def load_datalist(
         items.append(item)
     raise_all(problems, DataError, f"{path}: files of section {section!r} are missing; is dataset_dir right")
     return items if boxes is None else _with_boxes(items, datalist, Path(boxes), name=str(path))
-
-
-def _with_boxes(
-    items: list[dict[str, Any]], datalist: Mapping[str, Any], boxes: Path, *, name: str
-) -> list[dict[str, Any]]:
-    if datalist.get("kind") != IMAGES:
-        raise DataError(f"{name}: is a datalist of volumes, for which there are no box files; draw prompts from labels")
-    table = read_boxes(boxes, datalist.get("sizes"))
-    if unknown := sorted(set(table) - {item["case"] for section in SECTIONS for item in datalist[section]}):
-        LOG.warning("boxes %s: %d names are no case of %s: %s", boxes, len(unknown), name, ", ".join(unknown[:10]))
-    missing = [item["case"] for item in items if item["case"] not in table]
-    raise_all(missing, DataError, f"boxes {boxes}: cases of {name} without a box")
-    return [{**item, "boxes": table[item["case"]]} for item in items]
 
 
 def unit_of(path: str | Path) -> str:
@@ -175,6 +164,29 @@ def labels_of(path: str | Path) -> dict[str, str]:
     return dict(labels)
 
 
+def datalist_hash(datalist: Mapping[str, Any] | str | Path) -> str:
+    """sha256 over sections, scans, label coding and content hashes: equal when equal data are split equally."""
+    if isinstance(datalist, (str, Path)):
+        datalist = read_datalist(datalist)
+    kept = {key: datalist.get(key) for key in (*SECTIONS, "scans", "label_coding", "hashes")}
+    if datalist.get("kind") == IMAGES:  # not part of the images' files, so not of their hashes
+        kept["spacing_mm"] = datalist.get("spacing_mm")
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _with_boxes(
+    items: list[dict[str, Any]], datalist: Mapping[str, Any], boxes: Path, *, name: str
+) -> list[dict[str, Any]]:
+    if datalist.get("kind") != IMAGES:
+        raise DataError(f"{name}: is a datalist of volumes, for which there are no box files; draw prompts from labels")
+    table = read_boxes(boxes, datalist.get("sizes"))
+    if unknown := sorted(set(table) - {item["case"] for section in SECTIONS for item in datalist[section]}):
+        LOG.warning("boxes %s: %d names are no case of %s: %s", boxes, len(unknown), name, ", ".join(unknown[:10]))
+    missing = [item["case"] for item in items if item["case"] not in table]
+    raise_all(missing, DataError, f"boxes {boxes}: cases of {name} without a box")
+    return [{**item, "boxes": table[item["case"]]} for item in items]
+
+
 def _select_scans(datalist: dict[str, Any], scans: Sequence[str] | None, *, name: str) -> dict[str, Any]:
     """Keep the files of the named scans, in that order; a datalist that names no scans is returned as it is."""
     stored = datalist.get("scans")
@@ -190,16 +202,6 @@ def _select_scans(datalist: dict[str, Any], scans: Sequence[str] | None, *, name
     chosen = [stored.index(scan) for scan in scans]
     sections = {s: [{**item, "image": [item["image"][i] for i in chosen]} for item in datalist[s]] for s in SECTIONS}
     return {**datalist, **sections}
-
-
-def datalist_hash(datalist: Mapping[str, Any] | str | Path) -> str:
-    """sha256 over sections, scans, label coding and content hashes: equal when equal data are split equally."""
-    if isinstance(datalist, (str, Path)):
-        datalist = read_datalist(datalist)
-    kept = {key: datalist.get(key) for key in (*SECTIONS, "scans", "label_coding", "hashes")}
-    if datalist.get("kind") == IMAGES:  # not part of the images' files, so not of their hashes
-        kept["spacing_mm"] = datalist.get("spacing_mm")
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _complete(item: Any, kind: str | None) -> Any:
@@ -257,8 +259,3 @@ def _item_problem(item: Any, scans: Sequence[str] | None) -> str:
     if scans and not isinstance(image, str) and len(files) != len(scans):
         return f"case {item['case']}: {len(files)} image files for {len(scans)} scans ({', '.join(scans)})"
     return ""
-
-
-def _leak(patient: str, sections: set[str]) -> str:
-    named = " and ".join(s for s in SECTIONS if s in sections)
-    return f"patient {patient} is in {named}: scores would be too good; keep all time points of a patient together"

@@ -17,7 +17,7 @@ from nibabel.orientations import apply_orientation, io_orientation
 from tqdm import tqdm
 
 from samseg_monai.data.datalists import load_datalist
-from samseg_monai.data.files.volumes import Volume, read_volume
+from samseg_monai.data.files.volumes import read_volume
 from samseg_monai.errors import DataError, raise_all
 
 PAPER_CROP = (138, 202)
@@ -25,16 +25,11 @@ PAPER_CROP = (138, 202)
 
 @dataclass(frozen=True)
 class CropReport:
-    """Sizes in voxels of axes 0 and 1 (RAS).
+    """Sizes in voxels of axes 0 and 1 (RAS) over ``cases`` training cases.
 
-    Attributes:
-        cases: number of training cases measured.
-        centre_crop: smallest centre crop that holds every brain.
-        decided_by: the case that forces each side of ``centre_crop``.
-        tight_box: (i0, j0, i1, j1), inclusive: smallest box, wherever it lies, that holds every brain.
-        asked_crop: the crop that the losses below are for.
-        brain_voxels_lost, tumour_voxels_lost: per case, only cases that lose any.
-        tumour_voxels: of all cases.
+    ``centre_crop`` is the smallest centre crop that holds every brain, ``decided_by`` the case that forces each of its
+    sides, ``tight_box`` (i0, j0, i1, j1; inclusive) the smallest box, wherever it lies. What ``asked_crop`` loses is
+    counted per case, only where a case loses any; ``tumour_voxels`` is of all cases.
     """
 
     cases: int
@@ -63,6 +58,18 @@ class CropReport:
         ]
 
 
+@dataclass(frozen=True)
+class _Extent:
+    """Of one brain: ends (inclusive) and the side of the centre crop that holds it, along both axes; voxel counts."""
+
+    case: str
+    ends: np.ndarray  # (2 ends, 2 axes)
+    sides: tuple[int, int]
+    tumour: int
+    brain_lost: int
+    tumour_lost: int
+
+
 def smallest_crop(
     datalist: str | Path,
     dataset_dir: str | Path,
@@ -81,69 +88,58 @@ def smallest_crop(
     """
     items = load_datalist(datalist, dataset_dir, "training")
     asked = (int(crop[0]), int(crop[1]))
+
+    def attempt(item: dict[str, Any]) -> _Extent | str:
+        try:
+            return _measure(item, asked)
+        except DataError as error:
+            return f"{item['case']}: {error}"
+
     with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
-        jobs = pool.map(lambda item: _measure(item, asked), items)
-        measured = list(tqdm(jobs, total=len(items), desc="measuring brains", disable=not progress))
-    problems = [m for m in measured if isinstance(m, str)]
-    raise_all(problems, DataError, f"{datalist}: training cases cannot be measured")
+        measured = list(tqdm(pool.map(attempt, items), "measuring brains", len(items), disable=not progress))
+    raise_all([m for m in measured if isinstance(m, str)], DataError, f"{datalist}: training cases cannot be measured")
     rows = [m for m in measured if not isinstance(m, str)]
-    sides = [[_needed(m.low[axis], m.high[axis], m.shape[axis]) for m in rows] for axis in (0, 1)]
-    low, high = np.min([m.low for m in rows], axis=0), np.max([m.high for m in rows], axis=0)
+    largest = [rows[int(np.argmax([row.sides[axis] for row in rows]))] for axis in (0, 1)]
+    low, high = np.min([row.ends[0] for row in rows], 0).tolist(), np.max([row.ends[1] for row in rows], 0).tolist()
     return CropReport(
         cases=len(rows),
-        centre_crop=(max(sides[0]), max(sides[1])),
-        decided_by=(rows[int(np.argmax(sides[0]))].case, rows[int(np.argmax(sides[1]))].case),
-        tight_box=(int(low[0]), int(low[1]), int(high[0]), int(high[1])),
+        centre_crop=(largest[0].sides[0], largest[1].sides[1]),
+        decided_by=(largest[0].case, largest[1].case),
+        tight_box=(*low, *high),
         asked_crop=asked,
-        brain_voxels_lost={m.case: m.brain_lost for m in rows if m.brain_lost},
-        tumour_voxels_lost={m.case: m.tumour_lost for m in rows if m.tumour_lost},
-        tumour_voxels=sum(m.tumour for m in rows),
+        brain_voxels_lost={row.case: row.brain_lost for row in rows if row.brain_lost},
+        tumour_voxels_lost={row.case: row.tumour_lost for row in rows if row.tumour_lost},
+        tumour_voxels=sum(row.tumour for row in rows),
     )
 
 
-@dataclass(frozen=True)
-class _Extent:
-    case: str
-    shape: tuple[int, ...]
-    low: tuple[int, int]
-    high: tuple[int, int]
-    tumour: int
-    brain_lost: int
-    tumour_lost: int
-
-
-def _measure(item: dict[str, Any], crop: tuple[int, int]) -> _Extent | str:
-    files = [item["image"]] if isinstance(item["image"], str) else item["image"]
-    brain: np.ndarray | None = None
-    try:
-        for file in files:
-            scan = _to_ras(read_volume(file)) != 0
-            scan = np.any(scan, axis=3) if scan.ndim == 4 else scan
-            if brain is not None and scan.shape != brain.shape:
-                return f"{item['case']}: scans of unequal shape {scan.shape} and {brain.shape}"
-            brain = scan if brain is None else brain | scan
-        if brain is None or not brain.any():
-            return f"{item['case']}: every voxel of every scan is 0"
-        tumour = _to_ras(read_volume(item["label"])) > 0 if item.get("label") else np.zeros_like(brain)
-    except DataError as error:
-        return f"{item['case']}: {error}"
+def _measure(item: dict[str, Any], crop: tuple[int, int]) -> _Extent:
+    scans = [_in_ras(file) != 0 for file in ([item["image"]] if isinstance(item["image"], str) else item["image"])]
+    scans = [scan.any(axis=3) if scan.ndim == 4 else scan for scan in scans]
+    if len({scan.shape for scan in scans}) > 1:
+        raise DataError(f"scans of unequal shape {' and '.join(str(scan.shape) for scan in scans)}")
+    brain = np.any(scans, axis=0)
+    if not brain.any():
+        raise DataError("every voxel of every scan is 0")
+    tumour = _in_ras(item["label"]) > 0 if item.get("label") else np.zeros_like(brain)
     if tumour.shape != brain.shape:
-        return f"{item['case']}: label has shape {tumour.shape}, scans have {brain.shape}"
-    plane: np.ndarray = np.any(brain, axis=2)
-    spans = [np.flatnonzero(plane.any(axis=1 - axis)) for axis in (0, 1)]
+        raise DataError(f"label has shape {tumour.shape}, scans have {brain.shape}")
+    plane = brain.any(axis=2)
+    ends = np.array([np.flatnonzero(plane.any(axis=1 - axis))[[0, -1]] for axis in (0, 1)]).T
     kept = tuple(_window(n, side) for n, side in zip(brain.shape, crop, strict=False))
+    first, second = (_needed(ends[:, axis].tolist(), brain.shape[axis]) for axis in (0, 1))
     return _Extent(
         case=item["case"],
-        shape=brain.shape,
-        low=(int(spans[0][0]), int(spans[1][0])),
-        high=(int(spans[0][-1]), int(spans[1][-1])),
+        ends=ends,
+        sides=(first, second),
         tumour=int(tumour.sum()),
         brain_lost=int(brain.sum() - brain[kept].sum()),
         tumour_lost=int(tumour.sum() - tumour[kept].sum()),
     )
 
 
-def _to_ras(volume: Volume) -> np.ndarray:
+def _in_ras(file: str) -> np.ndarray:
+    volume = read_volume(file)
     return apply_orientation(volume.array, io_orientation(volume.affine))
 
 
@@ -152,10 +148,8 @@ def _window(size: int, side: int) -> slice:
     return slice(start, start + min(side, size))
 
 
-def _needed(low: int, high: int, size: int) -> int:
-    """Smallest side whose centre window of ``size`` holds ``low..high``."""
-    for side in range(1, size):
-        window = _window(size, side)
-        if window.start <= low and high < window.stop:
-            return side
-    return size
+def _needed(ends: list[int], size: int) -> int:
+    """Smallest side whose centre window of ``size`` holds both ends, inclusive."""
+    low, high = ends
+    windows = ((side, _window(size, side)) for side in range(1, size))
+    return next((side for side, window in windows if window.start <= low and high < window.stop), size)

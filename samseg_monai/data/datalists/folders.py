@@ -60,15 +60,13 @@ def prepare_folders(
         src: folder in one of the two layouts.
         output: datalist to write; a case is called like its files.
         labels: value -> name for all values in the labels; the background may be left out. Default: ``dataset.json``.
-        label_coding: a known coding instead of ``labels``, by name (``codings.CODINGS``).
+        label_coding: a known coding instead of ``labels``, by name (``label_maps.CODINGS``).
         name: of the data set; default that of ``dataset.json``, or of the folder.
         counts: volumes for training, validation and testing, taken in the order of their names.
         fractions: of the volumes, without ``counts``; see ``by_name``.
         by_name: take them in the order of their names, not in one drawn with ``seed``.
         seed: of the drawn order.
-        skip_bad: leave bad cases out and list them, instead of stopping.
-        num_threads: cases read at the same time.
-        progress: show a bar.
+        skip_bad, num_threads, progress: as of ``brats.prepare_brats_men``.
 
     Raises:
         ConfigError: nobody says what the labels mean, or two say it; unknown label coding.

@@ -57,9 +57,7 @@ def prepare_synapse(
         validation: patients taken out of the training cases, chosen by a hash of seed and id; 0 as published.
         allow_missing: go on without cases of the published lists that are not there.
         seed: of the choice of validation patients.
-        skip_bad: leave bad cases out and list them, instead of stopping.
-        num_threads: cases read at the same time (each needs up to 0.5 GB).
-        progress: show a bar.
+        skip_bad, num_threads, progress: as of ``brats.prepare_brats_men``; a case needs up to 0.5 GB.
 
     Raises:
         ConfigError: unknown label coding, or more validation patients than would leave one to train with.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from samseg_monai.data import BRATS_SCANS, IMAGES
-from samseg_monai.data.files.boxes import VOLUME_BOXES, as_floats, box_problems, read_table, volume_boxes
+from samseg_monai.data.files.boxes import IMAGE_BOXES, VOLUME_BOXES, as_floats, box_problems, read_table, volume_boxes
 from samseg_monai.data.files.dicom import holds_series, is_dicom, read_series
 from samseg_monai.data.files.images import GREY, case_of, read_image
 from samseg_monai.data.files.volumes import (
@@ -28,7 +28,7 @@ from samseg_monai.data.files.volumes import (
     read_volume,
     stem_of,
     value_problem,
-)  # fmt: skip
+)
 from samseg_monai.errors import ConfigError, DataError, PromptError, raise_all
 
 VOLUMES = "volumes"
@@ -80,7 +80,7 @@ def find_cases(
             (for the usual axial slices from the feet upwards), whatever their instance numbers.
         prompts: coarse masks on the image's grid: one file (for one case), or a folder with ``<case>.nii.gz`` or
             ``<case>_seg.nii.gz``, also in a sub-folder ``<case>/``.
-        kind: ``volumes``, or ``images``: each 2-D image file is a case (see ``group_images``), boxes are
+        kind: ``volumes``, or ``images``: each 2-D image file is a case (but masks and overlays), boxes are
             those of ``boxes.read_boxes``, and there are no masks as prompts.
         num_threads: cases read at the same time.
 
@@ -94,8 +94,9 @@ def find_cases(
         raise ConfigError(f"unknown kind of cases {kind!r}; choose one of {VOLUMES}, {IMAGES}")
     if kind == IMAGES and prompts is not None:
         raise PromptError("masks as prompts are for volumes; of 2-D images give boxes in pixels")
-    box_table = None if boxes is None else read_table(boxes, *([] if kind == IMAGES else [VOLUME_BOXES]))
-    found = group_images(source) if kind == IMAGES else group_files(source, scans)
+    table = None if boxes is None else read_table(boxes, IMAGE_BOXES if kind == IMAGES else VOLUME_BOXES)
+    sources = [Path(source)] if isinstance(source, (str, Path)) else [Path(path) for path in source]
+    found = _group_images(sources) if kind == IMAGES else _group_files(sources, scans)
     if prompts is not None and not Path(prompts).exists():
         raise PromptError(f"prompts {prompts}: no such file or folder")
     if prompts is not None and Path(prompts).is_file() and len(found.files) > 1:
@@ -104,15 +105,15 @@ def find_cases(
     def check(entry: tuple[str, list[Path]]) -> dict[str, Any] | str:
         try:
             if kind == IMAGES:
-                return check_image(entry[0], entry[1][0], scans=scans, boxes=box_table)
-            return _check(*entry, scans=scans, boxes=box_table, prompts=None if prompts is None else Path(prompts))
+                return _check_image(entry[0], entry[1][0], scans, table)
+            return _check_volumes(*entry, scans, table, None if prompts is None else Path(prompts))
         except (DataError, PromptError) as error:
             return str(error)
 
     entries = sorted(found.files.items())
     with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
         results = list(pool.map(check, entries))
-    return _listed(found, dict(zip([case for case, _ in entries], results, strict=True)), box_table)
+    return _listed(found, dict(zip([case for case, _ in entries], results, strict=True)), table)
 
 
 def _listed(found: Found, results: Mapping[str, dict[str, Any] | str], boxes: Mapping[str, Any] | None) -> CaseList:
@@ -133,12 +134,20 @@ def _listed(found: Found, results: Mapping[str, dict[str, Any] | str], boxes: Ma
     return cases
 
 
-def _check(
-    case: str, paths: list[Path], *, scans: Sequence[str], boxes: Mapping[str, Any] | None, prompts: Path | None
+def _check_volumes(
+    case: str, paths: list[Path], scans: Sequence[str], boxes: Mapping[str, Any] | None, prompts: Path | None
 ) -> dict[str, Any]:
+    """Item of a case, its files read one at a time: four scans of many cases side by side would fill the memory."""
     first = _read(paths[0])
-    _check_axes(first, paths, scans)
-    # One volume at a time: four scans of many cases side by side would fill the memory.
+    shape = first.array.shape
+    channels = 1 if len(shape) == 3 else shape[3]
+    if len(paths) == len(scans) and channels != 1:
+        raise DataError(f"{paths[0].name}: has {channels} channels or time points {shape}, expected one volume")
+    if len(paths) == 1 and channels != len(scans):
+        raise DataError(
+            f"{paths[0].name}: {channels} scan for a network that wants {len(scans)} ({', '.join(scans)}); give a "
+            f"folder with files <case>-<scan>.nii.gz, or one file with {len(scans)} channels"
+        )
     for number, path in enumerate(paths):
         volume = first if number == 0 else _read(path)
         for note in volume.notes:
@@ -153,8 +162,7 @@ def _check(
         item["boxes"] = boxes.get(case)
         if not isinstance(item["boxes"], list) or not item["boxes"]:
             raise PromptError("no boxes are given for this case; add a list of them under its name")
-        shape = first.array.shape[:3]
-        volume_boxes(item["boxes"], shape, f"bad boxes for a volume of {tuple(shape)} voxels")
+        volume_boxes(item["boxes"], shape[:3], f"bad boxes for a volume of {tuple(shape[:3])} voxels")
     if prompts is not None:
         item["prompt"] = str(_mask_of(prompts, case, first).resolve())
     return item
@@ -162,18 +170,6 @@ def _check(
 
 def _read(path: Path) -> Volume:
     return read_series(path) if path.is_dir() else read_volume(path)
-
-
-def _check_axes(first: Volume, paths: list[Path], scans: Sequence[str]) -> None:
-    shape = first.array.shape
-    channels = 1 if len(shape) == 3 else shape[3]
-    if len(paths) == len(scans) and channels != 1:
-        raise DataError(f"{paths[0].name}: has {channels} channels or time points {shape}, expected one volume")
-    if len(paths) == 1 and channels != len(scans):
-        raise DataError(
-            f"{paths[0].name}: {channels} scan for a network that wants {len(scans)} ({', '.join(scans)}); give a "
-            f"folder with files <case>-<scan>.nii.gz, or one file with {len(scans)} channels"
-        )
 
 
 def _mask_of(prompts: Path, case: str, image: Volume) -> Path:
@@ -215,20 +211,13 @@ class Found:
             self.files[case] = paths
 
 
-def group_files(source: str | Path | Sequence[str | Path], scans: Sequence[str]) -> Found:
-    """Find the cases of ``source`` by names, and by the first bytes of files whose names do not tell what they are.
+def _group_files(sources: Sequence[Path], scans: Sequence[str]) -> Found:
+    """Volumes by their names, and by the first bytes of files whose names do not tell what they are.
 
     Files named ``<case>-<scan>`` or ``<case>_<scan>`` belong together. Where no file is named so, each file is a case
     of its own (one scan, or as many channels as there are scans). Files ending in ``seg`` are masks, not images.
-
-    A folder with DICOM files is a case of one scan, named like the folder; sub-folders ``<case>/<scan>`` with DICOM
-    files are the scans of one case.
-
-    Raises:
-        DataError: ``source`` does not exist or holds no image at all.
     """
     found = Found()
-    sources = [Path(source)] if isinstance(source, (str, Path)) else [Path(path) for path in source]
     loose = []
     for path in sources:
         if path.is_dir():
@@ -239,10 +228,9 @@ def group_files(source: str | Path | Sequence[str | Path], scans: Sequence[str])
             found.bad[path.name] = f"no file or folder {path}"
     _group_named(loose, scans, found, listed=True)
     if not found.files and not found.bad:
-        kinds = ", ".join(SUFFIXES)
         raise DataError(
             f"no image in {', '.join(map(str, sources)) or 'an empty list'}: expected case folders with "
-            f"<case>-{scans[0]}.nii.gz, files ending in {kinds}, or folders of DICOM slices"
+            f"<case>-{scans[0]}.nii.gz, files ending in {', '.join(SUFFIXES)}, or folders of DICOM slices"
         )
     return found
 
@@ -343,17 +331,12 @@ def _group_named(paths: Iterable[Path], scans: Sequence[str], found: Found, *, l
         found.add(str(stem_of(path)), [path])
 
 
-def group_images(source: str | Path | Sequence[str | Path]) -> Found:
-    """Find the images of ``source``: a folder of image files, a file, or a list of these; each file is a case.
+def _group_images(sources: Sequence[Path]) -> Found:
+    """2-D images, each file a case; in folders, masks, overlays, sub-folders and other files are passed over.
 
-    In a folder, masks (names ending in ``_mask`` or ``_seg``), overlays, sub-folders and other files are passed over.
     Files of one case, such as ``a.png`` and ``a.jpg``, are all bad: their results would overwrite each other.
-
-    Raises:
-        DataError: there is no image at all.
     """
     found = Found()
-    sources = [Path(source)] if isinstance(source, (str, Path)) else [Path(path) for path in source]
     named: dict[str, list[Path]] = {}
     for path in dict.fromkeys(sources):  # one file listed twice is one case
         if path.is_dir():
@@ -383,12 +366,13 @@ def group_images(source: str | Path | Sequence[str | Path]) -> Found:
 
 def _in_folder(folder: Path) -> list[tuple[str, Path]]:
     images, others, folders = list_images(folder)
-    for path in [path for case, path in images if case.endswith((*MASK_ENDINGS, "_overlay"))]:
-        LOG.info("ignored %s: named like a mask or an overlay", path)
     for names, what in ((others, "no images"), (folders, "folders")):
         if names:
             LOG.warning("ignored in %s, as they are %s: %s", folder, what, ", ".join(names[:10]))
-    return [(case, path) for case, path in images if not case.endswith((*MASK_ENDINGS, "_overlay"))]
+    made = [path for case, path in images if case.endswith((*MASK_ENDINGS, "_overlay"))]
+    for path in made:
+        LOG.info("ignored %s: named like a mask or an overlay", path)
+    return [(case, path) for case, path in images if path not in made]
 
 
 def list_images(folder: Path) -> tuple[list[tuple[str, Path]], list[str], list[str]]:
@@ -409,19 +393,8 @@ def list_images(folder: Path) -> tuple[list[tuple[str, Path]], list[str], list[s
     return images, others, folders
 
 
-def check_image(case: str, path: Path, *, scans: Sequence[str], boxes: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Item of one image: ``{"case", "image"}`` and, with a table of boxes, its ``boxes`` as lists of four floats.
-
-    Args:
-        case: its name.
-        path: its file.
-        scans: names of the channels that the network wants: one for grey, three for RGB.
-        boxes: content of a box file, see ``boxes``.
-
-    Raises:
-        DataError: the file cannot be used, or has another number of channels.
-        PromptError: no boxes for this case, or boxes that are malformed or outside of the image, all at once.
-    """
+def _check_image(case: str, path: Path, scans: Sequence[str], boxes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Item of one image; ``scans`` are one for grey, three for RGB, ``boxes`` the content of a box file."""
     picture = read_image(path)
     for note in picture.notes:
         LOG.warning("%s: %s", path.name, note)
@@ -439,7 +412,7 @@ def check_image(case: str, path: Path, *, scans: Sequence[str], boxes: Mapping[s
         return item
     if case not in boxes:
         raise PromptError(f"no boxes are given for this image; add a list of them under the name {case!r}")
-    size = picture.array.shape[:2]
-    heading = f"bad boxes for an image of {size[1]} columns and {size[0]} rows"
-    raise_all(box_problems(boxes[case], size), PromptError, heading)
+    rows, columns = picture.array.shape[:2]
+    heading = f"bad boxes for an image of {columns} columns and {rows} rows"
+    raise_all(box_problems(boxes[case], (rows, columns)), PromptError, heading)
     return {**item, "boxes": as_floats(boxes[case])}

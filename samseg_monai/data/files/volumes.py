@@ -96,14 +96,18 @@ def content_of(path: Path) -> bytes:
     """All bytes of a file that may be an image.
 
     Raises:
-        DataError: ``<file name>: <reason>`` when it cannot be read, or is what ``not_an_image`` tells.
+        DataError: ``<file name>: <reason>``: it cannot be read, or is what a failed copy leaves behind.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path.name}: cannot be read ({error.strerror or error})") from error
-    if reason := not_an_image(content):
-        raise DataError(f"{path.name}: {reason}")
+    if not content:
+        raise DataError(f"{path.name}: the file is empty (0 bytes); copy it again")
+    if content.startswith(b"version https://git-lfs"):
+        raise DataError(f"{path.name}: is a git-lfs pointer, not the image; run 'git lfs pull' where it came from")
+    if content[:1000].lstrip()[:5].lower() in (b"<html", b"<!doc", b"<?xml"):
+        raise DataError(f"{path.name}: is a web page, not an image: the download failed; log in and download it again")
     return content
 
 
@@ -129,18 +133,14 @@ def grid_difference(volume: Volume, reference: Volume) -> str:
         return f"shape {volume.array.shape} differs from {reference.array.shape}"
     gap = float(np.abs(volume.affine - reference.affine).max())
     if gap > AFFINE_TOLERANCE_MM:
-        mine, other = (np.array2string(v.affine[:3], precision=3, separator=",") for v in (volume, reference))
-        return "affine differs (by up to {:.4g}): {} against {}".format(
-            gap, " ".join(mine.split()), " ".join(other.split())
-        )
+        texts = (np.array2string(v.affine[:3], precision=3, separator=",") for v in (volume, reference))
+        mine, other = (" ".join(text.split()) for text in texts)
+        return f"affine differs (by up to {gap:.4g}): {mine} against {other}"
     return ""
 
 
 def from_itk(image: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
-    """Array and affine of a SimpleITK image with three axes, as MONAI's ITKReader gives them.
-
-    Returns: array (X, Y, Z) or (X, Y, Z, C); affine (4, 4) float64, voxel indices to RAS mm.
-    """
+    """Array (X, Y, Z[, C]) and affine to RAS mm of a SimpleITK image of three axes, as MONAI's ITKReader gives them."""
     array = sitk.GetArrayFromImage(image)  # (Z, Y, X) or (Z, Y, X, C)
     array = array.transpose(2, 1, 0, *range(3, array.ndim))
     affine = np.eye(4)
@@ -148,21 +148,6 @@ def from_itk(image: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
     affine[:3, 3] = image.GetOrigin()
     affine[:2] *= -1  # ITK counts towards left and posterior, NIfTI towards right and anterior
     return array, affine
-
-
-def not_an_image(content: bytes) -> str:
-    """What a file that any program could have left behind is instead of an image; empty when it may be an image.
-
-    Args:
-        content: all bytes of the file.
-    """
-    if not content:
-        return "the file is empty (0 bytes); copy it again"
-    if content.startswith(b"version https://git-lfs"):
-        return "is a git-lfs pointer, not the image; run 'git lfs pull' where it came from"
-    if content.lstrip()[:5].lower() in (b"<html", b"<!doc", b"<?xml"):
-        return "is a web page, not an image: the download failed; log in and download it again"
-    return ""
 
 
 def parse_nifti(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:

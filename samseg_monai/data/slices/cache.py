@@ -39,7 +39,6 @@ Rows = Mapping[str, torch.Tensor]  # name -> (rows, ...), as many rows of each
 VERSIONS = {"layout": 2, "samseg_monai": __version__, "monai": monai.__version__, "torch": torch.__version__}
 RESERVE = 64_000_000  # bytes that stay free on the disk, or 1 % of what is to be written where that is more
 TYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}
-NEEDED = ("encode", "embedding_identity", "encoder_frozen")
 # MONAI's random state and thread-local switches: they differ between runs and say nothing about the result
 VOLATILE = {"R", "_tracing", "_do_transform"}
 
@@ -204,7 +203,7 @@ def frozen_encoder(network: Any) -> Any:
     Raises: ConfigError if it has no encoder of its own, or one that learns.
     """
     inner = unwrap(network)
-    absent = [name for name in NEEDED if not hasattr(inner, name)]
+    absent = [name for name in ("encode", "embedding_identity", "encoder_frozen") if not hasattr(inner, name)]
     if absent:
         raise ConfigError(
             f"embeddings cannot be stored: {type(inner).__name__} has no {', '.join(absent)}; use a SamSegmenter, or "

@@ -84,7 +84,7 @@ class SliceDataset(Dataset):
         epoch_transforms: Transforms = None,
         embedding_dir: str | Path | None = None,
     ) -> None:
-        _check(data, cache=cache, cache_dir=cache_dir, seed=seed, num_threads=num_threads, variants=variants)
+        _check(data, cache, cache_dir, seed=seed, num_threads=num_threads, variants=variants)
         self.data = [dict(item) for item in data]
         # copies: what is drawn here stays here, so that others who use these transforms find the same cache
         self.volume_transforms, self.slice_transforms = composed(volume_transforms), composed(slice_transforms)
@@ -222,7 +222,10 @@ class SliceDataset(Dataset):
     def _prepare(self, num_threads: int, progress: bool) -> list[list[int]]:
         def attempt(position: int) -> list[int] | str:
             try:
-                return self._from_file(position) if self._files else self._in_memory(position)
+                if self._files:
+                    return self._from_file(position)
+                found, self._slices[position] = self._build(position)
+                return found
             except Exception as error:  # noqa: BLE001  whatever a transform raises is a problem of its case
                 return f"{self.data[position]['case']}: {_root_of(error)}"
 
@@ -231,10 +234,6 @@ class SliceDataset(Dataset):
             found = list(tqdm(jobs, "Caching slices", len(self.data), disable=not progress))
         raise_all([f for f in found if isinstance(f, str)], DataError, "These cases cannot be prepared")
         return [f for f in found if not isinstance(f, str)]
-
-    def _in_memory(self, position: int) -> list[int]:
-        numbers, self._slices[position] = self._build(position)
-        return numbers
 
     def _from_file(self, position: int) -> list[int]:
         file = self._files[position]
@@ -291,26 +290,17 @@ def _pick(volume: torch.Tensor, numbers: list[int], key: str) -> np.ndarray:
     return array
 
 
-def _check(
-    data: Sequence[Mapping[str, Any]],
-    *,
-    cache: str,
-    cache_dir: str | Path | None,
-    seed: int,
-    num_threads: int,
-    variants: int | None,
-) -> None:
+def _check(data: Sequence[Mapping[str, Any]], cache: str, cache_dir: Any, **at_least_0_or_1: int | None) -> None:
+    """Raise ConfigError for settings that are out of range, DataError for no cases or such without a name."""
     problems = []
     if cache not in ("memory", "disk"):
         problems.append(f"cache is 'memory' or 'disk', got {cache!r}")
     if cache == "disk" and cache_dir is None:
         problems.append("cache 'disk' needs cache_dir, the folder for its files")
-    if seed < 0:
-        problems.append(f"seed must not be negative, got {seed}")
-    if num_threads < 1:
-        problems.append(f"num_threads must be at least 1, got {num_threads}")
-    if variants is not None and variants < 1:
-        problems.append(f"variants must be at least 1, got {variants}")
+    for name, value in at_least_0_or_1.items():
+        least = 0 if name == "seed" else 1
+        if value is not None and value < least:
+            problems.append(f"{name} must be at least {least}, got {value}")
     raise_all(problems, ConfigError, "SliceDataset cannot be set up")
     if not data:
         raise DataError("SliceDataset got an empty list of cases; check the datalist and its section")

@@ -19,12 +19,16 @@ class Picker:
     """What every picker can do. Immutable, and its ``repr`` is all there is to know about it."""
 
     def candidates(self, label: torch.Tensor) -> list[int]:
-        """Slices (indices of the last axis, ascending) of ``label`` (1, H, W, D) that are kept in the cache."""
+        """Slices (indices of the last axis, ascending) of ``label`` (C, H, W, D) that are kept in the cache."""
         return list(range(label.shape[-1]))
 
     def draw(self, candidates: list[int], rng: np.random.Generator) -> list[int]:
         """The candidates used in one epoch; their number depends on ``len(candidates)`` only."""
         return list(candidates)
+
+    def _check(self, name: str) -> None:
+        if (value := getattr(self, name)) < 1:
+            raise ConfigError(f"{type(self).__name__}: {name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -34,16 +38,12 @@ class AllSlices(Picker):
 
 @dataclass(frozen=True)
 class EveryNth(Picker):
-    """Slices 0, n, 2 n, ... with or without foreground.
-
-    Args:
-        n: step, at least 1.
-    """
+    """Slices 0, n, 2 n, ... with or without foreground; ``n`` is at least 1."""
 
     n: int
 
     def __post_init__(self) -> None:
-        _at_least_one("EveryNth", "n", self.n)
+        self._check("n")
 
     def candidates(self, label: torch.Tensor) -> list[int]:
         return list(range(0, label.shape[-1], self.n))
@@ -60,16 +60,12 @@ class MaxArea(Picker):
 
 @dataclass(frozen=True)
 class Foreground(Picker):
-    """Every slice with enough foreground.
-
-    Args:
-        min_voxels: fewest foreground voxels of a slice, at least 1.
-    """
+    """Every slice with at least ``min_voxels`` (1 or more) foreground voxels."""
 
     min_voxels: int = 1
 
     def __post_init__(self) -> None:
-        _at_least_one("Foreground", "min_voxels", self.min_voxels)
+        self._check("min_voxels")
 
     def candidates(self, label: torch.Tensor) -> list[int]:
         return (_areas(label) >= self.min_voxels).nonzero()[:, 0].tolist()
@@ -77,18 +73,14 @@ class Foreground(Picker):
 
 @dataclass(frozen=True)
 class RandomN(Picker):
-    """``n`` foreground slices per case, other ones in every epoch; all of them where the case has fewer.
-
-    Args:
-        n: slices per case and epoch, at least 1.
-        min_voxels: fewest foreground voxels of a slice; 0 draws among all slices.
-    """
+    """``n`` (1 or more) slices with at least ``min_voxels`` foreground voxels (0: any slice) per case, other ones in
+    every epoch; all of them where the case has fewer."""
 
     n: int
     min_voxels: int = 1
 
     def __post_init__(self) -> None:
-        _at_least_one("RandomN", "n", self.n)
+        self._check("n")
 
     def candidates(self, label: torch.Tensor) -> list[int]:
         return (_areas(label) >= self.min_voxels).nonzero()[:, 0].tolist()
@@ -100,8 +92,3 @@ class RandomN(Picker):
 
 def _areas(label: torch.Tensor) -> torch.Tensor:
     return (label > 0).any(dim=0).sum(dim=(0, 1))  # (C, H, W, D) -> (D,)
-
-
-def _at_least_one(picker: str, name: str, value: int) -> None:
-    if value < 1:
-        raise ConfigError(f"{picker}: {name} must be at least 1, got {value}")
