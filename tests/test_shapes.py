@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 
 from samseg_monai.errors import ConfigError
-from tools.pico.shape_fields import KINDS, draw_field, pooling_matrix, smooth_noise, spline_matrix
-from tools.pico.shapes import draw_sample, jittered, tight_box
+from tools.pico.shapes import (
+    KINDS,
+    draw_field,
+    draw_sample,
+    jittered,
+    pooling_matrix,
+    smooth_noise,
+    spline_matrix,
+    tight_box,
+)
 
 
 @pytest.fixture(scope="module")

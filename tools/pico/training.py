@@ -19,6 +19,7 @@ from segment_anything.modeling.image_encoder import Attention
 from torch.utils.data import DataLoader
 
 from samseg_monai.errors import TrainingError
+from samseg_monai.files import write_json, write_whole
 from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.weights import sha256_of
 from tools.pico.evaluation import HELD_OUT_SEED, ShapeDataset, evaluate_dice, evaluate_pico
@@ -93,9 +94,7 @@ class Pretraining:
             "recipe": asdict(self.recipe), "step": self.step, "seconds": self.seconds, "sam": self.sam.state_dict(),
             "average": self.average.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        write_whole(path, lambda part: torch.save(state, part))
 
     def resume(self, path: Path) -> None:
         """Continue from ``path``. Raises TrainingError when it was written under another recipe."""
@@ -149,9 +148,8 @@ def write_weights(run: Pretraining, folder: Path, *, held_out: int) -> dict:
         "numpy": np.__version__,
         "sha256": sha256_of(weights),
     }
-    text = json.dumps(card, indent=2) + "\n"
-    (folder / f"{name}.json").write_text(text, encoding="utf-8")
-    return json.loads(text)
+    write_json(folder / f"{name}.json", card)
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def pretrain(run: Pretraining, output: Path, *, checkpoint: Path, minutes: float, held_out: int) -> dict:
