@@ -36,7 +36,7 @@ docs: dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 pico: setup
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m samseg_monai.pretrain --output samseg_monai/sam
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tools.pico --output samseg_monai/sam
 
 bundles: setup
 	$(BIN)/samseg bundle build --task meningioma --strategy zero_shot --out bundles

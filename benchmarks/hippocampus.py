@@ -19,7 +19,7 @@ from measuring import machine
 
 from samseg_monai.bundles import build_bundle
 from samseg_monai.cli.workflow import run_workflow
-from samseg_monai.data.folders import prepare_folders
+from samseg_monai.data.datalists.folders import prepare_folders
 from samseg_monai.metrics import aggregate, read_rows
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -22,8 +22,8 @@ from measuring import record
 from monai.bundle import ConfigWorkflow
 
 from samseg_monai.bundles import build_bundle
-from samseg_monai.data.abdomen_phantoms import write_btcv_cases
-from samseg_monai.data.synapse import prepare_synapse
+from samseg_monai.data.datalists.synapse import prepare_synapse
+from samseg_monai.demo.abdomen_phantoms import write_btcv_cases
 
 LORA = {
     "strategy::rank": 4,

@@ -1,9 +1,9 @@
-"""A training step of the ladder: embeddings from our bank against SAM's encoder in every step, as SAM-LST runs it.
+"""A training step of the ladder: embeddings from our cache against SAM's encoder in every step, as SAM-LST runs it.
 
 The reference is the step of Chai et al. 2023 (arXiv:2306.12737) written with segment_anything's own modules in float32:
 encoder without gradient, torchvision's ResNet18 up to layer3, the gate, prompt encoder without prompts, all maps of the
 mask decoder, 0.2 cross-entropy + 0.8 Dice on quarter-resolution logits, backward, AdamW. Ours is ``SamSegmenter`` with
-``Ladder(decoder="upscaling", masks="random")``, reading bf16 embeddings from an ``EmbeddingBank`` on disk within the
+``Ladder(decoder="upscaling", masks="random")``, reading bf16 embeddings from our cache on disk within the
 step. Both train the same 2,856,737 values. The CNN alone is measured, too: what its training takes bounds what stored
 embeddings can save. Times are medians of alternating runs; peak memory is what one step needs above weights and input,
 the median of fresh processes. Usage:
@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet18
 
-from samseg_monai.data.embedding_bank import EmbeddingBank
+from samseg_monai.data.slices.cache import CachedCase
 from samseg_monai.export.official import official_encoder
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.backbone import SamSpec
@@ -87,7 +87,7 @@ def make_step(which: str, options: argparse.Namespace, folder: str) -> tuple[nn.
     loss = OnLogitGrid(
         DiceCELoss(softmax=True, to_onehot_y=True, squared_pred=True, batch=True, lambda_ce=0.2, lambda_dice=0.8)
     )
-    bank: EmbeddingBank | None = None
+    cached: CachedCase | None = None
     if which in ("reference", FLOOR):
         network: nn.Module = Published(options.variant, options.size)
     else:
@@ -96,13 +96,15 @@ def make_step(which: str, options: argparse.Namespace, folder: str) -> tuple[nn.
             options.variant, strategy, image_size=options.size, num_classes=CLASSES, prompt="none",
             input_scale="unit", low_res_training=True, **WAYS[which],
         )  # fmt: skip
-        bank = filled_bank(folder, ours, options)
+        cached = filled_cache(folder, ours, options)
     network.train()
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=0.001, weight_decay=0.1)
 
     def step() -> None:
         optimizer.zero_grad()
-        stored = None if bank is None else torch.stack([bank.read(row) for row in range(options.batch)])
+        stored = (
+            None if cached is None else torch.stack([cached.read(row)["embedding"] for row in range(options.batch)])
+        )
         if which == FLOOR:
             network.side(image.expand(-1, 3, -1, -1)).mean().backward()
         else:
@@ -113,13 +115,13 @@ def make_step(which: str, options: argparse.Namespace, folder: str) -> tuple[nn.
     return network, step
 
 
-def filled_bank(folder: str, network: SamSegmenter, options: argparse.Namespace) -> EmbeddingBank:
-    """A bank of embeddings of the right size; what they hold does not change the time of a step."""
+def filled_cache(folder: str, network: SamSegmenter, options: argparse.Namespace) -> CachedCase:
+    """Embeddings of the right size; what they hold does not change the time of a step."""
     grid = options.size // network.spec.patch_size
-    bank = EmbeddingBank(folder, {"benchmark": options.size}, options.batch, (network.spec.prompt_dim, grid, grid))
-    for row in bank.missing():
-        bank.write(row, F.normalize(torch.randn(network.spec.prompt_dim, grid, grid), dim=0).bfloat16())
-    return bank
+    rows = torch.randn(options.batch, network.spec.prompt_dim, grid, grid)
+    cached = CachedCase(folder, {"benchmark": options.size})
+    cached.ensure(lambda: [{"embedding": F.normalize(rows, dim=1).bfloat16()}])
+    return cached
 
 
 def peak_bytes(which: str, options: argparse.Namespace) -> int:

@@ -22,10 +22,9 @@ _FACE = {
     "adapters": ("LoRALinear", "DoRALinear", "GatedSide", "ResNetSide", "FeatureMap"),
     "checkpoints": ("save_adapter", "load_adapter", "save_model", "load_model", "load_trained", "read_card"),
     "inferers": ("SliceVolumeInferer",),
-    "losses": ("SegmentationLoss", "OnLogitGrid"),
+    "training": ("SegmentationLoss", "OnLogitGrid"),
     "metrics": ("CaseScores", "LesionRules", "score_case", "score_lesions"),
-    "data.slices": ("SliceDataset",),
-    "data.pickers": ("AllSlices", "EveryNth", "Foreground", "MaxArea", "RandomN"),
+    "data.slices": ("SliceDataset", "AllSlices", "EveryNth", "Foreground", "MaxArea", "RandomN"),
     "bundles": ("build_bundle", "pack_bundle"),
     "export": ("export_network",),
     "errors": (
@@ -41,8 +40,7 @@ if TYPE_CHECKING:
     from samseg_monai.adapters import DoRALinear, FeatureMap, GatedSide, LoRALinear, ResNetSide
     from samseg_monai.bundles import build_bundle, pack_bundle
     from samseg_monai.checkpoints import load_adapter, load_model, load_trained, read_card, save_adapter, save_model
-    from samseg_monai.data.pickers import AllSlices, EveryNth, Foreground, MaxArea, RandomN
-    from samseg_monai.data.slices import SliceDataset
+    from samseg_monai.data.slices import AllSlices, EveryNth, Foreground, MaxArea, RandomN, SliceDataset
     from samseg_monai.errors import (
         AdapterError,
         BundleError,
@@ -58,10 +56,10 @@ if TYPE_CHECKING:
     from samseg_monai.export import export_network
     from samseg_monai.face import create, list_strategies
     from samseg_monai.inferers import SliceVolumeInferer
-    from samseg_monai.losses import OnLogitGrid, SegmentationLoss
     from samseg_monai.metrics import CaseScores, LesionRules, score_case, score_lesions
     from samseg_monai.networks import BoxEllipse, PlainSegmenter, SamSegmenter, disable_adapter
     from samseg_monai.strategies import Ladder, LoRA, Scratch, Selective, Strategy, ZeroShot
+    from samseg_monai.training import OnLogitGrid, SegmentationLoss
 
 
 def __getattr__(name: str) -> Any:

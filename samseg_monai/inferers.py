@@ -18,8 +18,7 @@ from monai.transforms import Compose, MapTransform
 from monai.transforms.traits import RandomizableTrait
 from monai.transforms.utils import allow_missing_keys_mode, convert_applied_interp_mode
 
-from samseg_monai.data.encoding import VolumeEmbeddings
-from samseg_monai.data.slice_cache import describe
+from samseg_monai.data.slices.cache import VolumeEmbeddings, describe
 from samseg_monai.errors import ConfigError, PromptError, raise_all
 from samseg_monai.networks import EMPTY_LOGIT
 from samseg_monai.transforms import BoxFromPromptd, boxes_of, clip_boxes, move_boxes

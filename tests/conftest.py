@@ -49,8 +49,8 @@ def _seeded():
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory) -> Path:
     """Eight labelled cases and one unlabelled, with a datalist: 4 to train, 2 to validate, 2 to test."""
-    from samseg_monai.data.brats import prepare_brats_men
-    from samseg_monai.data.phantoms import write_brats_cases
+    from samseg_monai.data.datalists.brats import prepare_brats_men
+    from samseg_monai.demo.brain_phantoms import write_brats_cases
 
     folder = tmp_path_factory.mktemp("phantoms")
     write_brats_cases(folder, 8, shape=(32, 36, 12), seed=3, unlabelled=1)
@@ -61,8 +61,8 @@ def phantoms(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def abdomen(tmp_path_factory) -> Path:
     """Six labelled abdominal phantoms and one unlabelled, with a datalist: 3 to train, 1 to validate, 2 to test."""
-    from samseg_monai.data.abdomen_phantoms import write_btcv_cases
-    from samseg_monai.data.synapse import prepare_synapse
+    from samseg_monai.data.datalists.synapse import prepare_synapse
+    from samseg_monai.demo.abdomen_phantoms import write_btcv_cases
 
     folder = tmp_path_factory.mktemp("abdomen")
     write_btcv_cases(folder, 6, shape=(40, 32, 16), seed=3, unlabelled=1)
@@ -73,7 +73,7 @@ def abdomen(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def hippocampi(tmp_path_factory) -> Path:
     """Six volumes of unequal size in plain folders, two touching blobs in each: 3 train, 1 validates, 2 test."""
-    from samseg_monai.data.folders import prepare_folders
+    from samseg_monai.data.datalists.folders import prepare_folders
 
     folder = tmp_path_factory.mktemp("hippocampi")
     rng = np.random.default_rng(0)

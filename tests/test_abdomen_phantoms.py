@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from samseg_monai.data.abdomen_phantoms import case_order, default_spacing_mm, make_case, write_btcv_cases
-from samseg_monai.data.btcv import LABELS, TESTING, TRAINING
-from samseg_monai.data.phantom_abdomen import Frame, kidney
-from samseg_monai.data.phantom_anatomy import Grid
-from samseg_monai.data.phantom_shapes import Canvas
-from samseg_monai.data.phantoms import is_phantom
+from samseg_monai.data.datalists.label_maps import BTCV as LABELS
+from samseg_monai.data.datalists.label_maps import BTCV_TESTING as TESTING
+from samseg_monai.data.datalists.label_maps import BTCV_TRAINING as TRAINING
+from samseg_monai.data.files.volumes import is_phantom
+from samseg_monai.demo.abdomen_anatomy import Canvas, Frame, kidney
+from samseg_monai.demo.abdomen_phantoms import case_order, default_spacing_mm, make_case, write_btcv_cases
+from samseg_monai.demo.drawing import Grid
 from samseg_monai.errors import DataError
 
 SMALL = (48, 40, 20)

@@ -15,8 +15,8 @@ import torch
 from monai.bundle import ConfigParser
 
 from samseg_monai.cli.workflow import run_workflow
-from samseg_monai.data.btcv import LABELS
-from samseg_monai.data.codings import ORGANS, labels_in
+from samseg_monai.data.datalists.label_maps import BTCV as LABELS
+from samseg_monai.data.datalists.label_maps import ORGANS, labels_in
 from samseg_monai.errors import DataError
 from tests.audit_networks import Mixed
 

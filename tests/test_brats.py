@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from samseg_monai.data.brats import prepare_brats_men
-from samseg_monai.data.crops import smallest_crop
+from samseg_monai.data import BRATS_SCANS as SCANS
 from samseg_monai.data.datalists import load_datalist
-from samseg_monai.data.phantoms import SCANS, write_brats_cases
+from samseg_monai.data.datalists.brats import prepare_brats_men
+from samseg_monai.data.datalists.crops import smallest_crop
+from samseg_monai.demo.brain_phantoms import write_brats_cases
 from samseg_monai.errors import ConfigError, DataError
 
 REALDATA = Path(os.environ.get("SAMSEG_REALDATA", "absent"))

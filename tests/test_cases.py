@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from samseg_monai.data.cases import find_cases
-from samseg_monai.data.phantoms import SCANS, write_brats_cases
-from samseg_monai.data.volumes import read_volume
+from samseg_monai.data import BRATS_SCANS as SCANS
+from samseg_monai.data.files.cases import find_cases
+from samseg_monai.data.files.volumes import read_volume
+from samseg_monai.demo.brain_phantoms import write_brats_cases
 from samseg_monai.errors import DataError, PromptError
 from tests.test_dicom import write_series
 
@@ -207,7 +208,7 @@ def test_one_mask_file_serves_one_case(src):
 def test_contradicting_or_unreadable_prompts_stop_the_run(src, tmp_path):
     with pytest.raises(PromptError, match="give one of them"):
         find_cases(src, boxes="b.json", prompts="masks")
-    with pytest.raises(PromptError, match="cannot be read as JSON"):
+    with pytest.raises(PromptError, match="cannot be read"):
         find_cases(src, boxes=tmp_path / "absent.json")
     with pytest.raises(PromptError, match="expected"):
         find_cases(src, boxes=write_boxes(tmp_path, []))
@@ -344,3 +345,18 @@ def test_real_exams_are_found():
     cases = find_cases(REALDATA / "brats_layout")
     assert names(cases) == ["BraTS-TCGA-00001-000", "BraTS-TCGA-00002-000"]
     cases.finish()
+
+
+@pytest.mark.parametrize(
+    ("name", "line"), [("a.mha", b"ElementDataFile = LOCAL"), ("a.nrrd", b"encoding: gzip\n")], ids=["mha", "nrrd"]
+)
+def test_a_header_that_names_another_file_is_refused(tmp_path, name, line):
+    image = sitk.GetImageFromArray(np.arange(60, dtype=np.uint8).reshape(3, 4, 5))
+    sitk.WriteImage(image, tmp_path / name, useCompression=name.endswith("nrrd"))
+    assert read_volume(tmp_path / name).array.shape == (5, 4, 3)
+    content = (tmp_path / name).read_bytes()
+    assert line in content
+    other = b"ElementDataFile = /etc/hostname" if name == "a.mha" else b"encoding: raw\ndata file: /etc/hostname\n"
+    (tmp_path / name).write_bytes(content.replace(line, other))
+    with pytest.raises(DataError, match=rf"{name}: keeps its voxels in another file \(/etc/hostname\)"):
+        read_volume(tmp_path / name)

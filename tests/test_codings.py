@@ -8,8 +8,8 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientationd
 
-from samseg_monai.data.btcv import LABELS
-from samseg_monai.data.codings import (
+from samseg_monai.data.datalists import labels_of, read_datalist
+from samseg_monai.data.datalists.label_maps import (
     ABDOMEN,
     CODINGS,
     ORGANS,
@@ -20,7 +20,7 @@ from samseg_monai.data.codings import (
     implausible_sizes,
     labels_in,
 )
-from samseg_monai.data.datalists import labels_of, read_datalist
+from samseg_monai.data.datalists.label_maps import BTCV as LABELS
 from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.transforms import RecodeLabeld
 

@@ -14,7 +14,7 @@ from samseg_monai.data.datalists import (
     read_datalist,
     write_datalist,
 )
-from samseg_monai.data.splits import SECTIONS, split_by_patient
+from samseg_monai.data.datalists.splits import SECTIONS, split_by_patient
 from samseg_monai.errors import DataError
 
 

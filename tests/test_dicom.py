@@ -10,9 +10,9 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Invertd, LoadImaged, Orientationd, SaveImaged
 
-from samseg_monai.data.cases import find_cases
-from samseg_monai.data.dicom import holds_series, is_dicom, read_series
-from samseg_monai.data.volumes import read_volume
+from samseg_monai.data.files.cases import find_cases
+from samseg_monai.data.files.dicom import holds_series, is_dicom, read_series
+from samseg_monai.data.files.volumes import read_volume
 from samseg_monai.errors import DataError
 from samseg_monai.transforms import NameAfterCased
 
@@ -182,7 +182,7 @@ def test_what_monai_takes_apart_in_silence_is_refused(tmp_path, what):
 def test_a_series_that_gdcm_takes_apart_for_another_reason_is_refused(tmp_path, monkeypatch):
     write_series(tmp_path)
     monkeypatch.setattr(
-        "samseg_monai.data.dicom._listed_by_gdcm", lambda folder: [[folder / "CT.0"], [folder / "CT.1"]]
+        "samseg_monai.data.files.dicom._listed_by_gdcm", lambda folder: [[folder / "CT.0"], [folder / "CT.1"]]
     )
     assert "ITK divides it into 2 series" in refused(tmp_path)
 

@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from samseg_monai.data.datalists import labels_of, load_datalist
-from samseg_monai.data.folders import parse_labels, prepare_folders
+from samseg_monai.data.datalists.folders import prepare_folders
+from samseg_monai.data.datalists.label_maps import parse_labels
 from samseg_monai.errors import ConfigError, DataError
 
 LABELS = {"1": "anterior", "2": "posterior"}
@@ -164,7 +165,7 @@ def test_tables_that_cannot_be_used_are_refused_and_the_reversed_one_is_understo
     with pytest.raises(DataError, match="labels must be"):
         prepare(decathlon)
     (decathlon / "dataset.json").write_text("{")
-    with pytest.raises(DataError, match="cannot be read as JSON"):
+    with pytest.raises(DataError, match="is not JSON"):
         prepare(decathlon)
 
 

@@ -15,11 +15,14 @@ FLOORS = {
     "sam": 1, "adapters": 1, "data": 1, "transforms": 1, "metrics": 1, "training": 1, "lint": 1,
     "strategies": 2,
     "networks": 3, "inferers": 3, "checkpoints": 3,
-    "face": 4, "handlers": 4, "report": 4, "bundles": 4, "pretrain": 4, "export": 4,
-    "cli": 5, "__main__": 6,
+    "face": 4, "handlers": 4, "report": 4, "bundles": 4, "export": 4,
+    "cli": 5, "demo": 5, "__main__": 6,
 }  # fmt: skip
 # (importer, imported) on one floor: each is one step further down the same staircase
-NEIGHBOURS = {("checkpoints", "networks"), ("inferers", "networks"), ("export", "bundles")}
+NEIGHBOURS = {
+    ("checkpoints", "networks"), ("inferers", "networks"), ("export", "bundles"), ("transforms", "data"),
+    ("demo", "cli"), ("cli", "demo"),  # a story runs commands, and is one
+}  # fmt: skip
 
 
 def part_of(path: Path) -> str:

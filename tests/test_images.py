@@ -14,17 +14,17 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from samseg_monai import cli
-from samseg_monai.data.boxes import read_boxes
-from samseg_monai.data.cases import find_cases
 from samseg_monai.data.datalists import datalist_hash, labels_of, load_datalist, read_datalist, spacing_of, unit_of
-from samseg_monai.data.image_folders import prepare_images
-from samseg_monai.data.images import ImageFileReader, read_image
+from samseg_monai.data.datalists.images import prepare_images
+from samseg_monai.data.files.boxes import read_boxes
+from samseg_monai.data.files.cases import find_cases
+from samseg_monai.data.files.images import ImageFileReader, read_image
 from samseg_monai.errors import ConfigError, DataError, PromptError
 
 GREY = np.arange(6 * 9, dtype=np.uint8).reshape(6, 9) * 4
 MASK = np.where((GREY > 60) & (GREY < 130), 255, 0).astype(np.uint8)
 COLOUR = np.stack([GREY, GREY[::-1], 255 - GREY], axis=-1)
-READER = "samseg_monai.data.images.ImageFileReader"
+READER = "samseg_monai.data.files.images.ImageFileReader"
 
 
 def save(path, array=GREY, *, mode=None, **options):
@@ -475,7 +475,7 @@ def test_all_slips_of_a_box_file_are_listed_at_once(tmp_path):
         read_boxes(path, {"d": (6, 9), "k": (6, 9)}, names="abcdefgijk")
     for name, (_, text) in slips.items():
         assert any(f"- {name}: " in line and text in line for line in str(caught.value).splitlines()), name
-    for content, text in (("[1", "cannot be read as JSON"), ("[]", "got a list"), ('{"a": [], "a": []}', "more than")):
+    for content, text in (("[1", "is not JSON"), ("[]", "got a list"), ('{"a": [], "a": []}', "twice")):
         path.write_text(content)
         with pytest.raises(PromptError, match=text):
             read_boxes(path)

@@ -394,7 +394,7 @@ def test_a_second_pass_over_a_volume_never_encodes_and_gives_the_same(volumes, t
     # bf16 rounds an embedding by 2**-9 of itself; logits are three times its mean over 5 x 5 and at most 4 here
     torch.testing.assert_close(passes[0], plain, rtol=0, atol=3 * 4 * 2**-9)
     assert not torch.equal(passes[0], plain)
-    assert len(list(tmp_path.glob("*.bank"))) == 2
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == network.encoded
     if prompted:  # other boxes need other slices, and only those are encoded
         inferer(image, network, prompt=torch.ones_like(prompt))
         assert network.encoded == 14
@@ -424,7 +424,7 @@ def test_volume_without_a_box_needs_no_embedding(volumes, tmp_path):
     image, network = volumes[0], EmbeddingNetwork()
     inferer = SliceVolumeInferer([resize()], embedding_dir=tmp_path)
     nothing = inferer(image[:1], network, prompt=torch.zeros(1, 1, 22, 30, 7))
-    assert (nothing[:, 1:] == -20).all() and list(tmp_path.glob("*.bank")) == []
+    assert (nothing[:, 1:] == -20).all() and list(tmp_path.rglob("*")) == []
 
 
 def test_embeddings_that_would_not_stay_the_same_are_refused(volumes, tmp_path):
@@ -446,9 +446,9 @@ def test_damaged_embedding_of_a_volume_is_told_and_mended_in_the_next_pass(volum
     image, network = volumes[0][:1], EmbeddingNetwork()
     inferer = SliceVolumeInferer([resize()], embedding_dir=tmp_path, prompted=False)
     first = inferer(image, network)
-    data = next(tmp_path.glob("*.bank"))
+    data = next(tmp_path.glob("*/*.safetensors"))
     data.write_bytes(data.read_bytes()[:-1] + b"?")
-    with pytest.raises(CacheError, match="row 6 of"):
+    with pytest.raises(CacheError, match=rf"row 0 of .*{data.name} is damaged; start again"):
         inferer(image, network)
     assert torch.equal(inferer(image, network), first) and network.encoded == 8
 

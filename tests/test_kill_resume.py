@@ -51,12 +51,12 @@ CHAINS = {
         {"at": REPLACE, "of": "resume.pt"},  # after "completed"
     ],
     "lora, two workers, slices on disk": [
-        {"at": "samseg_monai.data.slices:save", "call": 3},
+        {"at": "samseg_monai.data.slices.cache:CachedCase._write", "call": 3},
         {"at": ITERATION, "call": 7},
         {"at": REPLACE, "of": "resume.pt", "torn": True},
     ],
     "ladder, embeddings on disk": [
-        {"at": "samseg_monai.data.embedding_bank:EmbeddingBank._mark", "call": 2},
+        {"at": "samseg_monai.data.slices.cache:CachedCase._begin", "call": 2},
         {"at": ITERATION, "call": 2},
         {"at": REPLACE, "of": "card.json"},
         {"at": VOLUME},

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from samseg_monai.data.phantoms import SCANS, brats_affine, default_spacing_mm, make_case, write_brats_cases
+from samseg_monai.data import BRATS_SCANS as SCANS
+from samseg_monai.demo.brain_phantoms import brats_affine, default_spacing_mm, make_case, write_brats_cases
 from samseg_monai.errors import DataError
 
 

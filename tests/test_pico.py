@@ -14,13 +14,13 @@ from safetensors import safe_open
 
 import samseg_monai.sam
 from samseg_monai.errors import ConfigError, TrainingError
-from samseg_monai.pretrain import HELD_OUT_SEED, Pretraining, Recipe, evaluate_pico, pretrain, write_weights
-from samseg_monai.pretrain.__main__ import main
-from samseg_monai.pretrain.evaluation import ShapeDataset, dice_of, inscribed_ellipse
-from samseg_monai.pretrain.objective import learning_rate, mask_loss
 from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.spec import SPECS
 from samseg_monai.sam.weights import find_weights, load_sam_weights, sha256_of
+from tools.pico import HELD_OUT_SEED, Pretraining, Recipe, evaluate_pico, pretrain, write_weights
+from tools.pico.__main__ import main
+from tools.pico.evaluation import ShapeDataset, dice_of, inscribed_ellipse
+from tools.pico.objective import learning_rate, mask_loss
 
 FOLDER = Path(samseg_monai.sam.__file__).parent
 TINY = Recipe(steps=6, batch_size=4, objects=2, warmup=2, lr=2e-3)

@@ -9,7 +9,7 @@ import pytest
 
 from samseg_monai import cli
 from samseg_monai.bundles import build_bundle
-from samseg_monai.data.abdomen_phantoms import make_case
+from samseg_monai.demo.abdomen_phantoms import make_case
 from tests.test_dicom import write_series
 
 SHAPE = (40, 32, 16)

@@ -9,9 +9,9 @@ import pytest
 from samseg_monai.bundles import build_bundle, pack_bundle
 from samseg_monai.cli.bundle import predict
 from samseg_monai.cli.workflow import run_workflow
-from samseg_monai.data.brats import prepare_brats_men
-from samseg_monai.data.dicom import read_series
-from samseg_monai.data.folders import prepare_folders
+from samseg_monai.data.datalists.brats import prepare_brats_men
+from samseg_monai.data.datalists.folders import prepare_folders
+from samseg_monai.data.files.dicom import read_series
 from samseg_monai.errors import DataError
 from samseg_monai.metrics import read_rows
 from tests.conftest import TINY

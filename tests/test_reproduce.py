@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from samseg_monai import cli
-from samseg_monai.data.phantoms import make_case
+from samseg_monai.demo.brain_phantoms import make_case
 from samseg_monai.sam.build import build_sam
 
 

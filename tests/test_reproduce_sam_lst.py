@@ -8,12 +8,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torchvision.models import resnet18
 
 from samseg_monai import cli
 from samseg_monai.cli.reproduce_sam_lst import PAPER, _Plan
-from samseg_monai.data.abdomen_phantoms import make_case
-from samseg_monai.data.btcv import TESTING, TRAINING
+from samseg_monai.data.datalists.label_maps import BTCV_TESTING as TESTING
+from samseg_monai.data.datalists.label_maps import BTCV_TRAINING as TRAINING
+from samseg_monai.demo.abdomen_phantoms import make_case
 from samseg_monai.sam.build import build_sam
 
 SHAPE = (64, 64, 2)
@@ -67,9 +69,10 @@ def test_sam_lst_experiment_runs_at_its_real_size(synapse, weights, tmp_path, mo
     settings = card["settings"]
     assert (settings["image_size"], settings["store_size"], settings["batch_size"]) == (512, 224, 24)
     assert (settings["seed"], settings["lr"], settings["val_interval"]) == (1234, 0.001, 0)
-    rows = sorted(json.loads(path.read_text(encoding="utf-8"))["rows"] for path in cache.glob("*.json"))
-    assert rows == [2, 4]  # the test volume, for both runs, and one look at the four training slices
-    assert sum(path.stat().st_size for path in cache.glob("*.bank")) == 6 * 256 * 32 * 32 * 2
+    stored = [[load_file(path)["embedding"] for path in cache.glob(f"{name}.safetensors")] for name in ("*/*", "*")]
+    # the test volume, for both runs, and one look at the four training slices
+    assert [sum(map(len, rows)) for rows in stored] == [2, 4]
+    assert sum(rows.nbytes for kind in stored for rows in kind) == 6 * 256 * 32 * 32 * 2
 
     rows = json.loads((out / "organs.json").read_text(encoding="utf-8"))["runs"]
     assert list(rows) == ["zero_shot", "ladder_paper"]

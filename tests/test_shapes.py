@@ -3,9 +3,17 @@
 import numpy as np
 import pytest
 
-from samseg_monai.data.shape_fields import KINDS, draw_field, pooling_matrix, smooth_noise, spline_matrix
-from samseg_monai.data.shapes import draw_sample, jittered, tight_box
 from samseg_monai.errors import ConfigError
+from tools.pico.shapes import (
+    KINDS,
+    draw_field,
+    draw_sample,
+    jittered,
+    pooling_matrix,
+    smooth_noise,
+    spline_matrix,
+    tight_box,
+)
 
 
 @pytest.fixture(scope="module")

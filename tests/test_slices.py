@@ -28,8 +28,8 @@ from monai.transforms import (
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from samseg_monai.bundles.build import RECIPES, read_json
-from samseg_monai.data import slice_cache
 from samseg_monai.data.slices import AllSlices, EveryNth, Foreground, MaxArea, RandomN, SliceDataset
+from samseg_monai.data.slices.cache import describe, describe_item
 from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.transforms import BoxFromPromptd, PromptFromLabeld
 
@@ -238,7 +238,7 @@ def test_persistent_workers_hear_of_a_new_epoch(cases):
 def test_spawned_workers_get_the_cache_without_a_file_descriptor_per_tensor(cases):
     dataset = dataset_of(cases[:1], quick())
     sent = ForkingPickler.dumps(dataset)
-    assert not any(plane.is_shared() for planes in dataset._slices[0].tensors.values() for plane in planes)
+    assert all(type(planes) is np.ndarray for planes in dataset._slices[0].values())
     assert_same(contents(dataset), contents(pickle.loads(sent)))
 
 
@@ -283,7 +283,7 @@ def test_prompt_is_optional(cases):
 def test_disk_cache_is_used_and_a_damaged_file_is_built_again(cases, tmp_path, monkeypatch, caplog):
     expected = contents(dataset_of(cases, [BoxFromPromptd()], cache="disk", cache_dir=tmp_path))
     files = sorted(tmp_path.iterdir())
-    assert len(files) == 3 and all(file.suffix == ".pt" for file in files)
+    assert len(files) == 3 and all(file.suffix == ".safetensors" for file in files)
     built = []
     original = SliceDataset._build
     monkeypatch.setattr(SliceDataset, "_build", lambda self, i: built.append(i) or original(self, i))
@@ -315,7 +315,7 @@ def test_disk_cache_never_runs_code(cases, tmp_path):
 def test_disk_cache_of_other_settings_or_files_is_another_cache(cases, tmp_path):
     def count(**settings) -> int:
         dataset_of(settings.pop("items", cases), cache="disk", cache_dir=tmp_path, **settings)
-        return len(list(tmp_path.glob("*.pt")))
+        return len(list(tmp_path.glob("*.safetensors")))
 
     assert count() == 3
     assert count(slice_transforms=augment()) == 3  # slice transforms run behind the cache
@@ -330,24 +330,24 @@ def test_disk_cache_of_other_settings_or_files_is_another_cache(cases, tmp_path)
 def test_changed_file_is_another_case(tmp_path):
     file = tmp_path / "label.nii.gz"
     file.write_bytes(b"1")
-    before = slice_cache.describe_item({"case": "a", "label": [str(file)]})
+    before = describe_item({"case": "a", "label": [str(file)]})
     file.write_bytes(b"22")
-    assert slice_cache.describe_item({"case": "a", "label": [str(file)]}) != before
+    assert describe_item({"case": "a", "label": [str(file)]}) != before
 
 
-def test_fingerprint_sees_settings_and_not_addresses_or_random_state():
-    def of(threshold: float = 1.0, **settings) -> str:
+def test_keys_see_settings_and_not_addresses_or_random_state():
+    def of(threshold: float = 1.0, **settings) -> list:
         transforms = Compose([*load_volumes(), *augment(), Lambdad("image", func=lambda x: x + threshold, **settings)])
-        return slice_cache.fingerprint(transforms)
+        return describe(transforms)
 
     assert of() == of()
     assert of() != of(threshold=2.0)
     assert of() != of(overwrite=False)
     used = Compose(augment())
-    before = slice_cache.fingerprint(used)
+    before = describe(used)
     used.set_random_state(3)
-    assert slice_cache.fingerprint(used) == before
-    least, most = (slice_cache.fingerprint(f) for f in (lambda x: x.min(), lambda x: x.max()))
+    assert describe(used) == before
+    least, most = (describe(f) for f in (lambda x: x.min(), lambda x: x.max()))
     assert least != most
 
 

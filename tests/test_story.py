@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from samseg_monai.cli.overlays import overlay_cases
-from samseg_monai.cli.story import is_trained
+from samseg_monai.demo.story import is_trained
 from samseg_monai.errors import DataError
 from samseg_monai.handlers.provenance import file_hash
 from samseg_monai.report import RunResult

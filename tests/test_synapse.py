@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from samseg_monai.data.abdomen_phantoms import SMALLEST_SHAPE, write_btcv_cases
-from samseg_monai.data.btcv import TESTING, TRAINING
-from samseg_monai.data.codings import ABDOMEN, labels_in
 from samseg_monai.data.datalists import datalist_hash, load_datalist
-from samseg_monai.data.synapse import prepare_synapse
+from samseg_monai.data.datalists.label_maps import ABDOMEN, labels_in
+from samseg_monai.data.datalists.label_maps import BTCV_TESTING as TESTING
+from samseg_monai.data.datalists.label_maps import BTCV_TRAINING as TRAINING
+from samseg_monai.data.datalists.synapse import prepare_synapse
+from samseg_monai.demo.abdomen_phantoms import SMALLEST_SHAPE, write_btcv_cases
 from samseg_monai.errors import ConfigError, DataError
 
 

@@ -251,8 +251,8 @@ def test_all_bad_boxes_are_named_at_once_with_their_case():
     with pytest.raises(PromptError) as caught:
         PromptFromBoxesd()(boxes_case([good, *bad]))
     message = str(caught.value)
-    assert "P7" in message and "9 problems" in message and "box 0" not in message
-    assert all(f"box {number}: " in message for number in range(1, 10))
+    assert "P7" in message and "9 problems" in message and "boxes[0]" not in message
+    assert all(f"boxes[{number}] " in message for number in range(1, 10))
 
 
 def test_missing_list_of_boxes_is_refused_but_an_empty_one_is_not():

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samseg_monai.cli.story import ABSENT, recorded
+from samseg_monai.demo.story import ABSENT, recorded
 from samseg_monai.errors import ConfigError, raise_all
 from samseg_monai.files import write_whole
 from samseg_monai.handlers.provenance import plain, read_json

@@ -15,12 +15,13 @@ import typer
 from samseg_monai import __version__
 from samseg_monai.cli.bundle import bundle_app, predict
 from samseg_monai.cli.data import bbox, phantom_app, prepare_app
-from samseg_monai.cli.demo import demo, report
 from samseg_monai.cli.export import export
 from samseg_monai.cli.find_lr import find_lr
 from samseg_monai.cli.info import info
 from samseg_monai.cli.lint import lint
+from samseg_monai.cli.report import report
 from samseg_monai.cli.reproduce import reproduce_app
+from samseg_monai.demo.command import demo
 from samseg_monai.errors import SamsegError
 
 app = typer.Typer(

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from samseg_monai.cli.reproduce_sam_lst import sam_lst
-from samseg_monai.cli.story import Story, write_results
+from samseg_monai.data import BRATS_SCANS
+from samseg_monai.demo.story import Story, write_results
 from samseg_monai.errors import ConfigError, raise_all
 
 reproduce_app = typer.Typer(help="Repeat published experiments, protocol and all.", no_args_is_help=True)
 reproduce_app.command("sam-lst")(sam_lst)
 RANKS = (64, 128, 256)
-SCANS = ("t1n", "t1c", "t2w", "t2f")
 
 
 @reproduce_app.command("honours")
@@ -24,7 +24,8 @@ def honours(
     output: Annotated[Path, typer.Option(help="folder for datalist, runs and report")] = Path("runs/honours"),
     rank: Annotated[list[int] | None, typer.Option(help="LoRA ranks; default 64, 128 and 256")] = None,
     scan: Annotated[
-        list[str] | None, typer.Option(help=f"MRI contrasts whose logits are averaged; default {', '.join(SCANS)}")
+        list[str] | None,
+        typer.Option(help=f"MRI contrasts that are averaged; default {', '.join(BRATS_SCANS)}"),
     ] = None,
     epochs: Annotated[int, typer.Option(help="epochs of each training", min=1)] = 50,
     split_file: Annotated[
@@ -42,10 +43,10 @@ def honours(
     chooses the epoch, the other is reported. Given again after an interruption, the command keeps finished trainings.
     """
     from samseg_monai.bundles import build_bundle
-    from samseg_monai.data.brats import prepare_brats_men
+    from samseg_monai.data.datalists.brats import prepare_brats_men
 
-    ranks, scans = rank or list(RANKS), list(dict.fromkeys(scan or SCANS))
-    unknown = [f"--scan {name}: choose from {', '.join(SCANS)}" for name in scans if name not in SCANS]
+    ranks, scans = rank or list(RANKS), list(dict.fromkeys(scan or BRATS_SCANS))
+    unknown = [f"--scan {name}: choose from {', '.join(BRATS_SCANS)}" for name in scans if name not in BRATS_SCANS]
     raise_all(unknown, ConfigError, "These scans are not BraTS's")
     datalist = output / "datalist.json"
     prepare_brats_men(brats, datalist, fractions=(0.772, 0.114, 0.114), split_file=split_file, seed=seed)

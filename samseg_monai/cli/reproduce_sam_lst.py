@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from samseg_monai.cli.story import Story, write_results
+from samseg_monai.demo.story import Story, write_results
 from samseg_monai.errors import ConfigError
 
 PAPER = ("zero_shot", "sam_only", "cnn_only", "ladder_paper")
@@ -105,7 +105,7 @@ class _Plan:
 
     def fitting(self, name: str) -> dict[str, Any]:
         """Overrides of the training."""
-        from samseg_monai.data.banked_slices import DEFAULT_VARIANTS
+        from samseg_monai.data.slices import DEFAULT_VARIANTS
 
         found = {**self.evaluation(name), **self.training}
         if name != "sam_only":
@@ -150,7 +150,7 @@ def _chosen(only: Sequence[str] | None, repaired: bool) -> list[str]:
 
 
 def _prepare(story: Story, plan: _Plan, names: Sequence[str], label_coding: str, *, allow_missing: bool) -> None:
-    from samseg_monai.data.synapse import prepare_synapse
+    from samseg_monai.data.datalists.synapse import prepare_synapse
 
     src, seed = plan.shared["dataset_dir"], plan.shared["seed"]
     for count in sorted({plan.choosing(name) for name in names}):

@@ -1,1 +1,4 @@
-"""Lists of cases, their checks, slices and phantoms: everything between files on disk and the first transform."""
+"""Data: files and cases, datalists, slices to learn from."""
+
+BRATS_SCANS = ("t1n", "t1c", "t2w", "t2f")  # of BraTS 2023, in the order in which networks get them
+IMAGES = "images"  # the kind of datalists and cases of 2-D images

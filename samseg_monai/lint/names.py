@@ -97,12 +97,12 @@ OTHERS = {
 # Parts of this package whose public classes are components; of some the public functions are, too.
 OWN_CLASSES = words(
     """
-    adapters data.banked_slices data.pickers data.slices handlers inferers metrics networks
+    adapters data.slices handlers inferers metrics networks
     strategies training transforms"""
 )
 OWN_FUNCTIONS = frozenset({"training", "transforms"})  # which read and write no files
 
-OWN_READER = "samseg_monai.data.images.ImageFileReader"
+OWN_READER = "samseg_monai.data.files.images.ImageFileReader"
 READERS = (None, "ITKReader", "NibabelReader", "NrrdReader", "PILReader", "PydicomReader", OWN_READER)
 WRITERS = (None, "ITKWriter", "NibabelWriter", "PILWriter")
 # argument, wherever it stands (an override may give it to any component): values that are known to be harmless, and why
@@ -128,7 +128,7 @@ FILENAME = re.compile(r"[\w-]+\.(csv|json|pt|pth)")
 IMPORTS = words(
     """
     logging monai monai.data monai.handlers monai.transforms monai.utils numpy torch torch.distributed
-    samseg_monai.bundles samseg_monai.checkpoints samseg_monai.data.cases samseg_monai.data.datalists"""
+    samseg_monai.bundles samseg_monai.checkpoints samseg_monai.data.files.cases samseg_monai.data.datalists"""
 )
 # what MONAI puts into every expression
 GLOBALS = {"monai": "monai", "np": "numpy", "numpy": "numpy", "torch": "torch"}
@@ -144,7 +144,7 @@ CALLS = words(
     torch.distributed.is_initialized torch.tensor samseg_monai.bundles.bundle_root samseg_monai.bundles.extra_inputs
     samseg_monai.bundles.facts samseg_monai.bundles.find_checkpoint samseg_monai.bundles.guard
     samseg_monai.bundles.join_processes samseg_monai.bundles.rank_device samseg_monai.bundles.record_bundle
-    samseg_monai.bundles.settings samseg_monai.checkpoints.load_trained samseg_monai.data.cases.find_cases
+    samseg_monai.bundles.settings samseg_monai.checkpoints.load_trained samseg_monai.data.files.cases.find_cases
     samseg_monai.data.datalists.labels_of samseg_monai.data.datalists.load_datalist
     samseg_monai.data.datalists.spacing_of samseg_monai.data.datalists.unit_of"""
 )

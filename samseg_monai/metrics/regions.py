@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from samseg_monai.errors import ConfigError, raise_all
 
-# The parts are called as in ``samseg_monai.data.codings``, so that both codings of BraTS (enhancing tumour 3 or 4) fit.
+# The parts are called as in ``data.datalists.label_maps``, so that both codings of BraTS (enhancing 3 or 4) fit.
 _CORE, _OEDEMA, _ENHANCING = "non-enhancing core", "oedema", "enhancing tumour"
 BRATS_REGIONS: dict[str, tuple[tuple[str, ...], ...]] = {
     "WT": ((_CORE, _OEDEMA, _ENHANCING), ("tumour",)),

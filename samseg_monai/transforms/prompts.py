@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from monai.transforms import MapTransform, RandomizableTransform
 
-from samseg_monai.errors import ConfigError, PromptError, raise_all
-from samseg_monai.transforms.boxes import Rectangle, rectangles
+from samseg_monai.data.files.boxes import volume_boxes
+from samseg_monai.errors import ConfigError, PromptError
+from samseg_monai.transforms.boxes import rectangles
 from samseg_monai.transforms.grids import on_grid_of
 
 
@@ -145,35 +146,9 @@ class PromptFromBoxesd(MapTransform):
         for key in self.key_iterator(d):
             shape = tuple(d[key].shape[1:])
             prompt = torch.zeros(shape, dtype=torch.uint8)
-            problems = []
-            for number, box in enumerate(boxes):
-                try:
-                    (x0, y0, x1, y1), (k0, k1) = _read_box(box, shape)
-                except PromptError as error:
-                    problems.append(f"box {number}: {error}")
-                else:
-                    prompt[y0:y1, x0:x1, k0:k1] = 1
-            raise_all(problems, PromptError, f"{case}: bad boxes for an image of {shape} voxels")
+            for i0, j0, i1, j1, k0, k1 in volume_boxes(
+                boxes, shape, f"{case}: bad boxes for an image of {shape} voxels"
+            ):
+                prompt[i0 : i1 + 1, j0 : j1 + 1, k0 : k1 + 1] = 1
             d[self.prompt_key] = on_grid_of(d[key], prompt[None])
         return d
-
-
-def _read_box(entry: Any, shape: tuple[int, ...]) -> tuple[Rectangle, tuple[int, int]]:
-    """One entry as (x0, y0, x1, y1) and (k0, k1), upper ends exclusive; PromptError says what is wrong with it."""
-    if not isinstance(entry, Mapping) or "box" not in entry or ("slice" in entry) == ("slices" in entry):
-        raise PromptError(f'must be {{"slice": k, "box": [i0, j0, i1, j1]}} or have "slices": [k0, k1], got {entry!r}')
-    depth = [entry["slice"]] * 2 if "slice" in entry else entry["slices"]
-    numbers = []
-    for name, value, count in (("box", entry["box"], 4), ("slices", depth, 2)):
-        if not isinstance(value, (list, tuple)) or len(value) != count or not all(_is_whole(n) for n in value):
-            raise PromptError(f"{name} must hold {count} whole numbers, got {value!r}")
-        numbers += [int(n) for n in value]
-    i0, j0, i1, j1, k0, k1 = numbers
-    for axis, low, high, size in zip("ijk", (i0, j0, k0), (i1, j1, k1), shape, strict=True):
-        if not 0 <= low <= high < size:
-            raise PromptError(f"{axis} runs from {low} to {high}, must be within 0 to {size - 1} and not reversed")
-    return (j0, i0, j1 + 1, i1 + 1), (k0, k1 + 1)
-
-
-def _is_whole(number: Any) -> bool:
-    return isinstance(number, (int, float)) and not isinstance(number, bool) and float(number).is_integer()

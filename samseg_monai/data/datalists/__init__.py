@@ -1,0 +1,261 @@
+"""Lists of cases in the style of the Medical Segmentation Decathlon: read, write, check.
+
+A datalist is a JSON object with the sections ``training``, ``validation`` and ``testing``; an item is
+``{"case", "image": [one file per scan] or file, "label", "reference", "patient"}``, paths relative to a data folder.
+``reference`` names the label a second time: the copy that no crop ever touches, against which metrics are computed.
+``labels`` says what the numbers in the label files mean, ``label_coding`` how that table is called (``own``: it has no
+name). Files are never rewritten: ``RecodeLabeld`` maps their numbers to classes when they are loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from samseg_monai.data import IMAGES
+from samseg_monai.data.datalists.label_maps import CODINGS, labels_in
+from samseg_monai.data.datalists.splits import SECTIONS
+from samseg_monai.data.files.boxes import read_boxes
+from samseg_monai.data.files.volumes import image_stem, stem_of
+from samseg_monai.errors import DataError, raise_all
+from samseg_monai.files import read_json, write_json
+
+LOG = logging.getLogger(__name__)
+UNITS = ("mm", "px")
+_FILE_KEYS = ("image", "label", "reference")
+
+
+def patient_of(case: str) -> str:
+    """Patient of a BraTS case id: the id without its time point (``BraTS-MEN-00004-001`` -> ``BraTS-MEN-00004``)."""
+    return re.sub(r"-\d{3}$", "", case)
+
+
+def read_datalist(path: str | Path) -> dict[str, Any]:
+    """Read and check a datalist file; items get the keys they lack (``case``, ``patient``, ``reference``).
+
+    Raises:
+        DataError: no such file, not JSON, or as ``check_datalist``.
+    """
+    datalist = read_json(path, DataError, "datalist", "'samseg prepare' or 'samseg phantom' makes one")
+    for section in SECTIONS:
+        items = datalist.setdefault(section, [])
+        if isinstance(items, list):
+            datalist[section] = [_complete(item, datalist.get("kind")) for item in items]
+    check_datalist(datalist, name=str(path))
+    return datalist
+
+
+def write_datalist(datalist: Mapping[str, Any], path: str | Path) -> None:
+    """Check a datalist and write it whole."""
+    check_datalist(datalist, name=str(path))
+    write_json(path, datalist)
+
+
+def check_datalist(datalist: Mapping[str, Any], *, name: str = "datalist") -> None:
+    """Check structure, not files.
+
+    Raises:
+        DataError: labels that are not those of the label coding, every item without an image, with another number of
+            scans than ``scans`` says, every case listed twice and every patient in two sections, all at once; of
+            images also an unknown unit of distances or a spacing that is no size.
+    """
+    problems = [*_label_problems(datalist), *_unit_problems(datalist)]
+    scans = ["image"] if datalist.get("kind") == IMAGES else datalist.get("scans")
+    seen: Counter[str] = Counter()
+    homes: dict[str, list[str]] = {}
+    for section in SECTIONS:
+        items = datalist.get(section, [])
+        if not isinstance(items, list):
+            problems.append(f"{section}: expected a list of items, got a {type(items).__name__}")
+            continue
+        for number, item in enumerate(items):
+            if problem := _item_problem(item, scans):
+                problems.append(f"{section}[{number}]: {problem}")
+                continue
+            seen[item["case"]] += 1
+            homes.setdefault(item.get("patient") or patient_of(item["case"]), []).append(section)
+    problems += [f"case {case} is listed {count} times" for case, count in seen.items() if count > 1]
+    problems += [
+        f"patient {patient} is in {' and '.join(dict.fromkeys(sections))}: scores would be too good; keep all time "
+        "points of a patient together"
+        for patient, sections in homes.items()
+        if len(set(sections)) > 1
+    ]
+    raise_all(problems, DataError, f"{name}: not a usable datalist")
+
+
+def load_datalist(
+    path: str | Path,
+    dataset_dir: str | Path,
+    section: str = "training",
+    *,
+    scans: Sequence[str] | None = None,
+    boxes: str | Path | None = None,
+) -> list[dict[str, Any]]:
+    """Items of one section with absolute paths, ready for ``LoadImaged``.
+
+    Args:
+        path: datalist file.
+        dataset_dir: folder that its paths are relative to.
+        section: ``training``, ``validation`` or ``testing``.
+        scans: names of the scans wanted, in this order; None takes all as they are listed.
+        boxes: box file of images (see ``boxes``): every item gets its ``boxes``, a list of lists of four floats.
+
+    Raises:
+        DataError: unknown or empty section, scans that the datalist does not have, no such folder, all missing files at
+            once, all cases of the section without a box, or as ``read_datalist``.
+        PromptError: as ``boxes.read_boxes``.
+    """
+    if section not in SECTIONS:
+        raise DataError(f"unknown datalist section {section!r}; choose one of {', '.join(SECTIONS)}")
+    datalist, root = read_datalist(path), Path(dataset_dir)
+    if not root.is_dir():
+        raise DataError(f"dataset_dir {root} is not a folder; set it to the folder that holds the cases of {path}")
+    if not datalist[section]:
+        filled = ", ".join(f"{s} {len(datalist[s])}" for s in SECTIONS)
+        raise DataError(f"{path}: section {section!r} has no cases ({filled}); prepare it with another split")
+    root = root.resolve()
+    items, problems = [], []
+    for stored in _select_scans(datalist, scans, name=str(path))[section]:
+        item = dict(stored)
+        for key in _FILE_KEYS:
+            files = stored.get(key)
+            if files is None:
+                continue
+            paths = [str(root / file) for file in ([files] if isinstance(files, str) else files)]
+            if key != "reference" or files != stored.get("label"):
+                problems += [f"{item['case']}: no file {file}" for file in paths if not os.path.isfile(file)]
+            item[key] = paths[0] if isinstance(files, str) else paths
+        items.append(item)
+    raise_all(problems, DataError, f"{path}: files of section {section!r} are missing; is dataset_dir right")
+    return items if boxes is None else _with_boxes(items, datalist, Path(boxes), name=str(path))
+
+
+def unit_of(path: str | Path) -> str:
+    """Unit of distances in a datalist's images: ``px`` where nobody knows their pixel size, else ``mm``."""
+    return str(read_datalist(path).get("distance_unit") or "mm")
+
+
+def spacing_of(path: str | Path) -> float | None:
+    """Pixel size in mm that a person gave for a datalist's images; None: the files' own, if they state one."""
+    spacing = read_datalist(path).get("spacing_mm")
+    return None if spacing is None else float(spacing)
+
+
+def labels_of(path: str | Path) -> dict[str, str]:
+    """What the numbers in the label files of a datalist mean: ``{"0": "background", "1": "spleen", ...}``.
+
+    Raises:
+        DataError: the datalist has no ``labels``, or as ``read_datalist``.
+    """
+    labels = read_datalist(path).get("labels")
+    if not labels:
+        raise DataError(
+            f'{path}: has no "labels", so that nobody knows what its numbers mean; add {{"0": "background", '
+            '"1": "<name>", ...}, or let \'samseg prepare\' make the datalist'
+        )
+    return dict(labels)
+
+
+def datalist_hash(datalist: Mapping[str, Any] | str | Path) -> str:
+    """sha256 over sections, scans, label coding and content hashes: equal when equal data are split equally."""
+    if isinstance(datalist, (str, Path)):
+        datalist = read_datalist(datalist)
+    kept = {key: datalist.get(key) for key in (*SECTIONS, "scans", "label_coding", "hashes")}
+    if datalist.get("kind") == IMAGES:  # not part of the images' files, so not of their hashes
+        kept["spacing_mm"] = datalist.get("spacing_mm")
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _with_boxes(
+    items: list[dict[str, Any]], datalist: Mapping[str, Any], boxes: Path, *, name: str
+) -> list[dict[str, Any]]:
+    if datalist.get("kind") != IMAGES:
+        raise DataError(f"{name}: is a datalist of volumes, for which there are no box files; draw prompts from labels")
+    table = read_boxes(boxes, datalist.get("sizes"))
+    if unknown := sorted(set(table) - {item["case"] for section in SECTIONS for item in datalist[section]}):
+        LOG.warning("boxes %s: %d names are no case of %s: %s", boxes, len(unknown), name, ", ".join(unknown[:10]))
+    missing = [item["case"] for item in items if item["case"] not in table]
+    raise_all(missing, DataError, f"boxes {boxes}: cases of {name} without a box")
+    return [{**item, "boxes": table[item["case"]]} for item in items]
+
+
+def _select_scans(datalist: dict[str, Any], scans: Sequence[str] | None, *, name: str) -> dict[str, Any]:
+    """Keep the files of the named scans, in that order; a datalist that names no scans is returned as it is."""
+    stored = datalist.get("scans")
+    if scans is None or not stored or list(scans) == list(stored):
+        return datalist
+    if datalist.get("kind") == IMAGES:
+        raise DataError(
+            f"{name}: its images have the channels {', '.join(stored)}, the network wants "
+            f"{', '.join(scans)}; set scans to {list(stored)!r}, or save the images anew"
+        )
+    absent = [scan for scan in scans if scan not in stored]
+    raise_all(absent, DataError, f"{name}: scans that it does not have (it has {', '.join(stored)})")
+    chosen = [stored.index(scan) for scan in scans]
+    sections = {s: [{**item, "image": [item["image"][i] for i in chosen]} for item in datalist[s]] for s in SECTIONS}
+    return {**datalist, **sections}
+
+
+def _complete(item: Any, kind: str | None) -> Any:
+    """Decathlon files name neither case nor patient: derive them from the image's name."""
+    if not isinstance(item, dict) or not item.get("image"):
+        return item
+    image = item["image"]
+    stems = [stem_of(str(f)) or image_stem(str(f)) or str(f) for f in ([image] if isinstance(image, str) else image)]
+    case = stems[0]
+    while not all(stem.startswith(case) for stem in stems):
+        case = re.sub(r"[-_]?[^-_]*$", "", case)  # drop the last word: where names differ is the scan
+    item = {"case": case or stems[0], **item}
+    case = str(item["case"])
+    item.setdefault("patient", case if kind == IMAGES else patient_of(case))
+    if item.get("label"):
+        item.setdefault("reference", item["label"])
+    return item
+
+
+def _label_problems(datalist: Mapping[str, Any]) -> list[str]:
+    labels, coding = datalist.get("labels"), datalist.get("label_coding")
+    if labels is None:
+        return []
+    if not isinstance(labels, Mapping) or not all(re.fullmatch(r"-?\d+", str(value)) for value in labels):
+        return [f'labels: expected {{"0": "background", "1": "<name>", ...}}, got {labels!r}']
+    if not isinstance(coding, str) or coding not in CODINGS:
+        return []
+    stored, expected = ({str(v): str(n) for v, n in table.items()} for table in (labels, labels_in(coding)))
+    differing = sorted({v for v, _ in stored.items() ^ expected.items()}, key=int)
+    return [
+        f"labels: {value} is {stored.get(value, 'absent')!r}, but {expected.get(value, 'absent')!r} in {coding}"
+        for value in differing
+    ]
+
+
+def _unit_problems(datalist: Mapping[str, Any]) -> list[str]:
+    unit, spacing = datalist.get("distance_unit", "mm"), datalist.get("spacing_mm")
+    problems = []
+    if unit not in UNITS:
+        problems.append(f"distance_unit: expected one of {', '.join(UNITS)}, got {unit!r}")
+    if spacing is not None and (isinstance(spacing, bool) or not isinstance(spacing, (int, float)) or spacing <= 0):
+        problems.append(f"spacing_mm: expected a size in mm above 0, or null, got {spacing!r}")
+    elif spacing is not None and unit == "px":
+        problems.append(f"distance_unit: is px although spacing_mm is {spacing}; one of them is wrong")
+    return problems
+
+
+def _item_problem(item: Any, scans: Sequence[str] | None) -> str:
+    if not isinstance(item, Mapping):
+        return f"expected an object with case, image, label, got {item!r}"
+    image = item.get("image")
+    files = [image] if isinstance(image, str) else image
+    if not item.get("case") or not files or not isinstance(files, list) or not all(isinstance(f, str) for f in files):
+        return f"needs a case and an image (file name or list of them), got {dict(item)!r}"
+    if scans and not isinstance(image, str) and len(files) != len(scans):
+        return f"case {item['case']}: {len(files)} image files for {len(scans)} scans ({', '.join(scans)})"
+    return ""

@@ -1,0 +1,128 @@
+"""From a folder in the layout of BraTS 2023 to a datalist, with every defect of the data named at once.
+
+Layout and label coding: LaBella et al., arXiv:2405.09787 (``<case>/<case>-{t1n,t1c,t2w,t2f,seg}.nii.gz``; 1 core,
+2 oedema, 3 enhancing). BraTS 2017 to 2022 coded enhancing tumour as 4, which is legal only when asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from samseg_monai.data import BRATS_SCANS
+from samseg_monai.data.datalists import patient_of
+from samseg_monai.data.datalists.checks import CaseCheck, Summary, check_all, check_files, split_off_bad, write_checked
+from samseg_monai.data.datalists.label_maps import BRATS, labels_in
+from samseg_monai.data.datalists.splits import DEFAULT_FRACTIONS, read_split, split_by_patient
+from samseg_monai.data.files.volumes import stem_of
+from samseg_monai.errors import DataError
+
+LOG = logging.getLogger(__name__)
+_CASE_NAME = re.compile(r".+-\d{3,}-\d{3}$")
+# what a value that is not legal looks like, by the coding that was named
+_HINTS = {
+    ("2023", 4): "; 4 is the enhancing tumour of BraTS 2017 to 2022: pass --label-coding 2021",
+    ("2021", 3): "; 3 is the enhancing tumour of BraTS 2023: pass --label-coding 2023",
+}
+
+
+def prepare_brats_men(
+    src: str | Path,
+    output: str | Path,
+    *,
+    scans: Sequence[str] = BRATS_SCANS,
+    label_coding: str = "2023",
+    fractions: Sequence[float] = DEFAULT_FRACTIONS,
+    split_file: str | Path | None = None,
+    seed: int = 0,
+    skip_bad: bool = False,
+    num_threads: int = 4,
+    progress: bool = True,
+) -> Summary:
+    """Check every case below ``src`` completely and write a datalist with paths relative to ``src``.
+
+    Args:
+        src: folder of case folders.
+        output: datalist to write.
+        scans: scans to use, in the order in which the network gets them.
+        label_coding: ``"2023"`` (0 1 2 3) or ``"2021"`` (0 1 2 4); recorded in the datalist.
+        fractions: of patients for training, validation, testing; ignored with a split file.
+        split_file: JSON with lists of case or patient ids under the section names; another datalist works too.
+        seed: of the split.
+        skip_bad: leave bad cases out and list them, instead of stopping.
+        num_threads: cases read at the same time (each needs about 0.2 GB at the size of BraTS).
+        progress: show a bar.
+
+    Raises:
+        ConfigError: unknown label coding.
+        DataError: no case at all, all defects of all cases at once (unless ``skip_bad``), or a split that names
+            unknown cases or puts a patient into two sections.
+    """
+    labels, src = labels_in(label_coding, BRATS), Path(src)
+
+    def check(folder: Path) -> CaseCheck:
+        return _check_case(folder, scans, label_coding)
+
+    checks = check_all(check, _case_folders(src), num_threads=num_threads, progress=progress)
+    good, problems = split_off_bad(checks, src, skip_bad=skip_bad)
+    warnings = [f"{check.case}: {warning}" for check in good for warning in check.warnings]
+    if split_file is None:
+        split = split_by_patient({check.case: patient_of(check.case) for check in good}, fractions, seed=seed)
+        made_by: dict[str, Any] = {"by": "patient", "seed": seed, "fractions": list(fractions)}
+    else:
+        split, unused = read_split(Path(split_file), {check.case: patient_of(check.case) for check in checks})
+        warnings += [f"{case}: not named by the split file, not used" for case in unused]
+        made_by = {"by": "file", "file": Path(split_file).name}
+    used = {check.case: check for check in good}
+    sections = {section: [used[case] for case in cases if case in used] for section, cases in split.items()}
+    header = {"name": "BraTS-MEN", "modality": "MRI", "scans": list(scans), "labels": labels}
+    header |= {"label_coding": label_coding, "split": made_by}
+    return write_checked(
+        output, src, sections, header=header, label="seg", patient=patient_of, warnings=warnings, left_out=problems
+    )
+
+
+def _case_folders(src: Path) -> list[Path]:
+    """Sub-folders of ``src`` that look like cases, sorted; others are named in the log and left alone.
+
+    Raises:
+        DataError: ``src`` is no folder or holds no case; when a sub-folder does, it is named.
+    """
+    if not src.is_dir():
+        raise DataError(f"{src} is not a folder; give the folder that holds the case folders")
+    folders = sorted(path for path in src.iterdir() if path.is_dir() and not path.name.startswith("."))
+    cases = [folder for folder in folders if _looks_like_case(folder)]
+    if not cases:
+        deeper = [f for f in folders if any(_looks_like_case(sub) for sub in f.iterdir() if sub.is_dir())]
+        hint = f"; did you mean {deeper[0]}?" if deeper else ""
+        if _looks_like_case(src):
+            hint = f"; it is one case itself: give its parent {src.resolve().parent}"
+        raise DataError(f"{src} holds no case folders such as BraTS-MEN-00004-000/BraTS-MEN-00004-000-t1c.nii.gz{hint}")
+    for folder in sorted(set(folders) - set(cases)):
+        LOG.info("ignored %s: no files named %s-<scan>.nii.gz in it", folder, folder.name)
+    return cases
+
+
+def _check_case(folder: Path, scans: Sequence[str], label_coding: str) -> CaseCheck:
+    """Read all files of a case to the last byte and collect everything that is wrong with them."""
+    check = CaseCheck(folder.name)
+    for name in (*scans, "seg"):
+        paths = [folder / f"{folder.name}-{name}{suffix}" for suffix in (".nii.gz", ".nii")]
+        if found := next((path for path in paths if path.is_file()), None):
+            check.files[name] = found
+    if missing := [name for name in (*scans, "seg") if name not in check.files]:
+        check.problems.append(f"no file for {', '.join(missing)} (expected {folder.name}-{missing[0]}.nii.gz)")
+
+    def hint(strange: list[int]) -> str:
+        return _HINTS.get((label_coding, strange[0]), "") if len(strange) == 1 else ""
+
+    check_files(check, label="seg", legal={0, *BRATS[label_coding]}, hint=hint)
+    return check
+
+
+def _looks_like_case(folder: Path) -> bool:
+    files = (stem_of(path) or "" for path in folder.iterdir() if path.is_file())
+    return bool(_CASE_NAME.match(folder.name)) or any(stem.startswith(f"{folder.name}-") for stem in files)

@@ -1,0 +1,284 @@
+"""What all makers of datalists share: read the files of a case to the last byte, collect what is wrong, sum it up."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from samseg_monai.data import IMAGES
+from samseg_monai.data.datalists import write_datalist
+from samseg_monai.data.files.volumes import Volume, grid_difference, is_phantom, read_volume, value_problem
+from samseg_monai.errors import DataError, raise_all
+
+LOG = logging.getLogger(__name__)
+Job = TypeVar("Job")
+Check = TypeVar("Check", bound="CaseCheck")
+
+
+@dataclass
+class CaseCheck:
+    """Result of ``check_files``; ``problems`` forbid the use of the case, ``warnings`` do not.
+
+    ``files`` maps scan or label to its path, ``sha256`` is that of the lines ``<name> <sha256 of the file>``,
+    ``label_dtype`` how the label's numbers are stored.
+    """
+
+    case: str
+    files: dict[str, Path] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    shape: tuple[int, ...] = ()
+    spacing_mm: tuple[float, ...] = ()
+    voxels_per_label: dict[int, int] = field(default_factory=dict)
+    label_dtype: str = ""
+    sha256: str = ""
+
+
+@dataclass
+class Summary:
+    """What a maker of datalists found and wrote; counts are of cases unless named otherwise.
+
+    ``patients`` is None where the data do not tell which cases share a patient (or images a group); ``labels`` names
+    the labels. ``things`` is what a case is (volumes or images), ``unit`` that of distances; ``extra`` are further
+    facts, one a line.
+    """
+
+    datalist: Path
+    sections: dict[str, int]
+    patients: int | None
+    shapes: dict[str, int]
+    spacings_mm: dict[str, int]
+    voxels_per_label: dict[str, int]
+    cases_per_label: dict[str, int]
+    labels: dict[str, str]
+    warnings: list[str]
+    left_out: list[str]
+    things: str
+    unit: str
+    extra: list[str]
+
+    def lines(self) -> list[str]:
+        """The summary as text, one fact a line."""
+        images, voxels = self.things == IMAGES, sum(self.voxels_per_label.values()) or 1
+        cases, pixel, groups = ("images", "pixel", "groups") if images else ("cases", "voxel", "patients")
+        members = f"{cases} of {self.patients} {groups}"
+        if self.patients is None:
+            members = f"{self.things}, it is not known which share a patient"
+        unknown = "pixel size: not known, so that distances are in pixels"
+        return [
+            f"{sum(self.sections.values())} {members}: " + ", ".join(f"{n} {s}" for s, n in self.sections.items()),
+            f"shapes: {_commonest(self.shapes)}",
+            f"spacings in mm: {_commonest(self.spacings_mm)}" if self.unit == "mm" else unknown,
+            *(
+                f"label {label} {self.labels.get(label, '')}".rstrip()
+                + f": {n} {pixel}s ({100 * n / voxels:.3f} %), in {self.cases_per_label[label]} {cases}"
+                for label, n in self.voxels_per_label.items()
+            ),
+            *self.extra,
+            *(f"warning: {text}" for text in self.warnings),
+            *(f"left out: {text}" for text in self.left_out),
+            f"wrote {self.datalist}",
+        ]
+
+
+def _commonest(counts: Mapping[str, int], shown: int = 6) -> str:
+    """The first few of ``counts``, which come with the most frequent first: cropped sets have a shape per volume."""
+    listed = ", ".join(f"{name} ({n})" for name, n in list(counts.items())[:shown])
+    return listed + (f" and {len(counts) - shown} others" if len(counts) > shown else "")
+
+
+def check_files(
+    check: CaseCheck, *, label: str, legal: Collection[int], hint: Callable[[list[int]], str] = lambda strange: ""
+) -> None:
+    """Read ``check.files`` completely and add to ``check`` all that is known and everything that is wrong.
+
+    Args:
+        check: case with its files, in the order in which they are hashed; the first gives the grid of all.
+        label: name of the label among the files; the others are images.
+        legal: values that the label may have.
+        hint: from the values that are not legal (sorted) to an advice, appended to the problem.
+    """
+    hashes = []
+    first: Volume | None = None
+    for name, path in check.files.items():
+        try:
+            volume = read_volume(path)
+        except DataError as error:
+            check.problems.append(str(error))
+            continue
+        hashes.append(f"{name} {volume.sha256}\n")
+        check.warnings += volume.notes
+        if volume.array.ndim != 3:
+            check.problems.append(f"{path.name}: has shape {volume.array.shape}, expected three axes")
+            continue
+        if first is None:
+            first, first_name = volume, path.name
+            check.shape, check.spacing_mm = volume.array.shape, volume.spacing_mm
+        elif difference := grid_difference(volume, first):
+            check.problems.append(f"{path.name}: {difference} of {first_name}")
+        if name == label:
+            check_label(volume.array, path.name, check, legal=legal, hint=hint)
+        elif problem := value_problem(volume.array):
+            check.problems.append(f"{path.name}: {problem}")
+    check.sha256 = hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def check_label(
+    array: np.ndarray, name: str, check: CaseCheck, *, legal: Collection[int], hint: Callable[[list[int]], str]
+) -> None:
+    """Count the values of a label and add to ``check`` what is wrong with them; ``hint`` as in ``check_files``."""
+    if not np.isfinite(array).all():
+        check.problems.append(f"{name}: labels are NaN or infinite")
+        return
+    values, counts = np.unique(array, return_counts=True)
+    fractional = [value for value in values if value != np.rint(value)]
+    if fractional:
+        shown = ", ".join(f"{value:g}" for value in fractional[:4])
+        check.problems.append(f"{name}: labels are not whole numbers ({shown}): resampled without nearest neighbour?")
+        return
+    check.label_dtype = array.dtype.name
+    check.voxels_per_label = {int(v): int(n) for v, n in zip(values, counts, strict=True)}
+    strange = sorted(set(check.voxels_per_label) - set(legal))
+    if strange:
+        check.problems.append(f"{name}: labels {_ranges(strange)} are outside {_ranges(legal)}{hint(strange)}")
+    elif list(check.voxels_per_label) == [0]:
+        check.warnings.append(f"{name}: the mask is empty: no training slice, and no Dice in an evaluation")
+
+
+def _ranges(values: Collection[int]) -> str:
+    """All values while they fit into a line, else the ends."""
+    listed = sorted(values)
+    return str(listed) if len(listed) <= 20 else f"[{listed[0]} to {listed[-1]}]"
+
+
+def check_all(check: Callable[[Job], Check], jobs: Sequence[Job], *, num_threads: int, progress: bool) -> list[Check]:
+    """Check cases at the same time, in their order; unpacking and hashing release the interpreter lock."""
+    with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
+        return list(tqdm(pool.map(check, jobs), total=len(jobs), desc="checking cases", disable=not progress))
+
+
+def split_off_bad(
+    checks: Sequence[Check], src: Path, *, skip_bad: bool, others: Sequence[str] = ()
+) -> tuple[list[Check], list[str]]:
+    """Good cases, and the problems of the bad ones as lines ``<case>: <problem>``.
+
+    Args:
+        checks: of all cases.
+        src: folder, for the message.
+        skip_bad: whether bad cases may be left out.
+        others: problems of the data set that belong to no case; they are never left out.
+
+    Raises:
+        DataError: all problems at once, unless ``skip_bad`` and some case is good.
+    """
+    good = [check for check in checks if not check.problems]
+    problems = [f"{check.case}: {problem}" for check in checks for problem in check.problems]
+    if others or not skip_bad or not good:
+        fix = "" if not good or others else "; mend them, or leave these cases out with --skip-bad"
+        bad = f"{len(checks) - len(good)} of {len(checks)} cases in {src} cannot be used{fix}"
+        raise_all([*others, *problems], DataError, bad if problems else f"{src} cannot be used")
+    return good, problems
+
+
+def case_notes(checks: Sequence[CaseCheck]) -> list[str]:
+    """Warnings of all cases, and one line for labels stored as fractions, which a strict reader would refuse."""
+    kinds = Counter(check.label_dtype for check in checks if check.label_dtype.startswith("float"))
+    return [
+        *(f"{check.case}: {warning}" for check in checks for warning in check.warnings),
+        *(
+            f"{count} labels are stored as {kind} and hold whole numbers only: they are read as integers"
+            for kind, count in sorted(kinds.items())
+        ),
+    ]
+
+
+def duplicates(checks: Sequence[Check], what: Callable[[Check], str] = lambda check: check.sha256) -> list[str]:
+    """One sentence for each content that stands under two names: it would leak from training into the test.
+
+    Args:
+        checks: of all cases.
+        what: hash of the content that is compared; default that of all files of a case.
+    """
+    by_content: dict[str, list[str]] = {}
+    for check in checks:
+        by_content.setdefault(what(check), []).append(check.case)
+    return [f"{' and '.join(cases)} have the same content" for cases in by_content.values() if len(cases) > 1]
+
+
+def write_checked(
+    output: str | Path,
+    src: Path,
+    sections: Mapping[str, Sequence[CaseCheck]],
+    *,
+    header: Mapping[str, Any],
+    label: str = "label",
+    patient: Callable[[str], str] | None,
+    warnings: list[str],
+    left_out: list[str],
+    extra: Sequence[str] = (),
+) -> Summary:
+    """Write the datalist of checked cases, log every warning and sum it all up.
+
+    Args:
+        output: datalist to write.
+        src: folder that its paths are relative to.
+        sections: section -> cases.
+        header: what stands above the sections: ``labels`` and ``scans`` at least.
+        label: which of a case's files the label is; the others are its image.
+        patient: case -> patient; None where nobody knows: each case is its own.
+        warnings, left_out, extra: to be shown; see ``Summary``.
+    """
+    checks = [check for members in sections.values() for check in members]
+    images = header.get("kind") == IMAGES
+
+    def item(check: CaseCheck) -> dict[str, Any]:
+        files = {name: path.relative_to(src).as_posix() for name, path in check.files.items()}
+        stored = files.pop(label)
+        image = next(iter(files.values())) if images else list(files.values())
+        owner = check.case if patient is None else patient(check.case)
+        return {"case": check.case, "patient": owner, "image": image, "label": stored, "reference": stored}
+
+    labels = [check.files[label] for check in checks]
+    drawn = all(path.name.endswith((".nii", ".nii.gz")) and is_phantom(path) for path in labels)
+    datalist = {
+        **header,
+        "phantoms": drawn and not images,
+        **{section: [item(check) for check in members] for section, members in sections.items()},
+        "hashes": {check.case: check.sha256 for check in checks},
+    }
+    write_datalist(datalist, output)
+    for text in warnings:
+        LOG.warning("%s", text)
+    return Summary(
+        datalist=Path(output),
+        sections={section: len(members) for section, members in sections.items()},
+        patients=None if patient is None else len({patient(check.case) for check in checks}),
+        labels=dict(header["labels"]),
+        warnings=warnings,
+        left_out=left_out,
+        unit=header.get("distance_unit", "mm"),
+        extra=list(extra),
+        things="images" if images else "volumes",
+        **_counts(checks),
+    )
+
+
+def _counts(checks: Sequence[CaseCheck]) -> dict[str, dict[str, int]]:
+    voxels: Counter[int] = Counter()
+    for check in checks:
+        voxels.update(check.voxels_per_label)
+    return {
+        "shapes": dict(Counter("x".join(map(str, check.shape)) for check in checks).most_common()),
+        "spacings_mm": dict(Counter("x".join(f"{s:g}" for s in check.spacing_mm) for check in checks).most_common()),
+        "voxels_per_label": {str(value): voxels[value] for value in sorted(voxels)},
+        "cases_per_label": {str(v): sum(v in check.voxels_per_label for check in checks) for v in sorted(voxels)},
+    }

@@ -1,0 +1,390 @@
+"""From a folder of 2-D images and one of masks to a datalist, split by groups such as patients.
+
+Names of 2-D images often hide which of them are neighbouring slices of one patient. Images of one group never stand in
+two sections; without a group the summary says that nobody knows.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from samseg_monai.data import IMAGES
+from samseg_monai.data.datalists.checks import (
+    CaseCheck,
+    Summary,
+    case_notes,
+    check_all,
+    check_label,
+    duplicates,
+    split_off_bad,
+    write_checked,
+)  # fmt: skip
+from samseg_monai.data.datalists.label_maps import BACKGROUND, OWN_CODING, absent_labels
+from samseg_monai.data.datalists.splits import DEFAULT_FRACTIONS, read_split, split_by_patient
+from samseg_monai.data.files.cases import MASK_ENDINGS, list_images
+from samseg_monai.data.files.images import GREY, RGB, Picture, checked_spacing, is_grey, read_image
+from samseg_monai.data.files.volumes import AFFINE_TOLERANCE_MM, value_problem
+from samseg_monai.errors import ConfigError, DataError
+
+
+@dataclass
+class _Pairs:
+    """``files``: case -> ``image`` and ``label``, those of them there are; ``problems``: case -> what its names show;
+    ``notes``: what was seen and not used."""
+
+    files: dict[str, dict[str, Path]] = field(default_factory=dict)
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ImageCheck(CaseCheck):
+    """Result of ``check_pair``; ``shape`` and ``spacing_mm`` are (rows, columns).
+
+    ``image_sha256`` is of the image alone, ``scans`` the names of its channels, ``dtype``, ``low`` and ``high`` say
+    which numbers it holds, ``grey_rgb`` whether its three channels are equal; ``own_spacing`` whether it states its
+    pixel size; ``notes`` are (``image`` or ``mask``, file name, oddity).
+    """
+
+    image_sha256: str = ""
+    scans: tuple[str, ...] = ()
+    dtype: str = ""
+    low: float = 0.0
+    high: float = 0.0
+    grey_rgb: bool = False
+    own_spacing: bool = False
+    notes: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+def prepare_images(
+    images: str | Path,
+    masks: str | Path,
+    output: str | Path,
+    *,
+    labels: Mapping[str, str],
+    group: str | None = None,
+    spacing: float | None = None,
+    match: str | None = None,
+    name: str | None = None,
+    split_file: str | Path | None = None,
+    fractions: Sequence[float] = DEFAULT_FRACTIONS,
+    seed: int = 0,
+    skip_bad: bool = False,
+    num_threads: int = 2,
+    progress: bool = True,
+) -> Summary:
+    """Check every pair of image and mask and write a datalist; ``dataset_dir`` is the folder that holds both folders.
+
+    Args:
+        images, masks: folders of images, all in grey or all in RGB, and of masks with the same names, which may also
+            end in ``_mask`` or ``_seg``; one folder may hold both.
+        output: datalist to write.
+        labels: value -> name for all values in the masks; the background (0) may be left out.
+        group: regular expression; its first group, or all that it matches, in a case's name is the case's group.
+        spacing: pixel size in mm; without it the files' own, and without either distances are in pixels.
+        match: take only cases whose name matches this pattern of the shell, such as ``meningioma_*``.
+        name: of the data set; default that of the folder.
+        split_file, fractions, seed, skip_bad, num_threads, progress: as of ``brats.prepare_brats_men``, with groups in
+            place of patients.
+
+    Raises:
+        ConfigError: a regular expression that is none, a spacing that is no size, no labels.
+        DataError: folders without a common parent, no images, all defects of all cases at once (unless ``skip_bad``),
+            only some images with a pixel size, a split that does not fit the cases.
+    """
+    if not labels:
+        raise ConfigError("nobody says what the values in the masks mean: give --labels '255=tumour'")
+    spacing, table = checked_spacing(spacing), {"0": BACKGROUND, **labels}
+    values = {int(value): text for value, text in table.items()}
+    root, folders = _common_folder(Path(images), Path(masks))
+    pairs = _find_pairs(*folders, match)
+    group_of = _groups(list(pairs.files), group, pairs.problems)
+    check = partial(_check_pair, pairs=pairs, legal=values, spacing=spacing)
+    checks = check_all(check, list(pairs.files), num_threads=num_threads, progress=progress)
+    _check_channels(checks)
+    good, left_out = split_off_bad(checks, folders[0], skip_bad=skip_bad, others=_unit_problems(checks, spacing))
+    of = {check.case: check for check in good}
+    split, unused, made_by = _split({case: group_of[case] for case in of}, group_of, group, split_file, fractions, seed)
+    sections = {section: [of[case] for case in cases if case in of] for section, cases in split.items()}
+    used = [check for members in sections.values() for check in members]
+    header = _header(used, name or root.name, table, spacing) | {"split": made_by}
+    warnings = [*_notes(good, spacing), *pairs.notes, *duplicates(good, lambda check: check.image_sha256)]
+    warnings += absent_labels([check.voxels_per_label for check in good], values)
+    warnings += [f"{case}: not named by the split file, not used" for case in unused]
+    extra = [_values(used), f"dataset_dir (paths are relative to it): {root}"]
+    patient = None if group is None else group_of.__getitem__
+    return write_checked(
+        output, root, sections, header=header, patient=patient, warnings=warnings, left_out=left_out, extra=extra
+    )
+
+
+def _header(used: Sequence[ImageCheck], name: str, labels: Mapping[str, str], spacing: float | None) -> dict[str, Any]:
+    if not used:
+        raise DataError("no image is left for any section; does the split file name the good ones?")
+    return {
+        "name": name,
+        "kind": IMAGES,
+        "modality": "",
+        "scans": list(used[0].scans),
+        "label_coding": OWN_CODING,
+        "labels": labels,
+        "spacing_mm": spacing,
+        "distance_unit": "mm" if spacing is not None or used[0].own_spacing else "px",
+        "sizes": {check.case: list(check.shape) for check in used},
+    }
+
+
+def _common_folder(images: Path, masks: Path) -> tuple[Path, tuple[Path, Path]]:
+    """The folder that holds both, and both as absolute paths."""
+    both = Path(os.path.abspath(images)), Path(os.path.abspath(masks))
+    try:
+        root = Path(os.path.commonpath(both))
+    except ValueError:  # two drives of Windows
+        root = Path(both[0].anchor)
+    if root == Path(root.anchor):
+        raise DataError(
+            f"{images} and {masks} have no common parent folder, to which the paths of a datalist could be relative; "
+            "put both (or links to them) into one folder"
+        )
+    return root, both
+
+
+def _groups(cases: Sequence[str], group: str | None, problems: dict[str, list[str]]) -> dict[str, str]:
+    """Group of each case; without a regular expression each is its own."""
+    if group is None:
+        return {case: case for case in cases}
+    try:
+        pattern = re.compile(group)
+    except re.error as error:
+        raise ConfigError(f"--group {group!r} is not a regular expression ({error})") from error
+    groups = {}
+    for case in cases:
+        found = pattern.search(case)
+        text = (found[1] if pattern.groups else found[0]) if found else None
+        if not text:
+            problems[case].append(f"its name does not tell its group: nothing in it matches --group {group!r}")
+        groups[case] = text or case
+    return groups
+
+
+def _split(
+    good: Mapping[str, str],
+    group_of: Mapping[str, str],
+    group: str | None,
+    split_file: str | Path | None,
+    fractions: Sequence[float],
+    seed: int,
+) -> tuple[dict[str, list[str]], list[str], dict[str, Any]]:
+    """Section -> cases, cases that a split file does not name, and how it was made.
+
+    ``good`` and ``group_of`` are case -> group, of the usable cases and of all.
+    """
+    what = "image" if group is None else "group"
+    if split_file is None:
+        made_by = {"by": what, "group": group, "seed": seed, "fractions": list(fractions)}
+        return split_by_patient(good, fractions, seed=seed), [], made_by
+    split, unused = read_split(Path(split_file), group_of, what=what)
+    return split, unused, {"by": "file", "file": Path(split_file).name, "group": group}
+
+
+def _check_channels(checks: Sequence[ImageCheck]) -> None:
+    """A network takes grey or colour: of a mixed set the fewer are refused."""
+    kinds = Counter(check.scans for check in checks if check.scans)
+    if len(kinds) < 2:
+        return
+    kept = RGB if kinds[RGB] > kinds[GREY] else GREY
+    for check in checks:
+        if check.scans and check.scans != kept:
+            what = ("is in grey", "RGB") if kept == RGB else ("is in RGB", "grey")
+            check.problems.append(
+                f"{check.files['image'].name}: {what[0]}, but {kinds[kept]} others are in {what[1]}; save all alike"
+            )
+
+
+def _unit_problems(checks: Sequence[ImageCheck], spacing: float | None) -> list[str]:
+    usable = [check for check in checks if not check.problems]
+    stated = [check for check in usable if check.own_spacing]
+    if spacing is not None or len(stated) in (0, len(usable)):
+        return []
+    other = next(check for check in usable if not check.own_spacing)
+    return [
+        f"{len(stated)} of {len(usable)} images state their pixel size (such as {stated[0].case}), the others do not "
+        f"(such as {other.case}): distances would mix mm and pixels; give --spacing"
+    ]
+
+
+def _notes(checks: Sequence[ImageCheck], spacing: float | None) -> list[str]:
+    """Oddities of all cases, equal ones in one line."""
+    named: dict[tuple[str, str], list[str]] = {}
+    for check in checks:
+        for role, file, note in check.notes:
+            named.setdefault((role, note), []).append(file)
+        if check.grey_rgb:
+            text = "is stored in RGB, but its three channels are equal; usable, though in grey it needs a third"
+            named.setdefault(("image", text), []).append(check.files["image"].name)
+        if check.own_spacing and spacing is not None:
+            named.setdefault(("image", f"states its own pixel size; {spacing:g} mm is used"), []).append(check.case)
+    lines = []
+    for (role, note), files in named.items():
+        others = f" and {len(files) - 1} other {role}{'s' * (len(files) > 2)}" if len(files) > 1 else ""
+        lines.append(f"{files[0]}{others}: {note}")
+    return [*case_notes(checks), *lines]
+
+
+def _find_pairs(images: Path, masks: Path, match: str | None) -> _Pairs:
+    """Match images and masks by their names without suffix, where ``match`` is a pattern of the shell or None."""
+    found = _Pairs()
+    images_of: dict[str, list[Path]] = {}
+    masks_of: dict[str, list[Path]] = {}
+    together = os.path.abspath(images) == os.path.abspath(masks)
+    for case, path in _listed(images, found):
+        is_mask = together and case.endswith(MASK_ENDINGS)
+        (masks_of if is_mask else images_of).setdefault(case, []).append(path)
+    if not together:
+        for case, path in _listed(masks, found):
+            masks_of.setdefault(case, []).append(path)
+    matched: dict[str, list[Path]] = {}
+    for stem, paths in masks_of.items():
+        matched.setdefault(stem if stem in images_of else _without_ending(stem), []).extend(paths)
+    for case in sorted({*images_of, *matched}):
+        kinds = {"image": (images_of.get(case, []), images), "label": (matched.get(case, []), masks)}
+        if _chosen(case, [path.name for paths, _ in kinds.values() for path in paths], match):
+            found.files[case] = {kind: paths[0] for kind, (paths, _) in kinds.items() if len(paths) == 1}
+            found.problems[case] = [
+                text for kind, (paths, folder) in kinds.items() if (text := _name_problem(kind, paths, folder))
+            ]
+    if not any("image" in files for files in found.files.values()):
+        which = f" whose name matches {match!r}" if match else ""
+        raise DataError(f"{images}: no image{which} in it; expected PNG, JPEG, TIFF, BMP, DICOM or NIfTI files")
+    return found
+
+
+def _without_ending(stem: str) -> str:
+    """Name of the image that a mask called ``stem`` belongs to."""
+    ending = next((ending for ending in MASK_ENDINGS if stem.endswith(ending) and stem != ending), "")
+    return stem.removesuffix(ending)
+
+
+def _listed(folder: Path, found: _Pairs) -> list[tuple[str, Path]]:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder")
+    images, others, folders = list_images(folder)
+    for names, what in ((others, "are no images"), (folders, "are folders, which are not looked into")):
+        if names:
+            shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+            found.notes.append(f"{len(names)} entries of {folder.name} {what}: {shown}")
+    return images
+
+
+def _chosen(case: str, names: list[str], match: str | None) -> bool:
+    return match is None or any(fnmatch.fnmatchcase(name, match) for name in (case, *names))
+
+
+def _name_problem(kind: str, paths: list[Path], folder: Path) -> str:
+    if not paths:
+        return f"no {'image' if kind == 'image' else 'mask'} of this name in {folder.name}"
+    if len(paths) == 1:
+        return ""
+    names = " and ".join(path.name for path in paths)
+    if kind == "label":
+        return f"{names} in {folder.name} are masks of one image: keep one"
+    return f"{names} in {folder.name} differ by their suffix only: keep one"
+
+
+def _check_pair(case: str, pairs: _Pairs, legal: Collection[int], spacing: float | None) -> ImageCheck:
+    """Read image and mask of a case completely and collect all that is known and everything that is wrong."""
+    check = ImageCheck(case, files=dict(pairs.files[case]), problems=list(pairs.problems[case]))
+    pictures: dict[str, Picture] = {}
+    for kind, path in check.files.items():
+        try:
+            picture = read_image(path, spacing)
+        except DataError as error:
+            role = "mask " if kind == "label" else ""
+            check.problems.append(f"{role}{error}")
+            continue
+        pictures[kind] = picture
+        check.notes += [("mask" if kind == "label" else "image", path.name, note) for note in picture.notes]
+    if "image" in pictures:
+        _take_image(check, pictures["image"])
+    if "label" in pictures:
+        _take_mask(check, pictures["label"], legal)
+    if len(pictures) == 2:
+        _compare(check, pictures["image"], pictures["label"], spacing)
+    lines = "".join(f"{kind} {picture.sha256}\n" for kind, picture in pictures.items())
+    check.sha256 = hashlib.sha256(lines.encode()).hexdigest()
+    return check
+
+
+def _take_image(check: ImageCheck, picture: Picture) -> None:
+    array = picture.array
+    check.shape, check.spacing_mm = array.shape[:2], picture.spacing_mm[:2]
+    check.image_sha256, check.scans, check.dtype = picture.sha256, picture.scans, array.dtype.name
+    check.own_spacing = picture.own_spacing_mm is not None
+    if problem := value_problem(array, "pixel"):
+        check.problems.append(f"{check.files['image'].name}: {problem}")
+        return
+    check.low, check.high = float(array.min()), float(array.max())
+    check.grey_rgb = array.ndim == 4 and is_grey(array)
+
+
+def _take_mask(check: ImageCheck, picture: Picture, legal: Collection[int]) -> None:
+    name = check.files["label"].name
+    if picture.array.ndim != 3:
+        what = "its three channels are equal" if is_grey(picture.array) else "colours are not label values"
+        what = "; ".join([what, *(f"it {note}" for note in picture.notes)])
+        check.problems.append(
+            f"mask {name}: is an RGB picture ({what}); save it in grey, with one value for each label"
+        )
+        return
+
+    def hint(strange: list[int]) -> str:
+        shown = ", ".join(f"{value} ({check.voxels_per_label[value]} pixels)" for value in strange[:8])
+        more = f" and {len(strange) - 8} other values" if len(strange) > 8 else ""
+        lossy = "; JPEG is lossy and smears the values of a mask: save masks as PNG" if picture.kind == "JPEG" else ""
+        return f": {shown}{more}{lossy or '; name every value with --labels'}"
+
+    check_label(picture.array, name, check, legal=legal, hint=hint)
+    if picture.kind == "JPEG" and not check.problems:
+        check.warnings.append(f"{name}: the mask is a JPEG file, whose values are not kept exactly in general")
+
+
+def _compare(check: ImageCheck, image: Picture, mask: Picture, spacing: float | None) -> None:
+    name, other = check.files["label"].name, check.files["image"].name
+    (rows, columns), wanted = mask.array.shape[:2], image.array.shape[:2]
+    if (rows, columns) != wanted:
+        check.problems.append(
+            f"mask {name}: has {rows} rows and {columns} columns, but {other} has {wanted[0]} and {wanted[1]}"
+        )
+    own, its = image.own_spacing_mm, mask.own_spacing_mm
+    if spacing is None and own != its and not (own and its and np.allclose(own, its, rtol=1e-3)):
+        sizes = [f"{pair[0]:.4g} x {pair[1]:.4g} mm" if pair else "nothing" for pair in (its, own)]
+        check.problems.append(
+            f"mask {name}: states {sizes[0]} as pixel size, {other} states {sizes[1]}; give it with --spacing"
+        )
+    affines = (image.stored_affine, mask.stored_affine)
+    if affines[0] is not None and affines[1] is not None:
+        gap = float(np.abs(affines[0] - affines[1]).max())
+        if gap > AFFINE_TOLERANCE_MM:
+            check.problems.append(
+                f"mask {name}: its affine differs by up to {gap:.4g} mm from that of {other}, so that it may be stored "
+                "in another direction; resample it to the image's grid"
+            )
+
+
+def _values(checks: Sequence[ImageCheck]) -> str:
+    """Which numbers the images hold."""
+    kinds = Counter(("RGB" if check.scans == RGB else "grey", check.dtype) for check in checks)
+    shown = ", ".join(f"{colour} {dtype} ({count})" for (colour, dtype), count in kinds.most_common())
+    low, high = min(check.low for check in checks), max(check.high for check in checks)
+    return f"values of the images: {shown}, from {low:g} to {high:g}"

@@ -1,0 +1,164 @@
+"""From BTCV's abdominal CTs to a datalist with the published 18 training and 12 test cases ("Synapse", TransUNet).
+
+Layout: ``RawData/Training/img/img0001.nii.gz`` and ``label/label0001.nii.gz`` (synapse.org, syn3193805). The case lists
+are those of TransUNet's ``lists_Synapse``, which SAMed and SAM-LST use as well; none of them has a validation part.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from samseg_monai.data.datalists.checks import (
+    CaseCheck,
+    Summary,
+    case_notes,
+    check_all,
+    check_files,
+    split_off_bad,
+    write_checked,
+)  # fmt: skip
+from samseg_monai.data.datalists.label_maps import (
+    ABDOMEN,
+    BTCV_TESTING,
+    BTCV_TRAINING,
+    absent_labels,
+    coding_hint,
+    fitting,
+    implausible_sizes,
+    labels_in,
+)  # fmt: skip
+from samseg_monai.data.datalists.splits import shuffled
+from samseg_monai.data.files.volumes import stem_of
+from samseg_monai.errors import ConfigError, DataError
+
+_LAYOUTS = (".", "Training", "RawData/Training", "Abdomen/RawData/Training")
+
+
+def prepare_synapse(
+    src: str | Path,
+    output: str | Path,
+    *,
+    label_coding: str = "btcv13",
+    validation: int = 0,
+    allow_missing: bool = False,
+    seed: int = 0,
+    skip_bad: bool = False,
+    num_threads: int = 2,
+    progress: bool = True,
+) -> Summary:
+    """Check every published case completely and write a datalist with paths relative to ``src``.
+
+    Args:
+        src: folder with ``img`` and ``label``, or ``RawData`` or ``RawData/Training`` above it.
+        output: datalist to write; its cases are called ``case0001`` as in the published lists.
+        label_coding: name of the coding that the files are in (``codings.ABDOMEN``).
+        validation: patients taken out of the training cases, chosen by a hash of seed and id; 0 as published.
+        allow_missing: go on without cases of the published lists that are not there.
+        seed: of the choice of validation patients.
+        skip_bad, num_threads, progress: as of ``brats.prepare_brats_men``; a case needs up to 0.5 GB.
+
+    Raises:
+        ConfigError: unknown label coding, or more validation patients than would leave one to train with.
+        DataError: no such layout, or all missing and all bad cases at once, among them labels in another coding.
+    """
+    labels = labels_in(label_coding, ABDOMEN)
+    src = Path(src)
+    cases = _find_cases(src)
+    published = (*BTCV_TRAINING, *BTCV_TESTING)
+    missing = sorted(set(published) - set(cases))
+    strangers = sorted(set(cases) - set(published))
+    used = {case: cases[case] for case in published if case in cases}
+    if not used:
+        raise DataError(f"{src}: none of the 30 published cases is there (found {', '.join(strangers)})")
+    _check_validation(validation, sum(case in BTCV_TRAINING for case in used))
+
+    def check(case: str) -> CaseCheck:
+        return _check_case(case, used[case], label_coding)
+
+    checks = check_all(check, list(used), num_threads=num_threads, progress=progress)
+    absent = [f"no files of the published cases {', '.join(missing)}"] if missing else []
+    fix = "; copy them too, or go on without them with --allow-missing"
+    others = [] if allow_missing else [text + fix for text in absent]
+    good, problems = split_off_bad(checks, src, skip_bad=skip_bad, others=others)
+    _refuse_narrower_coding(good, src, label_coding)
+    sections = _split(good, validation, seed)
+    unused = [f"case {case} is not one of the 30 published ones: not used" for case in strangers]
+    voxels = [check.voxels_per_label for check in good]
+    odd = [*implausible_sizes(voxels, label_coding), *absent_labels(voxels, ABDOMEN[label_coding])]
+    doubts = [f"{text}: is {label_coding} the coding of these files?" for text in odd]
+    warnings = [*case_notes(good), *unused, *absent, *doubts]
+    header = {"name": "Synapse", "modality": "CT", "scans": ["image"], "labels": labels, "label_coding": label_coding}
+    header["split"] = {"by": "published 18/12", "validation": validation, "seed": seed}
+    return write_checked(output, src, sections, header=header, patient=str, warnings=warnings, left_out=problems)
+
+
+def _find_cases(src: str | Path) -> dict[str, dict[str, list[Path]]]:
+    """Files by id (four digits) and kind (``image``, ``label``) in ``img`` and ``label`` at or below ``src``.
+
+    Raises:
+        DataError: no such folders, or no file named ``img<id>`` or ``label<id>`` in them.
+    """
+    src = Path(src)
+    roots = [src / sub for sub in _LAYOUTS if (src / sub / "img").is_dir() and (src / sub / "label").is_dir()]
+    if not roots:
+        raise DataError(f"{src} holds no folders img and label (looked in {', '.join(_LAYOUTS)}); give BTCV's RawData")
+    cases: dict[str, dict[str, list[Path]]] = {}
+    for kind, folder in (("image", "img"), ("label", "label")):
+        for path in sorted((roots[0] / folder).iterdir()):
+            match = re.fullmatch(rf"{folder}(\d{{4}})", stem_of(path) or "")
+            if match and path.is_file():
+                cases.setdefault(match[1], {}).setdefault(kind, []).append(path)
+    if not cases:
+        raise DataError(f"{roots[0]}: no file is named like img/img0001.nii.gz and label/label0001.nii.gz")
+    return dict(sorted(cases.items()))
+
+
+def _check_case(case: str, files: Mapping[str, list[Path]], label_coding: str) -> CaseCheck:
+    check = CaseCheck(f"case{case}")
+    for kind, folder in (("image", "img"), ("label", "label")):
+        paths = files.get(kind, [])
+        if len(paths) == 1:
+            check.files[kind] = paths[0]
+        elif paths:
+            check.problems.append(f"several files: {', '.join(path.name for path in paths)}; keep one")
+        else:
+            check.problems.append(f"no file {folder}/{folder}{case}.nii.gz")
+    legal = {0, *ABDOMEN[label_coding]}
+
+    def hint(strange: list[int]) -> str:
+        advice = coding_hint({*check.voxels_per_label}, label_coding)
+        return f"; {advice}" if advice else ""
+
+    check_files(check, label="label", legal=legal, hint=hint)
+    return check
+
+
+def _refuse_narrower_coding(checks: list[CaseCheck], src: Path, label_coding: str) -> None:
+    """Thirteen labels of which none exceeds 8 are one of the tables of eight organs: legal, and all of it wrong."""
+    present = {value for check in checks for value in check.voxels_per_label}
+    if label_coding == "btcv13" and present != {0} and "samed" in fitting(present):
+        raise DataError(
+            f"{src}: no label exceeds {max(present)}, which is never so in {label_coding}: "
+            f"{coding_hint(present, label_coding)}"
+        )
+
+
+def _split(checks: list[CaseCheck], validation: int, seed: int) -> dict[str, list[CaseCheck]]:
+    training = [check for check in checks if check.case.removeprefix("case") in BTCV_TRAINING]
+    _check_validation(validation, len(training))
+    chosen = set(shuffled((check.case for check in training), seed=seed)[:validation])
+    return {
+        "training": [check for check in training if check.case not in chosen],
+        "validation": [check for check in training if check.case in chosen],
+        "testing": [check for check in checks if check.case.removeprefix("case") in BTCV_TESTING],
+    }
+
+
+def _check_validation(validation: int, training: int) -> None:
+    if not 0 <= validation < max(1, training):
+        raise ConfigError(
+            f"validation patients are taken out of the {training} training cases: expected 0 to "
+            f"{max(0, training - 1)}, got {validation}"
+        )

@@ -1,0 +1,119 @@
+"""Boxes that a person gave: floats in the pixels of 2-D images, whole voxels of volumes.
+
+The file of 2-D images is ``{"NAME": [[x0, y0, x1, y1], ...]}``: x runs along columns and y along rows, both from the
+outer edge of the first pixel, so that a box around the pixels a to b of a row reads (a, b + 1). That of volumes is
+``{"CASE": [{"slice": k, "box": [i0, j0, i1, j1]}, {"slices": [k0, k1], "box": ...}]}``: voxel indices along axes 0, 1
+and (slices) 2 of the stored array, from 0, all ends included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from samseg_monai.errors import PromptError, raise_all
+from samseg_monai.files import read_json
+
+_SMALLEST = 0.01  # pixels: what is left of a side must stay a side when large images are made small
+IMAGE_BOXES = '{"NAME": [[x0, y0, x1, y1], ...]}'
+VOLUME_BOXES = '{"CASE": [{"slice": 12, "box": [30, 40, 55, 70]}]}'
+
+
+def read_boxes(
+    path: str | Path, sizes: Mapping[str, Sequence[int]] | None = None, *, names: Sequence[str] | None = None
+) -> dict[str, list[list[float]]]:
+    """Read and check the box file of a set of images.
+
+    Args:
+        path: JSON file.
+        sizes: case -> (rows, columns); boxes of these must lie at least partly in the image.
+        names: all cases that the file may name; None accepts every name.
+
+    Returns: case -> boxes of four floats, at least one box each.
+
+    Raises:
+        PromptError: the file cannot be read; every name that is not in ``names`` and every box that ``box_problem``
+            finds fault with, all at once.
+    """
+    table = read_table(path)
+    problems = [f"{name}: there is no such image" for name in table if names is not None and name not in names]
+    for name, boxes in table.items():
+        problems += [f"{name}: {text}" for text in box_problems(boxes, (sizes or {}).get(name))]
+    raise_all(problems, PromptError, f"boxes {path}: expected {IMAGE_BOXES}, in pixels of the stored image")
+    return {name: as_floats(boxes) for name, boxes in table.items()}
+
+
+def read_table(path: str | Path, form: str = IMAGE_BOXES) -> dict[str, Any]:
+    """The object in a box file of the given form, its boxes not yet checked; PromptError as ``read_json``."""
+    return read_json(path, PromptError, "boxes", f"expected {form}")
+
+
+def box_problems(boxes: Any, size: Sequence[int] | None = None) -> list[str]:
+    """What is wrong with the boxes of one image, as they stand in the file, one sentence for each box.
+
+    ``size`` is (rows, columns) of the image; None where it is not known.
+    """
+    if not isinstance(boxes, list) or not boxes:
+        return [f"expected a list of boxes [[x0, y0, x1, y1], ...], got {boxes!r}"]
+    if all(_is_number(value) for value in boxes):
+        return [f"expected a list of boxes, got the numbers {boxes}; put one more pair of brackets around them"]
+    return [f"boxes[{n}] {problem}" for n, box in enumerate(boxes) if (problem := box_problem(box, size))]
+
+
+def box_problem(box: Any, size: Sequence[int] | None = None) -> str:
+    """What is wrong with one box: not four finite numbers, empty, reversed, outside, in fractions of the image in place
+    of pixels, or too narrow for any network; empty if nothing is."""
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+        return f"must be four numbers [x0, y0, x1, y1], got {box!r}"
+    if not all(math.isfinite(value) for value in box):
+        return f"has numbers that are not finite: {box}"
+    x0, y0, x1, y1 = box
+    if x1 <= x0 or y1 <= y0:
+        return f"must have x0 < x1 and y0 < y1, got {box}; is it [x, y, width, height]?"
+    if min(box) >= 0 and max(box) <= 1 and any(value % 1 for value in box):
+        return f"lies within the first pixel: {box}; are these fractions of the image? Give pixels"
+    if size is not None:
+        if x1 <= 0 or y1 <= 0 or x0 >= size[1] or y0 >= size[0]:
+            return f"lies outside of the image of {size[1]} columns and {size[0]} rows: {box}"
+        x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, size[1]), min(y1, size[0])
+    if x1 - x0 < _SMALLEST or y1 - y0 < _SMALLEST:
+        return f"is less than {_SMALLEST} pixels wide or high in the image: {box}"
+    return ""
+
+
+def as_floats(boxes: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Checked boxes with every number as a float, so that all of them collate alike."""
+    return [[float(value) for value in box] for box in boxes]
+
+
+def volume_boxes(entries: Sequence[Any], shape: Sequence[int], heading: str) -> list[tuple[int, ...]]:
+    """Boxes of a volume of ``shape`` as (i0, j0, i1, j1, k0, k1), all ends included.
+
+    Raises: PromptError with ``heading`` and everything that is wrong.
+    """
+    found = [_volume_box(entry, shape) for entry in entries]
+    problems = [f"boxes[{n}] {box}" for n, box in enumerate(found) if isinstance(box, str)]
+    raise_all(problems, PromptError, heading)
+    return [box for box in found if not isinstance(box, str)]
+
+
+def _volume_box(entry: Any, shape: Sequence[int]) -> tuple[int, ...] | str:
+    if not isinstance(entry, Mapping) or ("slice" in entry) == ("slices" in entry) or "box" not in entry:
+        return f'must have "box" and one of "slice" and "slices", got {entry!r}'
+    span, box = entry["slices"] if "slices" in entry else [entry["slice"]] * 2, entry["box"]
+    for value, count in ((span, 2), (box, 4)):
+        whole = isinstance(value, (list, tuple)) and all(_is_number(n) and float(n).is_integer() for n in value)
+        if not whole or len(value) != count:
+            return f"needs whole numbers: slice k or slices [k0, k1], box [i0, j0, i1, j1]; got {entry!r}"
+    if not 0 <= span[0] <= span[1] < shape[2]:
+        return f"slices {list(span)} are not within 0 to {shape[2] - 1}, in order"
+    if not (0 <= box[0] <= box[2] < shape[0] and 0 <= box[1] <= box[3] < shape[1]):
+        limits = f"0 to {shape[0] - 1} and 0 to {shape[1] - 1}"
+        return f"box {list(box)} is not [i0, j0, i1, j1] within {limits}, in order"
+    return tuple(int(n) for n in (*box, *span))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,272 @@
+"""Read a folder of DICOM slices as one volume, and say in plain words why it is none.
+
+MONAI gives a folder to ITK's GDCM reader, which without an error takes one of several series, passes over damaged files
+and spreads the slices evenly across a gap. Here every file is read and all positions are compared first, so that what
+passes is what ``LoadImaged`` loads: the same voxels in the same order with the same affine.
+
+The distance between slices comes from their positions (0020,0032), never from the slice thickness (0018,0050), which
+is the larger of the two where slices overlap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import SimpleITK as sitk
+
+from samseg_monai.data.files.volumes import Volume, content_of, from_itk, last_line, stem_of
+from samseg_monai.errors import DataError, raise_all
+
+_MAGIC_AT, _MAGIC = 128, b"DICM"
+_SAME_PLACE_MM = 0.01
+_SAME_DIRECTION = 1e-3  # of direction cosines; 0.06 degrees
+_EVEN = 0.05  # of the distance between slices: positions are stored rounded
+_CONVERT = "convert it to NIfTI with a tool that handles this, such as dcm2niix, and give that file"
+# what MONAI's ITKReader tells series apart by; where one of these varies it loads only a part
+_SERIES_TAGS = {
+    "series instance UID": "SeriesInstanceUID",
+    "series number": "SeriesNumber",
+    "series date": "SeriesDate",
+    "sequence name": "SequenceName",
+    "slice thickness": "SliceThickness",
+    "rows": "Rows",
+    "columns": "Columns",
+}
+# beginnings of the media storage class (0002,0002), PS3.4 annex B.5
+_NOT_IMAGES = {
+    "1.2.840.10008.5.1.4.1.1.481.3": "a radiotherapy structure set (RTSTRUCT)",
+    "1.2.840.10008.5.1.4.1.1.481": "a radiotherapy object",
+    "1.2.840.10008.5.1.4.1.1.88": "a structured report",
+    "1.2.840.10008.5.1.4.1.1.11": "a presentation state",
+    "1.2.840.10008.5.1.4.1.1.104": "an encapsulated document",
+    "1.2.840.10008.5.1.4.1.1.66": "raw, registration or segmentation data",
+    "1.2.840.10008.5.1.4.1.1.9": "a waveform",
+}
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Header of one file: ``position`` (3,) of the first pixel and ``axes`` (2, 3) of rows and columns, in LPS mm."""
+
+    name: str
+    details: tuple[str, ...]
+    position: np.ndarray
+    axes: np.ndarray
+    pixel_mm: tuple[float, float]
+    pixel_type: str
+
+    @property
+    def normal(self) -> np.ndarray:
+        return np.cross(self.axes[0], self.axes[1])
+
+
+def is_dicom(path: str | Path) -> bool:
+    """Whether a file calls itself DICOM: ``DICM`` at byte 128, or the suffix .dcm; a DICOMDIR is but an index."""
+    path = Path(path)
+    if path.name.startswith(".") or path.name.upper() == "DICOMDIR" or stem_of(path) is not None or not path.is_file():
+        return False
+    if path.suffix.lower() == ".dcm":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(_MAGIC_AT + len(_MAGIC))[_MAGIC_AT:] == _MAGIC
+    except OSError:
+        return False
+
+
+def holds_series(folder: str | Path) -> bool:
+    """Whether a DICOM file, whatever its name, lies in ``folder`` itself."""
+    return any(is_dicom(path) for path in sorted(Path(folder).iterdir()))
+
+
+def read_series(folder: str | Path) -> Volume:
+    """Read the one series in ``folder``, every file to its last byte, slices in the order of their positions.
+
+    Returns: array (X, Y, Z) = (column, row, slice), in the units of the rescale slope and intercept (HU for CT); slices
+        ascend along the cross product of the row and column directions. ``sha256`` is that of the files' SHA-256
+        digests, in the order of the slices. ``notes`` says when there are only two slices.
+
+    Raises:
+        DataError: a file is damaged, no image, in colour or multi-frame; several series or orientations; slices at one
+            place, a gap, a gantry tilt; fewer than two slices.
+    """
+    folder = Path(folder)
+    listed = _listed_by_gdcm(folder)
+    paths = sorted({path for path in folder.iterdir() if is_dicom(path)}.union(*listed))
+    found: list[_Slice] = []
+    digests: dict[str, bytes] = {}
+    problems = []
+    for path in paths:
+        try:
+            content = content_of(path)
+            found.append(_read_header(path, content))
+            digests[path.name] = hashlib.sha256(content).digest()
+        except DataError as error:
+            problems.append(str(error))
+    raise_all(problems, DataError, f"{folder.name}: not every file is a slice; copy them again, or move them elsewhere")
+    if len(found) < 2:
+        raise DataError(f"{folder.name}: {len(found)} DICOM slice, which is no volume; give the whole series")
+    _check_one_series(folder.name, found, len(listed))
+    slices = _in_order(folder.name, found)
+    array, affine = from_itk(_read_pixels(folder, slices))
+    sha256 = hashlib.sha256(b"".join(digests[piece.name] for piece in slices)).hexdigest()
+    few = f"{folder.name}: has only 2 slices; is the series complete?"
+    return Volume(array, affine, sha256, (few,) if len(slices) == 2 else ())
+
+
+def _listed_by_gdcm(folder: Path) -> list[list[Path]]:
+    """Files of each series that GDCM sees, told apart as MONAI's ITKReader does (but for the date)."""
+    reader, name = sitk.ImageSeriesReader, str(folder)
+    # relative names would come back in GDCM's own spelling
+    return [
+        [folder / Path(file).name for file in reader.GetGDCMSeriesFileNames(name, series, True)]
+        for series in reader.GetGDCMSeriesIDs(name, True)
+    ]
+
+
+def open_dicom(path: Path, content: bytes) -> tuple[pydicom.Dataset, sitk.ImageFileReader]:
+    """Tags of a DICOM file, and ITK's reader for its image, which has seen the file to its end.
+
+    Raises:
+        DataError: ``<file name>: <reason>``: an object without an image, truncated or damaged.
+    """
+    try:
+        tags: pydicom.Dataset = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, force=True)
+        uid = str(tags.file_meta.get("MediaStorageSOPClassUID", ""))
+    except Exception:  # noqa: BLE001  pydicom has no error of its own for what is no DICOM; ITK says below what it is
+        tags, uid = pydicom.Dataset(), ""
+    if kind := next((text for stem, text in _NOT_IMAGES.items() if f"{uid}.".startswith(f"{stem}.")), ""):
+        raise DataError(f"{path.name}: is {kind}, not a slice of an image")
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.SetImageIO("GDCMImageIO")
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise DataError(f"{path.name}: truncated or damaged DICOM file, or one without an image") from error
+    return tags, reader
+
+
+def _read_header(path: Path, content: bytes) -> _Slice:
+    tags, reader = open_dicom(path, content)
+    if not content.startswith(_MAGIC, _MAGIC_AT):  # GDCM lists such a file, but ITK then finds no reader for it
+        raise DataError(f"{path.name}: has no DICOM preamble (DICM at byte 128); {_CONVERT}")
+    if reader.GetNumberOfComponents() != 1:
+        raise DataError(f"{path.name}: is in colour ({reader.GetNumberOfComponents()} values per pixel)")
+    if (frames := int(np.prod(reader.GetSize()[2:]))) != 1:
+        raise DataError(f"{path.name}: holds {frames} frames in one file, expected one slice; {_CONVERT}")
+    position, axes = (_numbers(tags, f"Image{what}Patient", n) for what, n in (("Position", 3), ("Orientation", 6)))
+    if position is None or axes is None:
+        raise DataError(f"{path.name}: has no position or orientation in the patient (0020,0032 and 0020,0037)")
+    return _Slice(
+        name=path.name,
+        details=tuple(str(tags.get(name) or "").strip() for name in _SERIES_TAGS.values()),
+        position=position,
+        axes=axes.reshape(2, 3),
+        pixel_mm=(float(reader.GetSpacing()[0]), float(reader.GetSpacing()[1])),
+        pixel_type=sitk.GetPixelIDValueAsString(reader.GetPixelID()),
+    )
+
+
+def _numbers(tags: pydicom.Dataset, name: str, count: int) -> np.ndarray | None:
+    try:
+        values = np.array(tags.get(name), dtype=float)
+    except (TypeError, ValueError):
+        return None
+    return values if values.shape == (count,) and np.isfinite(values).all() else None
+
+
+def _check_one_series(folder: str, slices: Sequence[_Slice], listed: int) -> None:
+    """Refuse what ITK would divide, or would stack although it does not belong together."""
+    first = slices[0]
+    for other in slices:
+        if np.abs(other.axes - first.axes).max() > _SAME_DIRECTION:
+            cosines = " and ".join(f"{np.round(s.axes, 3).ravel().tolist()} ({s.name})" for s in (first, other))
+            raise DataError(f"{folder}: holds slices of two orientations, {cosines}; put each into its own folder")
+    for number, tag in enumerate(_SERIES_TAGS):
+        examples = {piece.details[number]: piece.name for piece in reversed(slices)}
+        if len(examples) > 1:
+            parts = ", ".join(
+                f"{value or 'none'} ({sum(s.details[number] == value for s in slices)} slices, such as {name})"
+                for value, name in sorted(examples.items())
+            )
+            raise DataError(
+                f"{folder}: holds {len(examples)} series, which differ in their {tag}: {parts}; put each into its own "
+                f"folder or, if they are one volume, {_CONVERT}"
+            )
+    for what, values in (
+        ("pixel sizes", {tuple(np.round(s.pixel_mm, 4).tolist()): s.name for s in slices}),
+        ("kinds of numbers", {s.pixel_type: s.name for s in slices}),
+    ):
+        if len(values) > 1:
+            parts = ", ".join(f"{value} ({name})" for value, name in values.items())
+            raise DataError(f"{folder}: its slices have different {what}: {parts}; {_CONVERT}")
+    if listed > 1:
+        raise DataError(f"{folder}: ITK divides it into {listed} series; {_CONVERT}")
+
+
+def _in_order(folder: str, found: Sequence[_Slice]) -> list[_Slice]:
+    """Slices by ascending position along their normal; refused unless evenly spaced and stacked at right angles."""
+    normal = found[0].normal
+    slices = sorted(found, key=lambda piece: float(piece.position @ normal))
+    places = np.array([piece.position @ normal for piece in slices])
+    steps = np.diff(places)
+    if steps.min() < _SAME_PLACE_MM:
+        k = int(steps.argmin())
+        here = [
+            piece.name for piece, place in zip(slices, places, strict=True) if abs(place - places[k]) < _SAME_PLACE_MM
+        ]
+        raise DataError(
+            f"{folder}: {len(here)} slices lie at the same position ({places[k]:.2f} mm): {', '.join(here[:4])}; they "
+            "are copies, phases or time points: keep one slice for each position"
+        )
+    _check_even(folder, slices, places)
+    _check_upright(folder, slices, normal)
+    return slices
+
+
+def _check_even(folder: str, slices: Sequence[_Slice], places: np.ndarray) -> None:
+    steps = np.diff(places)
+    uneven = np.abs(places - np.linspace(places[0], places[-1], len(places))).max()
+    if uneven <= _EVEN * steps.min():
+        return
+    k, usual = int(steps.argmax()), float(np.median(steps)) if len(steps) > 2 else float(steps.min())
+    between = f"{steps[k]:.4g} mm lie between {slices[k].name} and {slices[k + 1].name}"
+    missing = round(float(steps[k]) / usual) - 1
+    if missing > 0 and abs(steps[k] - (missing + 1) * usual) <= _EVEN * usual:
+        raise DataError(
+            f"{folder}: its slices are {usual:.4g} mm apart, but {between}: {missing} missing; copy the whole series"
+        )
+    raise DataError(
+        f"{folder}: its slices are not evenly spaced, {steps.min():.4g} to {steps.max():.4g} mm apart ({between}); "
+        "copy the whole series, or resample it to even spacing"
+    )
+
+
+def _check_upright(folder: str, slices: Sequence[_Slice], normal: np.ndarray) -> None:
+    """Sheared stacks are read by ITK as if they were upright: no voxel may be misplaced by more than half a pixel."""
+    offsets = np.array([piece.position - slices[0].position for piece in slices])
+    sideways = np.linalg.norm(offsets - np.outer(offsets @ normal, normal), axis=1)
+    if sideways.max() > 0.5 * min(slices[0].pixel_mm):
+        k = int(sideways.argmax())
+        angle = float(np.degrees(np.arctan2(sideways[k], offsets[k] @ normal)))
+        raise DataError(
+            f"{folder}: its slices are not stacked at right angles (gantry tilt of {angle:.1f} degrees, up to "
+            f"{sideways[k]:.2f} mm sideways); {_CONVERT}"
+        )
+
+
+def _read_pixels(folder: Path, slices: Sequence[_Slice]) -> sitk.Image:
+    reader = sitk.ImageSeriesReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileNames([str(folder / piece.name) for piece in slices])
+    try:
+        return reader.Execute()
+    except RuntimeError as error:
+        raise DataError(f"{folder.name}: its pixels cannot be decoded ({last_line(error)}); {_CONVERT}") from error

@@ -1,0 +1,222 @@
+"""Read one image file completely, and say in plain words what is wrong with it.
+
+A file is read once: the same bytes are hashed, unpacked and parsed, so that a truncated gzip stream or a damaged check
+sum is found here and not in the middle of a run. NIfTI goes through nibabel, MHA and NRRD through SimpleITK; both give
+arrays in (i, j, k) order and affines to RAS mm, as MONAI's loaders do. Folders of DICOM slices: see ``dicom``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import SimpleITK as sitk
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from samseg_monai.errors import DataError
+
+SUFFIXES = (".nii.gz", ".nii", ".mha", ".nrrd")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".nii.gz", ".nii")
+AFFINE_TOLERANCE_MM = 1e-3
+_FORM_TOLERANCE_MM = 0.1
+_SHEAR_TOLERANCE = 1e-2
+_GZIP_MAGIC = b"\x1f\x8b"
+PHANTOM_MARK = b"samseg-monai phantom"  # in the header of every phantom of the demos
+# headers of MetaImage and NRRD may keep the voxels in any other file of this machine
+_OTHER_MHA = re.compile(rb"ElementDataFile\s*=\s*([^\r\n]*)", re.IGNORECASE)
+_OTHER_NRRD = re.compile(rb"^data ?file\s*:\s*([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One file, or one series of DICOM slices, as it is stored.
+
+    Attributes:
+        array: (X, Y, Z) or (X, Y, Z, C), numbers scaled as the header says.
+        affine: (4, 4) float64, voxel indices to RAS mm.
+        sha256: of the file's bytes; for a series see ``dicom.read_series``.
+        notes: oddities that do not prevent its use.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    sha256: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size along the three axes."""
+        x, y, z = (round(float(length), 4) for length in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return x, y, z
+
+
+def stem_of(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> str | None:
+    """File name without a known suffix; None when it is no image or a hidden file (``._`` files of macOS)."""
+    name = Path(path).name
+    if name.startswith("."):
+        return None
+    for suffix in suffixes:
+        if name.lower().endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return None
+
+
+def image_stem(path: str | Path) -> str | None:
+    """``stem_of`` a 2-D image: PNG, JPEG, TIFF, BMP, DICOM with a suffix, or NIfTI."""
+    return stem_of(path, IMAGE_SUFFIXES)
+
+
+def read_volume(path: str | Path) -> Volume:
+    """Read a NIfTI, MHA or NRRD file to its last byte.
+
+    Raises:
+        DataError: ``<file name>: <reason>`` when the file is missing, empty, a git-lfs pointer or a web page, truncated
+            or damaged, has fewer than three axes or a singular affine, or holds something other than real numbers.
+    """
+    path = Path(path)
+    content = content_of(path)
+    is_nifti = path.name.lower().endswith((".nii", ".nii.gz"))
+    array, affine, notes = parse_nifti(path, content) if is_nifti else (*_parse_itk(path, content), ())
+    if reason := _unusable(array, affine):
+        raise DataError(f"{path.name}: {reason}")
+    return Volume(array, affine, hashlib.sha256(content).hexdigest(), notes)
+
+
+def content_of(path: Path) -> bytes:
+    """All bytes of a file that may be an image.
+
+    Raises:
+        DataError: ``<file name>: <reason>``: it cannot be read, or is what a failed copy leaves behind.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error.strerror or error})") from error
+    if not content:
+        raise DataError(f"{path.name}: the file is empty (0 bytes); copy it again")
+    if content.startswith(b"version https://git-lfs"):
+        raise DataError(f"{path.name}: is a git-lfs pointer, not the image; run 'git lfs pull' where it came from")
+    if content[:1000].lstrip()[:5].lower() in (b"<html", b"<!doc", b"<?xml"):
+        raise DataError(f"{path.name}: is a web page, not an image: the download failed; log in and download it again")
+    return content
+
+
+def value_problem(array: np.ndarray, what: str = "voxel") -> str:
+    """What makes these intensities unusable: NaN, infinity, one value everywhere; empty when nothing does."""
+    if array.dtype.kind == "f":
+        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+        if bad:
+            return f"{bad} {what}s are NaN or infinite; replace them, for example with 0"
+    low, high = array.min(), array.max()
+    return f"every {what} has the value {low:g}: there is no image in it" if low == high else ""
+
+
+def is_phantom(path: str | Path) -> bool:
+    """Whether a NIfTI file was written by ``samseg phantom``; reads its header only."""
+    header: Any = nib.load(path).header
+    return "descrip" in header and bytes(header["descrip"].item()).startswith(PHANTOM_MARK)
+
+
+def grid_difference(volume: Volume, reference: Volume) -> str:
+    """How the grid of ``volume`` differs from that of ``reference``; empty when shape and affine agree."""
+    if volume.array.shape != reference.array.shape:
+        return f"shape {volume.array.shape} differs from {reference.array.shape}"
+    gap = float(np.abs(volume.affine - reference.affine).max())
+    if gap > AFFINE_TOLERANCE_MM:
+        texts = (np.array2string(v.affine[:3], precision=3, separator=",") for v in (volume, reference))
+        mine, other = (" ".join(text.split()) for text in texts)
+        return f"affine differs (by up to {gap:.4g}): {mine} against {other}"
+    return ""
+
+
+def from_itk(image: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
+    """Array (X, Y, Z[, C]) and affine to RAS mm of a SimpleITK image of three axes, as MONAI's ITKReader gives them."""
+    array = sitk.GetArrayFromImage(image)  # (Z, Y, X) or (Z, Y, X, C)
+    array = array.transpose(2, 1, 0, *range(3, array.ndim))
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    affine[:2] *= -1  # ITK counts towards left and posterior, NIfTI towards right and anterior
+    return array, affine
+
+
+def parse_nifti(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Array as stored (any number of axes), affine (4, 4) to RAS mm and notes of a NIfTI file's bytes.
+
+    Raises:
+        DataError: truncated or damaged, or packed with gzip although the name says otherwise.
+    """
+    name = path.name
+    packed = content.startswith(_GZIP_MAGIC)
+    if packed != name.lower().endswith(".gz"):
+        kind, suffix = ("a gzip file", ".nii.gz") if packed else ("not a gzip file", ".nii")
+        raise DataError(f"{name}: is {kind}, whatever its name says; rename it to {suffix} if it is a NIfTI file")
+    try:
+        raw = gzip.decompress(content) if packed else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{name}: truncated or damaged gzip file ({error}); copy it again") from error
+    version_2 = int.from_bytes(raw[:4], "little") == 540 or int.from_bytes(raw[:4], "big") == 540
+    kind_class = nib.Nifti2Image if version_2 else nib.Nifti1Image
+    try:
+        image = kind_class.from_stream(io.BytesIO(raw))
+        array = np.asanyarray(image.dataobj)
+    except (OSError, EOFError, ValueError, ImageFileError, HeaderDataError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(f"{name}: truncated or damaged NIfTI file ({first_line}); copy it again") from error
+    return array, np.asarray(image.affine, dtype=float), tuple(f"{name}: {text}" for text in _header_notes(image))
+
+
+def _header_notes(image: nib.Nifti1Image) -> list[str]:
+    qform, sform = image.get_qform(coded=True)[0], image.get_sform(coded=True)[0]
+    notes = []
+    if qform is None and sform is None:
+        notes.append("has neither qform nor sform: left and right are a guess")
+    if qform is not None and sform is not None and np.abs(qform - sform).max() > _FORM_TOLERANCE_MM:
+        notes.append("qform and sform differ: the sform is used")
+    axes = image.affine[:3, :3] / np.maximum(np.linalg.norm(image.affine[:3, :3], axis=0), 1e-12)
+    if np.abs(axes.T @ axes - np.eye(3)).max() > _SHEAR_TOLERANCE:
+        notes.append("its axes are not at right angles: distances in mm will be off")
+    return notes
+
+
+def _parse_itk(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    found = _OTHER_MHA.search(content), _OTHER_NRRD.search(re.split(rb"\r?\n\r?\n", content, maxsplit=1)[0])
+    for other in [match[1].strip().decode(errors="replace") for match in found if match]:
+        if other.upper() != "LOCAL":
+            raise DataError(
+                f"{path.name}: keeps its voxels in another file ({other}), which is not read; save both as one"
+            )
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise DataError(f"{path.name}: truncated or damaged file ({last_line(error)}); copy it again") from error
+    if image.GetDimension() != 3:
+        raise DataError(f"{path.name}: has {image.GetDimension()} axes, expected 3; save one volume, or use NIfTI")
+    return from_itk(image)
+
+
+def last_line(error: Exception) -> str:
+    """What ITK says in the end, behind the places in its code."""
+    return [line.strip() for line in str(error).splitlines() if line.strip()][-1]
+
+
+def _unusable(array: np.ndarray, affine: np.ndarray) -> str:
+    if array.dtype.kind not in "buif":
+        return f"holds {array.dtype} values, expected real numbers; save it as a grey-scale volume"
+    if array.ndim not in (3, 4):
+        return f"has {array.ndim} axes {array.shape}, expected 3"
+    if array.size == 0:
+        return f"has no voxels: shape {array.shape}"
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        return f"its affine is singular: {affine[:3].tolist()}; mend the header"
+    return ""

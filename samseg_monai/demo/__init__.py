@@ -1,0 +1,1 @@
+"""Phantoms, and the stories that are told on them: never for clinical use."""

@@ -1,0 +1,140 @@
+"""What demos and published experiments share: steps told in their order, finished trainings kept, results written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from samseg_monai.cli.workflow import run_workflow, shell_command
+
+if TYPE_CHECKING:
+    from samseg_monai.report import OverlayCase, RunResult
+
+ABSENT = object()
+
+
+class Story:
+    """Steps of a demo or an experiment, told on stderr as they begin; ``commands`` are shell lines that do the same."""
+
+    def __init__(self) -> None:
+        self.commands: list[str] = []
+
+    def step(self, what: str, command: str) -> None:
+        """Tell what begins now; ``command`` is the shell line of a step that the caller does itself."""
+        typer.echo(f"\n== {len(self.commands) + 1}. {what}", err=True)
+        self.commands.append(command)
+
+    def run(self, what: str, configs: Sequence[Path], overrides: dict[str, Any]) -> None:
+        """Tell and run a workflow of a bundle; raises as ``run_workflow``."""
+        typer.echo(f"\n== {len(self.commands) + 1}. {what}", err=True)
+        self.commands.append(run_workflow(configs, overrides))
+
+    def train(self, what: str, configs: Sequence[Path], overrides: dict[str, Any]) -> None:
+        """``run`` for a training, which is passed over where ``output_dir`` holds it already, finished.
+
+        An experiment of days goes on after an interruption when its command is given again; anything but the very
+        same training in that folder stays an error of the training itself.
+        """
+        if not is_trained(overrides):
+            self.run(what, configs, overrides)
+            return
+        self.step(what, shell_command(configs, overrides))
+        typer.echo(f"{overrides['output_dir']} holds this training, finished: kept", err=True)
+
+    def evaluate_demo(self, what: str, configs: Path, overrides: dict[str, Any]) -> None:
+        """Evaluate with a bundle's demo settings, predictions saved."""
+        self.run(
+            what, [configs / name for name in ("evaluate.json", "demo.json")], {**overrides, "save_predictions": True}
+        )
+
+    def pack_and_predict(
+        self, run: Path, archive: Path, cases: Path, *, boxes: Path | None = None, weights: str | None = None
+    ) -> None:
+        """Pack a run, unpack the ZIP as its receiver would, and segment unlabelled cases into "predictions" beside it.
+
+        Args:
+            run: output_dir of the training.
+            archive: ZIP to write.
+            cases: folder of unlabelled cases.
+            boxes: JSON of their prompts, if the bundle takes some.
+            weights: file of the base weights, if they are not those of the package.
+        """
+        from samseg_monai.bundles import pack_bundle
+        from samseg_monai.cli.bundle import predict
+
+        given = "" if weights is None else f" --sam-checkpoint {weights}"
+        self.step("pack", f"samseg bundle pack {run} --output {archive}{given}")
+        pack_bundle(run, archive, sam_checkpoint=weights)
+        output, prompts = archive.with_name("predictions"), "" if boxes is None else f" --boxes {boxes}"
+        command = f"samseg predict {archive} --input {cases}{prompts} --output {output}"
+        self.step("predict the unlabelled case with the packed bundle", command)
+        predict(archive, input=cases, output=output, boxes=boxes)
+
+
+def is_trained(overrides: Mapping[str, Any]) -> bool:
+    """Tell whether ``output_dir`` holds a completed training with these settings, base weights and datalist.
+
+    Args:
+        overrides: of the training's config, among them "output_dir", "datalist", "epochs" and "sam_checkpoint".
+    """
+    from samseg_monai.handlers.provenance import file_hash, plain, read_json
+    from samseg_monai.sam.weights import RANDOM, sha256_of
+
+    run, weights = Path(overrides["output_dir"]), str(overrides["sam_checkpoint"])
+    card = read_json(run / "run_card.json")
+    if card.get("status") != "completed" or not (run / "adapter.safetensors").is_file():
+        return False
+    if card.get("epochs") != overrides["epochs"] or card.get("data_hash") != file_hash(overrides["datalist"]):
+        return False
+    if weights != RANDOM and not Path(weights).is_file():
+        return False  # the training says what is wrong with them
+    if card.get("base_sha256") != (RANDOM if weights == RANDOM else sha256_of(weights)):
+        return False
+    pairs = ((recorded(card.get("settings", {}), key), plain(value)) for key, value in overrides.items())
+    return all(was in (ABSENT, now) for was, now in pairs)
+
+
+def recorded(settings: Mapping[str, Any], key: str) -> Any:
+    """Value at a MONAI id in the settings of a card, which holds no places and no wiring; else ``ABSENT``."""
+    value: Any = settings
+    for part in key.split("::"):
+        if not isinstance(value, Mapping) or part not in value:
+            return ABSENT
+        value = value[part]
+    return value
+
+
+def write_results(
+    output: Path,
+    runs: Sequence[RunResult],
+    *,
+    title: str,
+    commands: Sequence[str],
+    montage: Sequence[OverlayCase] = (),
+    notes: Mapping[str, str] | None = None,
+    organs: bool = False,
+) -> str:
+    """Write ``results.json`` and ``report.html``, and return the table as text.
+
+    Args:
+        output: folder of both.
+        runs: rows of the table.
+        title, commands, montage, notes: as of ``write_report``.
+        organs: the table is that of the eight organs, with quoted rows; it is written to ``organs.json``, too.
+
+    Raises:
+        BundleError: runs that cannot stand in one table.
+    """
+    from samseg_monai.files import write_json
+    from samseg_monai.report import organ_table, organs_json, organs_text, results_json, table_text, write_report
+
+    table = organ_table(runs) if organs else None
+    write_json(output / "results.json", results_json(runs))
+    if table is not None:
+        write_json(output / "organs.json", organs_json(table))
+    page = output / "report.html"
+    write_report(page, title=title, runs=runs, montage=montage, commands=commands, notes=notes, organs=table)
+    return table_text(runs) if table is None else organs_text(table)

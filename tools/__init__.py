@@ -1,0 +1,1 @@
+"""Tools of the makers of this package; no part of the wheel."""
