@@ -29,13 +29,13 @@ from torchvision.models import resnet18
 
 from samseg_monai.data.embedding_bank import EmbeddingBank
 from samseg_monai.export.official import official_encoder
-from samseg_monai.losses import OnLogitGrid
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.backbone import SamSpec
 from samseg_monai.sam.spec import get_spec
 from samseg_monai.sam.vit import ViTSpec
 from samseg_monai.strategies import Ladder
-from samseg_monai.trainable import count_trainable
+from samseg_monai.training import OnLogitGrid
+from samseg_monai.training.owned import count_trainable
 
 CLASSES = 8
 PROCESSES = 5  # whose peaks of memory are compared by their median

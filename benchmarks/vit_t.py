@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from measuring import RESULTS, alternate, in_fresh_processes, record, resident_peak_bytes
 
-from samseg_monai.losses import SegmentationLoss
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.build import build_sam
 from samseg_monai.strategies import LoRA
-from samseg_monai.trainable import count_trainable
+from samseg_monai.training import SegmentationLoss
+from samseg_monai.training.owned import count_trainable
 
 VARIANTS = ("vit_b", "vit_t")
 SMALL = {"vit_b": "tiny", "vit_t": "tiny_t"}  # the same layers, to load the libraries

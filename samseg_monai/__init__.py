@@ -22,7 +22,7 @@ _FACE = {
     "adapters": ("LoRALinear", "DoRALinear", "GatedSide", "ResNetSide", "FeatureMap"),
     "checkpoints": ("save_adapter", "load_adapter", "save_model", "load_model", "load_trained", "read_card"),
     "inferers": ("SliceVolumeInferer",),
-    "losses": ("SegmentationLoss", "OnLogitGrid"),
+    "training": ("SegmentationLoss", "OnLogitGrid"),
     "metrics": ("CaseScores", "LesionRules", "score_case", "score_lesions"),
     "data.slices": ("SliceDataset",),
     "data.pickers": ("AllSlices", "EveryNth", "Foreground", "MaxArea", "RandomN"),
@@ -58,10 +58,10 @@ if TYPE_CHECKING:
     from samseg_monai.export import export_network
     from samseg_monai.face import create, list_strategies
     from samseg_monai.inferers import SliceVolumeInferer
-    from samseg_monai.losses import OnLogitGrid, SegmentationLoss
     from samseg_monai.metrics import CaseScores, LesionRules, score_case, score_lesions
     from samseg_monai.networks import BoxEllipse, PlainSegmenter, SamSegmenter, disable_adapter
     from samseg_monai.strategies import Ladder, LoRA, Scratch, Selective, Strategy, ZeroShot
+    from samseg_monai.training import OnLogitGrid, SegmentationLoss
 
 
 def __getattr__(name: str) -> Any:

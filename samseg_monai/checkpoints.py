@@ -11,7 +11,7 @@ import os
 import pickle
 import subprocess
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,17 +23,81 @@ from torch import Tensor, nn
 
 from samseg_monai import __version__
 from samseg_monai.errors import CheckpointError, raise_all
+from samseg_monai.files import hash_file, read_json, write_whole
 from samseg_monai.networks import PlainSegmenter, SamSegmenter
-from samseg_monai.networks.cards import card_differences, card_facts
+from samseg_monai.networks.common import tensor_differences
 from samseg_monai.networks.foreign import load_foreign
-from samseg_monai.sam.weights import hash_file, sha256_of
-from samseg_monai.trainable import owned_state
+from samseg_monai.sam.weights import RANDOM, name_of, sha256_of
+from samseg_monai.training.owned import owned_state
 
 FORMAT_VERSION = 1
 TENSORS, CARD = "adapter.safetensors", "card.json"
+STAGED_CARD = ".card.json.tmp"  # a card whose tensors are about to be moved
 
 StrPath = str | os.PathLike[str]
 Network = SamSegmenter | PlainSegmenter
+
+BOX_FACTS = ("boxes", "crop_margin", "crop_size")  # of a network without SAM that takes boxes
+# What must be equal for an adapter to mean anything in another network.
+MUST_AGREE = (
+    "strategy",
+    "sam_variant",
+    "base_sha256",
+    "num_classes",
+    "image_size",
+    "scans",
+    "scan_mode",
+    "input_scale",
+    "prompt",
+    *BOX_FACTS,
+)
+
+
+def card_facts(network: Network) -> dict[str, Any]:
+    """What must agree, as JSON values, and ``base_file``: the name (no folder) of the base weights' file, or None."""
+    others = ("strategy", "sam_variant", *BOX_FACTS)
+    facts = {key: getattr(network, key) for key in MUST_AGREE if key not in others}
+    box_facts: Any = getattr(network, "box_facts", dict)
+    facts |= box_facts()
+    strategy = None if network.strategy is None else network.strategy.card()
+    named = {"base_file": getattr(network, "base_file", None)}
+    return {"strategy": strategy, "sam_variant": network.spec.name, **facts, **named}
+
+
+def card_differences(card: Mapping[str, Any], network: Network) -> list[str]:
+    """One line for each fact that is not equal; arguments of the strategy that only training reads are left out."""
+    ignored = () if network.strategy is None else network.strategy.training_only
+    facts = card_facts(network)
+    theirs, ours = _flat(card, ignored), _flat(facts, ignored)
+    return [
+        f"{key}: adapter {theirs.get(key)!r}, network {ours.get(key)!r}"
+        + (_other_base(card, facts) if key == "base_sha256" else "")
+        for key in {**ours, **theirs}
+        if theirs.get(key) != ours.get(key)
+    ]
+
+
+def _flat(facts: Mapping[str, Any], ignored: tuple[str, ...]) -> dict[str, Any]:
+    """The facts that must agree, with one entry per argument of the strategy."""
+    flat = {key: facts.get(key) for key in MUST_AGREE if key != "strategy"}
+    strategy = facts.get("strategy") or {}
+    arguments = strategy.get("arguments", {})
+    flat["strategy"] = strategy.get("_target_")
+    return flat | {f"strategy {name}": value for name, value in arguments.items() if name not in ignored}
+
+
+def _other_base(card: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """Which file the adapter was trained on, and what to do; older cards do not name it."""
+    wanted, held = card.get("base_sha256"), facts.get("base_sha256")
+    if wanted == RANDOM:
+        return "; the adapter was trained on a random start: set sam_checkpoint to 'random'"
+    file, other = card.get("base_file") or name_of(wanted), facts.get("base_file") or name_of(held)
+    trained = f"{file}, the file" if file else "the file"
+    instead = f" and not to those of {other}" if other and other != file else ""
+    return (
+        f"; the adapter holds changes to the weights of {trained} with the first sha256{instead}: set sam_checkpoint "
+        "to the path of that file, or train anew on this one"
+    )
 
 
 def save_adapter(
@@ -56,8 +120,8 @@ def save_adapter(
     Raises:
         CheckpointError: base weights were never loaded, or the network was merged and has no adapter any more.
     """
-    folder = Path(folder)
-    if network.strategy is None:
+    folder, strategy = Path(folder), network.strategy
+    if strategy is None:
         raise CheckpointError("adapter: this network was merged and has none; save it with save_model")
     if network.base_sha256 is None:
         raise CheckpointError(
@@ -66,8 +130,9 @@ def save_adapter(
         )
     folder.mkdir(parents=True, exist_ok=True)
     state = owned_state(network, network.owned)
-    tensors, staged = _temporary(folder / TENSORS), _temporary(folder / CARD)
-    try:
+    staged = folder / STAGED_CARD
+
+    def write(tensors: Path) -> None:
         save_file(state, tensors, metadata={"format": "pt"})
         card = {
             "format_version": FORMAT_VERSION,
@@ -75,7 +140,7 @@ def save_adapter(
             "rectangular": isinstance(network, SamSegmenter) and network.sam.rectangular,
             "tensors": len(state),
             "values": sum(tensor.numel() for tensor in state.values()),
-            **network.strategy.facts(network),
+            **strategy.facts(network),
             "adapter_sha256": hash_file(tensors),
             "package_version": __version__,
             "git_commit": git_commit(),
@@ -83,11 +148,12 @@ def save_adapter(
             "extra": dict(extra or {}),
         }
         staged.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(tensors, folder / TENSORS)
-    finally:
-        if tensors.exists():  # else they were moved, and the new card is all that explains them
-            tensors.unlink()
-            staged.unlink(missing_ok=True)
+
+    try:
+        write_whole(folder / TENSORS, write)
+    except Exception:
+        staged.unlink(missing_ok=True)
+        raise
     os.replace(staged, folder / CARD)
     return folder
 
@@ -99,16 +165,12 @@ def read_card(folder: StrPath) -> dict[str, Any]:
         CheckpointError: absent, unreadable, or of a format that this version does not know.
     """
     path = _card_path(Path(folder))
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; an adapter folder holds {TENSORS} and {CARD}") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); get the file again") from error
-    found = card.get("format_version") if isinstance(card, dict) else None
-    if found != FORMAT_VERSION:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; an adapter folder holds {TENSORS} and {CARD}")
+    card = read_json(path, CheckpointError, "card")
+    if card.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: card format {found!r}, this version of samseg-monai reads {FORMAT_VERSION}; "
+            f"{path}: card format {card.get('format_version')!r}, this version of samseg-monai reads {FORMAT_VERSION}; "
             "use the version that wrote it"
         )
     return card
@@ -135,7 +197,8 @@ def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); get the file again") from error
     mine = network.state_dict()
-    _refuse_differences(state, {name: mine[name] for name in network.owned}, f"{path}: does not fit this network")
+    expected = {name: mine[name] for name in network.owned}
+    raise_all(tensor_differences(state, expected), CheckpointError, f"{path}: does not fit this network")
     network.load_state_dict(state, strict=False)  # the names were compared one by one above
     return card
 
@@ -143,7 +206,6 @@ def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
 def save_model(network: nn.Module, path: StrPath) -> Path:
     """Write the bare, full state dict (plain CPU tensors), readable with ``weights_only=True``."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
     write_whole(path, lambda temporary: torch.save(state, temporary))
     return path
@@ -175,7 +237,8 @@ def load_model(network: nn.Module, path: StrPath) -> None:
         raise CheckpointError(f"{path}: cannot be read as a model ({error}); get the file again") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: not a bare state dict of tensors; write it with save_model")
-    _refuse_differences(state, network.state_dict(), f"{path}: does not fit this network")
+    differences = tensor_differences(state, network.state_dict())
+    raise_all(differences, CheckpointError, f"{path}: does not fit this network")
     network.load_state_dict(state)
     if isinstance(network, (SamSegmenter, PlainSegmenter)):
         network.base_sha256, network.base_file = sha256_of(path), path.name
@@ -221,49 +284,27 @@ def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_che
     )
 
 
-def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, or None when it was installed or git is absent."""
+def git_commit(*, changes: bool = False) -> str | None:
+    """Commit of the checkout this package runs from; None when it was installed or git is absent.
+
+    Args:
+        changes: add ``+changes`` where the checkout is not clean.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():  # a package in site-packages must not report the commit of its surroundings
         return None
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", *["--dirty=+changes"][: int(changes)]]
     try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True
-        )
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
 
 
-def _refuse_differences(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], heading: str) -> None:
-    problems = [f"{name}: missing in the file" for name in expected if name not in state]
-    problems += [f"{name}: in the file, not in the network" for name in state if name not in expected]
-    problems += [
-        f"{name}: shape {tuple(state[name].shape)} in the file, {tuple(tensor.shape)} in the network"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    raise_all(problems, CheckpointError, heading)
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, always the same, and move it there: all of it or nothing."""
-    temporary = _temporary(path)
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
 def _card_path(folder: Path) -> Path:
     """The card of the tensors in ``folder``: the one still to be moved, if a save was killed halfway."""
-    staged = _temporary(folder / CARD)
-    with suppress(OSError, ValueError, LookupError, TypeError):  # none, or its tensors were not moved
-        if json.loads(staged.read_text(encoding="utf-8"))["adapter_sha256"] == hash_file(folder / TENSORS):
+    staged = folder / STAGED_CARD
+    with suppress(CheckpointError, OSError):  # none, or its tensors were not moved
+        if read_json(staged, CheckpointError, "card").get("adapter_sha256") == hash_file(folder / TENSORS):
             return staged
     return folder / CARD

@@ -21,11 +21,11 @@ from monai.transforms.utils import allow_missing_keys_mode, convert_applied_inte
 from samseg_monai.data.encoding import VolumeEmbeddings
 from samseg_monai.data.slice_cache import describe
 from samseg_monai.errors import ConfigError, PromptError, raise_all
+from samseg_monai.networks import EMPTY_LOGIT
 from samseg_monai.transforms import BoxFromPromptd, boxes_of, clip_boxes, move_boxes
 
 logger = logging.getLogger(__name__)
 
-EMPTY_LOGIT = -20.0  # SamSegmenter's own value for "no box": probability 2e-9, still finite in every type
 IMAGE, PROMPT = "image", "prompt"
 SAME_GRID = {"Resize", "Lambda"}  # what may lie in the history of a slice that was only resized
 

@@ -28,8 +28,8 @@ ROOT = Path(__file__).parents[1]
 REPLACE = "os:replace"  # by which every file of a run gets its name
 ITERATION = "monai.engines:SupervisedTrainer._iteration"
 VOLUME = "samseg_monai.inferers:SliceVolumeInferer.__call__"
-OURS = ("bundles", "checkpoints", "data.banked_slices", "data.cases", "handlers", "inferers", "losses", "metrics",
-        "schedules", "strategies", "transforms")  # fmt: skip
+OURS = ("bundles", "checkpoints", "data.banked_slices", "data.cases", "handlers", "inferers", "metrics", "strategies",
+        "training", "transforms")  # fmt: skip
 IMPORTS = ("monai.bundle", "torch.utils.tensorboard", *(f"samseg_monai.{name}" for name in OURS))
 
 

@@ -11,7 +11,7 @@ from samseg_monai.checkpoints import load_adapter, save_adapter
 from samseg_monai.errors import ConfigError
 from samseg_monai.export.limits import obstacles
 from samseg_monai.networks import EMPTY_LOGIT, SamSegmenter
-from samseg_monai.networks.joining import best_mask
+from samseg_monai.networks.common import best_mask
 from samseg_monai.sam.spec import get_spec
 from samseg_monai.strategies import LoRA
 from tests.reference_sam import reference_sam

@@ -22,7 +22,7 @@ from samseg_monai.networks import PlainSegmenter, SamSegmenter
 from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.vit import ViTSpec
 from samseg_monai.sam.weights import is_sam_lst, is_samed, load_sam_weights, read_state, sha256_of
-from samseg_monai.sam.weights.layouts import common_prefix, hugging_face_name
+from samseg_monai.sam.weights.read import common_prefix, hugging_face_name
 from samseg_monai.strategies import Ladder, LoRA
 
 CLASSES = 3

@@ -12,15 +12,14 @@ PACKAGE = ROOT / "samseg_monai"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "__init__": 0, "errors": 0, "files": 0.5,
-    "sam": 1, "adapters": 1, "data": 1, "transforms": 1, "losses": 1, "schedules": 1, "metrics": 1, "trainable": 1,
-    "learning_rates": 1, "lint": 1,
+    "sam": 1, "adapters": 1, "data": 1, "transforms": 1, "metrics": 1, "training": 1, "lint": 1,
     "strategies": 2,
     "networks": 3, "inferers": 3, "checkpoints": 3,
     "face": 4, "handlers": 4, "report": 4, "bundles": 4, "pretrain": 4, "export": 4,
     "cli": 5, "__main__": 6,
 }  # fmt: skip
 # (importer, imported) on one floor: each is one step further down the same staircase
-NEIGHBOURS = {("strategies", "trainable"), ("checkpoints", "networks"), ("export", "bundles")}
+NEIGHBOURS = {("checkpoints", "networks"), ("inferers", "networks"), ("export", "bundles")}
 
 
 def part_of(path: Path) -> str:

@@ -29,11 +29,10 @@ from samseg_monai.cli.find_lr import overrides_of
 from samseg_monai.cli.range_test import range_test
 from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.errors import CheckpointError, ConfigError, TrainingError
-from samseg_monai.learning_rates import parameter_groups
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.spec import get_spec
-from samseg_monai.schedules import warmup_schedule
 from samseg_monai.strategies import Ladder, LoRA
+from samseg_monai.training import parameter_groups, warmup_schedule
 from tests.conftest import TINY
 from tests.test_strategy_laws import SmallSide, draw_batch
 
@@ -311,7 +310,7 @@ def rates_of(network, groups):
 def test_the_defaults_are_the_plain_list_of_what_learns():
     network = segmenter(LoRA(2, decoder=True))
     expected = [p for p in network.parameters() if p.requires_grad]
-    for given in (network, nn.ModuleDict({"module": network})):  # as DDP wraps it
+    for given in (network, nn.DataParallel(network)):  # as DDP wraps it
         found = parameter_groups(given, 0.1)
         assert [id(p) for p in found] == [id(p) for p in expected]
 

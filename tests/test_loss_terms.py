@@ -9,7 +9,7 @@ from monai.losses import DiceCELoss
 from monai.networks import one_hot
 
 from samseg_monai.errors import ConfigError
-from samseg_monai.losses import SegmentationLoss, class_weights
+from samseg_monai.training.losses import SegmentationLoss, weigh_classes
 
 ORGANS = ["spleen", "gallbladder", "liver"]
 TUMOUR = ["tumour"]
@@ -144,10 +144,10 @@ def test_a_heavier_class_gets_a_larger_share_of_the_gradient(term):
 
 
 def test_weights_typed_as_text_are_those_of_a_dictionary():
-    assert torch.equal(class_weights("gallbladder=4, background = 0.5", ORGANS), class_weights(WEIGHTS, ORGANS))
-    assert class_weights(WEIGHTS, ORGANS).tolist() == pytest.approx([0.5 / 1.625, 1 / 1.625, 4 / 1.625, 1 / 1.625])
-    assert class_weights("tumour=3,background=0.5", TUMOUR).tolist() == [6.0]
-    assert class_weights(None, ORGANS) is class_weights({}, ORGANS) is class_weights("", ORGANS) is None
+    assert torch.equal(weigh_classes("gallbladder=4, background = 0.5", ORGANS), weigh_classes(WEIGHTS, ORGANS))
+    assert weigh_classes(WEIGHTS, ORGANS).tolist() == pytest.approx([0.5 / 1.625, 1 / 1.625, 4 / 1.625, 1 / 1.625])
+    assert weigh_classes("tumour=3,background=0.5", TUMOUR).tolist() == [6.0]
+    assert weigh_classes(None, ORGANS) is weigh_classes({}, ORGANS) is weigh_classes("", ORGANS) is None
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_weights_typed_as_text_are_those_of_a_dictionary():
 )
 def test_class_weights_that_make_no_sense_are_refused_by_name(weights, named):
     with pytest.raises(ConfigError) as caught:
-        class_weights(weights, ORGANS)
+        weigh_classes(weights, ORGANS)
     assert all(name in str(caught.value) for name in named)
 
 

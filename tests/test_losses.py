@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from monai.losses import DiceCELoss
 from torch import nn
 
-from samseg_monai.losses import OnLogitGrid
+from samseg_monai.training import OnLogitGrid
 
 CONFIG = Path(__file__).parents[1] / "bundles" / "abdomen_segmentation_ladder_paper" / "configs" / "train.json"
 CLASSES = 9

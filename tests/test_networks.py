@@ -12,7 +12,7 @@ from samseg_monai.networks import EMPTY_LOGIT, SamSegmenter
 from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.spec import SPECS
 from samseg_monai.strategies import LoRA, ZeroShot
-from samseg_monai.trainable import count_trainable
+from samseg_monai.training.owned import count_trainable
 from tests.reference_sam import reference_sam
 
 NAN = float("nan")

@@ -14,7 +14,7 @@ from samseg_monai.errors import AdapterError, CheckpointError, ConfigError
 from samseg_monai.export.limits import obstacles
 from samseg_monai.networks import EMPTY_LOGIT, BoxEllipse, PlainSegmenter, SamSegmenter
 from samseg_monai.strategies import LoRA, Scratch, ZeroShot
-from samseg_monai.trainable import count_trainable
+from samseg_monai.training.owned import count_trainable
 from samseg_monai.transforms import EllipseFromPromptd
 
 

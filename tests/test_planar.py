@@ -25,7 +25,7 @@ from samseg_monai.handlers import WorstCaseImage
 from samseg_monai.handlers.overlay import REFERENCE
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.transforms import SaveImagePngd, ScaleGreysd
-from samseg_monai.transforms.image_files import overlay_picture
+from samseg_monai.transforms.saving import overlay_picture
 from tests.pictures import CLASSES, SIZE, make_pictures
 
 TINY = {"sam_variant": "tiny", "sam_checkpoint": "random", "image_size": 64}

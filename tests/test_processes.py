@@ -18,7 +18,8 @@ from torch import nn
 from samseg_monai.bundles import build_bundle
 from samseg_monai.checkpoints import read_card
 from samseg_monai.errors import TrainingError
-from samseg_monai.handlers.processes import SameBuffers, hold_folder
+from samseg_monai.handlers import SameBuffers
+from samseg_monai.handlers.resume import hold_folder
 from tests.conftest import TINY
 from tests.forked import ITERATION, forked
 from tests.test_docs import commands, run_line
@@ -166,7 +167,7 @@ def test_before_a_validation_all_processes_get_the_statistics_of_rank_0(tmp_path
 
 @needs_fork
 def test_two_trainings_never_share_a_folder_and_a_killed_one_lets_go(tmp_path, monkeypatch):
-    monkeypatch.setattr("samseg_monai.handlers.processes.PATIENCE", 0.1)
+    monkeypatch.setattr("samseg_monai.handlers.resume.PATIENCE", 0.1)
     ready, told = os.pipe()
     other = os.fork()
     if other == 0:

@@ -18,9 +18,9 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import nn
 
 from samseg_monai.errors import ConfigError
-from samseg_monai.sam.attention import FusedAttention
 from samseg_monai.sam.build import SamModel, build_sam
 from samseg_monai.sam.spec import SPECS
+from samseg_monai.sam.vit import FusedAttention
 from tests.reference_sam import reference_sam
 
 TOLERANCE = 1e-4

@@ -21,8 +21,8 @@ from torch.utils.data import Dataset, DistributedSampler
 from samseg_monai import handlers
 from samseg_monai.errors import CheckpointError, ConfigError, TrainingError
 from samseg_monai.networks import SamSegmenter
-from samseg_monai.schedules import warmup_schedule
 from samseg_monai.strategies import LoRA
+from samseg_monai.training import warmup_schedule
 
 EPOCHS = 5
 
@@ -387,7 +387,7 @@ def test_another_training_is_refused_with_all_differences(tmp_path):
     for line in (
         "num_classes: None in the file, 8 now",
         "batches per epoch: 2 in the file, 9 now",
-        "tensor 0.weight: shape (3, 4) in the file, (5, 4) now",
+        "tensor 0.weight: (3, 4) in the file, (5, 4) now",
     ):
         assert line in text
     assert all(torch.equal(start[name], tensor) for name, tensor in other.network.state_dict().items())
@@ -411,10 +411,8 @@ def test_a_changed_learning_rate_is_said_not_to_count(tmp_path, caplog):
     assert later.optimizer.param_groups[0]["lr"] < 0.06
 
 
-@pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3, 4])])
-def test_the_file_is_written_every_so_many_epochs_and_after_the_last_once(tmp_path, monkeypatch, every, expected):
+def test_the_file_is_written_once_after_every_epoch(tmp_path, monkeypatch):
     run, real, saves = Run(tmp_path, epochs=4), torch.save, []
-    run.resume.every = every
 
     def count(content, path):
         saves.extend([content["epoch"]] if "epoch" in content else [])
@@ -422,7 +420,7 @@ def test_the_file_is_written_every_so_many_epochs_and_after_the_last_once(tmp_pa
 
     monkeypatch.setattr(torch, "save", count)
     run.go()
-    assert saves == expected
+    assert saves == [1, 2, 3, 4]
     assert torch.load(tmp_path / "resume.pt", weights_only=True)["epoch"] == 4
 
 
@@ -488,10 +486,7 @@ class LastRun:
     def __init__(self, folder, *, epochs, wrapped=False):
         torch.manual_seed(1)
         self.network = nn.Linear(4, 2)
-        owner = self.network
-        if wrapped:
-            owner = nn.Sequential()
-            owner.module = self.network
+        owner = nn.DataParallel(self.network) if wrapped else self.network
         self.saved: list[dict] = []
         self.trainer = SupervisedTrainer(
             device=torch.device("cpu"), max_epochs=epochs, train_data_loader=DataLoader(Drawing(), batch_size=3),

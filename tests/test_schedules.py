@@ -1,4 +1,4 @@
-"""Schedules against their closed formulas, and against SAMed's loop written out."""
+"""Schedules against their closed formulas, torch's own, and SAMed's loop written out."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import math
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, PolynomialLR, SequentialLR
 
 from samseg_monai.errors import ConfigError
-from samseg_monai.schedules import warmup_schedule
+from samseg_monai.training import warmup_schedule
 
 BASE = 0.005
 
 
-def rates(iterations: int, **options: object) -> list[float]:
+def rates(iterations: int, make=None, **options: object) -> list[float]:
     """The rate that each iteration runs with."""
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=BASE)
-    schedule = warmup_schedule(optimizer, **options)
+    schedule = make(optimizer) if make else warmup_schedule(optimizer, **options)
     seen = []
     for _ in range(iterations):
         seen.append(optimizer.param_groups[0]["lr"])
@@ -42,15 +43,47 @@ def test_the_first_step_learns_and_warm_up_ends_at_the_base_rate():
     assert min(seen) > 0
 
 
-def test_cosine_goes_from_the_base_rate_to_the_floor():
-    total, warmup, floor = 50, 10, 0.1
-    seen = rates(total + 5, total=total, warmup=warmup, decay="cosine", floor=floor)
-    expected = [
-        BASE * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (it - warmup) / (total - warmup))))
-        for it in range(warmup, total)
-    ]
+def test_cosine_goes_from_the_base_rate_to_nothing():
+    total, warmup = 50, 10
+    seen = rates(total + 5, total=total, warmup=warmup, decay="cosine")
+    expected = [BASE * 0.5 * (1 + math.cos(math.pi * (it - warmup) / (total - warmup))) for it in range(warmup, total)]
     assert seen[warmup:total] == pytest.approx(expected, rel=1e-12)
-    assert seen[total:] == pytest.approx([BASE * floor] * 5, rel=1e-9)
+    assert seen[total:] == pytest.approx([0] * 5, abs=1e-18)
+
+
+def torchs(optimizer, decay, total, warmup):
+    later = {
+        "poly": lambda: PolynomialLR(optimizer, total, power=0.9),
+        "cosine": lambda: CosineAnnealingLR(optimizer, total - warmup),
+        "constant": lambda: ConstantLR(optimizer, factor=1.0),
+    }[decay]()
+    first = LinearLR(optimizer, start_factor=1 / warmup, total_iters=max(1, warmup - 1))
+    return SequentialLR(optimizer, [first, later], milestones=[warmup])
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+@pytest.mark.parametrize("warmup", [1, 25])
+@pytest.mark.parametrize("decay", ["poly", "cosine", "constant"])
+def test_the_numbers_are_those_of_torchs_schedules_one_after_the_other(decay, warmup):
+    ours = rates(200, total=200, warmup=warmup, decay=decay)
+    theirs = rates(200, make=lambda optimizer: torchs(optimizer, decay, 200, warmup))
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 2e-15 * BASE
+
+
+@pytest.mark.parametrize("decay", ["poly", "cosine"])
+def test_a_finished_training_that_is_given_more_iterations_goes_on_with_the_rates_of_the_longer_one(decay):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    done, later = (torch.optim.SGD([weight], lr=BASE) for _ in range(2))
+    schedule = warmup_schedule(done, total=20, warmup=3, decay=decay)
+    for _ in range(20):
+        done.step()
+        schedule.step()
+    longer = warmup_schedule(later, total=40, warmup=3, decay=decay)
+    later.load_state_dict(done.state_dict())
+    longer.load_state_dict(schedule.state_dict())
+    later.step()
+    longer.step()
+    assert later.param_groups[0]["lr"] == rates(40, total=40, warmup=3, decay=decay)[21] > 0
 
 
 def test_poly_without_warm_up_stays_at_zero_after_its_end():
@@ -62,10 +95,10 @@ def test_poly_without_warm_up_stays_at_zero_after_its_end():
 def test_all_bad_values_are_named_at_once():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=BASE)
     with pytest.raises(ConfigError) as caught:
-        warmup_schedule(optimizer, total=10, warmup=10, decay="step", power=0, floor=2)
+        warmup_schedule(optimizer, total=10, warmup=10, decay="step", power=0)
     text = str(caught.value)
-    assert "4 problems" in text
-    for word in ("warmup", "'step'", "power", "floor"):
+    assert "3 problems" in text
+    for word in ("warmup", "'step'", "power"):
         assert word in text
 
 

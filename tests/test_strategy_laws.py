@@ -27,7 +27,7 @@ from samseg_monai.networks import SamSegmenter, disable_adapter
 from samseg_monai.sam.build import build_sam
 from samseg_monai.strategies import Ladder, LoRA, Scratch, Selective, Strategy, ZeroShot
 from samseg_monai.strategies.base import head_names
-from samseg_monai.trainable import count_trainable, owned_state
+from samseg_monai.training.owned import count_trainable, owned_state
 
 GOLDEN = Path(__file__).parent / "golden" / "strategy_keys.json"
 WIDTH = 32  # channels of the embedding of both tiny SAMs

@@ -26,9 +26,9 @@ from samseg_monai import handlers
 from samseg_monai.bundles import build_bundle
 from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.errors import ConfigError, TrainingError
-from samseg_monai.handlers import mlflow_run, overlay, worst_case
-from samseg_monai.handlers.mlflow_run import MlflowRun, flat
-from samseg_monai.handlers.worst_case import dice_of
+from samseg_monai.handlers import overlay, tracking, validation
+from samseg_monai.handlers.tracking import MlflowRun, flat
+from samseg_monai.handlers.validation import dice_of
 from samseg_monai.metrics import CaseScores
 from tests.conftest import TINY
 from tests.test_handlers import trainer
@@ -304,7 +304,7 @@ def test_a_resume_goes_on_with_a_new_run_where_the_old_one_is_gone(store):
 
 def test_an_absent_package_is_named_with_its_extra(store, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(mlflow_run.importlib.util, "find_spec", lambda name: None if name == "mlflow" else find(name))
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None if name == "mlflow" else find(name))
     with pytest.raises(ConfigError, match=r"mlflow is not installed: pip install 'samseg-monai\[mlflow\]'"):
         store.go()
 
@@ -321,10 +321,10 @@ def test_a_database_that_is_none_is_refused_at_once(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "curves.csv").write_text("epoch,iteration,name,value\n")
     (tmp_path / "empty.db").touch()
-    mlflow_run.check_address("sqlite:///empty.db")
+    tracking.check_address("sqlite:///empty.db")
     for name in ("", ":memory:", "folder", "curves.csv"):
         with pytest.raises(ConfigError, match=f"mlflow::uri sqlite:///{name} (names no|is a)"):
-            mlflow_run.check_address(f"sqlite:///{name}")
+            tracking.check_address(f"sqlite:///{name}")
 
 
 def test_names_and_values_that_mlflow_would_refuse_are_made_to_fit(store):
@@ -459,12 +459,12 @@ def test_pixels_keep_their_proportions_in_mm(tmp_path):
 
 def test_of_several_processes_the_worst_of_all_is_shown(tmp_path, monkeypatch):
     sent = []
-    monkeypatch.setattr(worst_case.idist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(worst_case.idist, "all_gather", lambda own: sent.append(own) or [own, own])
+    monkeypatch.setattr(validation.idist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(validation.idist, "all_gather", lambda own: sent.append(own) or [own, own])
     shown(tmp_path / "other", volumes("z", shift=6), volumes("y", shift=1))
     [[theirs]] = sent
     assert theirs.case == "z" and theirs.image.ndim == 2, "only a slice goes from process to process"
-    monkeypatch.setattr(worst_case.idist, "all_gather", lambda own: [own, [theirs]])
+    monkeypatch.setattr(validation.idist, "all_gather", lambda own: [own, [theirs]])
     [(_, picture)] = shown(tmp_path / "here", volumes("a", shift=2), volumes("b", shift=3))
     assert has_caption(picture, f"z: Dice {theirs.dice:.3f}, slice {theirs.index}")
 

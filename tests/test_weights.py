@@ -30,7 +30,7 @@ from samseg_monai.sam.weights import (
     read_state,
     sha256_of,
 )
-from samseg_monai.sam.weights.download import BLOCK
+from samseg_monai.sam.weights.find import BLOCK
 
 VIT_B_LAYOUT = ViTSpec(
     "toy", 16, 12, 2, (2, 5, 8, 11), prompt_dim=16, decoder_mlp_dim=16, decoder_heads=2, iou_hidden_dim=8

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from samseg_monai.checkpoints import write_whole
 from samseg_monai.cli.story import ABSENT, recorded
 from samseg_monai.errors import ConfigError, raise_all
+from samseg_monai.files import write_whole
 from samseg_monai.handlers.provenance import plain, read_json
 
 Row = dict[str, Any]
@@ -31,7 +31,6 @@ def write(rows: Sequence[Row], facts: Mapping[str, Any], path: Path) -> None:
             writer.writeheader()
             writer.writerows(rows)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(facts) + "\n", encoding="utf-8"))
     write_whole(path, write_csv)
 

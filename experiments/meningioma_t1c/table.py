@@ -23,7 +23,8 @@ from block_statistics import Interval, block_means, holm, t_interval
 from pages import insert, markdown, short_table
 
 from samseg_monai.errors import DataError, raise_all
-from samseg_monai.handlers.provenance import write_json
+from samseg_monai.files import write_json
+from samseg_monai.handlers.provenance import plain
 
 ROOT = plans.HERE.parents[1]
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "does_fine_tuning_help.md"
@@ -234,7 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(rates(options.results))
         return
     content, text = build(options.results)
-    write_json(options.results / "table.json", content)  # what does not exist is null
+    write_json(options.results / "table.json", plain(content))  # what does not exist is null
     (options.results / "table.md").write_text(text, encoding="utf-8")
     if options.results == plans.RESULTS:
         insert(PAGE, text)

@@ -20,7 +20,7 @@ from monai.optimizers import LearningRateFinder
 from torch import Tensor, nn
 
 from samseg_monai.errors import ConfigError, TrainingError
-from samseg_monai.handlers.stepping import optimised
+from samseg_monai.handlers.steps import optimised
 from samseg_monai.report.lr_curve import write_lr_curve
 
 TABLE, CURVE = "lr_finder.csv", "lr_finder.png"

@@ -15,7 +15,7 @@ from samseg_monai.checkpoints import git_commit
 from samseg_monai.export.parts import Part, Shape
 from samseg_monai.export.source import Source
 from samseg_monai.networks import SamSegmenter
-from samseg_monai.trainable import owned_state
+from samseg_monai.training.owned import owned_state
 
 SCALES = {
     "zscore": "z-scores of the volume, as `transforms` make them",

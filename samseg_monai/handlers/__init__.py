@@ -6,19 +6,13 @@ written by rank 0 only; attach them on every rank nevertheless, since those that
 
 from __future__ import annotations
 
-from samseg_monai.handlers.ema import EMA
-from samseg_monai.handlers.flow import GradientFlow
-from samseg_monai.handlers.guards import CollapseDetector, NonFiniteGuard
-from samseg_monai.handlers.keeping import BestAdapter, LastAdapter
-from samseg_monai.handlers.records import CaseTable, CurveLog
-from samseg_monai.handlers.run_card import RunCard
-from samseg_monai.handlers.saving import ResumeSaver
-from samseg_monai.handlers.seeding import EpochSeeder
-from samseg_monai.handlers.stepping import GradientClip
-from samseg_monai.handlers.stopping import EarlyStop
+from samseg_monai.handlers.keeping import EMA, BestAdapter, LastAdapter
+from samseg_monai.handlers.records import CaseTable, CurveLog, RunCard
+from samseg_monai.handlers.resume import EpochSeeder, ResumeSaver
+from samseg_monai.handlers.steps import GradientClip, GradientFlow, NonFiniteGuard
+from samseg_monai.handlers.stopping import CollapseDetector, EarlyStop
 from samseg_monai.handlers.tracking import Tracking
-from samseg_monai.handlers.validation_loss import ValidationLoss
-from samseg_monai.handlers.worst_case import WorstCaseImage
+from samseg_monai.handlers.validation import SameBuffers, ValidationLoss, WorstCaseImage
 
 __all__ = [
     "EMA",
@@ -34,6 +28,7 @@ __all__ = [
     "NonFiniteGuard",
     "ResumeSaver",
     "RunCard",
+    "SameBuffers",
     "Tracking",
     "ValidationLoss",
     "WorstCaseImage",

@@ -1,58 +1,141 @@
-"""What a training keeps: the adapter of its best validation, or that of its last epoch."""
+"""What a training keeps: the adapter of its best validation or of its last epoch, or the average of weights."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import torch
 from ignite.engine import Events
+from monai.engines.utils import IterationEvents
+from torch import Tensor, nn
 
 from samseg_monai.checkpoints import CARD, TENSORS, save_adapter
 from samseg_monai.errors import ConfigError
-from samseg_monai.handlers.ema import EMA
+from samseg_monai.files import hash_file, unwrap
 from samseg_monai.handlers.provenance import plain
+from samseg_monai.handlers.steps import steps_now
 from samseg_monai.handlers.stopping import metric_value
-from samseg_monai.sam.weights import hash_file
 
 logger = logging.getLogger(__name__)
+
+
+class EMA:
+    """Exponential moving average of the tensors that learn; validations see the average, the training never does.
+
+    Averaged weights generalise better than those that plain descent ends with (Polyak and Juditsky 1992; Tarvainen and
+    Valpola 2017, arXiv:1703.01780). With step t from 0, ``average = d * average + (1 - d) * weights`` and
+    ``d = min(decay, (1 + t) / (10 + t))``: early on it follows closely, so that the random start is forgotten.
+
+    The average stands in the network from the start to the end of each validation, so that a BestAdapter saves it;
+    LastAdapter asks for it. Only parameters that learn are averaged, in float32 on their device; running statistics
+    stay those of the training. In ``run`` attach it after the other handlers and before ResumeSaver's ``load``.
+
+    Args:
+        network: SamSegmenter (or DDP of it) that is trained.
+        decay: largest weight of the old average, 0 < decay < 1, else ConfigError; 0.999: over about 1000 steps.
+        evaluator: engine of the validations; None where there are none.
+    """
+
+    def __init__(self, network: nn.Module, decay: float, *, evaluator: Any = None) -> None:
+        if not 0 < decay < 1:
+            raise ConfigError(f"EMA: decay must be between 0 and 1, got {decay}; null trains without an average")
+        self.network = unwrap(network)
+        self.decay = float(decay)
+        self.evaluator = evaluator
+        self.steps = 0
+        self.average: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}  # those of the training, while the average stands in the network
+
+    def attach(self, engine: Any) -> None:
+        """Attach to a MONAI ``SupervisedTrainer`` (and the evaluator), on every rank: all validate the average."""
+        engine.add_event_handler(Events.STARTED, self._begin)
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._update)  # comes after the optimiser's step
+        if self.evaluator is not None:
+            self.evaluator.add_event_handler(Events.STARTED, self.swap_in)
+            self.evaluator.add_event_handler(Events.COMPLETED, self.swap_out)
+            self.evaluator.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Let the average stand in the network for a while."""
+        self.swap_in()
+        try:
+            yield
+        finally:
+            self.swap_out()
+
+    @torch.no_grad()
+    def swap_in(self) -> None:
+        """Put the average into the network; without one yet, or when it is there already, nothing changes."""
+        if self._weights or not self.average:
+            return
+        self._weights = {name: parameter.detach().clone() for name, parameter in self._learning().items()}
+        for name, parameter in self._learning().items():
+            parameter.copy_(self.average[name])
+
+    @torch.no_grad()
+    def swap_out(self) -> None:
+        """Put the weights of the training back, bit for bit."""
+        for name, parameter in self._learning().items() if self._weights else ():
+            parameter.copy_(self._weights[name])
+        self._weights = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Number of steps and the average, as float32 copies on the CPU, for ResumeSaver."""
+        return {"steps": self.steps, "average": {name: value.cpu().clone() for name, value in self.average.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the average up again; KeyError if a tensor that learns here has none."""
+        average = state["average"]
+        learning = self._learning()
+        self.average = {name: average[name].to(p.device, torch.float32, copy=True) for name, p in learning.items()}
+        self.steps = int(state["steps"])
+
+    def _learning(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
+    def _begin(self, engine: Any) -> None:
+        if not self.average:  # else resumed
+            self.average = {name: p.detach().float().clone() for name, p in self._learning().items()}
+
+    @torch.no_grad()
+    def _update(self, engine: Any) -> None:
+        if not steps_now(engine):
+            return
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, parameter in self._learning().items():
+            self.average[name].lerp_(parameter.float(), 1 - decay)
+        self.steps += 1
+
+    def _fail(self, engine: Any, error: BaseException) -> None:
+        """Leave the network as the training had it; ignite leaves it to a handler to raise the error again."""
+        self.swap_out()
+        raise error
 
 
 class BestAdapter:
     """Saves the adapter and its card whenever a validation beats all before it; else the files stay as they are.
 
-    Its best score goes into the resume file, so the first validation after a resume replaces a better adapter no more;
-    and so do the metrics of the last validation, which the card of the resumed run reports, too.
+    Its best score and the metrics of the last validation go into the resume file.
 
     Args:
         network: SamSegmenter (or DDP of it) that is trained.
         output_dir: folder for ``adapter.safetensors`` and ``card.json``; the card's metrics hold the epoch.
-        key_metric_name: name in ``engine.state.metrics``; None is the evaluator's key metric.
-        mode: ``"max"`` or ``"min"``.
-
-    Raises:
-        ConfigError: unknown mode. TrainingError: during the run, when there is no such metric.
+        key_metric_name: name in ``engine.state.metrics``, more is better; None is the evaluator's key metric. During
+            the run TrainingError, if there is none.
     """
 
-    def __init__(
-        self,
-        network: Any,
-        output_dir: str | os.PathLike[str],
-        *,
-        key_metric_name: str | None = None,
-        mode: str = "max",
-    ) -> None:
-        if mode not in ("max", "min"):
-            raise ConfigError(f"BestAdapter: mode must be 'max' or 'min', got {mode!r}")
-        self.network = network
+    def __init__(self, network: Any, output_dir: str | os.PathLike[str], *, key_metric_name: str | None = None) -> None:
+        self.network: Any = unwrap(network)
         self.folder = Path(output_dir)
         self.key_metric_name = key_metric_name
-        self.sign = 1.0 if mode == "max" else -1.0
         self.score: float | None = None
         self.epoch: int | None = None
         self.sha256: str | None = None  # of the saved tensors
@@ -65,11 +148,11 @@ class BestAdapter:
 
     def __call__(self, engine: Any) -> None:
         score = metric_value(engine, self.key_metric_name, "BestAdapter")
-        if math.isnan(score) or (self.score is not None and self.sign * score <= self.sign * self.score):
+        if math.isnan(score) or (self.score is not None and score <= self.score):
             return
         if idist.get_rank() == 0:
             metrics = {**plain(engine.state.metrics), "epoch": engine.state.epoch}
-            save_adapter(getattr(self.network, "module", self.network), self.folder, metrics=metrics)
+            save_adapter(self.network, self.folder, metrics=metrics)
             self.sha256 = hash_file(self.folder / TENSORS)
             logger.info("Best so far: %.4f in epoch %d, saved in %s", score, engine.state.epoch, self.folder)
         self.score, self.epoch = score, engine.state.epoch
@@ -88,12 +171,13 @@ class BestAdapter:
         if self._engine is not None:
             self._engine.state.metrics.update(state.get("metrics", {}))
         if state["score"] is not None and not self._still_there(state.get("sha256")):
-            logger.warning("the adapter of epoch %s is not in %s; the next validation saves one", state["epoch"],
-                           self.folder)  # fmt: skip
+            logger.warning(
+                "adapter of epoch %s is not in %s; the next validation saves one", state["epoch"], self.folder
+            )
             return
         self.score, self.epoch, self.sha256 = state["score"], state["epoch"], state.get("sha256")
         if self._engine is not None and self.score is not None:
-            # MONAI keeps its own best, which others (CaseTable, TensorBoard) read
+            # MONAI keeps its own best, which others (TensorBoard) read
             self._engine.state.best_metric, self._engine.state.best_metric_epoch = self.score, self.epoch
 
     def _still_there(self, sha256: str | None) -> bool:
@@ -111,7 +195,7 @@ class LastAdapter:
     """
 
     def __init__(self, network: Any, output_dir: str | os.PathLike[str], *, ema: EMA | None = None) -> None:
-        self.network = network
+        self.network: Any = unwrap(network)
         self.folder = Path(output_dir)
         self.ema = ema
 
@@ -121,6 +205,5 @@ class LastAdapter:
 
     def __call__(self, engine: Any) -> None:
         if idist.get_rank() == 0:
-            metrics = {"epoch": engine.state.epoch}
             with nullcontext() if self.ema is None else self.ema.in_use():
-                save_adapter(getattr(self.network, "module", self.network), self.folder, metrics=metrics)
+                save_adapter(self.network, self.folder, metrics={"epoch": engine.state.epoch})

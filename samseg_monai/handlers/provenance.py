@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -23,8 +22,9 @@ from typing import Any
 import torch
 
 import samseg_monai
+from samseg_monai import files
 from samseg_monai.checkpoints import git_commit
-from samseg_monai.sam.weights import hash_file
+from samseg_monai.errors import CheckpointError
 
 PACKAGES = ("torch", "monai", "numpy", "pytorch-ignite", "segment-anything")
 # where things lie on one machine; what they contain is recorded by hashes of contents instead
@@ -65,22 +65,12 @@ def plain(value: Any) -> Any:
     return scrub(str(value))
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write ``plain(value)``; a reader, or a crash, never meets half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A JSON object; an empty one where there is no file, or no readable object in it."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return files.read_json(path, CheckpointError, "record of a run")
+    except CheckpointError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def config_hash(settings: Mapping[str, Any]) -> str:
@@ -91,8 +81,7 @@ def config_hash(settings: Mapping[str, Any]) -> str:
 
 def file_hash(path: str | os.PathLike[str]) -> str | None:
     """SHA-256 of a file's contents; None where there is no file."""
-    path = Path(path)
-    return hash_file(path) if path.is_file() else None
+    return files.hash_file(path) if Path(path).is_file() else None
 
 
 def versions() -> dict[str, str | None]:
@@ -109,35 +98,20 @@ def versions() -> dict[str, str | None]:
 @functools.cache  # the code that runs was read when the process began
 def git_state() -> str | None:
     """Commit of the package's own checkout, with ``+changes`` if it is not clean; None when installed without one."""
-    commit = git_commit()
-    if commit is None:
-        return None
-    root = Path(samseg_monai.__file__).resolve().parent.parent
-    command = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return commit
-    return commit + ("+changes" if done.stdout.strip() else "")
+    return git_commit(changes=True)
 
 
 def hardware() -> dict[str, Any]:
     """Processor name, usable cores, system, and the GPUs' names."""
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {"cpu": _cpu_name(), "cpu_cores": _usable_cores(), "system": platform.system(), "gpus": gpus}
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "system": platform.system(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
 
 
 def peak_memory_mb() -> dict[str, float]:

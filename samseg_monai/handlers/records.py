@@ -1,4 +1,4 @@
-"""Files a run leaves behind for tables and figures: curves per epoch, rows per case, aggregates."""
+"""Files a run leaves behind for tables and figures: its card, curves per epoch, rows per case, aggregates."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import csv
 import logging
 import os
 import time
+from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,183 @@ import torch
 from ignite.engine import Events
 from monai.engines.utils import IterationEvents
 
-from samseg_monai.checkpoints import write_whole
-from samseg_monai.errors import TrainingError
-from samseg_monai.handlers.guards import case_rows
-from samseg_monai.handlers.provenance import plain, write_json
+from samseg_monai.checkpoints import read_card
+from samseg_monai.errors import CheckpointError, TrainingError
+from samseg_monai.files import unwrap, write_json, write_whole
+from samseg_monai.handlers import provenance
+from samseg_monai.handlers.provenance import plain
+from samseg_monai.handlers.stopping import case_rows
 from samseg_monai.metrics import write_rows
+from samseg_monai.training.owned import count_trainable
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("epoch", "iteration", "name", "value")
+Rows = dict[tuple[int, str], tuple[int, float]]  # (epoch, name) -> iteration, value
+
+
+class RunCard:
+    """Writes ``run_card.json``: what a run was, on what, with what result; at its start, and kept true to its end.
+
+    Its status is ``running``, then ``completed``, ``interrupted`` or ``failed`` (with the message). No absolute path
+    and no user name gets into it. Put it first among the handlers: of several handlers of an exception (MONAI's
+    StatsHandler is one) ignite reaches only those before the first that raises it again, as this one does, too.
+
+    Args:
+        output_dir: folder of the run, made if need be.
+        settings: values of the config's public keys; hashed (places left out) into ``config_hash``.
+        seed, prompt_source, cases_file: recorded as they are.
+        network: SamSegmenter (or DDP of it): strategy, SAM variant, base weights' hash and counts are read from it.
+        evaluator: engine whose last and best metrics are recorded; not needed when attached to the evaluator.
+        best: BestAdapter, whose epoch and score then count as the best.
+        datalist: datalist JSON, whose hash is recorded.
+        facts: more keys for the card's top level, e.g. ``{"dataset": "phantoms", "phantoms": true}``.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        *,
+        settings: Mapping[str, Any],
+        seed: int | None = None,
+        prompt_source: str | None = None,
+        network: Any = None,
+        evaluator: Any = None,
+        best: Any = None,
+        datalist: str | os.PathLike[str] | None = None,
+        cases_file: str | None = "cases.csv",
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path = Path(output_dir) / "run_card.json"
+        self.settings = dict(settings)
+        self.seed = seed
+        self.prompt_source = prompt_source
+        self.network = None if network is None else unwrap(network)
+        self.evaluator = evaluator
+        self.best = best
+        self.datalist = datalist
+        self.cases_file = cases_file
+        self.facts = dict(facts or {})
+        self.card: dict[str, Any] = {}
+        self._began = 0.0
+        self._before: dict[str, Any] = {}  # the card of the run that is resumed
+
+    def attach(self, engine: Any) -> None:
+        """Attach to the trainer, or to the evaluator of a run without training."""
+        engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._progress)
+        engine.add_event_handler(Events.COMPLETED, self.complete)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self.fail)
+
+    def start(self, engine: Any) -> None:
+        """Write the card with all that is known beforehand."""
+        self._began = time.perf_counter()
+        resumed = engine.state.epoch if hasattr(engine, "optimizer") else 0
+        self._before = provenance.read_json(self.path) if resumed else {}
+        self.card = {
+            **self.facts,
+            "status": "running",
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "resumed_from_epoch": resumed or None,
+            **_of_network(self.network),
+            "prompt_source": self.prompt_source,
+            "seed": self.seed,
+            "settings": self.settings,
+            "config_hash": provenance.config_hash(self.settings),
+            "data_hash": None if self.datalist is None else provenance.file_hash(self.datalist),
+            "versions": provenance.versions(),
+            "git_commit": provenance.git_state(),
+            "hardware": provenance.hardware(),
+            "processes": idist.get_world_size(),
+            "cases_file": self.cases_file,
+        }
+        if resumed:  # the next kill may come before the first epoch ends
+            self._progress(engine)
+        else:
+            self._write()
+
+    def _progress(self, engine: Any) -> None:
+        # a run that is killed gets no chance to write its end
+        self.card.update(seconds=self._seconds(), epochs=engine.state.epoch, **self._seen(engine))
+        self._write()
+
+    def complete(self, engine: Any) -> None:
+        """Write results, time and memory."""
+        self._finish(engine, "completed")
+
+    def fail(self, engine: Any, error: BaseException) -> None:
+        """Write why the run ended, and raise that again."""
+        # ignite hands an error on through two levels: the first record is the true one
+        if self.card and "error" not in self.card:
+            self.card["error"] = f"{type(error).__name__}: {error}"
+            self._finish(engine, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        raise error
+
+    def _finish(self, engine: Any, status: str) -> None:
+        state = engine.state
+        measured = (self.evaluator or engine).state
+        best = None
+        if self.best is not None:
+            best = {"metric": self.best.score, "epoch": self.best.epoch}
+        elif getattr(measured, "best_metric_epoch", -1) >= 0:
+            best = {"metric": measured.best_metric, "epoch": measured.best_metric_epoch}
+        self.card.update(
+            status=status,
+            iterations=state.iteration,
+            stop_reason=getattr(state, "stop_reason", None),
+            peak_memory_mb=provenance.peak_memory_mb(),
+            metrics=measured.metrics,
+            best=best,
+            **self._learnt(),
+        )
+        self._progress(engine)
+
+    def _seen(self, engine: Any) -> dict[str, Any]:
+        """Reports that are made once, at the training's start or in its course: an earlier one stays after a resume."""
+        collapsed = getattr((self.evaluator or engine).state, "collapsed", None)
+        flow = self._before.get("gradient_flow") or getattr(engine.state, "gradient_flow", None)
+        return {"gradient_flow": flow, "collapsed_classes": collapsed or self._before.get("collapsed_classes")}
+
+    def _learnt(self) -> dict[str, Any]:
+        """What the strategy says of the weights that are kept, such as the ladder's ``gate``.
+
+        Those are the weights of the best epoch, or their average: the card of the adapter in the same folder knows.
+        Without an adapter there (an evaluation) it is what the network says now.
+        """
+        try:
+            saved = read_card(self.path.parent)
+        except CheckpointError:
+            saved = {}
+        return {key: saved.get(key, value) for key, value in self.learnt().items()}
+
+    def learnt(self) -> dict[str, Any]:
+        """What the network's strategy says now of what it has learnt, such as the ladder's ``gate``."""
+        strategy = getattr(self.network, "strategy", None)
+        return {} if strategy is None else dict(strategy.facts(self.network))
+
+    def _seconds(self) -> float:
+        """Seconds of the whole training, those before a resume included."""
+        earlier = self._before.get("seconds")
+        earlier = float(earlier) if isinstance(earlier, (int, float)) else 0.0
+        return round(earlier + time.perf_counter() - self._began, 2)
+
+    def _write(self) -> None:
+        if idist.get_rank() == 0:
+            write_json(self.path, plain(self.card))
+
+
+def _of_network(network: Any) -> dict[str, Any]:
+    """What the network says of itself, under the keys that tables read."""
+    if network is None:
+        return {}
+    strategy = getattr(network, "strategy", None)
+    return {
+        "sam_variant": getattr(getattr(network, "spec", None), "name", None),
+        "base_sha256": getattr(network, "base_sha256", None),
+        "image_size": getattr(network, "image_size", None),
+        "strategy": None if strategy is None else {"name": strategy.name, "arguments": strategy.arguments()},
+        "trainable_parameters": count_trainable(network),
+    }
 
 
 class CurveLog:
@@ -31,22 +201,18 @@ class CurveLog:
     The log gets a line per epoch with the loss and the time that is left over all epochs at most, and a line per
     validation with Dice, of each class where there are several.
 
-    The file is rewritten whole after each epoch, so it is never torn. A resumed run keeps the rows up to the epoch it
-    starts from; a run from scratch starts the file anew. In a distributed run the loss is the mean over all ranks'
-    batches.
+    The file is rewritten whole after each epoch. A resumed run keeps the rows up to the epoch it starts from; a run
+    from scratch starts the file anew. In a distributed run the loss is the mean over all ranks' batches.
 
     Args:
         output_dir: folder of the run, made if need be.
         evaluator: the validation's engine, whose scalar metrics are recorded under their own names.
-        filename: name of the file.
     """
 
-    def __init__(
-        self, output_dir: str | os.PathLike[str], *, evaluator: Any = None, filename: str = "history.csv"
-    ) -> None:
-        self.path = Path(output_dir) / filename
+    def __init__(self, output_dir: str | os.PathLike[str], *, evaluator: Any = None) -> None:
+        self.path = Path(output_dir) / "history.csv"
         self.evaluator = evaluator
-        self._rows: dict[tuple[int, str], tuple[int, float]] = {}
+        self._rows: Rows = {}
         self._trainer: Any = None
         self._begun = False
         self._loss_sum: torch.Tensor | None = None
@@ -64,12 +230,11 @@ class CurveLog:
 
     def _begin(self, engine: Any) -> None:
         # a validation at the start may come first: whichever does reads the earlier rows
-        if self._begun:
-            return
-        self._begun = True
-        start = self._trainer.state.epoch
-        self._started = (start, time.monotonic())
-        self._rows = {key: row for key, row in _read(self.path).items() if key[0] <= start} if start > 0 else {}
+        if not self._begun:
+            self._begun = True
+            start = self._trainer.state.epoch
+            self._started = (start, time.monotonic())
+            self._rows = {key: row for key, row in read_curves(self.path).items() if start and key[0] <= start}
 
     def _end(self, engine: Any) -> None:
         self._begun = False
@@ -120,17 +285,28 @@ class CurveLog:
         self._rows[(epoch, name)] = (self._trainer.state.iteration, value)
 
     def _write(self) -> None:
-        if idist.get_rank() != 0:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, self._write_rows)
+        def write(path: Path) -> None:
+            ordered = sorted(self._rows.items(), key=lambda item: item[0][0])
+            with path.open("w", newline="", encoding="utf-8") as stream:
+                rows = ([epoch, it, name, repr(value)] for (epoch, name), (it, value) in ordered)
+                csv.writer(stream).writerows([COLUMNS, *rows])
 
-    def _write_rows(self, path: Path) -> None:
-        with path.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(COLUMNS)
-            for (epoch, name), (iteration, value) in sorted(self._rows.items(), key=lambda item: item[0][0]):
-                writer.writerow([epoch, iteration, name, repr(value)])
+        if idist.get_rank() == 0:
+            write_whole(self.path, write)
+
+
+def read_curves(path: Path) -> Rows:
+    """Rows of a ``history.csv``, none without one; lines that cannot be read are reported and left out."""
+    rows: Rows = {}
+    if not path.is_file():
+        return rows
+    with path.open(newline="", encoding="utf-8") as stream:
+        for line, row in enumerate(csv.DictReader(stream), start=2):
+            try:
+                rows[int(row["epoch"]), row["name"]] = (int(row["iteration"]), float(row["value"]))
+            except (KeyError, TypeError, ValueError):
+                logger.warning("%s, line %d: not a row of curves, left out", path.name, line)
+    return rows
 
 
 class CaseTable:
@@ -138,16 +314,10 @@ class CaseTable:
 
     Args:
         output_dir: folder of the run, made if need be.
-        name: which metric's rows in ``engine.state.metric_details``; None takes all there are.
+        name: which metric's rows in ``engine.state.metric_details``, TrainingError if there are none; None takes all.
         filename: CSV, one row per case and class (``samseg_monai.metrics.write_rows``).
-        metrics_filename: JSON with ``metrics`` (plain numbers), ``cases``, ``cases_file``, ``prompt_source``,
-            ``policy``, ``epoch``.
-        prompt_source: label, json, mask, image or none.
-        policy: the empty-mask policy the rows follow.
-        only_best: write only when the evaluator has just reached its best key metric (validations of a training).
-
-    Raises:
-        TrainingError: when the evaluator has no such rows.
+        metrics_filename: JSON with ``metrics`` (plain numbers) and what is known of them.
+        prompt_source, policy: recorded beside the numbers.
     """
 
     def __init__(
@@ -159,7 +329,6 @@ class CaseTable:
         metrics_filename: str = "metrics.json",
         prompt_source: str | None = None,
         policy: str | None = None,
-        only_best: bool = False,
     ) -> None:
         self.folder = Path(output_dir)
         self.name = name
@@ -167,7 +336,6 @@ class CaseTable:
         self.metrics_filename = metrics_filename
         self.prompt_source = prompt_source
         self.policy = policy
-        self.only_best = only_best
 
     def attach(self, engine: Any) -> None:
         """Attach to the evaluator."""
@@ -176,36 +344,17 @@ class CaseTable:
     def __call__(self, engine: Any) -> None:
         if idist.get_rank() != 0:
             return
-        if self.only_best and engine.state.best_metric_epoch != engine.state.epoch:
-            return
         rows = case_rows(engine, self.name)
         if not rows:
             there = ", ".join(map(str, engine.state.metric_details)) or "none"
             raise TrainingError(f"CaseTable: no per-case rows under {self.name!r}; metric_details has {there}")
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / self.filename, lambda temporary: write_rows(rows, temporary))
-        write_json(
-            self.folder / self.metrics_filename,
-            {
-                "metrics": engine.state.metrics,
-                "cases": len({row["case"] for row in rows}),
-                "cases_file": self.filename,
-                "prompt_source": self.prompt_source,
-                "policy": self.policy,
-                "epoch": engine.state.epoch,
-            },
-        )
-
-
-def _read(path: Path) -> dict[tuple[int, str], tuple[int, float]]:
-    """Rows of an earlier file; lines that cannot be read are reported and left out."""
-    if not path.is_file():
-        return {}
-    rows = {}
-    with path.open(newline="", encoding="utf-8") as stream:
-        for line, row in enumerate(csv.DictReader(stream), start=2):
-            try:
-                rows[(int(row["epoch"]), row["name"])] = (int(row["iteration"]), float(row["value"]))
-            except (KeyError, TypeError, ValueError):
-                logger.warning("%s, line %d: not a row of curves, left out", path.name, line)
-    return rows
+        content = {
+            "metrics": engine.state.metrics,
+            "cases": len({row["case"] for row in rows}),
+            "cases_file": self.filename,
+            "prompt_source": self.prompt_source,
+            "policy": self.policy,
+            "epoch": engine.state.epoch,
+        }
+        write_json(self.folder / self.metrics_filename, plain(content))

@@ -97,10 +97,10 @@ OTHERS = {
 # Parts of this package whose public classes are components; of some the public functions are, too.
 OWN_CLASSES = words(
     """
-    adapters data.banked_slices data.pickers data.slices handlers inferers learning_rates losses metrics networks
-    schedules strategies transforms"""
+    adapters data.banked_slices data.pickers data.slices handlers inferers metrics networks
+    strategies training transforms"""
 )
-OWN_FUNCTIONS = frozenset({"learning_rates", "schedules", "transforms"})  # which read and write no files
+OWN_FUNCTIONS = frozenset({"training", "transforms"})  # which read and write no files
 
 OWN_READER = "samseg_monai.data.images.ImageFileReader"
 READERS = (None, "ITKReader", "NibabelReader", "NrrdReader", "PILReader", "PydicomReader", OWN_READER)

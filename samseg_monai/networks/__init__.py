@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from samseg_monai.networks.ellipse import BoxEllipse
-from samseg_monai.networks.joining import EMPTY_LOGIT
-from samseg_monai.networks.plain import PlainSegmenter
+from samseg_monai.networks.common import EMPTY_LOGIT
+from samseg_monai.networks.plain import BoxEllipse, PlainSegmenter
 from samseg_monai.networks.segmenter import SamSegmenter, disable_adapter
 
 __all__ = ["EMPTY_LOGIT", "BoxEllipse", "PlainSegmenter", "SamSegmenter", "disable_adapter"]

@@ -17,10 +17,11 @@ from torch import Tensor
 from samseg_monai.adapters.ladder import GatedSide, ResNetSide
 from samseg_monai.adapters.lora import LoRALinear
 from samseg_monai.errors import CheckpointError, WeightsError, raise_all
+from samseg_monai.networks.common import tensor_differences
 from samseg_monai.networks.plain import PlainSegmenter
 from samseg_monai.networks.segmenter import SamSegmenter
 from samseg_monai.sam.weights import is_sam_lst, is_samed, read_state, sha256_of
-from samseg_monai.sam.weights.layouts import from_sam_lst, is_samed_s, samed_tensors
+from samseg_monai.sam.weights.read import from_sam_lst, is_samed_s, samed_tensors
 from samseg_monai.strategies import LoRA
 
 logger = logging.getLogger(__name__)
@@ -158,15 +159,8 @@ def _fitting(
     network: SamSegmenter, named: dict[str, Tensor], wanted: set[str], problems: list[str], heading: str
 ) -> dict[str, Tensor]:
     """``named``, after comparing it with the ``wanted`` tensors of the network."""
-    mine = network.state_dict()
-    problems = problems + [f"{name}: missing in the file" for name in mine if name in wanted and name not in named]
-    problems += [f"{name}: in the file, not in the network" for name in named if name not in wanted]
-    problems += [
-        f"{name}: shape {tuple(value.shape)} in the file, {tuple(mine[name].shape)} in the network"
-        for name, value in named.items()
-        if name in wanted and value.shape != mine[name].shape
-    ]
-    raise_all(problems, CheckpointError, heading)
+    expected = {name: tensor for name, tensor in network.state_dict().items() if name in wanted}
+    raise_all([*problems, *tensor_differences(named, expected)], CheckpointError, heading)
     return named
 
 

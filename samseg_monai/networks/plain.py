@@ -1,4 +1,7 @@
-"""PlainSegmenter: any network without SAM behind the same interface, as the baseline that SAM has to beat."""
+"""PlainSegmenter: any network without SAM behind the same interface, as the baseline that SAM has to beat.
+
+Boxes are (R, 4) as x0 y0 x1 y1, float edges in pixels of the slice, x along its last axis.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samseg_monai.errors import AdapterError, ConfigError, raise_all
-from samseg_monai.networks.checks import check_boxes, check_image, check_options
-from samseg_monai.networks.crops import cut_out, draw_boxes, lay_back, squares
-from samseg_monai.networks.joining import empty_logits, join_boxes
+from samseg_monai.networks.common import (
+    EMPTY_LOGIT,
+    check_boxes,
+    check_image,
+    check_options,
+    empty_logits,
+    join_boxes,
+)
 from samseg_monai.sam.weights import RANDOM
 from samseg_monai.strategies import Scratch, Segmenter, Strategy
+
+SMALLEST = 1e-3  # pixels: the shortest side of a box, so that a box without an area is no division by zero
 
 
 class PlainSegmenter(Segmenter):
@@ -162,3 +172,98 @@ def _check_crop(margin: float, size: int) -> None:
     problems = [] if math.isfinite(margin) and margin >= 0 else [f"crop_margin: got {margin}; a number from 0 on"]
     problems += [] if size >= 1 else [f"crop_size: got {size}; at least 1 pixel"]
     raise_all(problems, ConfigError, "the segmenter cannot be built")
+
+
+def draw_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, N, 4), rows with NaN are no box, to (B, 1, H, W) of 0 and 1: 1 where a pixel's centre is in any box."""
+    height, width = size
+    x = torch.arange(width, device=boxes.device) + 0.5
+    y = torch.arange(height, device=boxes.device) + 0.5
+    x0, y0, x1, y1 = boxes.float()[..., None].unbind(-2)  # (B, N, 1) each; NaN compares false
+    across, down = (x0 <= x) & (x < x1), (y0 <= y) & (y < y1)  # (B, N, W) and (B, N, H)
+    return (down[..., :, None] & across[..., None, :]).any(1, keepdim=True).float()
+
+
+def squares(boxes: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """Upper left corners (R, 2) as x y and sides (R, 1), in pixels, of the squares around the boxes.
+
+    A square has the box's centre; its side is the box's longer one, moved out by ``margin`` of it at either end.
+    """
+    boxes = boxes.float()
+    longer = (boxes[:, 2:] - boxes[:, :2]).amax(1, keepdim=True).clamp(min=1.0)  # a square has at least a pixel
+    side = (1 + 2 * margin) * longer
+    return (boxes[:, :2] + boxes[:, 2:] - side) / 2, side
+
+
+def cut_out(image: Tensor, corner: Tensor, side: Tensor, size: int) -> Tensor:
+    """(R, S, H, W) to (R, S, size, size): the squares, bilinearly; 0 outside of the slice."""
+    steps = (torch.arange(size, device=image.device) + 0.5) / size
+    points = corner[:, None, :] + side[:, None, :] * steps[None, :, None]  # (R, size, 2) as x, y
+    frame = torch.tensor([image.shape[-1], image.shape[-2]], device=image.device)
+    x, y = (2 * points / frame - 1).unbind(-1)
+    return _sample(image, x, y, "zeros")
+
+
+def lay_back(logits: Tensor, corner: Tensor, side: Tensor, size: tuple[int, int]) -> Tensor:
+    """(R, C, n, n) of the squares to (R, C, H, W), bilinearly; outside of its square a slice has nothing."""
+    height, width = size
+    x = 2 * (torch.arange(width, device=logits.device) + 0.5 - corner[:, :1]) / side - 1  # (R, W)
+    y = 2 * (torch.arange(height, device=logits.device) + 0.5 - corner[:, 1:]) / side - 1  # (R, H)
+    inside = (y.abs() <= 1)[:, None, :, None] & (x.abs() <= 1)[:, None, None, :]
+    classes = max(logits.shape[1] - 1, 1)
+    return torch.where(inside, _sample(logits, x, y, "border"), empty_logits(logits, len(logits), classes, size))
+
+
+def _sample(image: Tensor, x: Tensor, y: Tensor, padding: str) -> Tensor:
+    """(R, C, H, W) at columns x (R, w) and rows y (R, h), both -1 to 1 from edge to edge, to (R, C, h, w)."""
+    grid = torch.stack(
+        [x[:, None, :].expand(-1, y.shape[1], -1), y[:, :, None].expand(-1, -1, x.shape[1])], dim=-1
+    )  # (R, h, w, 2)
+    return F.grid_sample(image, grid, mode="bilinear", padding_mode=padding, align_corners=False)
+
+
+class BoxEllipse(nn.Module):
+    """What there is to learn about boxes without any image: an ellipse in the box with five learned numbers.
+
+    Logit ``k (1 - (2 (x - cx) / (a w))^2 - (2 (y - cy) / (b h))^2)`` of the pixel centres (x, y) in a box w by h.
+
+    The factors a and b of the half axes and the sharpness k are learned as logarithms, the centre (cx, cy) as an
+    offset from the box's own in fractions of its sides. At the start a = b = 1 without offset: the ellipse inscribed in
+    the box. Logits are bounded below by -20, smoothly: l < 0 becomes 20 l / (20 - l), whose gradient never ends.
+
+    Args:
+        sharpness: k at the start, above 0; the logit in the centre.
+    Shape: image (R, S, H, W), of which only the size counts, and boxes (R, 4) as x0 y0 x1 y1, float edges in pixels, x
+        along W, to logits (R, 1, H, W).
+    Raises: ConfigError if the sharpness is not above 0.
+    """
+
+    def __init__(self, sharpness: float = 4.0) -> None:
+        super().__init__()
+        if not (math.isfinite(sharpness) and sharpness > 0):
+            raise ConfigError(f"sharpness: got {sharpness}; a finite number above 0")
+        self.log_axes = nn.Parameter(torch.zeros(2))  # x, y
+        self.offset = nn.Parameter(torch.zeros(2))  # x, y
+        self.log_sharpness = nn.Parameter(torch.tensor([math.log(sharpness)]))
+
+    def forward(self, image: Tensor, boxes: Tensor) -> Tensor:
+        boxes = boxes.float()
+        sides = (boxes[:, 2:] - boxes[:, :2]).clamp(min=SMALLEST)  # (R, 2) as x, y
+        centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + self.offset * sides
+        half = self.log_axes.exp() * sides / 2
+        across, down = (self._distances(image, axis, centre, half) for axis in (0, 1))  # (R, W) and (R, H)
+        logits = self.log_sharpness.exp() * (1 - across[:, None, :] - down[:, :, None])
+        below = logits.clamp(max=0) / EMPTY_LOGIT
+        return (F.relu(logits) + EMPTY_LOGIT * (below / (1 + below)))[:, None]
+
+    def facts(self) -> dict[str, float]:
+        """What was learnt, for the run card: axes and offset as fractions of the box's sides, and the sharpness."""
+        names = ("axis_x", "axis_y", "offset_x", "offset_y", "sharpness")
+        values = (*self.log_axes.exp(), *self.offset, *self.log_sharpness.exp())
+        return {name: round(float(value), 4) for name, value in zip(names, values, strict=True)}
+
+    @staticmethod
+    def _distances(image: Tensor, axis: int, centre: Tensor, half: Tensor) -> Tensor:
+        """(R, n) squared distances of pixel centres along x (0) or y (1), in half axes."""
+        pixels = torch.arange(image.shape[-1 - axis], device=image.device) + 0.5
+        return ((pixels - centre[:, axis, None]) / half[:, axis, None]) ** 2

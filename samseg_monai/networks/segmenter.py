@@ -14,13 +14,21 @@ from torch import Tensor, nn
 from samseg_monai.adapters.lora import LoRALinear, merge_all
 from samseg_monai.errors import AdapterError
 from samseg_monai.files import unwrap
-from samseg_monai.networks.checks import check_inputs, check_new_masks, check_options, tensors_hash, versions_of
-from samseg_monai.networks.joining import best_mask, empty_logits, join_boxes
+from samseg_monai.networks.common import (
+    best_mask,
+    check_inputs,
+    check_new_masks,
+    check_options,
+    empty_logits,
+    join_boxes,
+    tensors_hash,
+    versions_of,
+)
 from samseg_monai.sam.backbone import SamSpec
 from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.weights import RANDOM, LoadReport, find_weights, load_sam_weights, plain_names
 from samseg_monai.strategies import Segmenter, Strategy, ZeroShot
-from samseg_monai.trainable import hold_statistics, keep_only
+from samseg_monai.training.owned import hold_statistics, keep_only
 
 LOW_RES = 4  # SAM's decoder makes one logit per 4 x 4 pixels
 

@@ -14,7 +14,7 @@ from torch import nn
 from samseg_monai.errors import AdapterError
 from samseg_monai.sam.build import SamModel
 from samseg_monai.sam.weights import MASK_HEAD
-from samseg_monai.trainable import count_trainable, keep_only
+from samseg_monai.training.owned import count_trainable, keep_only
 
 PACKAGE = "samseg_monai.strategies"
 

@@ -8,26 +8,22 @@ network input.
 
 from __future__ import annotations
 
+from samseg_monai.transforms.augmentation import RandBiasFromMinimumd, RandMirroredd, left_right_axis, named_transforms
 from samseg_monai.transforms.boxes import BoxFromPromptd, EllipseFromPromptd, boxes_of
-from samseg_monai.transforms.components import RemoveSmallComponentsd
-from samseg_monai.transforms.drawn_boxes import BoxesFromLabeld
 from samseg_monai.transforms.float_boxes import (
     BoxesFromGivend,
     BoxesFromImaged,
+    BoxesFromLabeld,
     EllipseFromBoxesd,
     ShrinkBoxesd,
     clip_boxes,
     move_boxes,
 )
-from samseg_monai.transforms.greys import ScaleGreysd
 from samseg_monai.transforms.grids import CheckSameGridd
-from samseg_monai.transforms.image_files import SaveImagePngd
-from samseg_monai.transforms.labels import RecodeLabeld
-from samseg_monai.transforms.mirroring import RandMirroredd, left_right_axis
-from samseg_monai.transforms.naming import NameAfterCased
-from samseg_monai.transforms.presets import RandBiasFromMinimumd, named_transforms
+from samseg_monai.transforms.labels import RecodeLabeld, RemoveSmallComponentsd
+from samseg_monai.transforms.pixels import ScaleGreysd, SplineResized
 from samseg_monai.transforms.prompts import PromptFromBoxesd, PromptFromImaged, PromptFromLabeld
-from samseg_monai.transforms.spline import SplineResized
+from samseg_monai.transforms.saving import NameAfterCased, SaveImagePngd
 
 __all__ = [
     "BoxFromPromptd",

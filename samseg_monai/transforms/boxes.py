@@ -6,7 +6,7 @@ included, reads (a, b + 1), so that its width is the number of pixels. NaN stand
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,8 +95,6 @@ class BoxFromPromptd(MapTransform):
 class EllipseFromPromptd(MapTransform):
     """The ellipse inscribed in the box of every slice: how good is the box alone, without any network?
 
-    A pixel is inside when its centre is.
-
     Args:
         prompt_key: prompt volume (1, H, W, D) or slice (1, H, W).
         key: where the float32 mask of 0 and 1 goes; same shape, metadata and history as the prompt.
@@ -110,18 +108,17 @@ class EllipseFromPromptd(MapTransform):
         d = dict(data)
         for prompt_key in self.key_iterator(d):
             prompt = d[prompt_key].as_subclass(torch.Tensor)
-            if prompt.ndim == 3:
-                ellipse = _inscribed(prompt)
-            else:
-                ellipse = torch.stack([_inscribed(plane) for plane in prompt.unbind(-1)], dim=-1)
-            d[self.key] = on_grid_of(d[prompt_key], ellipse)
+            planes = [prompt] if prompt.ndim == 3 else prompt.unbind(-1)
+            ellipses = [inscribed(boxes_of(plane)[None], plane.shape[-2:]) for plane in planes]
+            d[self.key] = on_grid_of(d[prompt_key], torch.stack(ellipses, dim=-1).reshape(prompt.shape))
         return d
 
 
-def _inscribed(prompt: torch.Tensor) -> torch.Tensor:
-    x0, y0, x1, y1 = boxes_of(prompt).cpu()
-    y = torch.arange(prompt.shape[-2])[:, None] + 0.5
-    x = torch.arange(prompt.shape[-1])[None, :] + 0.5
-    # a NaN box compares false everywhere, which is the empty ellipse wanted
-    inside = ((2 * x - x0 - x1) / (x1 - x0)) ** 2 + ((2 * y - y0 - y1) / (y1 - y0)) ** 2 <= 1
-    return inside.to(torch.float32)[None]
+def inscribed(boxes: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Float32 (H, W), 1 where a pixel's centre is in the ellipse inscribed in one of the boxes (N, 4), else 0."""
+    y = torch.arange(size[0])[:, None] + 0.5
+    x = torch.arange(size[1])[None, :] + 0.5
+    inside = torch.zeros(tuple(size), dtype=torch.bool)
+    for x0, y0, x1, y1 in boxes.cpu().tolist():  # NaN, no box, compares false everywhere
+        inside |= ((2 * x - x0 - x1) / (x1 - x0)) ** 2 + ((2 * y - y0 - y1) / (y1 - y0)) ** 2 <= 1
+    return inside.to(torch.float32)

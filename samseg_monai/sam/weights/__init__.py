@@ -14,14 +14,12 @@ from samseg_monai.sam.weights.find import (
     WeightsFile,
     cache_folder,
     find_weights,
-    hash_file,
     name_of,
     sha256_of,
     weights_folders,
 )
-from samseg_monai.sam.weights.layouts import is_sam_lst, is_samed
 from samseg_monai.sam.weights.load import MASK_HEAD, LoadReport, load_sam_weights, plain_names
-from samseg_monai.sam.weights.read import read_state
+from samseg_monai.sam.weights.read import is_sam_lst, is_samed, read_state
 
 __all__ = [
     "ENVIRONMENT",
@@ -32,7 +30,6 @@ __all__ = [
     "WeightsFile",
     "cache_folder",
     "find_weights",
-    "hash_file",
     "is_sam_lst",
     "is_samed",
     "load_sam_weights",

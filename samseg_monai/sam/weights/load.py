@@ -20,8 +20,7 @@ from samseg_monai.errors import WeightsError, raise_all
 from samseg_monai.sam.backbone import Backbone
 from samseg_monai.sam.build import SamModel, build_sam
 from samseg_monai.sam.weights.find import RANDOM, sha256_of
-from samseg_monai.sam.weights.layouts import is_sam_lst, is_samed, looks_like
-from samseg_monai.sam.weights.read import read_state
+from samseg_monai.sam.weights.read import is_sam_lst, is_samed, looks_like, read_state
 
 logger = logging.getLogger(__name__)
 

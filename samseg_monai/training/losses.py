@@ -1,4 +1,4 @@
-"""Dice, cross-entropy, focal and boundary loss as one weighted sum."""
+"""Dice, cross-entropy, focal and boundary loss as one weighted sum, with classes weighted by name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,37 @@ import torch
 from monai.losses import BoundaryLoss, DiceCELoss, FocalLoss
 from monai.networks import one_hot
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from samseg_monai.errors import ConfigError, raise_all
-from samseg_monai.losses.weights import class_weights as weights_of
 
+BACKGROUND = "background"
 _OURS = {"to_onehot_y", "sigmoid", "softmax", "other_act", "reduction", "weight", "lambda_dice", "lambda_ce"}
 SETTINGS = tuple(sorted(set(inspect.signature(DiceCELoss).parameters) - _OURS))
+
+
+class OnLogitGrid(nn.Module):
+    """Compare on the grid of the logits: a finer label is thinned out by nearest neighbour first.
+
+    SAMed (Zhang and Liu 2023) and SAM-LST (Chai et al. 2023) compare SAM's quarter-resolution logits with a thinned
+    label, too; their grid meets the label's at the corners, ours at the pixels' centres, as that of the logits does (up
+    to 2 of 512 pixels apart). Labels that are on the logits' grid already pass unchanged.
+
+    Args:
+        loss: called with logits (B, C, h, w) and label (B, 1, h, w).
+    Shape: logits (B, C, h, w), label (B, 1, H, W) to what ``loss`` returns.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: Tensor, label: Tensor) -> Tensor:
+        if label.shape[-2:] != logits.shape[-2:]:
+            plain = label.as_subclass(torch.Tensor)
+            # torch picks pixels of few kinds of integers only; float32 holds every class number exactly
+            label = F.interpolate(plain.float(), logits.shape[-2:], mode="nearest-exact").to(plain.dtype)
+        return self.loss(logits, label)
 
 
 class SegmentationLoss(nn.Module):
@@ -26,17 +51,16 @@ class SegmentationLoss(nn.Module):
     - Focal (Lin et al. 2017, arXiv:1708.02002, eq. 4): ``-(1 - p) ** gamma * log(p)``, ``p`` the probability of the
       label; mean over pixels, so that ``focal_gamma = 0`` is the cross-entropy.
     - Boundary (Kervadec et al. 2019, arXiv:1812.07032, eq. 5): mean over pixels and classes, without the background, of
-      ``p * phi``, where ``phi`` is the signed distance to the label's boundary, negative inside, in units of the grid's
-      longer side: a weight means the same at every image size. Distances are those of MONAI's ``BoundaryLoss``. A class
-      that a slice does not have, or has everywhere, adds 0: nothing keeps it from being predicted there, which is why
-      the term works only beside another one. It is the most expensive one (two distance transforms on the CPU per image
-      and class present), and may be negative.
+      ``p * phi``, where ``phi`` is the signed distance to the label's boundary (MONAI's ``BoundaryLoss``), negative
+      inside, in units of the grid's longer side: a weight means the same at every image size. A class that a slice does
+      not have, or has everywhere, adds 0, so the term works only beside another one. It is the most expensive one (two
+      distance transforms on the CPU per image and class present), and may be negative.
 
     Args:
         classes: names of the classes, without the background; more than one means softmax.
         dice, ce, focal, boundary: weights of the terms, not negative.
         focal_gamma: how strongly pixels that are right already are left alone, not negative.
-        class_weights: name -> weight, see ``losses.class_weights``; counts in every term. For a single class it is the
+        class_weights: name -> weight, see ``weigh_classes``; counts in every term. For a single class it is the
             weight of its pixels in CE and Focal; Dice and Boundary have one class then and nothing to weigh.
         settings: more of ``DiceCELoss``, such as ``batch``, ``squared_pred`` or ``smooth_nr``.
     Shape: logits (B, C, h, w) with C = K + 1, or 1 for a single class; label (B, 1, h, w) of 0 to K; to a scalar.
@@ -56,12 +80,11 @@ class SegmentationLoss(nn.Module):
         **settings: Any,
     ) -> None:
         super().__init__()
-        weights = {"dice": dice, "ce": ce, "focal": focal, "boundary": boundary}
-        _check(weights, focal_gamma, settings)
+        _check({"dice": dice, "ce": ce, "focal": focal, "boundary": boundary}, focal_gamma, settings)
         self.multiclass = len(classes) > 1
         self.focal_weight = focal
         self.boundary_weight = boundary
-        weight = weights_of(class_weights, classes)
+        weight = weigh_classes(class_weights, classes)
         self.register_buffer("weight", weight, persistent=False)
         self.weight: Tensor | None
         self.dice_ce: DiceCELoss | None = None
@@ -97,11 +120,9 @@ class SegmentationLoss(nn.Module):
         return (losses * weight).sum() / weight.sum()
 
     def _boundary(self, logits: Tensor, label: Tensor) -> Tensor:
+        masks, probabilities = label, logits.sigmoid()
         if self.multiclass:
-            masks = one_hot(label, logits.shape[1])[:, 1:]
-            probabilities = logits.softmax(1)[:, 1:]
-        else:
-            masks, probabilities = label, logits.sigmoid()
+            masks, probabilities = one_hot(label, logits.shape[1])[:, 1:], logits.softmax(1)[:, 1:]
         # on the CPU, where the distances are computed: one transfer instead of four per image and class
         distances = self.boundary.compute_distance_map(masks.cpu()).to(logits.device)
         means = (probabilities * distances / max(logits.shape[-2:])).mean((0, 2, 3))  # (K,)
@@ -121,3 +142,45 @@ def _check(weights: Mapping[str, float], gamma: float, settings: Mapping[str, An
     unknown = sorted(set(settings) - set(SETTINGS))
     problems += [f"{name}: no such setting; there are {', '.join([*numbers, *SETTINGS])}" for name in unknown]
     raise_all(problems, ConfigError, "the loss cannot be built")
+
+
+def weigh_classes(weights: Mapping[str, float] | str | None, classes: Sequence[str]) -> Tensor | None:
+    """How much each class counts in MONAI's losses: only ratios matter, and who is not named has weight 1.
+
+    Args:
+        weights: name -> positive number, as ``{"gallbladder": 3}``, or the same as a text for command lines,
+            ``"gallbladder=3,pancreas=2"``; "background" may be among the names. None or empty: no weights.
+        classes: names of the classes in the order of the network's channels, without the background.
+    Returns: None without weights. For several classes float32 (K + 1,), background first, with mean 1: the balance
+        between Dice and cross-entropy stays as it is. For a single class float32 (1,): its weight divided by the
+        background's.
+    Raises: ConfigError listing every unknown name, with the classes there are, and every weight that is no positive
+        number.
+    """
+    table = _parsed(weights) if isinstance(weights, str) else weights or {}
+    if not isinstance(table, Mapping):
+        raise ConfigError(f'class weights are {{"gallbladder": 3}} or "gallbladder=3,pancreas=2", got {weights!r}')
+    if not table:
+        return None
+    names = [BACKGROUND, *classes]
+    problems = [f"{name}: no such class; there are {', '.join(names)}" for name in table if name not in names]
+    for name, weight in table.items():
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not (number and math.isfinite(weight) and weight > 0):
+            problems.append(f"{name}: the weight must be a positive number, got {weight!r}")
+    raise_all(problems, ConfigError, "class weights cannot be used")
+    found = torch.tensor([float(table.get(name, 1.0)) for name in names])
+    return found / found.mean() if len(classes) > 1 else found[1:] / found[0]
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """``"gallbladder=3,pancreas=2"`` as a table; what is no number stays a text, to be refused by name."""
+    table: dict[str, Any] = {}
+    for name, _, value in (part.partition("=") for part in text.split(",") if text.strip()):
+        if name.strip() in table:
+            raise ConfigError(f"class weights name a class twice: {text!r}")
+        try:
+            table[name.strip()] = float(value)
+        except ValueError:
+            table[name.strip()] = value.strip()
+    return table

@@ -1,10 +1,16 @@
-"""A file to go on from after a training was interrupted."""
+"""A training that is interrupted at any moment and started again ends as if nothing had happened.
+
+Every random draw of an epoch follows from (seed, epoch), a file holds the state after each epoch, and a lock keeps a
+second process out of the folder.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import pickle
+import random
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,36 +19,113 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from ignite.engine import Events
 from torch import nn
 
-from samseg_monai.checkpoints import write_whole
+from samseg_monai.data.slices import SliceDataset
 from samseg_monai.errors import CheckpointError, ConfigError, TrainingError, raise_all
-from samseg_monai.handlers.processes import hold_folder
+from samseg_monai.files import unwrap, write_whole
 from samseg_monai.handlers.provenance import plain
-from samseg_monai.trainable import owned_state
+from samseg_monai.training.owned import owned_state
 
 logger = logging.getLogger(__name__)
 
+LOCK = ".training.lock"
+PATIENCE = 20.0  # seconds; workers of a killed training keep its lock until they see, after 5 s, that it is gone
 # what makes a resume file that of another training
 _IDENTITY = ("base_sha256", "num_classes", "image_size", "scans", "scan_mode", "input_scale", "prompt")
 _KEYS = ("card", "epoch", "epoch_length", "network", "parts", "scaler", "random")
 
 
+def hold_folder(folder: str | os.PathLike[str]) -> FileLock | None:
+    """Keep other processes from training into ``folder`` for as long as the result lives; a process that dies lets go.
+
+    A training started by ``torchrun`` outlives a launcher that is killed, and would go on writing beside the next one.
+    None where the file system has no locks, which is logged; TrainingError if another process has it.
+    """
+    path = Path(folder) / LOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, is_singleton=True)  # a second training of this process follows the first, so it may pass
+    try:
+        lock.acquire(timeout=0 if lock.is_locked else PATIENCE)
+    except Timeout:
+        raise TrainingError(
+            f"another process is training into {folder}: end it (a killed torchrun leaves its processes behind), wait "
+            "for it, or choose another output_dir"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        logger.warning("%s cannot be locked (%s); do not start a second training into this folder", path, error)
+        return None
+    return lock
+
+
+class EpochSeeder:
+    """Seeds, at each epoch's start, everything the trainer's data loader and network draw from.
+
+    Calls ``set_epoch`` of dataset and sampler (DistributedSampler) if they have it, seeds the generators of loader and
+    sampler from (seed, epoch), and the global ones of torch (dropout), numpy and Python from (seed, epoch, rank).
+
+    Raises:
+        ConfigError: at the start, for persistent workers with a dataset that has an epoch but is no SliceDataset
+            (which shares its epoch with them): their copies of the dataset would never hear of a new one.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = int(seed)
+
+    def attach(self, engine: Any) -> None:
+        """Attach to the trainer, on every rank."""
+        engine.add_event_handler(Events.STARTED, self._check)
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def _check(self, engine: Any) -> None:
+        loader = engine.state.dataloader
+        dataset = getattr(loader, "dataset", None)
+        deaf = hasattr(dataset, "set_epoch") and not isinstance(dataset, SliceDataset)
+        if deaf and getattr(loader, "num_workers", 0) > 0 and getattr(loader, "persistent_workers", False):
+            raise ConfigError(
+                f"EpochSeeder: persistent workers never hear of a new epoch of {type(dataset).__name__}; "
+                "set persistent_workers to false"
+            )
+
+    def __call__(self, engine: Any) -> None:
+        epoch, loader = engine.state.epoch, engine.state.dataloader
+        parts: list[Any] = [getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler")]
+        for part in parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+        for part in (loader, parts[1]):
+            if isinstance(getattr(part, "generator", None), torch.Generator):
+                part.generator.manual_seed(_mix(self.seed, epoch))
+        own = _mix(self.seed, epoch, idist.get_rank())
+        torch.manual_seed(own)
+        np.random.seed(own)
+        random.seed(own)
+        # Ignite 0.5.5 makes a later epoch's iterator of batches only once the old one is asked for one batch too many,
+        # and RandomSampler draws a whole permutation on that occasion: after a resume the epoch would be shuffled
+        # otherwise. So the iterator is made here.
+        engine.set_data(loader)
+
+
+def _mix(*numbers: int) -> int:
+    """32 well-mixed bits: neighbouring (seed, epoch) pairs must not give the same stream, as their sum would."""
+    return zlib.crc32(",".join(str(number) for number in numbers).encode())
+
+
 class ResumeSaver:
     """Writes ``resume.pt`` after an epoch, whole or not at all, and goes on from it.
 
-    The file holds the owned tensors only, the optimiser, the schedule, the counters of the given handlers, the random
-    state and the card of the network; ``torch.load(weights_only=True)`` reads it. After an error nothing is written.
-    With EpochSeeder and a dataset that draws from (seed, epoch, item), a training killed at any moment and resumed ends
-    with the same weights, best adapter and metrics as one that never was: what was half done is done again. The last
-    epoch's file is written behind everything else (RunCard's "completed"), so that nothing is left out after a kill.
+    The file holds the owned tensors, the states of optimiser, schedule and given handlers, the random state and the
+    card of the network; ``torch.load(weights_only=True)`` reads it. With EpochSeeder and a dataset that draws from
+    (seed, epoch, item), a training killed at any moment and resumed ends with the same weights, best adapter and
+    metrics as one that never was: what was half done is done again. The last epoch's file is written behind everything
+    else (RunCard's "completed"), so that nothing is left out after a kill; after an error nothing is written.
 
-    Attach it from ``run`` (inside ``train::handlers`` it would refer to itself), after the other handlers, then
-    ``load()`` it, with base weights loaded before::
+    Ignite's ``Checkpoint`` writes through a temporary file of random name, which a kill leaves behind, and neither
+    looks at whose file it reads nor whether the training in it is finished; hence this one.
 
-        "$@resume.attach(@train::trainer)", "$@resume.load()", "$@train::trainer.run()"
+    In ``run`` attach it after the other handlers, then ``load()`` it, with base weights loaded before.
 
     Args:
         output_dir: folder of the run, made if need be.
@@ -50,11 +133,9 @@ class ResumeSaver:
         optimizer: the trainer's.
         lr_scheduler, best, early_stop, collapse, ema: whatever has ``state_dict`` and ``load_state_dict``; None is
             skipped.
-        every: epochs between two writes; the last epoch is always written.
-        filename: name of the file.
 
     Raises:
-        ConfigError: ``every`` below 1. CheckpointError: at the first write, if a part's state cannot be read again.
+        CheckpointError: at the first write, if a part's state cannot be read again.
     """
 
     def __init__(
@@ -68,17 +149,11 @@ class ResumeSaver:
         early_stop: Any = None,
         collapse: Any = None,
         ema: Any = None,
-        every: int = 1,
-        filename: str = "resume.pt",
     ) -> None:
-        if every < 1:
-            raise ConfigError(f"ResumeSaver: every must be at least 1 epoch, got {every}")
-        self.path = Path(output_dir) / filename
-        self.network = network
+        self.path = Path(output_dir) / "resume.pt"
+        self.network: Any = unwrap(network)
         parts = {"lr_scheduler": lr_scheduler, "best": best, "early_stop": early_stop, "collapse": collapse, "ema": ema}
         self.parts = {"optimizer": optimizer, **{key: part for key, part in parts.items() if part is not None}}
-        self.early_stop = early_stop
-        self.every = every
         self._trainer: Any = None
         self._saved_epoch = 0
         self._verified = False
@@ -94,8 +169,7 @@ class ResumeSaver:
         engine.add_event_handler(Events.COMPLETED, self._release)
 
     def _epoch(self, engine: Any) -> None:
-        last = engine.should_terminate or engine.state.epoch == engine.state.max_epochs
-        if engine.state.epoch % self.every == 0 and not last:
+        if not engine.should_terminate and engine.state.epoch != engine.state.max_epochs:
             self.save(engine)
 
     def save(self, engine: Any) -> None:
@@ -116,7 +190,6 @@ class ResumeSaver:
             "scaler": None if scaler is None else scaler.state_dict(),
             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.path, lambda temporary: self._write(_numbers(content), temporary))
 
     def _write(self, content: dict[str, Any], path: Path) -> None:
@@ -139,10 +212,7 @@ class ResumeSaver:
         self._lock = None
 
     def load(self) -> int:
-        """Restore everything if the file exists.
-
-        Returns:
-            The epoch that was finished last; 0 without a file.
+        """Restore everything if the file exists, and return the epoch that was finished last; 0 without a file.
 
         Raises:
             TrainingError: not attached yet; another process trains in this folder; or the training is finished already.
@@ -158,8 +228,7 @@ class ResumeSaver:
         content = self._read()
         self._refuse_another(content)
         self._refuse_finished(content)
-        plain_network = getattr(self.network, "module", self.network)
-        plain_network.load_state_dict(content["network"], strict=False)  # the names were compared before
+        self.network.load_state_dict(content["network"], strict=False)  # the names were compared before
         self._restore_parts(content["parts"])
         self._scaler_state = content["scaler"]
         if idist.get_world_size() == 1:  # the file holds rank 0's state, which the others must not share
@@ -175,8 +244,7 @@ class ResumeSaver:
     def _read(self) -> dict[str, Any]:
         try:
             content = torch.load(self.path, map_location="cpu", weights_only=True)
-            absent = [key for key in _KEYS if key not in content]
-            if absent:
+            if absent := [key for key in _KEYS if key not in content]:
                 raise ValueError(f"no {', '.join(absent)} in it")
         except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, pickle.UnpicklingError) as error:
             raise CheckpointError(
@@ -185,21 +253,14 @@ class ResumeSaver:
         return dict(content)
 
     def _refuse_another(self, content: Mapping[str, Any]) -> None:
-        theirs = {**content["card"], "batches per epoch": content["epoch_length"]}
-        ours = {**self._card(), "batches per epoch": self._trainer.state.epoch_length}
-        problems = [
-            f"{key}: {theirs.get(key)!r} in the file, {ours.get(key)!r} now"
-            for key in {**theirs, **ours}
-            if theirs.get(key) != ours.get(key)
-        ]
-        saved, now = content["network"], self._owned()
-        problems += [f"tensor {name}: only in the file" for name in saved if name not in now]
-        problems += [f"tensor {name}: only in this network" for name in now if name not in saved]
-        problems += [
-            f"tensor {name}: shape {tuple(saved[name].shape)} in the file, {tuple(now[name].shape)} now"
-            for name in now
-            if name in saved and saved[name].shape != now[name].shape
-        ]
+        def facts(card: Mapping[str, Any], length: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+            shapes = {f"tensor {name}": tuple(tensor.shape) for name, tensor in tensors.items()}
+            return {**card, "batches per epoch": length, **shapes}
+
+        theirs = facts(content["card"], content["epoch_length"], content["network"])
+        ours = facts(self._card(), self._trainer.state.epoch_length, self._owned())
+        differing = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+        problems = [f"{key}: {theirs.get(key)!r} in the file, {ours.get(key)!r} now" for key in differing]
         where = f"{self.path} belongs to another training; choose another output_dir, or delete the file"
         raise_all(problems, CheckpointError, where)
 
@@ -209,7 +270,7 @@ class ResumeSaver:
         again = f"Nothing was changed. To train from the start choose another output_dir, or delete {self.path}"
         if done >= epochs:
             raise TrainingError(f"already trained: {done} of {epochs} epochs; to go on raise epochs. {again}")
-        patience = getattr(self.early_stop, "patience", None)
+        patience = getattr(self.parts.get("early_stop"), "patience", None)
         waited = content["parts"].get("early_stop", {}).get("counter", 0)
         if patience is not None and waited >= patience:
             raise TrainingError(
@@ -218,18 +279,20 @@ class ResumeSaver:
             )
 
     def _restore_parts(self, parts: Mapping[str, Any]) -> None:
+        optimizer = self.parts["optimizer"]
+        wanted = _rates(optimizer)
         for key, part in self.parts.items():
             if key not in parts:
                 logger.warning("%s has no state of %s; it starts anew", self.path.name, key)
                 continue
-            wanted = _rates(part)
             try:
                 part.load_state_dict(parts[key])
             except (KeyError, RuntimeError, ValueError) as error:
                 raise CheckpointError(f"{self.path}: state of {key} does not fit ({error}); delete the file") from error
-            if wanted != _rates(part):
-                logger.warning("Resumed with the learning rate of the file, %s; that of the config, %s, is not used",
-                               _rates(part), wanted)  # fmt: skip
+        if wanted != (found := _rates(optimizer)):
+            logger.warning(
+                "Resumed with the learning rate of the file, %s; that of the config, %s, is not used", found, wanted
+            )
 
     def _restore_scaler(self, engine: Any) -> None:
         # MONAI makes the scaler when the run begins, so later than load()
@@ -238,12 +301,11 @@ class ResumeSaver:
         self._scaler_state = None
 
     def _owned(self) -> dict[str, torch.Tensor]:
-        network = getattr(self.network, "module", self.network)
-        return owned_state(network, getattr(network, "owned", network.state_dict()))
+        return owned_state(self.network, getattr(self.network, "owned", self.network.state_dict()))
 
     def _card(self) -> dict[str, Any]:
         """What must agree for a resume to make sense, as plain values."""
-        network = getattr(self.network, "module", self.network)
+        network = self.network
         strategy = getattr(network, "strategy", None)
         card = {key: getattr(network, key, None) for key in _IDENTITY}
         card["sam_variant"] = getattr(getattr(network, "spec", None), "name", None)
@@ -251,11 +313,8 @@ class ResumeSaver:
         return plain(card)
 
 
-def _rates(part: Any) -> list[float] | None:
-    """Base learning rates of an optimiser; None of anything else."""
-    if not isinstance(part, torch.optim.Optimizer):
-        return None
-    return [float(group.get("initial_lr", group["lr"])) for group in part.param_groups]
+def _rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
 
 
 def _numbers(value: Any) -> Any:

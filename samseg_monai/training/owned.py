@@ -1,6 +1,7 @@
 """Which tensors of a network learn: gradients, running statistics, state and counts, all from one list of names.
 
-The list is what ``Strategy.install`` returns: names of parameters and buffers in ``network.state_dict()``.
+The list is what ``Strategy.install`` returns: names of parameters and buffers in ``network.state_dict()``. A name that
+the network does not have is an AdapterError that lists all such names.
 """
 
 from __future__ import annotations
@@ -13,31 +14,17 @@ from samseg_monai.errors import AdapterError, raise_all
 
 
 def keep_only(module: nn.Module, owned: Iterable[str]) -> None:
-    """Let the owned parameters of ``module`` learn and freeze all others.
-
-    Args:
-        module: network whose ``state_dict()`` the names refer to.
-        owned: names of parameters and buffers (buffers never get gradients; they are only checked).
-    Raises:
-        AdapterError: listing every name that the network does not have.
-    """
-    names = set(owned)
-    unknown = sorted(names - module.state_dict().keys())
-    raise_all([f"{name}: no such tensor" for name in unknown], AdapterError, "owned tensors are not in the network")
+    """Let the owned parameters of ``module`` learn and freeze all others (buffers among the names are only checked)."""
+    names = _checked(module, owned)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in names)
 
 
 def owned_state(module: nn.Module, owned: Iterable[str]) -> dict[str, Tensor]:
-    """The owned tensors, buffers included, as copies on the CPU, in the order of ``module.state_dict()``.
-
-    Raises:
-        AdapterError: listing every name that the network does not have.
-    """
-    state, names = module.state_dict(), set(owned)
-    unknown = sorted(names - state.keys())
-    raise_all([f"{name}: no such tensor" for name in unknown], AdapterError, "owned tensors are not in the network")
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items() if name in names}
+    """The owned tensors, buffers included, as copies on the CPU, in the order of ``module.state_dict()``."""
+    names = _checked(module, owned)
+    state = {name: tensor for name, tensor in module.state_dict().items() if name in names}
+    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
 
 
 def count_trainable(module: nn.Module) -> int:
@@ -56,3 +43,10 @@ def hold_statistics(module: nn.Module, owned: Iterable[str]) -> None:
         own = {f"{prefix}.{name}" if prefix else name for name in layer.state_dict()}
         if getattr(layer, "running_mean", None) is not None and not own & names:
             layer.eval()
+
+
+def _checked(module: nn.Module, owned: Iterable[str]) -> set[str]:
+    names = set(owned)
+    unknown = [f"{name}: no such tensor" for name in sorted(names - module.state_dict().keys())]
+    raise_all(unknown, AdapterError, "owned tensors are not in the network")
+    return names

@@ -1,18 +1,69 @@
-"""Left-right mirroring that keeps sides true: where sides are classes, their labels are exchanged."""
+"""Augmentation that MONAI lacks: by name, left-right mirroring that knows sides, a coil's bias on z-scores."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from monai.config import KeysCollection
-from monai.transforms import Orientationd, RandFlipd
+from monai.config import KeysCollection, NdarrayOrTensor
+from monai.transforms import Orientationd, RandBiasField, RandBiasFieldd, RandFlipd
 from monai.utils import TraceKeys
 
 from samseg_monai.errors import ConfigError, DataError, raise_all
 from samseg_monai.transforms.grids import on_grid_of
+
+Transform = Callable[[Any], Any]
+
+
+def named_transforms(presets: Mapping[str, Mapping[str, Transform]], name: str) -> list[Transform]:
+    """The transforms of one preset, in their order.
+
+    Args:
+        presets: name of the preset -> name of the transform -> transform.
+        name: which preset.
+    Raises: ConfigError for an unknown name, with those there are.
+    """
+    if name not in presets:
+        raise ConfigError(
+            f"augmentation: there is no {name!r}, only {', '.join(presets)}; transforms of your own go into "
+            "augmentation_transforms, as a list"
+        )
+    return list(presets[name].values())
+
+
+class RandBiasFromMinimumd(RandBiasFieldd):
+    """MONAI's ``RandBiasFieldd`` for images that may be negative, as z-scores are.
+
+    A coil's bias multiplies what the scanner measured. Multiplied to z-scores it would leave the mean alone and push
+    dark and bright tissue apart; here it multiplies what lies above the minimum of each channel, which is 0 in images
+    of 0 to 1 or 0 to 255. Pixels of exactly 0 stay 0: the background of skull-stripped, normalised brains.
+
+    Args:
+        keys, degree, coeff_range, prob, allow_missing_keys: as of ``RandBiasFieldd``; the field is ``exp`` of a
+            Legendre polynomial whose coefficients are drawn from ``coeff_range``.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        degree: int = 3,
+        coeff_range: tuple[float, float] = (-0.1, 0.1),
+        *,
+        prob: float = 0.1,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, degree, coeff_range, prob=prob, allow_missing_keys=allow_missing_keys)
+        self.rand_bias_field = _FromMinimum(degree, coeff_range, prob=1.0)
+
+
+class _FromMinimum(RandBiasField):
+    def __call__(self, img: NdarrayOrTensor, randomize: bool = True) -> torch.Tensor:
+        image = torch.as_tensor(img)
+        floor = image.amin(tuple(range(1, image.ndim)), keepdim=True)
+        above = torch.as_tensor(super().__call__(image - floor, randomize))
+        return torch.where(image == 0, image, above + floor)
 
 
 def left_right_axis(transforms: Sequence[Any]) -> int | None:

@@ -1,4 +1,4 @@
-"""Predicted 2-D images written as PNG: the label values of the data, and a picture to look at beside it.
+"""Outputs named after their case, and 2-D predictions written as PNG with a picture to look at beside them.
 
 Colours are those of Okabe and Ito (2008, "Color universal design"), which people with a colour-vision deficiency can
 tell apart: boxes sky blue, outlines of the classes orange, bluish green, reddish purple, yellow, and again from there.
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import LoadImage, MapTransform
 from PIL import Image, ImageDraw
@@ -20,7 +21,7 @@ from scipy.ndimage import binary_erosion
 
 from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.transforms.float_boxes import move_boxes
-from samseg_monai.transforms.greys import bytes_of
+from samseg_monai.transforms.pixels import bytes_of
 
 BACKGROUND = "background"  # as datalists name it
 BOX = (86, 180, 233)
@@ -139,3 +140,26 @@ def _table(classes: Sequence[str], labels: Mapping[str, str] | None) -> np.ndarr
     if len(set(values)) < len(values):
         raise ConfigError(f"background and classes need values of their own in a PNG, got {values} of {labels}")
     return np.asarray(values, dtype=np.uint8 if max(values) <= 255 else np.uint16)
+
+
+class NameAfterCased(MapTransform):
+    """Let ``SaveImaged`` call a file ``<case>_<postfix>``: a case of several scans has no one file to be named after.
+
+    Args:
+        keys: entries to be saved; MetaTensors.
+        case_key: entry with the case's name.
+        allow_missing_keys: skip absent entries.
+    """
+
+    def __init__(self, keys: KeysCollection, *, case_key: str = "case", allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.case_key = case_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        items = dict(data)
+        for key in self.key_iterator(items):
+            item = items[key].clone() if isinstance(items[key], MetaTensor) else MetaTensor(items[key])
+            # with a suffix: MONAI cuts off what looks like one, and names may hold dots, as those of DICOM folders do
+            item.meta["filename_or_obj"] = f"{items[self.case_key]}.nii.gz"
+            items[key] = item
+        return items

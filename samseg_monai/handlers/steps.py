@@ -1,0 +1,258 @@
+"""Around the optimiser's steps: stop at numbers that are not finite, say what does not learn, clip gradients.
+
+MONAI 1.6.1's ``SupervisedTrainer`` fires ``BACKWARD_COMPLETED`` after every backward pass, also on batches whose
+gradients are only accumulated. Gradients are complete, and may be measured or clipped, on stepping batches alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from ignite.engine import Events
+from monai.engines.utils import IterationEvents
+from torch import nn
+
+from samseg_monai.errors import ConfigError, TrainingError, raise_all
+from samseg_monai.files import unwrap
+
+logger = logging.getLogger(__name__)
+
+# torch.amp.GradScaler starts at 65536 and halves at each skipped step: 16 skips reach 1, where scaling explains nothing
+MAX_SKIPPED_STEPS = 16
+MAX_IDLE = 20  # steps without any gradient at all that are passed over: slices without a box teach nothing
+
+
+def steps_now(engine: Any) -> bool:
+    """Whether the optimiser of ``engine`` (a MONAI ``SupervisedTrainer``) steps after the present backward pass."""
+    length = engine.state.epoch_length
+    index = engine.state.iteration - 1
+    if length is not None:
+        index %= length
+    # MONAI flushes what is left over at the end of an epoch
+    return (index + 1) % getattr(engine, "accumulation_steps", 1) == 0 or (length is not None and index + 1 == length)
+
+
+def unscale_once(engine: Any) -> None:
+    """Undo amp's scaling of the gradients, at most once per step: the ``GradScaler`` refuses to be asked twice."""
+    scaler = getattr(engine, "scaler", None)
+    if scaler is not None and steps_now(engine) and getattr(engine.state, "unscaled_at", 0) != engine.state.iteration:
+        scaler.unscale_(engine.optimizer)
+        engine.state.unscaled_at = engine.state.iteration
+
+
+def optimised(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    """All parameters of all groups of an optimiser."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
+
+
+class GradientClip:
+    """Scales the gradients of the optimiser's parameters down to a total L2 norm of at most ``max_norm``.
+
+    Accumulated gradients are clipped once as a whole, and after unscaling under amp.
+
+    Args:
+        max_norm: largest total norm, above 0 (no unit); else ConfigError.
+    """
+
+    def __init__(self, max_norm: float) -> None:
+        if not max_norm > 0:
+            raise ConfigError(f"GradientClip: max_norm must be above 0, got {max_norm}; leave it out to not clip")
+        self.max_norm = float(max_norm)
+        self.last_norm: float | None = None
+
+    def attach(self, engine: Any) -> None:
+        """Attach to a MONAI ``SupervisedTrainer``."""
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        if not steps_now(engine):
+            return
+        unscale_once(engine)
+        self.last_norm = float(nn.utils.clip_grad_norm_(list(optimised(engine.optimizer)), self.max_norm))
+
+
+class NonFiniteGuard:
+    """Stops the training at the first loss or gradient that is not finite and names the cases of that batch.
+
+    It acts before the backward pass (the optimiser step for gradients), so the weights are those of the step before.
+    Under amp a ``GradScaler`` skips steps with infinite gradients on purpose; then only 16 of them in a row raise.
+
+    Raises:
+        TrainingError: during the run.
+    """
+
+    def __init__(self) -> None:
+        self._skipped = 0
+
+    def attach(self, engine: Any) -> None:
+        """Attach to a MONAI ``SupervisedTrainer``; before GradientClip, whose scaling would spread a NaN over all."""
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.check_loss)
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.check_gradients)
+
+    def check_loss(self, engine: Any) -> None:
+        """Raise if the loss of this batch is not finite."""
+        loss, prediction = engine.state.output["loss"], engine.state.output.get("pred")
+        if bool(torch.isfinite(loss).all()):
+            return
+        names = batch_names(engine.state.batch)
+        where = ""
+        if isinstance(prediction, torch.Tensor) and len(prediction) == len(names):
+            finite = torch.isfinite(prediction.detach()).flatten(1).all(dim=1).tolist()
+            guilty = [name for name, good in zip(names, finite, strict=True) if not good]
+            where = f"; the prediction itself is not finite for {', '.join(guilty)}" if guilty else ""
+        raise TrainingError(
+            f"{_place(engine)}: the loss is {float(loss.detach().float().mean())} for {', '.join(names)}{where}. "
+            "Look for NaN or constant images there, else lower the learning rate or add GradientClip"
+        )
+
+    def check_gradients(self, engine: Any) -> None:
+        """Raise if a gradient is not finite when the optimiser is about to step."""
+        if not steps_now(engine):
+            return
+        unscale_once(engine)
+        gradients = [parameter.grad for parameter in optimised(engine.optimizer) if parameter.grad is not None]
+        if all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+            self._skipped = 0
+            return
+        self._skipped += 1
+        if getattr(engine, "scaler", None) is not None and self._skipped < MAX_SKIPPED_STEPS:
+            logger.warning("%s: infinite gradients, step skipped (%d in a row)", _place(engine), self._skipped)
+            return
+        raise TrainingError(
+            f"{_place(engine)}: gradients are not finite for {', '.join(batch_names(engine.state.batch))}, "
+            "though the loss is. Lower the learning rate, add GradientClip, or train without amp"
+        )
+
+
+def batch_names(batch: Any) -> list[str]:
+    """``"case BraTS-MEN-00001-000 slice 12"`` for every item of a collated or decollated batch."""
+    items = batch if isinstance(batch, (list, tuple)) else [batch]
+    names = []
+    for item in items if all(isinstance(item, Mapping) for item in items) else []:
+        cases, slices = _as_list(item.get("case")), _as_list(item.get("slice"))
+        for index in range(max(len(cases), len(slices))):
+            parts = [f"case {case}" for case in cases[index : index + 1]]
+            names.append(" ".join([*parts, *(f"slice {int(number)}" for number in slices[index : index + 1])]))
+    return names or ["a batch that names no case"]
+
+
+def _as_list(value: Any) -> list[Any]:
+    if isinstance(value, torch.Tensor):
+        return value.flatten().tolist()
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def _place(engine: Any) -> str:
+    return f"epoch {engine.state.epoch}, iteration {engine.state.iteration}"
+
+
+class GradientFlow:
+    """Logs one row per group of trainable tensors after the first steps, and raises when a tensor does not learn.
+
+    A strategy that freezes one tensor too many, or an adapter that is installed but never called, trains without any
+    error and merely scores low. Two steps are looked at because a fresh LoRA has no gradient on ``A`` in its first one
+    (``B`` is zero; Hu et al. 2021, arXiv:2106.09685). Rows go to ``engine.state.gradient_flow`` and ``.rows``: dicts of
+    ``group`` (name up to the block), ``tensors``, ``parameters``, ``gradient_norm`` (L2, of the last step looked at or
+    the largest before it), ``silent`` (names without gradient).
+
+    Args:
+        network: what is trained; DDP is unwrapped.
+        steps: optimiser steps to look at, at least 1; up to ``MAX_IDLE`` without any gradient do not count.
+
+    Raises:
+        TrainingError: during the run, naming all tensors that get no gradient or are not in the optimiser.
+    """
+
+    def __init__(self, network: nn.Module, *, steps: int = 2) -> None:
+        if steps < 1:
+            raise ConfigError(f"GradientFlow: steps must be at least 1, got {steps}")
+        self.network = unwrap(network)
+        self.steps = steps
+        self.rows: list[dict[str, Any]] = []
+        self._norms: dict[str, float | None] = {}  # None if it never had a gradient
+        self._left = self._idle = 0
+
+    def attach(self, engine: Any) -> None:
+        """Attach to a MONAI ``SupervisedTrainer``, before GradientClip if the norms are to be those of the loss."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._look)
+
+    def _start(self, engine: Any) -> None:
+        self._left, self._idle = self.steps, 0
+        self._norms = dict.fromkeys(self._trainable())
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
+    def _look(self, engine: Any) -> None:
+        if self._left == 0 or not steps_now(engine):
+            return
+        unscale_once(engine)
+        gradients = {name: p.grad.detach().float() for name, p in self._trainable().items() if p.grad is not None}
+        norms = {name: float(torch.linalg.vector_norm(gradient)) for name, gradient in gradients.items()}
+        if norms and not any(norms.values()) and self._idle < MAX_IDLE:
+            self._idle += 1
+            return
+        for name, norm in norms.items():
+            self._norms[name] = norm or self._norms.get(name) or 0.0
+        self._left -= 1
+        if self._left == 0:
+            self._report(engine)
+
+    def _report(self, engine: Any) -> None:
+        learning = self._trainable()
+        self.rows = engine.state.gradient_flow = _group_rows(learning, self._norms)
+        logger.info("Gradients after %d optimiser steps:\n%s", self.steps, _table(self.rows))
+        taken = {id(parameter) for parameter in optimised(engine.optimizer)}
+        problems = [] if learning else ["no tensor of the network is trainable"]
+        for name, parameter in learning.items():
+            norm = self._norms.get(name)
+            if id(parameter) not in taken:
+                problems.append(f"{name} is trainable but not in the optimiser")
+            elif not norm:
+                silence = "no gradient at all: it took no part in the loss" if norm is None else "only zero gradients"
+                problems.append(f"{name} got {silence}")
+        raise_all(problems, TrainingError, f"After {self.steps} optimiser steps some tensors do not learn")
+
+
+def _group(name: str) -> str:
+    """``sam.image_encoder.blocks.3.attn.qkv.lora_a`` to ``sam.image_encoder.blocks.3``; without a number, 3 words.
+
+    Blocks within a stage are groups of their own: ``layers.1.blocks.0``.
+    """
+    parts = name.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if part.isdigit():
+            nested = index + 2 < len(parts) - 1 and parts[index + 2].isdigit()
+            return ".".join(parts[: index + (3 if nested else 1)])
+    return ".".join(parts[:-1][:3]) or name
+
+
+def _group_rows(learning: Mapping[str, nn.Parameter], norms: Mapping[str, float | None]) -> list[dict[str, Any]]:
+    groups: dict[str, list[str]] = {}
+    for name in learning:
+        groups.setdefault(_group(name), []).append(name)
+    return [
+        {
+            "group": group,
+            "tensors": len(names),
+            "parameters": sum(learning[name].numel() for name in names),
+            "gradient_norm": sum((norms.get(name) or 0.0) ** 2 for name in names) ** 0.5,
+            "silent": [name for name in names if not norms.get(name)],
+        }
+        for group, names in groups.items()
+    ]
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    width = max([len(row["group"]) for row in rows] + [len("group")])
+    lines = [f"{'group':<{width}}  tensors  parameters  gradient norm"]
+    for row in rows:
+        silent = f"  ({len(row['silent'])} silent)" if row["silent"] else ""
+        numbers = f"{row['tensors']:>7}  {row['parameters']:>10,}  {row['gradient_norm']:>13.3e}"
+        lines.append(f"{row['group']:<{width}}  {numbers}{silent}")
+    return "\n".join(lines)

@@ -1,0 +1,244 @@
+"""What validations add: the training's loss on volumes, a picture of the worst case, and one network on all ranks."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ignite.distributed as idist
+import numpy as np
+import torch
+import torch.distributed as dist
+from ignite.engine import Events
+from monai.engines.utils import IterationEvents
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from samseg_monai.errors import ConfigError, TrainingError
+from samseg_monai.handlers.overlay import as_seen, aspect_of, axial_axis, draw, sampled
+
+logger = logging.getLogger(__name__)
+
+TAG = "validation/worst_case"  # of the pictures in TensorBoard
+
+
+class SameBuffers:
+    """Gives every process rank 0's buffers (running statistics) when a validation starts.
+
+    ``DistributedDataParallel`` does so before each forward pass of the training, so after the last batch of an epoch
+    every process would validate another network than the one that rank 0 saves. Validations themselves must run on the
+    network inside: DDP's exchange in a forward pass would wait for a process that has fewer slices.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+
+    def attach(self, engine: Any) -> None:
+        """Attach to the evaluator, on every rank."""
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Any) -> None:
+        if idist.get_world_size() > 1:
+            for buffer in self.network.buffers():
+                dist.broadcast(buffer, src=0)
+
+
+class ValidationLoss:
+    """Mean loss over the slices of all validation volumes that have foreground or a prompt, in the volumes' own grid.
+
+    Logits are taken as the inferer returns them, before any postprocessing. Each slice counts once, whatever the
+    batches, the volumes and the number of processes. A training's loss is of another grid (``image_size``) and of the
+    slices that its picker takes, so the two curves can be compared in their course, and in their values only roughly.
+
+    It belongs under the evaluator's ``additional_metrics``: those are complete before any handler reads them.
+
+    Args:
+        loss: called with logits (1, C, H, W) and label (1, 1, H, W), returns a scalar; the training's own.
+    Shape: of a batch: "label" (B, 1, H, W, D); "prompt", if there is one, (B, 1, H, W, D), above 0 inside; "boxes" of
+        images of one slice (B, N, 4), NaN is none; "case" B names.
+
+    Raises:
+        TrainingError: during the run, if predictions are no logits of the label's grid, or cases have no names.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        if not callable(loss):
+            raise ConfigError(f"ValidationLoss: loss must be callable with logits and label, got {type(loss).__name__}")
+        self.loss = loss
+        self.name = "val_loss"
+        self._cases: dict[str, tuple[float, int]] = {}  # sum over slices, and their number
+
+    def attach(self, engine: Any, name: str = "val_loss") -> None:
+        """Attach to a MONAI ``SupervisedEvaluator``, on every rank; ``engine.state.metrics[name]`` is the value."""
+        self.name = name
+        engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self._collect)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._publish)
+
+    def _begin(self, engine: Any) -> None:
+        self._cases = {}
+
+    @torch.no_grad()
+    def _collect(self, engine: Any) -> None:
+        batch, output = engine.state.batch, engine.state.output
+        logits, label = (_bare(output[key]) for key in ("pred", "label"))
+        names = batch.get("case") if isinstance(batch, Mapping) else None
+        if not isinstance(names, (list, tuple)) or len(names) != len(logits):
+            raise TrainingError("ValidationLoss: the batch names no cases under 'case'; add names to items")
+        if logits.ndim != 5 or label.shape != (len(logits), 1, *logits.shape[2:]):
+            raise TrainingError(
+                f"ValidationLoss: got predictions {tuple(logits.shape)} and label {tuple(label.shape)}, expected "
+                "(B, C, H, W, D) and (B, 1, H, W, D) of one grid; load image and label into the same grid"
+            )
+        prompt, boxes = batch.get("prompt"), batch.get("boxes")
+        for index, case in enumerate(names):
+            wanted = (label[index] > 0).flatten(0, 2).any(0)  # (D,)
+            if prompt is not None:
+                wanted |= (_bare(prompt)[index] > 0).flatten(0, 2).any(0).to(wanted.device)
+            if isinstance(boxes, Tensor) and len(wanted) == 1:
+                wanted |= bool((~_bare(boxes)[index].reshape(-1, 4).isnan().any(-1)).any())
+            slices = wanted.nonzero()[:, 0].tolist()
+            losses = [self.loss(logits[index, None, ..., z], label[index, None, ..., z]).mean() for z in slices]
+            # summed where they lie: reading every loss would make the CPU wait for the GPU
+            self._cases[str(case)] = (float(torch.stack(losses).double().sum()) if losses else 0.0, len(losses))
+
+    def _publish(self, engine: Any) -> None:
+        """Mean over the slices of all processes; a case that several of them hold (padded samplers) counts once."""
+        merged = dict(pair for pairs in _of_all_ranks(list(self._cases.items())) for pair in pairs)
+        count = sum(slices for _, slices in merged.values())
+        if not count:
+            logger.warning("%s: no validated slice has foreground or a prompt, so there is none", self.name)
+            return
+        engine.state.metrics[self.name] = math.fsum(total for total, _ in merged.values()) / count
+
+
+@dataclass(frozen=True)
+class _Worst:
+    """The slice to be shown of the worst case so far; arrays (H, W), rows and columns as seen."""
+
+    dice: float
+    case: str
+    index: int
+    image: np.ndarray
+    reference: np.ndarray
+    prediction: np.ndarray
+    aspect: float
+    sides: bool
+
+
+class WorstCaseImage:
+    """Writes one picture per validation: the case with the lowest Dice, at its axial slice with most wrong voxels.
+
+    Of cases with equal Dice the first by name is taken, of equal slices the one with most of the reference. Dice is
+    that of ``CaseScores``: the mean over the classes that are in reference or prediction. Only one slice is kept while
+    the cases go by. With several processes it is the worst case of all.
+
+    Args:
+        log_dir: folder of TensorBoard's files.
+        classes: names, as given to ``CaseScores``.
+        scan: channel of the image to be shown.
+    Shape: a decollated item has "case", "pred" and "reference" on one grid, (1, H, W, D) of whole numbers or
+        (K, H, W, D) of 0 and 1, and "image", a MetaTensor on any grid.
+    """
+
+    def __init__(self, log_dir: str | os.PathLike[str], *, classes: Sequence[str], scan: int = 0) -> None:
+        self.log_dir = str(log_dir)
+        self.classes = classes
+        self.scan = scan
+        self._worst: _Worst | None = None
+        self._writer: SummaryWriter | None = None
+
+    def attach(self, engine: Any) -> None:
+        """Attach to the evaluator, on every rank: all take part in finding the worst."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._forget)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._look)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
+
+    def _forget(self, engine: Any) -> None:
+        self._worst = None
+
+    def _look(self, engine: Any) -> None:
+        for old, new in zip(engine.state.batch, engine.state.output, strict=True):
+            self._compare({**old, **new})
+
+    def _compare(self, item: Mapping[str, Any]) -> None:
+        # on a GPU the prediction lies there and the reference, which the network never sees, does not
+        image, pred, reference, case = item["image"], item["pred"].cpu(), item["reference"].cpu(), item["case"]
+        dice = dice_of(pred, reference, len(self.classes))
+        if np.isnan(dice) or (self._worst is not None and (self._worst.dice, self._worst.case) <= (dice, case)):
+            return
+        affine = np.asarray(reference.affine, dtype=float)
+        axis = axial_axis(affine)
+        truth, found = _labels(reference), _labels(pred)
+        counts = list(zip(_per_slice(truth != found, axis), _per_slice(truth > 0, axis), strict=True))
+        index = counts.index(max(counts))
+        source = np.asarray(image.affine, dtype=float)
+        grey = sampled(_bare(image)[self.scan].cpu(), source, affine, tuple(truth.shape), axis, index)
+        planes = [grey, *(labels.select(axis, index).numpy() for labels in (truth, found))]
+        volume = truth.shape[2] > 1  # a 2-D image stands upright as it is, and nobody knows the patient's sides
+        if volume:
+            planes = [as_seen(plane, affine) for plane in planes]
+        grey, first, second = planes
+        aspect = aspect_of(affine) if volume else float(affine[0, 0] / affine[1, 1])
+        self._worst = _Worst(dice, case, index, grey, first, second, aspect, volume)
+
+    def _write(self, engine: Any) -> None:
+        cases = [worst for [worst] in _of_all_ranks([self._worst]) if worst is not None]
+        self._worst = None
+        if not cases or idist.get_rank() != 0:
+            return
+        worst = min(cases, key=lambda w: (w.dice, w.case))
+        empty = "" if worst.prediction.any() else ", empty prediction here"
+        caption = f"{worst.case}: Dice {worst.dice:.3f}, slice {worst.index}{empty}"
+        picture = draw(worst.image, worst.reference, worst.prediction, caption, aspect=worst.aspect, sides=worst.sides)
+        if self._writer is None:
+            self._writer = SummaryWriter(self.log_dir)
+        self._writer.add_image(TAG, picture, engine.state.epoch, dataformats="HWC")
+        self._writer.flush()
+
+
+def dice_of(pred: Tensor, reference: Tensor, classes: int) -> float:
+    """Mean Dice over the classes that are in either volume, counted in one pass.
+
+    Args:
+        pred, reference: (1, H, W, D) whole numbers 0 to ``classes``, or (classes, H, W, D) of 0 and 1.
+    Returns: 0 to 1; NaN when both are empty.
+    """
+    pred, reference = _bare(pred), _bare(reference)
+    if len(pred) == len(reference) == classes > 1:
+        first, second = pred.flatten(1) > 0, reference.flatten(1) > 0
+        shared, sizes = (first & second).sum(1), first.sum(1) + second.sum(1)
+    else:
+        width = classes + 1
+        kind = torch.uint8 if width**2 <= 256 else torch.int32
+        first, second = (_labels(volume).to(kind).flatten() for volume in (pred, reference))
+        pairs = torch.bincount(first * width + second, minlength=width**2).view(width, width)
+        shared, sizes = pairs.diagonal()[1:], pairs.sum(0)[1:] + pairs.sum(1)[1:]
+    return float((2 * shared / sizes)[sizes > 0].mean())  # of none: NaN
+
+
+def _of_all_ranks(own: list[Any]) -> list[list[Any]]:
+    """One list from each process."""
+    gathered: Any = idist.all_gather(own) if idist.get_world_size() > 1 else [own]
+    return gathered
+
+
+def _bare(tensor: Tensor) -> Tensor:
+    return tensor.as_subclass(torch.Tensor)
+
+
+def _per_slice(mask: Tensor, axis: int) -> list[int]:
+    return mask.movedim(axis, 0).flatten(1).sum(1).tolist()
+
+
+def _labels(volume: Tensor) -> Tensor:
+    """(1, H, W, D) or (K, H, W, D) to (H, W, D) whole numbers; of overlapping channels the last is shown."""
+    bare = _bare(volume)
+    if len(bare) == 1:
+        return bare[0].to(torch.uint8)
+    numbers = torch.arange(1, len(bare) + 1, device=bare.device)[:, None, None, None]
+    return ((bare > 0) * numbers).amax(0).to(torch.uint8)
