@@ -14,7 +14,7 @@ import samseg_monai as sm
 ROOT = Path(__file__).parents[1]
 # besides the face: packages whose names bundles and scripts use
 PUBLIC = ("adapters", "bundles", "export", "handlers", "metrics", "networks", "sam.weights", "strategies")
-PUBLIC += ("transforms",)
+PUBLIC += ("training", "transforms")
 
 
 @pytest.fixture(scope="module")
