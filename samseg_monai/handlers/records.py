@@ -17,7 +17,7 @@ from samseg_monai.checkpoints import write_whole
 from samseg_monai.errors import TrainingError
 from samseg_monai.handlers.guards import case_rows
 from samseg_monai.handlers.provenance import plain, write_json
-from samseg_monai.metrics import write_rows
+from samseg_monai.metrics import read_history, write_rows
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,10 @@ class CurveLog:
             return
         self._begun = True
         start = self._trainer.state.epoch
-        self._rows = {key: row for key, row in _read(self.path).items() if key[0] <= start} if start > 0 else {}
+        points, problems = read_history(self.path) if start > 0 and self.path.is_file() else ([], [])
+        for problem in problems:
+            logger.warning("%s, %s: not a row of curves, left out", self.path.name, problem)
+        self._rows = {(p.epoch, p.name): (p.iteration, p.value) for p in points if p.epoch <= start}
 
     def _end(self, engine: Any) -> None:
         self._begun = False
@@ -172,17 +175,3 @@ class CaseTable:
                 "epoch": engine.state.epoch,
             },
         )
-
-
-def _read(path: Path) -> dict[tuple[int, str], tuple[int, float]]:
-    """Rows of an earlier file; lines that cannot be read are reported and left out."""
-    if not path.is_file():
-        return {}
-    rows = {}
-    with path.open(newline="", encoding="utf-8") as stream:
-        for line, row in enumerate(csv.DictReader(stream), start=2):
-            try:
-                rows[(int(row["epoch"]), row["name"])] = (int(row["iteration"]), float(row["value"]))
-            except (KeyError, TypeError, ValueError):
-                logger.warning("%s, line %d: not a row of curves, left out", path.name, line)
-    return rows

@@ -7,7 +7,6 @@ joins whatever run of the experiment is unfinished; hence this one. What it reco
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from ignite.engine import Events
 from samseg_monai.handlers.mlflow_run import MlflowRun, Point, check_address, flat
 from samseg_monai.handlers.provenance import plain, read_json, write_json
 from samseg_monai.handlers.run_card import RunCard, strategy_facts
+from samseg_monai.metrics import read_history
 
 logger = logging.getLogger(__name__)
 
@@ -162,13 +162,9 @@ class Tracking:
         return {**known, "kind": kind, "output_dir": self.folder.resolve().name}
 
 
-def _rows(path: Path) -> Iterator[Point]:
+def _rows(path: Path) -> list[Point]:
     """Points of ``history.csv``: name, epoch, value."""
-    if not path.is_file():
-        return
-    with path.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            yield row["name"], int(row["epoch"]), float(row["value"])
+    return [(p.name, p.epoch, p.value) for p in read_history(path)[0]] if path.is_file() else []
 
 
 def _scalars(values: Any, step: int = 0) -> Iterator[Point]:

