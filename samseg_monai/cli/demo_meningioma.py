@@ -161,11 +161,10 @@ def _write_report(story: Story, output: Path, runs: dict[str, Path], data: Path,
     from samseg_monai.report import RunResult, overlay_cases
 
     folders = {name: run / "evaluation" for name, run in runs.items()}
-    history = runs["lora"] / "history.csv"
     results = [
         RunResult.load(folders["zero_shot"], name="box_ellipse", cases="ellipse_cases.csv"),
         RunResult.load(folders["zero_shot"], name="zero_shot"),
-        RunResult.load(folders["lora"], name="lora", history=history.resolve()),
+        RunResult.load(folders["lora"], name="lora"),
     ]
     items = load_datalist(data / "datalist.json", data, "testing")
     return write_results(

@@ -11,7 +11,6 @@ from samseg_monai.report.organs import (
     Quoted,
     organ_table,
     organs_json,
-    organs_markdown,
     organs_text,
 )
 from samseg_monai.report.page import banner, headline, write_report
@@ -33,7 +32,6 @@ __all__ = [
     "headline",
     "organ_table",
     "organs_json",
-    "organs_markdown",
     "organs_text",
     "overlay_cases",
     "pick_cases",

@@ -45,7 +45,6 @@ class OverlayCase:
         dice: strategy -> Dice of the whole volume of the case.
         spacing_mm: size of a pixel along axis 0 and axis 1.
         slice_index: index of the slice in its volume, for the caption.
-        role: why it is shown, e.g. ``"best"``; taken from `pick_cases` by ``write_report`` when empty.
 
     Raises:
         DataError: shapes differ or are not two-dimensional.
@@ -59,7 +58,6 @@ class OverlayCase:
     dice: Mapping[str, float]
     spacing_mm: tuple[float, float] = (1.0, 1.0)
     slice_index: int | None = None
-    role: str = ""
 
     def __post_init__(self) -> None:
         shape = np.shape(self.image)

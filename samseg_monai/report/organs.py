@@ -178,7 +178,7 @@ class OrganTable:
     """Lines of the runs, two for each (published rules, then honest ones), and rows quoted from papers."""
 
     lines: Sequence[OrganLine]
-    quoted: Sequence[Quoted]
+    quoted: Sequence[Quoted] = PUBLISHED
 
     def groups(self) -> Iterator[tuple[RunResult, str, list[OrganLine], list[str]]]:
         """Run, what it is on one line, its lines, and remarks: its gate, organs that not every case counts for."""
@@ -191,21 +191,17 @@ class OrganTable:
 
     def caveats(self) -> list[str]:
         """What a reader must know before comparing runs with quoted rows."""
-        stand_ins = self.quoted and any(line.run.is_pico or line.run.is_phantom for line in self.lines)
-        second_hand = any(row.second_hand for row in self.quoted)
-        return [*([NOT_COMPARABLE] if stand_ins else []), *([SECOND_HAND] if second_hand else [])]
+        stand_ins = any(line.run.is_pico or line.run.is_phantom for line in self.lines)
+        return [*([NOT_COMPARABLE] if stand_ins else []), SECOND_HAND]
 
     def sources(self) -> dict[str, str]:
         """Source -> methods quoted from it, in the order of the rows."""
         return {row.source: "; ".join(r.method for r in self.quoted if r.source == row.source) for row in self.quoted}
 
 
-def organ_table(runs: Sequence[RunResult], *, quoted: Sequence[Quoted] = PUBLISHED) -> OrganTable:
-    """Table of runs whose folders hold ``cases.csv`` (policy honest) and ``transunet_cases.csv`` (policy transunet).
-
-    Args:
-        runs: evaluated under both policies on the same cases, with all of ``ORGANS`` among their classes.
-        quoted: rows to stand below them.
+def organ_table(runs: Sequence[RunResult]) -> OrganTable:
+    """Table of runs whose folders hold ``cases.csv`` (policy honest) and ``transunet_cases.csv`` (policy transunet) of
+    the same cases, with all of ``ORGANS`` among their classes.
 
     Raises:
         BundleError: no run, or two of one name; every file, column, organ or case that is missing.
@@ -218,7 +214,7 @@ def organ_table(runs: Sequence[RunResult], *, quoted: Sequence[Quoted] = PUBLISH
         problems += _problems(run, rows[run.name])
     raise_all(problems, BundleError, "runs cannot be tabulated by organ")
     both = [((run, PUBLISHED_RULES, rows[run.name]), (run, HONEST_RULES, run.rows)) for run in runs]
-    return OrganTable([_line(*one) for pair in both for one in pair], tuple(quoted))
+    return OrganTable([_line(*one) for pair in both for one in pair])
 
 
 def organs_text(table: OrganTable) -> str:
@@ -226,25 +222,11 @@ def organs_text(table: OrganTable) -> str:
     body: list[Sequence[str]] = []
     for _, heading, lines, remarks in table.groups():
         body += [[heading], *([f"  {line.rules.short}", *line.cells] for line in lines), *([f"  {r}"] for r in remarks)]
-    if table.quoted:
-        body += [[QUOTED], *([f"  {row.method} {row.mark}", *row.cells] for row in table.quoted)]
+    body += [[QUOTED], *([f"  {row.method} {row.mark}", *row.cells] for row in table.quoted)]
     sources = [f"  {methods}: {source}" for source, methods in table.sources().items()]
-    below = [RULES_TEXT, *table.caveats(), *(["Sources of the quoted rows:", *sources] if sources else [])]
+    below = [RULES_TEXT, *table.caveats(), "Sources of the quoted rows:", *sources]
     wrapped = [textwrap.fill(text, WIDTH, subsequent_indent="    ", break_on_hyphens=False) for text in below]
     return grid(["method", *HEAD], body) + "\n\n" + "\n".join(wrapped) + "\n"
-
-
-def organs_markdown(table: OrganTable) -> str:
-    """The table for a README: every row says by itself what it is, quoted rows that they are quoted and from where."""
-    rows = [["method", *HEAD], ["---", *["---:"] * len(HEAD)]]
-    found = []
-    for run, heading, lines, remarks in table.groups():
-        rows += [[f"{heading}: {line.rules.label}", *line.cells] for line in lines]
-        found += [f"- {run.title}: {remark}" for remark in remarks]
-    for row in table.quoted:
-        rows.append([f"{row.method} ({QUOTED}{'*' if row.second_hand else ''}: {row.source})", *row.cells])
-    text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
-    return "\n\n".join([text, *(["\n".join(found)] if found else []), RULES_TEXT, *table.caveats()]) + "\n"
 
 
 def organs_json(table: OrganTable) -> dict[str, Any]:

@@ -51,14 +51,13 @@ def write_report(
         runs: rows of the table, in this order; each with its own name.
         montage: slices to show, best, median and worst case of the LoRA run as `pick_cases` names them.
         commands: shell lines that made the runs and this page.
-        notes: heading -> sentence, shown below the table; ``headline`` replaces the generated first sentence.
+        notes: heading -> sentence, shown below the table.
         organs: table of `organ_table`, shown as a section with the rows it quotes.
 
     Raises:
         BundleError: no run, or two of one name.
     """
     check_runs(runs)
-    notes = dict(notes or {})
     gates = "; ".join(f"{run.title}: {gate_text(run.gate)}" for run in runs if run.gate is not None)
     names = [run.name for run in runs]
     source = resources.files("samseg_monai.report").joinpath("template.html.jinja").read_text(encoding="utf-8")
@@ -67,7 +66,7 @@ def write_report(
         title=title,
         banner=banner(runs),
         warnings=[line for run in runs for line in run.warnings],
-        headline=notes.pop("headline", None) or headline(runs),
+        headline=headline(runs),
         schemes={scheme: figures.css_variables(names, scheme) for scheme in ("light", "dark")},
         runs=runs,
         colors={name: index for index, name in enumerate(names)},
@@ -82,7 +81,7 @@ def write_report(
         commands=list(commands),
         facts=facts(runs),
         cards=[(run.title, json.dumps(run.card, indent=2, default=str)) for run in runs],
-        notes=notes | ({"Gate": gates} if gates else {}),
+        notes={**(notes or {}), **({"Gate": gates} if gates else {})},
         resamples=f"{BOOTSTRAP_DRAWS:,}",
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -140,7 +139,7 @@ def _montage(runs: Sequence[RunResult], montage: Sequence[OverlayCase]) -> list[
     shown = []
     for case in montage:
         roles = " and ".join(role for role, name in picked.items() if name == case.case)
-        role = case.role or (f"{roles} of {ranked.title}" if roles else "")
+        role = f"{roles} of {ranked.title}" if roles else ""
         whole = image_tag(case.picture(), f"{case.case}: whole slice with reference outline and box")
         panels: list[dict[str, Any]] = [{"image": whole, "title": "Whole slice", "dice": None, "color": ""}]
         for run in (run for run in runs if run.name in case.predictions):

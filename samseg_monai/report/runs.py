@@ -60,8 +60,6 @@ PROMPTS = {
     "image": "whole slice",
     "none": NO_PROMPTS,
 }
-
-
 CARD_FILE = "run_card.json"
 METRICS_FILE = "metrics.json"
 CASES_FILE = "cases.csv"
@@ -140,17 +138,15 @@ class RunResult:
         *,
         name: str | None = None,
         cases: StrPath | None = None,
-        history: StrPath | None = None,
         label: str | None = None,
     ) -> RunResult:
-        """Read one run.
+        """Read one run; its curves are in ``history.csv`` there or one folder up, where a training leaves it with a
+        ``run_card.json`` of its own, or nowhere.
 
         Args:
             folder: run folder.
             name: key of the run; the card's strategy when None. ``"box_ellipse"`` marks the row without a network.
             cases: CSV of cases, relative to ``folder`` or absolute; the card's ``cases_file``, then ``cases.csv``.
-            history: CSV of curves, likewise; when None, ``history.csv`` there or one folder up (where a training leaves
-                it), and nothing if there is none. A ``run_card.json`` beside it is that of the training.
             label: how the run is called on the page.
 
         Raises:
@@ -162,9 +158,7 @@ class RunResult:
         card_path, metrics_path = folder / CARD_FILE, folder / METRICS_FILE
         card = _json(card_path) if card_path.is_file() else {}
         cases_path = folder / (cases or card.get("cases_file") or CASES_FILE)
-        curves_path = folder / history if history is not None else _find_history(folder)
-        wanted = [card_path, metrics_path, cases_path, *([] if curves_path is None else [curves_path])]
-        missing = [f"{path}: no such file" for path in wanted if not path.is_file()]
+        missing = [f"{path}: no such file" for path in (card_path, metrics_path, cases_path) if not path.is_file()]
         raise_all(missing, BundleError, f"{folder}: run cannot be reported; {_HOW}")
         rows = read_rows(cases_path)
         if not rows:
@@ -175,6 +169,8 @@ class RunResult:
         name = name or _strategy_name(card) or folder.name
         curves: Curves = {}
         training: dict[str, Any] = {}
+        places = (place / HISTORY_FILE for place in (folder, folder.absolute().parent))
+        curves_path = next((path for path in places if path.is_file()), None)
         if curves_path is not None and name != BOX_ELLIPSE:
             curves = read_curves(curves_path)
             training_card = curves_path.parent / CARD_FILE
@@ -253,6 +249,11 @@ class RunResult:
         return 0 if not self.has_network else None if count is None else int(count)
 
     @property
+    def trainable_text(self) -> str:
+        """That number for people."""
+        return NOT_RECORDED if self.trainable is None else f"{self.trainable:,}"
+
+    @property
     def seconds(self) -> float | None:
         """Wall-clock seconds of the evaluation's run; None when not recorded, or when there was no network."""
         value = self.fact("seconds")
@@ -292,12 +293,6 @@ class RunResult:
                 if value is not None:
                     return value
         return None
-
-
-def _find_history(folder: Path) -> Path | None:
-    """Curves in the run's own folder, or one folder up: an evaluation lies below its training."""
-    found = (place / HISTORY_FILE for place in (folder, folder.absolute().parent))
-    return next((path for path in found if path.is_file()), None)
 
 
 def read_curves(path: StrPath) -> Curves:

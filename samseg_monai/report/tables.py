@@ -16,7 +16,7 @@ from typing import Any
 from samseg_monai.errors import BundleError
 from samseg_monai.metrics import aggregate, case_means, paired_difference
 from samseg_monai.metrics.rows import bootstrap_interval
-from samseg_monai.report.runs import NOT_RECORDED, ZERO_SHOT, RunResult, check_runs, gate_text
+from samseg_monai.report.runs import ZERO_SHOT, RunResult, check_runs, gate_text
 
 MEAN_OF_CLASSES = "mean of classes"
 WIDTH = 130  # of a table for a terminal
@@ -128,19 +128,14 @@ def table_lines(runs: Sequence[RunResult]) -> list[Line]:
     return lines
 
 
-def differences(runs: Sequence[RunResult], *, only: str | None = None, baseline: str = ZERO_SHOT) -> list[Difference]:
-    """Every other run minus the run named ``baseline``, paired by case; empty when there is no such run.
-
-    Args:
-        runs: with or without the baseline.
-        only: the one measure wanted; all when None.
-        baseline: name of the run that the others are compared with.
+def differences(runs: Sequence[RunResult], *, only: str | None = None) -> list[Difference]:
+    """Every other run minus zero-shot, paired by case, in one measure or all; empty when there is no such run.
 
     Raises:
         DataError: two runs were not evaluated on the same cases and classes.
     """
     check_runs(runs)
-    base = next((run for run in runs if run.name == baseline), None)
+    base = next((run for run in runs if run.name == ZERO_SHOT), None)
     if base is None:
         return []
     found = []
@@ -211,7 +206,7 @@ def table_text(runs: Sequence[RunResult]) -> str:
         ]
         blocks.append(grid(["Dice minus zero-shot", "n", "mean", "95 % CI", "verdict"], body))
     cost = [
-        [named(r), r.prompt_source, count_text(r.trainable), seconds_text(r.training_seconds), seconds_text(r.seconds)]
+        [named(r), r.prompt_source, r.trainable_text, seconds_text(r.training_seconds), seconds_text(r.seconds)]
         for r in runs
     ]
     head = ["strategy [SAM]", "prompt source", "trainable", "s training", "s evaluation"]
@@ -254,11 +249,6 @@ def fixed(value: float, digits: int = 3, sign: str = "-") -> str:
 def interval(low: float, high: float, digits: int = 3, sign: str = "-") -> str:
     """``low to high`` of a 95 % interval, a dash when there is none."""
     return f"{fixed(low, digits, sign)} to {fixed(high, digits, sign)}" if math.isfinite(low) else "-"
-
-
-def count_text(count: int | None) -> str:
-    """Number of parameters with thousands separators."""
-    return NOT_RECORDED if count is None else f"{count:,}"
 
 
 def seconds_text(seconds: float | None) -> str:
