@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from nibabel.affines import voxel_sizes
@@ -201,4 +200,6 @@ def _rectangle(picture: np.ndarray, edges: Window, colour: Colour, *, dashed: bo
 
 
 def _font(size: int = _FONT) -> ImageFont.FreeTypeFont:
+    import matplotlib  # brings a font
+
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
