@@ -79,8 +79,7 @@ class OverlayCase:
             how["window"] = self._window()
             seen = pictures.as_seen(np.asarray(self.predictions[strategy]))
             outlines.append((seen, ImageColor.getrgb(looks(names)[strategy].overlay)[:3]))
-        box = None if self._box is None else display_box(self._box, np.shape(self.image))
-        drawn = pictures.draw(pictures.as_seen(np.asarray(self.image, float)), outlines, box=box, **how)
+        drawn = pictures.draw(pictures.as_seen(np.asarray(self.image, float)), outlines, box=self._edges(), **how)
         # a black square with the picture in its middle: panels side by side line up whatever the shape of the slice
         down, across = (max(drawn.shape) - length for length in drawn.shape[:2])
         square = np.pad(drawn, ((down // 2, down - down // 2), (across // 2, across - across // 2), (0, 0)))
@@ -88,22 +87,22 @@ class OverlayCase:
             return pictures.named(square, "RLAP")
         return square if outlines[1][0].any() else pictures.noted(square, "empty prediction", outlines[1][1])
 
-    @property
-    def _box(self) -> Sequence[float] | None:
-        return None if self.box is None or not np.isfinite(np.asarray(self.box, dtype=float)).all() else self.box
+    def _edges(self) -> tuple[float, float, float, float] | None:
+        """Left, top, right, bottom of the box as seen; None where there is none (None or NaN)."""
+        if self.box is None or not np.isfinite(np.asarray(self.box, dtype=float)).all():
+            return None
+        return display_box(self.box, np.shape(self.image))
 
     def _window(self) -> pictures.Window:
         """Square (in mm) part of the picture around everything drawn: top, bottom, left, right, in pixels as seen."""
         masks = [np.asarray(mask) > 0 for mask in (self.reference, *self.predictions.values())]
         rows, columns = np.nonzero(pictures.as_seen(np.any(masks, axis=0)))
-        edges = [(rows.min(), rows.max() + 1, columns.min(), columns.max() + 1)] if len(rows) else []
-        if self._box is not None:
-            left, top, right, bottom = display_box(self._box, np.shape(self.image))
-            edges.append((top, bottom, left, right))
+        edges = [(columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)] if len(rows) else []
+        edges += [box] if (box := self._edges()) else []
         width, height = np.shape(self.image)  # of the picture: its columns run along axis 0
         if not edges:
             return 0, height, 0, width
-        (top, _, left, _), (_, bottom, _, right) = np.min(edges, axis=0), np.max(edges, axis=0)
+        (left, top, _, _), (_, _, right, bottom) = np.min(edges, axis=0), np.max(edges, axis=0)
         across_mm, down_mm = self.spacing_mm
         side = max((right - left) * across_mm, (bottom - top) * down_mm) * (1 + 2 * _MARGIN)
         side = max(side, _LEAST_MM)

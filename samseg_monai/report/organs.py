@@ -148,12 +148,12 @@ class OrganLine:
 
     @property
     def dice(self) -> float:
-        """Mean over organs of their mean Dice, in %; over those where a case counts."""
+        """Mean over organs, those where a case counts, of their mean Dice, in %."""
         return mean_of([organ.dice for organ in self.organs.values() if organ.n])
 
     @property
     def hd95(self) -> float:
-        """Mean over organs of their mean HD95, in the unit of the rules; likewise."""
+        """Likewise of HD95, in the unit of the rules."""
         return mean_of([organ.hd95 for organ in self.organs.values() if organ.n])
 
     @property
@@ -208,13 +208,14 @@ def organ_table(runs: Sequence[RunResult]) -> OrganTable:
         DataError: a CSV is none.
     """
     check_runs(runs)
-    problems: list[str] = []
-    rows = {run.name: _published_rows(run, problems) for run in runs}
-    for run in runs:
-        problems += _problems(run, rows[run.name])
+    paths = [run.folder / TRANSUNET_CASES for run in runs]
+    published = [read_rows(path) if path.is_file() else [] for path in paths]
+    problems = [line for run, rows in zip(runs, published, strict=True) for line in _problems(run, rows)]
     raise_all(problems, BundleError, "runs cannot be tabulated by organ")
-    both = [((run, PUBLISHED_RULES, rows[run.name]), (run, HONEST_RULES, run.rows)) for run in runs]
-    return OrganTable([_line(*one) for pair in both for one in pair])
+    lines = []
+    for run, rows in zip(runs, published, strict=True):
+        lines += [_line(run, PUBLISHED_RULES, rows), _line(run, HONEST_RULES, run.rows)]
+    return OrganTable(lines)
 
 
 def organs_text(table: OrganTable) -> str:
@@ -262,23 +263,16 @@ def organs_json(table: OrganTable) -> dict[str, Any]:
     return {"organs": list(ORGANS), "runs": runs, "quoted": quoted}
 
 
-def _published_rows(run: RunResult, problems: list[str]) -> list[Mapping[str, Any]]:
-    path = run.folder / TRANSUNET_CASES
-    if not run.has_network:
-        problems.append(f"{run.name}: has no scores under the published rules; leave it out of this table")
-    elif not path.is_file():
-        problems.append(
-            f"{run.name}: no {path} (scores under policy 'transunet'); evaluate again with a bundle built by this "
-            "version, which scores under both policies"
-        )
-    else:
-        return list(read_rows(path))
-    return []
-
-
 def _problems(run: RunResult, published: Sequence[Mapping[str, Any]]) -> list[str]:
     """What keeps a run out of the table, one line each."""
+    if not run.has_network:
+        return [f"{run.name}: has no scores under the published rules; leave it out of this table"]
     found = []
+    if not published:
+        found.append(
+            f"{run.name}: no {run.folder / TRANSUNET_CASES} (scores under policy 'transunet'); evaluate again with a "
+            "bundle built by this version, which scores under both policies"
+        )
     for rows, rules in ((published, PUBLISHED_RULES), (run.rows, HONEST_RULES)):
         columns = [column for column in (rules.dice, rules.hd95) if rows and column not in rows[0]]
         there = list(dict.fromkeys(str(row["class"]) for row in rows))

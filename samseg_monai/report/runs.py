@@ -109,16 +109,13 @@ def prompt_text(source: str, settings: Mapping[str, Any], boxes_sha256: str | No
 
 @dataclass(frozen=True)
 class RunResult:
-    """One strategy evaluated on one task.
+    """One strategy evaluated on one task: its files in ``folder``, and its ``name`` in tables, figures and JSON.
 
     Args:
-        folder: where the files were read from.
-        name: key of the run in tables, figures and JSON; unique on a page.
-        card: contents of ``run_card.json``.
+        card, training: contents of ``run_card.json``, and of that of the training, which lies beside its curves.
         metrics: contents of ``metrics.json``.
         rows: one mapping per case and class, as ``samseg_monai.metrics.read_rows`` gives them.
         history: curve name -> epoch -> value, finite ones; empty when nothing was trained.
-        training: contents of the training's ``run_card.json``, which lies beside its curves; empty likewise.
         label: how the run is called on the page; made from ``name`` and the card when None.
     """
 
@@ -172,7 +169,11 @@ class RunResult:
         places = (place / HISTORY_FILE for place in (folder, folder.absolute().parent))
         curves_path = next((path for path in places if path.is_file()), None)
         if curves_path is not None and name != BOX_ELLIPSE:
-            curves = read_curves(curves_path)
+            points, problems = read_history(curves_path)
+            raise_all(problems, BundleError, f"{curves_path} cannot be read; train again to write it")
+            for point in points:
+                if math.isfinite(point.value):
+                    curves.setdefault(point.name, {})[point.epoch] = point.value
             training_card = curves_path.parent / CARD_FILE
             if training_card.is_file() and training_card.resolve() != card_path.resolve():
                 training = _json(training_card)
@@ -222,8 +223,7 @@ class RunResult:
     @property
     def gate(self) -> float | None:
         """Share g of SAM in the ladder's mix, 0 to 1; None where the strategy has no gate."""
-        value = self.fact("gate")
-        return None if value is None else float(value)
+        return self.fact("gate")
 
     @property
     def split(self) -> str:
@@ -238,32 +238,23 @@ class RunResult:
         source = self.fact("prompt_source")
         if source is None:
             return NOT_RECORDED
-        loosen = self.fact("prompt_loosen", "settings.prompt.loosen")
-        settings = {**(self.fact("settings.prompt") or {}), "loosen": loosen}
+        settings = {"loosen": self.fact("prompt_loosen"), **(self.fact("settings.prompt") or {})}
         return prompt_text(str(source), settings, self.fact("boxes_sha256"))
 
     @property
     def trainable(self) -> int | None:
         """Number of trainable parameters; 0 where no network is, None when not recorded."""
-        count = self.fact("trainable_parameters")
-        return 0 if not self.has_network else None if count is None else int(count)
-
-    @property
-    def trainable_text(self) -> str:
-        """That number for people."""
-        return NOT_RECORDED if self.trainable is None else f"{self.trainable:,}"
+        return self.fact("trainable_parameters") if self.has_network else 0
 
     @property
     def seconds(self) -> float | None:
         """Wall-clock seconds of the evaluation's run; None when not recorded, or when there was no network."""
-        value = self.fact("seconds")
-        return float(value) if self.has_network and value is not None else None
+        return self.fact("seconds") if self.has_network else None
 
     @property
     def training_seconds(self) -> float | None:
         """Wall-clock seconds of the training's run; None when nothing was trained or it is not recorded."""
-        value = self.training.get("seconds")
-        return None if value is None else float(value)
+        return self.training.get("seconds")
 
     @property
     def warnings(self) -> list[str]:
@@ -295,22 +286,6 @@ class RunResult:
         return None
 
 
-def read_curves(path: StrPath) -> Curves:
-    """Curves of one training: name -> epoch -> value, in the order of the file; values that are no finite number are
-    left out.
-
-    Raises:
-        BundleError: rows of the file are none of curves.
-    """
-    points, problems = read_history(path)
-    raise_all(problems, BundleError, f"{path} cannot be read; train again to write it")
-    curves: Curves = {}
-    for point in points:
-        if math.isfinite(point.value):
-            curves.setdefault(point.name, {})[point.epoch] = point.value
-    return curves
-
-
 def check_runs(runs: Sequence[RunResult]) -> None:
     """Raise BundleError unless there is a run and every run has its own name."""
     if not runs:
@@ -332,72 +307,56 @@ def _json(path: Path) -> dict[str, Any]:
     return read_json(path, BundleError, "run", "evaluate again")
 
 
-# Heading on the page -> where a card (or metrics.json) keeps it, dotted; the first that is there counts.
-_FACTS: dict[str, tuple[str, ...]] = {
-    "status": ("status",),
-    "bundle": ("bundle",),
-    "bundle version": ("bundle_version",),
-    "strategy": ("strategy",),
-    "SAM variant": ("sam_variant",),
-    "SAM weights (sha256)": ("base_sha256",),
-    "image size": ("image_size",),
-    "prompt source": ("prompt_source",),
-    "boxes drawn from labels: enlarged by (fraction of a side)": ("prompt_loosen", "settings.prompt.loosen"),
-    "empty masks (policy)": ("policy", "settings.policy"),
-    "smallest component kept (mm^3)": ("settings.min_component_mm3",),
-    "seed": ("seed", "seeds"),
-    "split": ("split",),
-    "cases per split": ("split_sizes",),
-    "data": ("dataset",),
-    "data hash": ("data_hash",),
-    "config hash": ("config_hash",),
-    "commit": ("git_commit", "commit"),
-    "versions": ("versions",),
-    "hardware": ("hardware",),
-    "peak memory (MB)": ("peak_memory_mb",),
-    "started": ("started",),
-    "file of cases": ("cases_file",),
+# What a card, or metrics.json, records and the page shows; and how it is called there.
+_FACTS = (
+    "status", "bundle", "bundle_version", "strategy", "sam_variant", "base_sha256", "image_size", "prompt_source",
+    "prompt_loosen", "policy", "settings.min_component_mm3", "seed", "split", "split_sizes", "dataset", "data_hash",
+    "config_hash", "git_commit", "versions", "hardware", "peak_memory_mb", "started", "cases_file",
+)  # fmt: skip
+_NAMES = {
+    "sam_variant": "SAM variant",
+    "base_sha256": "SAM weights (sha256)",
+    "prompt_loosen": "boxes drawn from labels: enlarged by (fraction of a side)",
+    "policy": "empty masks (policy)",
+    "settings.min_component_mm3": "smallest component kept (mm^3)",
+    "split_sizes": "cases per split",
+    "dataset": "data",
+    "git_commit": "commit",
+    "peak_memory_mb": "peak memory (MB)",
+    "cases_file": "file of cases",
+    "best": "best validation",
 }
 # Without these nobody can repeat a run, so their absence is shown too.
-_ALWAYS = {"SAM variant", "prompt source", "empty masks (policy)", "seed", "data hash", "commit", "versions"}
-_OF_TRAINING = {
-    "training: status": "status",
-    "training: started": "started",
-    "training: seed": "seed",
-    "training: data hash": "data_hash",
-    "training: config hash": "config_hash",
-    "training: commit": "git_commit",
-    "training: epochs": "epochs",
-    "training: best validation": "best",
-    "training: peak memory (MB)": "peak_memory_mb",
-}
+_ALWAYS = {"sam_variant", "prompt_source", "policy", "seed", "data_hash", "git_commit", "versions"}
+_OF_TRAINING = (
+    "status", "started", "seed", "data_hash", "config_hash", "git_commit", "epochs", "best", "peak_memory_mb",
+)  # fmt: skip
 _LONGEST = 300  # characters of a fact in the table; the whole card stands below it
 
 
 def facts(runs: Sequence[RunResult]) -> list[tuple[str, list[str]]]:
     """Heading -> one text per run, in a fixed order; facts that no card records are left out, the vital ones never."""
     found = []
-    for heading, paths in _FACTS.items():
-        values = [run.fact(*paths) for run in runs]
-        if heading in _ALWAYS or any(value is not None for value in values):
-            found.append((heading, [fact_text(value) for value in values]))
-    for heading, key in _OF_TRAINING.items():
-        if any(run.training for run in runs):
-            found.append((heading, [fact_text(run.training.get(key)) if run.training else "-" for run in runs]))
+    for key in _FACTS:
+        values = [run.fact(key, f"settings.{key}") for run in runs]
+        if key in _ALWAYS or any(value is not None for value in values):
+            found.append((_NAMES.get(key, key.replace("_", " ")), [fact_text(value) for value in values]))
+    for key in _OF_TRAINING if any(run.training for run in runs) else ():
+        values = [fact_text(run.training.get(key)) if run.training else "-" for run in runs]
+        found.append((f"training: {_NAMES.get(key, key.replace('_', ' '))}", values))
     return found
 
 
 def fact_text(value: Any) -> str:
     """A fact on one line: mappings as ``key value, key value``, cut where it gets long."""
-    text = _spelt(value)
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
-
-
-def _spelt(value: Any) -> str:
     if value is None:
         return NOT_RECORDED
+    if isinstance(value, float):
+        return f"{value:g}"
+    parts = [value]
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_spelt(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(_spelt(item) for item in value) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        parts = [f"{key} {fact_text(item)}" for key, item in value.items()]
+    elif isinstance(value, (list, tuple)):
+        parts = [fact_text(item) for item in value]
+    text = ", ".join(map(str, parts)) or "none"
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."

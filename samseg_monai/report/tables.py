@@ -16,7 +16,7 @@ from typing import Any
 from samseg_monai.errors import BundleError
 from samseg_monai.metrics import aggregate, case_means, paired_difference
 from samseg_monai.metrics.rows import bootstrap_interval
-from samseg_monai.report.runs import ZERO_SHOT, RunResult, check_runs, gate_text
+from samseg_monai.report.runs import NOT_RECORDED, ZERO_SHOT, RunResult, check_runs, gate_text
 
 MEAN_OF_CLASSES = "mean of classes"
 WIDTH = 130  # of a table for a terminal
@@ -103,12 +103,11 @@ def dice_column(run: RunResult) -> str:
     Raises:
         BundleError: there is none.
     """
-    for name in ("dice", "dice_transunet"):
-        if name in run.rows[0]:
-            return name
-    raise BundleError(
-        f"{run.folder}: the CSV of cases has no column dice, it has {', '.join(run.rows[0])}; evaluate again"
-    )
+    found = [name for name in ("dice", "dice_transunet") if name in run.rows[0]]
+    if not found:
+        there = ", ".join(run.rows[0])
+        raise BundleError(f"{run.folder}: the CSV of cases has no column dice, it has {there}; evaluate again")
+    return found[0]
 
 
 def dice_of_cases(run: RunResult) -> dict[str, float]:
@@ -168,11 +167,12 @@ def results_json(runs: Sequence[RunResult]) -> dict[str, dict[str, Any]]:
         if run.name in result:
             result[run.name].setdefault("classes", {})[line.klass] = entry
             continue
-        entry |= {"sam": run.sam, "prompt_source": run.prompt_source}
-        entry |= {"trainable_parameters": run.trainable, "phantoms": run.is_phantom}
-        entry |= {"seconds": run.seconds, "seconds_training": run.training_seconds}
-        entry |= {} if run.gate is None else {"gate": run.gate}
-        result[run.name] = entry
+        result[run.name] = {
+            **entry,
+            **{"sam": run.sam, "prompt_source": run.prompt_source, "trainable_parameters": run.trainable},
+            **{"phantoms": run.is_phantom, "seconds": run.seconds, "seconds_training": run.training_seconds},
+            **({} if run.gate is None else {"gate": run.gate}),
+        }
     for one in differences(runs):
         entry = {"mean": or_none(one.mean), "ci95": [or_none(one.low), or_none(one.high)]}
         entry |= {"n": one.n, "verdict": one.verdict}
@@ -206,7 +206,7 @@ def table_text(runs: Sequence[RunResult]) -> str:
         ]
         blocks.append(grid(["Dice minus zero-shot", "n", "mean", "95 % CI", "verdict"], body))
     cost = [
-        [named(r), r.prompt_source, r.trainable_text, seconds_text(r.training_seconds), seconds_text(r.seconds)]
+        [named(r), r.prompt_source, count_text(r.trainable), seconds_text(r.training_seconds), seconds_text(r.seconds)]
         for r in runs
     ]
     head = ["strategy [SAM]", "prompt source", "trainable", "s training", "s evaluation"]
@@ -249,6 +249,11 @@ def fixed(value: float, digits: int = 3, sign: str = "-") -> str:
 def interval(low: float, high: float, digits: int = 3, sign: str = "-") -> str:
     """``low to high`` of a 95 % interval, a dash when there is none."""
     return f"{fixed(low, digits, sign)} to {fixed(high, digits, sign)}" if math.isfinite(low) else "-"
+
+
+def count_text(count: int | None) -> str:
+    """Number of parameters with thousands separators."""
+    return NOT_RECORDED if count is None else f"{count:,}"
 
 
 def seconds_text(seconds: float | None) -> str:
