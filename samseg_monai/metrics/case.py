@@ -60,15 +60,13 @@ def score_case(
     surface: bool = True,
     unit: str = "mm",
 ) -> dict[str, float | bool]:
-    """Score one predicted mask against its reference.
+    """Score one predicted mask against its reference, both (H, W, D) of booleans or of 0 and 1; D = 1 is scored in 2-D.
 
     Empty masks under ``honest``: both empty, the case is ``excluded`` and every score is NaN; one empty, Dice 0, NSD 0
     and both HD95 are the image's diagonal (norm of shape times spacing). Under ``transunet`` nothing is excluded:
     only the reference empty, Dice 1 and HD95 0; prediction empty, Dice 0 and HD95 0.
 
     Args:
-        prediction: mask of shape (H, W, D), boolean or holding 0 and 1 only; with D = 1 it is scored in 2-D.
-        reference: mask of the same shape.
         spacing_mm: distance of neighbouring voxels along H, W and D, in mm (rounded to 1e-5 mm).
         policy: ``honest`` or ``transunet``.
         surface: False leaves out HD95 and NSD (fast validation).
@@ -76,8 +74,8 @@ def score_case(
 
     Returns:
         ``score_columns(policy, surface=surface, unit=unit)`` as floats (Dice and NSD in [0, 1]; HD95 in the unit, or in
-        voxels when the name says so), ``excluded``, ``empty_prediction`` and ``empty_reference`` as bool,
-        ``prediction_ml`` and ``reference_ml`` (volumes, ml), for ``px`` ``prediction_px``, ``reference_px`` (areas).
+        voxels when the name says so), ``excluded``, ``empty_prediction``, ``empty_reference`` as bool, volumes
+        ``prediction_ml``, ``reference_ml``, for ``px`` areas ``prediction_px``, ``reference_px``.
 
     Raises:
         DataError: shapes differ or are not 3-D, a mask holds other values than 0 and 1, the spacing is not positive,
@@ -132,25 +130,22 @@ def _scores(pred: torch.Tensor, ref: torch.Tensor, spacing: np.ndarray, *, polic
 
 def checked_masks(prediction: Mask, reference: Mask) -> tuple[torch.Tensor, torch.Tensor]:
     """Both masks as boolean CPU tensors of one shape (H, W, D); raises DataError as ``score_case`` says."""
-    pred, ref = _as_mask(prediction, "prediction"), _as_mask(reference, "reference")
+    found = []
+    for name, mask in (("prediction", prediction), ("reference", reference)):
+        # plain and on CPU: every machine then measures with the same code, and metadata costs no time
+        tensor = torch.as_tensor(np.asarray(mask.detach().cpu()) if isinstance(mask, torch.Tensor) else mask)
+        if tensor.ndim != 3:
+            raise DataError(f"{name} must be a volume (H, W, D), got shape {tuple(tensor.shape)}")
+        if tensor.dtype != torch.bool and not bool(((tensor == 0) | (tensor == 1)).all()):
+            raise DataError(f"{name} holds other values than 0 and 1; threshold it or take one class of it")
+        found.append(tensor if tensor.dtype == torch.bool else tensor == 1)
+    pred, ref = found
     if pred.shape != ref.shape:
         raise DataError(
             f"prediction {tuple(pred.shape)} and reference {tuple(ref.shape)} differ in shape; "
             "bring the prediction back to the reference's grid first"
         )
     return pred, ref
-
-
-def _as_mask(mask: Mask, name: str) -> torch.Tensor:
-    """Plain boolean CPU tensor: every machine then measures with the same code, and metadata costs no time."""
-    tensor = torch.as_tensor(np.asarray(mask.detach().cpu()) if isinstance(mask, torch.Tensor) else mask)
-    if tensor.ndim != 3:
-        raise DataError(f"{name} must be a volume (H, W, D), got shape {tuple(tensor.shape)}")
-    if tensor.dtype != torch.bool:
-        if not bool(((tensor == 0) | (tensor == 1)).all()):
-            raise DataError(f"{name} holds other values than 0 and 1; threshold it or take one class of it")
-        tensor = tensor == 1
-    return tensor
 
 
 def _count(mask: torch.Tensor) -> int:

@@ -33,10 +33,6 @@ BRATS_REGIONS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
-def _unchanged(items: Any) -> Any:
-    return items
-
-
 class CaseScores(Metric):
     """Ignite metric for MONAI's ``key_val_metric``, ``key_train_metric`` and ``additional_metrics``.
 
@@ -49,17 +45,14 @@ class CaseScores(Metric):
     shares are dropped by case name.
 
     Args:
-        pred_key, reference_key, case_key: where an item holds the prediction, the reference and the case's name; an
-            item is the engine's output with what it lacks taken from the engine's batch.
+        pred_key, reference_key, case_key: where an item, the engine's output completed by its batch, holds them.
         classes: one name per channel.
-        policy: ``honest`` or ``transunet``, see ``score_case``.
-        value: score that ``compute`` returns, one of ``score_columns``; ``dice`` is the policy's own Dice.
+        policy, surface, unit: as of ``score_case``.
+        value: score that ``compute`` returns, one of ``columns``; ``dice`` is the policy's own Dice.
         prefix: put before the published names; must differ between the CaseScores of one engine.
-        surface: False computes Dice only (fast validation).
         lesions: add lesion-wise scores and counts to every row: True, or some of the numbers of ``LesionRules``.
-        unit: of distances, ``mm``, or ``px`` for images of one slice whose pixels have no known size.
-        regions: what has a row of its own: None for every class, ``"brats"`` for those of WT, TC and ET that the
-            classes allow, or region -> list of classes.
+        regions: what has a row of its own: None for every class, ``"brats"`` for those of WT (whole tumour), TC (tumour
+            core) and ET (enhancing tumour) whose parts are all among the classes, or region -> list of classes.
         output_transform: applied to the list of items.
 
     Raises:
@@ -82,7 +75,7 @@ class CaseScores(Metric):
         lesions: bool | Mapping[str, Any] | None = None,
         regions: str | Mapping[str, Sequence[str]] | None = None,
         unit: str = "mm",
-        output_transform: Callable = _unchanged,
+        output_transform: Callable = lambda items: items,
     ) -> None:
         self.lesions = lesion_rules(lesions)
         self.columns = score_columns(policy, surface=surface, unit=unit)

@@ -96,21 +96,15 @@ def score_lesions(
     rules: LesionRules = LesionRules(),
     surface: bool = True,
 ) -> dict[str, float]:
-    """Score one region of one case lesion by lesion.
-
-    Args:
-        prediction: mask of shape (H, W, D), boolean or holding 0 and 1 only.
-        reference: mask of the same shape.
-        spacing_mm: distance of neighbouring voxels along H, W and D, in mm (rounded to 1e-5 mm).
-        rules: the challenge's numbers.
-        surface: False leaves out HD95.
+    """Score one region of one case lesion by lesion; ``prediction``, ``reference`` and ``spacing_mm`` as ``score_case``
+    takes them, ``surface=False`` leaves out HD95.
 
     Returns:
         ``lesion_columns(surface=surface)`` (Dice in [0, 1], HD95 in mm), and the counts ``lesion_tp``, ``lesion_fn``
         and ``lesion_fp`` as floats.
 
     Raises:
-        DataError: shapes differ or are not 3-D, a mask holds other values than 0 and 1, the spacing is not positive.
+        DataError: as of ``score_case``.
     """
     pred, ref = (mask.numpy() for mask in checked_masks(prediction, reference))
     spacing = checked_spacing(spacing_mm)
@@ -210,7 +204,6 @@ def _to_nearest(places: np.ndarray, targets: np.ndarray, spacing: np.ndarray) ->
 
 
 def _percentile(distances: np.ndarray, areas: np.ndarray) -> float:
-    """The distance that ``PERCENTILE`` % of the area keep within."""
     order = np.lexsort((areas, distances))
     share = np.cumsum(areas[order]) / areas.sum()
     index = min(int(np.searchsorted(share, PERCENTILE / 100)), len(order) - 1)  # shares may end just below 1

@@ -34,27 +34,13 @@ _PAGE = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", SURFACE:
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "samseg",  # ids do not change from run to run
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.facecolor": "none",
-    "axes.axisbelow": True,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "legend.fontsize": 10,
-}
+    "font.family": "sans-serif", "font.size": 11, "text.color": INK,
+    "axes.labelcolor": INK, "axes.edgecolor": MUTED, "axes.facecolor": "none", "axes.axisbelow": True,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    "grid.color": GRID, "grid.linewidth": 0.8, "legend.frameon": False, "legend.fontsize": 10,
+}  # fmt: skip
 _JITTER = 0.09  # half width of the band of points, in units of the distance between two boxes
 VALIDATION_LOSS = "val_loss"
 _CURVES = {"train_loss": "train loss", VALIDATION_LOSS: "validation loss"}
@@ -208,15 +194,8 @@ def _draw_box(axes: Axes, place: int, values: list[float], look: Look) -> None:
 def write_lr_curve(
     path: StrPath, rates: Sequence[float], losses: Sequence[float], *, suggested: float | None, configured: float
 ) -> Path:
-    """Draw the loss over the learning rate as a PNG, with the suggested and the configured one marked.
-
-    Args:
-        path: PNG to write.
-        rates: learning rates, rising, above 0.
-        losses: smoothed loss of each step (no unit).
-        suggested: rate where the loss falls most steeply; None draws no mark.
-        configured: rate of the config.
-    """
+    """Write a PNG of the smoothed loss over the learning rate (rising, above 0), with two rates marked: ``configured``,
+    and ``suggested``, where the loss falls most steeply, if there is such a one."""
     muted, grid = "#59626c", "#dfe3e8"  # of the light page: a PNG cannot follow the reader's scheme
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained", dpi=150)

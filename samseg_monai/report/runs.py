@@ -35,23 +35,13 @@ MOBILE_SAM = {
 }
 NO_PROMPTS = "no prompts"
 STRATEGIES = {
-    BOX_ELLIPSE: "Box ellipse (no network)",
-    ZERO_SHOT: "Zero-shot",
-    LORA: "LoRA",
-    "dora": "DoRA",
-    LADDER: "Ladder (ResNet18 beside SAM)",
-    "ladder_paper": "Ladder, as published",
-    "cnn_only": "CNN only",
-    "sam_only": "SAM only (decoder upscaling)",
-    "unet": "U-Net, no SAM",
-    "full": "Full fine-tuning",
-    "decoder": "Mask decoder",
-    "norm": "Normalisation layers",
-    "bias": "Biases",
-    "unet_box": "U-Net with box channel, no SAM",
-    "unet_crop": "U-Net on the crop, no SAM",
+    BOX_ELLIPSE: "Box ellipse (no network)", ZERO_SHOT: "Zero-shot", LORA: "LoRA", "dora": "DoRA",
+    LADDER: "Ladder (ResNet18 beside SAM)", "ladder_paper": "Ladder, as published", "cnn_only": "CNN only",
+    "sam_only": "SAM only (decoder upscaling)", "full": "Full fine-tuning", "decoder": "Mask decoder",
+    "norm": "Normalisation layers", "bias": "Biases", "unet": "U-Net, no SAM",
+    "unet_box": "U-Net with box channel, no SAM", "unet_crop": "U-Net on the crop, no SAM",
     "ellipse": "Fitted ellipse (no network)",
-}
+}  # fmt: skip
 SIDES = {"ResNetSide": "ResNet18"}  # side networks that are known under another name than their class's
 PROMPTS = {
     "label": "GT boxes on GT slices",
