@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from scipy import stats
@@ -20,8 +21,8 @@ from tests.conftest import TINY
 
 HERE = Path(__file__).parents[1] / "experiments" / "meningioma_t1c"
 sys.path.insert(0, str(HERE))
-make_inputs, plans, records, run, table, figures, block_statistics, pages = map(
-    importlib.import_module, ("make_inputs", "plan", "records", "run", "table", "figures", "block_statistics", "pages")
+make_inputs, plans, records, run, table, figures, pages = map(
+    importlib.import_module, ("make_inputs", "plan", "records", "run", "table", "figures", "pages")
 )
 PLAN, FOLDS = plans.read("plan.json"), plans.read("folds.json")
 SIZES = {"meningioma": 77, "glioma": 74, "pituitary": 36}
@@ -172,20 +173,20 @@ def test_every_setting_of_the_plan_replaces_something(row, tmp_path):
 
 def test_the_t_interval_is_the_textbooks():
     # t(0.975, 2) = 4.302653; mean 2, sd 1, n 3
-    one = block_statistics.t_interval([1.0, 2.0, 3.0])
+    one = table.t_interval([1.0, 2.0, 3.0])
     half = 4.302653 / np.sqrt(3)
     assert (one.n, one.mean) == (3, 2.0)
     assert (one.low, one.high) == (pytest.approx(2 - half, abs=1e-5), pytest.approx(2 + half, abs=1e-5))
     assert one.p == pytest.approx(stats.ttest_1samp([1.0, 2.0, 3.0], 0).pvalue)
-    assert np.isnan(block_statistics.t_interval([0.5]).low)
-    assert block_statistics.t_interval([0.0, 0.0]).p == 1 and block_statistics.t_interval([0.1, 0.1]).p == 0
+    assert np.isnan(table.t_interval([0.5]).low)
+    assert table.t_interval([0.0, 0.0]).p == 1 and table.t_interval([0.1, 0.1]).p == 0
 
 
 def test_holm_by_hand():
     # sorted 0.01, 0.02, 0.03, 0.04 times 4, 3, 2, 1: 0.04, 0.06, 0.06, 0.04, then never below what came before
-    assert block_statistics.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
-    assert block_statistics.holm([0.5, 0.9]) == [1.0, 1.0]
-    assert block_statistics.holm([]) == []
+    assert table.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert table.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert table.holm([]) == []
 
 
 def test_the_interval_of_blocks_covers_and_that_of_slices_does_not():
@@ -196,8 +197,8 @@ def test_the_interval_of_blocks_covers_and_that_of_slices_does_not():
     for _ in range(draws):
         shift = {name: rng.normal(0, 0.04) for name in FOLDS["blocks"]}
         values = {case: shift[name] + rng.normal(0, 0.02) for case, name in blocks.items()}
-        of_blocks = block_statistics.t_interval(block_statistics.block_means(values, blocks))
-        of_slices = block_statistics.t_interval(list(values.values()))
+        of_blocks = table.t_interval(table.block_means(values, blocks))
+        of_slices = table.t_interval(list(values.values()))
         covered += of_blocks.low <= 0 <= of_blocks.high
         narrow += of_slices.low <= 0 <= of_slices.high
     assert covered / draws == pytest.approx(0.95, abs=0.03)
@@ -206,7 +207,7 @@ def test_the_interval_of_blocks_covers_and_that_of_slices_does_not():
 
 def test_block_means_leave_out_what_has_no_value():
     values, blocks = {"a": 1.0, "b": 3.0, "c": 5.0, "d": np.nan}, {"a": "2", "b": "2", "c": "1", "d": "1"}
-    assert block_statistics.block_means(values, blocks) == [5.0, 2.0]
+    assert table.block_means(values, blocks) == [5.0, 2.0]
 
 
 # runner
@@ -302,7 +303,11 @@ def test_the_runner_writes_each_run_and_skips_what_is_there(runner):
     trained = [overrides for name, overrides in runner.calls if name == "train"]
     assert len(trained) == 4 and trained[0]["strategy::rank"] == 16 and trained[0]["keep_last"] is True
     assert trained[0]["sam_variant"] == "vit_t" and trained[0]["prompt::loosen"] == [0.0, 0.3]
-    rows = [row for row in records.read(runner.results) if row["row"] == "lora_r16" and row["section"] == "testing"]
+    rows = [
+        row
+        for row in records.read(runner.results).to_dict("records")
+        if (row["row"], row["section"]) == ("lora_r16", "testing")
+    ]
     assert len(rows) == 77 * 3 * 2 and {row["block"] for row in rows} == set(FOLDS["blocks"])
     facts = next(one for one in records.read_facts(runner.results) if one["row"] == "lora_r16")
     assert facts["history"] == {"train_loss": {"1": 0.5}, "val_dice": {"1": 0.8}} and facts["seconds"] == 60
@@ -389,7 +394,9 @@ def test_the_table_of_made_up_rows(finished):
     lines = {line["row"]: line for line in content["rows"]}
     assert set(lines) == {row["name"] for row in PLAN["rows"] if row["role"] != "curve"} | {"inscribed_ellipse"}
     assert all(line["slices"] == 77 for line in lines.values())
-    rows = [row for row in records.read(finished) if (row["row"], row["boxes"]) == ("lora_r16", "loose")]
+    rows = [
+        row for row in records.read(finished).to_dict("records") if (row["row"], row["boxes"]) == ("lora_r16", "loose")
+    ]
     best = [row["dice"] for row in rows if row["section"] == "testing" and row["weights"] == "best"]
     assert lines["lora_r16"]["dice_loose"] == pytest.approx(np.mean(best))
     assert lines["lora_r16"]["blocks_loose"]["n"] == 9
@@ -415,11 +422,9 @@ def test_the_table_of_made_up_rows(finished):
 
 def test_the_row_and_the_baseline_are_chosen_by_validation_not_by_test(finished, tmp_path):
     rows = records.read(finished)
-    for row in rows:
-        if row["section"] == "validation":
-            row["dice"] = 0.5 + 0.3 * (row["row"] in ("full", "zero_shot_512"))
-        elif row["row"] in ("lora_r64", "zero_shot_1024"):
-            row["dice"] = min(1.0, row["dice"] + 0.02)
+    validation, favoured = rows["section"] == "validation", rows["row"].isin(("lora_r64", "zero_shot_1024"))
+    rows.loc[validation, "dice"] = 0.5 + 0.3 * rows["row"].isin(("full", "zero_shot_512"))[validation]
+    rows.loc[~validation & favoured, "dice"] = (rows["dice"] + 0.02).clip(upper=1.0)
     compared = table.comparisons(table.Results(rows, [], PLAN))
     assert (compared["chosen"], compared["baseline"]) == ("full", "zero_shot_512")
     assert compared["best_baseline_on_test"] == "zero_shot_1024"
@@ -441,11 +446,12 @@ def test_results_of_another_plan_are_refused(finished, tmp_path):
 
 
 def test_rows_that_lack_slices_take_no_part(finished):
-    rows = [row for row in records.read(finished) if not (row["row"] == "full" and row["fold"] == "2")]
+    rows = records.read(finished)
+    rows = rows[~((rows["row"] == "full") & (rows["fold"] == "2"))]
     results = table.Results(rows, [], PLAN)
     compared = table.comparisons(results)
     assert compared["missing"] == ["full"] and "full" not in [one["row"] for one in compared["exploratory"]]
-    assert table.comparisons(table.Results([], [], PLAN))["missing"]
+    assert table.comparisons(table.Results(rows[:0], [], PLAN))["missing"]
 
 
 def test_the_pages_show_the_committed_results():
@@ -470,11 +476,11 @@ def test_a_page_without_marks_is_left_alone(tmp_path):
 def test_transfer_is_reported_apart():
     rng, row = np.random.default_rng(0), PLAN["rows"][0]
     rows = fake_rows(plans.Run(row, "all", 0, row["name"], {}), rng)
-    lines = table.transfer_lines(table.Results(rows, [], PLAN))
+    lines = table.transfer_lines(table.Results(pd.DataFrame(rows), [], PLAN))
     assert [(line["kind"], line["slices"]) for line in lines] == [("glioma", 74), ("pituitary", 36)]
-    assert not table.Results(rows, [], PLAN).rows
+    assert table.Results(pd.DataFrame(rows), [], PLAN).rows.empty
     twice = [*rows, *({**one, "seed": 1, "dice": one["dice"] + 0.1} for one in rows)]
-    of_seeds = table.transfer_lines(table.Results(twice, [], PLAN))
+    of_seeds = table.transfer_lines(table.Results(pd.DataFrame(twice), [], PLAN))
     assert [line["slices"] for line in of_seeds] == [74, 36]  # a second seed gives no more slices
     for one, mean in zip(lines, of_seeds, strict=True):
         assert mean["dice_loose"] == pytest.approx(one["dice_loose"] + 0.05)
@@ -484,9 +490,8 @@ def test_transfer_is_reported_apart():
 
 def test_empty_predictions_are_counted_beside_the_distance_that_stands_in_for_them(finished):
     rows = records.read(finished)
-    wanted = ("lora_r16", "loose", "best", "testing")
-    of_row = [row for row in rows if (row["row"], row["boxes"], row["weights"], row["section"]) == wanted]
-    of_row[0].update(dice=0.0, hd95_px=724.08, empty_prediction=1.0)
+    wanted = rows.query("row == 'lora_r16' and boxes == 'loose' and weights == 'best' and section == 'testing'")
+    rows.loc[wanted.index[0], ["dice", "hd95_px", "empty_prediction"]] = (0.0, 724.08, True)
     row = next(row for row in PLAN["rows"] if row["name"] == "lora_r16")
     line = table.line_of(table.Results(rows, [{**fake_facts(run), "fold": "0"} for run in plans.runs_of(PLAN)
                                               if run.name == "lora_r16"], PLAN), row)  # fmt: skip

@@ -18,7 +18,6 @@ from samseg_monai.report import (
     headline,
     organ_table,
     organs_json,
-    organs_markdown,
     organs_text,
     results_json,
     table_text,
@@ -104,7 +103,6 @@ def test_columns_stand_in_the_order_of_the_papers_whatever_the_order_of_the_clas
     table = organ_table(runs)
     assert re.split(r"  +", organs_text(table).splitlines()[0]) == ["method", "DSC %", "HD95", *COLUMNS]
     assert _table(page, "organs")[0] == ["Method", "DSC %", "HD95", *COLUMNS]
-    assert [cell.strip() for cell in organs_markdown(table).splitlines()[0].split("|")][4:-1] == COLUMNS
     assert all(list(line.organs) == COLUMNS for line in table.lines)
 
 
@@ -141,7 +139,6 @@ def test_organs_with_excluded_cases_say_how_many_count(tmp_path):
     assert published.remark == ""
     assert honest.remark == "honest rules (mm): aorta n = 2, spleen n = 1 of 3, the others do not count"
     assert honest.remark in organs_text(table)
-    assert honest.remark in organs_markdown(table)
 
 
 def test_an_organ_without_a_case_is_a_dash_and_the_mean_is_over_the_others(tmp_path):
@@ -166,7 +163,7 @@ def test_a_score_that_is_no_number_is_left_out_and_counted_as_missing(tmp_path):
 
 def test_no_reader_meets_nan(runs, page):
     table = organ_table(runs)
-    for text in (organs_text(table), organs_markdown(table), page):
+    for text in (organs_text(table), page):
         assert not re.search(r"\bnan\b", text, re.IGNORECASE)
     json.dumps(organs_json(table), allow_nan=False)
 
@@ -178,7 +175,7 @@ def test_texts_fit_a_terminal(runs):
 
 def test_every_quoted_row_is_marked_and_has_a_source(runs, page):
     table = organ_table(runs)
-    text, markdown = organs_text(table), organs_markdown(table)
+    text = organs_text(table)
     below = text[text.index(QUOTED) :]
     cells = {row[0]: row[1:] for row in _table(page, "organs")}
     for row in PUBLISHED:
@@ -186,8 +183,6 @@ def test_every_quoted_row_is_marked_and_has_a_source(runs, page):
         assert f"  {row.method} {mark}  " in below
         assert row.source in " ".join(below.split())
         assert cells[f"{row.method} {mark}"][:2] == [row.dsc, row.hd95 or "-"]
-        assert re.search(rf"^\| {re.escape(row.method)} \({QUOTED}", markdown, re.MULTILINE)
-        assert row.source in markdown
     entries = organs_json(table)["quoted"]
     assert len(entries) == len(PUBLISHED)
     assert all(entry["quoted"] == QUOTED and entry["source"] for entry in entries)
@@ -216,9 +211,6 @@ def test_runs_say_pico_phantoms_cases_split_and_prompts(runs, page):
     headings = [line for line in organs_text(table).splitlines() if told in line]
     assert len(headings) == len(NAMES)
     assert sum(PICO in line for line in headings) == len(NAMES) - 1  # the U-Net has no SAM, not even pico
-    rows = [line for line in organs_markdown(table).splitlines() if "rules (" in line and line.startswith("| ")]
-    assert len(rows) == 2 * len(NAMES)
-    assert all(told in row for row in rows)
     assert sum(told in row[0] for row in _table(page, "organs")) == len(NAMES)
 
 
@@ -235,7 +227,7 @@ def test_only_stand_ins_are_said_to_be_incomparable(runs, tmp_path):
 def test_gate_is_told_where_there_is_one(runs, page):
     line = "gate g = 0.52 (1 = SAM alone, 0 = CNN alone)"
     table = organ_table(runs)
-    for text in (organs_text(table), organs_markdown(table), table_text(runs)):
+    for text in (organs_text(table), table_text(runs)):
         assert line in text
         assert text.count("gate g = ") == 2
     assert "<strong>Gate.</strong> Ladder (ResNet18 beside SAM): " + line in page

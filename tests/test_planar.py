@@ -22,8 +22,8 @@ from samseg_monai import bundles, cli
 from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.errors import ConfigError, DataError, SamsegError
 from samseg_monai.handlers import WorstCaseImage
-from samseg_monai.handlers.overlay import REFERENCE
 from samseg_monai.networks import SamSegmenter
+from samseg_monai.pictures import REFERENCE
 from samseg_monai.transforms import SaveImagePngd, ScaleGreysd
 from samseg_monai.transforms.saving import overlay_picture
 from tests.pictures import CLASSES, SIZE, make_pictures

@@ -9,31 +9,31 @@ import json
 import re
 import shutil
 import statistics
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from samseg_monai.errors import BundleError, DataError
 from samseg_monai.metrics import paired_difference, write_rows
+from samseg_monai.pictures import as_seen
 from samseg_monai.report import (
     OverlayCase,
     RunResult,
     curves_svg,
     dice_svg,
     differences,
-    display,
     display_box,
     pick_cases,
     results_json,
     table_text,
     write_report,
 )
-from samseg_monai.report.labels import prompt_text
-from samseg_monai.report.montage import overlay_svg, slice_svg
-from samseg_monai.report.palette import SURFACES, contrast, looks
+from samseg_monai.report.figures import looks
+from samseg_monai.report.runs import prompt_text
 from samseg_monai.report.tables import measures
 
 CASES = [f"case{i:02d}" for i in range(9)]
@@ -327,7 +327,7 @@ def test_curves_show_loss_and_mean_dice_but_no_spread(runs):
 
 def test_losses_of_training_and_validation_share_a_panel(runs):
     before = curves_svg(runs[2:])[0].count("<path")
-    runs[2].history["val_loss"] = [(2.0, 20.0, 0.7), (4.0, 40.0, 0.4), (6.0, 60.0, 0.5)]
+    runs[2].history["val_loss"] = {2: 0.7, 4: 0.4, 6: 0.5}
     loss, dice = curves_svg(runs[2:])
     assert "Training and validation loss" in loss and "train loss" in loss and "validation loss" in loss
     assert loss.count("<path") > before  # a curve of its own, with its markers
@@ -343,33 +343,49 @@ def test_box_plot_has_a_point_per_case_and_strategy(runs):
     assert all(group.count("<use ") == 8 for group in points)
 
 
-def test_panels_hold_a_picture_that_is_not_blank():
-    for svg in (slice_svg(_overlay(), "a"), overlay_svg(_overlay(), "lora", "b", names=list(DICE))):
-        data = base64.b64decode(re.search(r"data:image/png;base64,\s*([^\"]+)", svg).group(1))
-        assert data.startswith(b"\x89PNG")
-        assert np.asarray(Image.open(io.BytesIO(data)).convert("L")).std() > 5
+def _picture(page: str, number: int) -> np.ndarray:
+    data = base64.b64decode(re.findall(r'src="data:image/png;base64,([^"]+)"', page)[number])
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def test_panels_hold_a_picture_that_is_not_blank(page):
+    for number in range(12):
+        assert _picture(page, number).shape == (480, 480, 3) and _picture(page, number).std() > 5
+
+
+def _pixels(picture: np.ndarray, colour: str) -> int:
+    return int((picture == np.array(ImageColor.getrgb(colour))).all(axis=2).sum())
 
 
 def test_overlay_draws_reference_prediction_and_box_in_their_colours():
-    svg = overlay_svg(_overlay(), "lora", "b", names=list(DICE))
-    assert looks(list(DICE))["lora"].overlay in svg
-    assert "#ffffff" in svg
-    assert "stroke-dasharray" in svg
-    assert "stroke-dasharray" not in overlay_svg(_overlay(box=None), "lora", "b", names=list(DICE))
+    names, box, orange = list(DICE), "#b9c4ff", looks(list(DICE))["lora"].overlay
+    close, whole = _overlay().picture("lora", names=names), _overlay().picture()
+    assert all(_pixels(close, colour) > 200 for colour in (orange, "#ffffff", box))
+    assert _pixels(whole, "#ffffff") > 200 and _pixels(whole, box) > 200 and not _pixels(whole, orange)
+    edges = (close == np.array(ImageColor.getrgb(box))).all(axis=2).any(axis=1).nonzero()[0]
+    dashes = (close[edges[0]] == np.array(ImageColor.getrgb(box))).all(axis=1)
+    assert np.abs(np.diff(dashes.astype(int))).sum() > 10  # the box is dashed
+    assert not _pixels(_overlay(box=None).picture("lora", names=names), box)
 
 
-def test_display_is_radiological():
+def test_empty_prediction_is_said():
+    nothing = replace(_overlay(), predictions={"lora": np.zeros((40, 50), bool)})
+    orange = looks(["lora"])["lora"].overlay
+    assert _pixels(nothing.picture("lora", names=["lora"])[400:], orange) > 50
+
+
+def test_pictures_are_radiological():
     volume = np.zeros((4, 6))
     volume[3, 5] = 1  # the patient's right, front
-    assert display(volume).shape == (6, 4)
-    assert display(volume)[0, 0] == 1  # top left for the viewer
+    assert as_seen(volume).shape == (6, 4)
+    assert as_seen(volume)[0, 0] == 1  # top left for the viewer
 
 
-def test_box_goes_with_its_pixels_into_the_display():
+def test_box_goes_with_its_pixels_into_the_as_seen():
     mask = np.zeros((8, 10))
     mask[2:5, 6:9] = 1  # y 2..4, x 6..8
     left, top, right, bottom = display_box((6, 2, 9, 5), mask.shape)
-    rows, columns = np.nonzero(display(mask))
+    rows, columns = np.nonzero(as_seen(mask))
     assert (left, top, right, bottom) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
 
 
@@ -384,12 +400,21 @@ def test_overlay_of_unequal_shapes_is_refused():
         OverlayCase("c", np.zeros((4, 4)), np.zeros((4, 4)), {"lora": np.zeros((2, 2))}, None, {})
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_of_strategies_have_contrast_and_differ(scheme):
+def _luminance(colour: str) -> float:
+    """Relative luminance of ``#rrggbb``, 0 to 1 (WCAG 2.2)."""
+    parts = [part / 255 for part in ImageColor.getrgb(colour)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return float(np.dot((0.2126, 0.7152, 0.0722), linear))
+
+
+@pytest.mark.parametrize(("scheme", "surface"), [("light", "#ffffff"), ("dark", "#17191c")])
+def test_colours_of_strategies_have_contrast_and_differ(scheme, surface):
     names = [*DICE, "full", "adapter", "ladder"]
     colours = [getattr(look, scheme) for look in looks(names).values()]
     assert len(set(colours)) == len(names)
-    assert min(contrast(colour, SURFACES[scheme]) for colour in colours) >= 3  # WCAG 2.2, 1.4.11
+    for colour in colours:
+        dark, light = sorted((_luminance(colour), _luminance(surface)))
+        assert (light + 0.05) / (dark + 0.05) >= 3  # WCAG 2.2, 1.4.11
     assert len({look.marker for look in looks(names).values()}) == len(names)
 
 

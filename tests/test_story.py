@@ -6,13 +6,13 @@ from dataclasses import replace
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import ImageColor
 
-from samseg_monai.cli.overlays import overlay_cases
 from samseg_monai.demo.story import is_trained
 from samseg_monai.errors import DataError
 from samseg_monai.handlers.provenance import file_hash
-from samseg_monai.report import RunResult
-from samseg_monai.report.montage import overlay_svg
+from samseg_monai.report import RunResult, overlay_cases
+from samseg_monai.report.figures import looks
 from samseg_monai.sam.weights import sha256_of
 
 LABELS = {"0": "background", "4": "liver", "7": "spleen", "9": "vein"}
@@ -94,8 +94,14 @@ def test_overlays_show_the_slice_with_most_organs_in_the_classes_of_the_network(
     assert case.dice == {"ladder": 0.5}
     assert case.image.min() == -100 and case.image.max() == 100
     joined = replace(case, predictions={"ladder": case.predictions["ladder"] > 0})
-    several, one = (overlay_svg(c, "ladder", "p", names=["ladder"]).count("<path") for c in (case, joined))
-    assert several > one
+    several, one = (c.picture("ladder", names=["ladder"]) for c in (case, joined))
+    colour = np.array(ImageColor.getrgb(looks(["ladder"])["ladder"].overlay))
+    drawn = [(picture == colour).all(axis=2).sum() for picture in (several, one)]
+    assert drawn[0] == drawn[1] > 0  # the two organs do not touch here
+    touching = replace(case, predictions={"ladder": np.where(case.predictions["ladder"], 1, 2)})
+    whole = replace(case, predictions={"ladder": np.ones_like(case.predictions["ladder"])})
+    several, one = (c.picture("ladder", names=["ladder"]) for c in (touching, whole))
+    assert (several == colour).all(axis=2).sum() > (one == colour).all(axis=2).sum()
 
 
 def test_label_that_the_datalist_does_not_know_is_refused(scored):

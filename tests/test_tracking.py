@@ -23,13 +23,13 @@ from torch import nn
 from torchvision.io import decode_png
 
 from samseg_monai import handlers
+from samseg_monai import pictures as overlay
 from samseg_monai.bundles import build_bundle
 from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.errors import ConfigError, TrainingError
-from samseg_monai.handlers import overlay, tracking, validation
+from samseg_monai.handlers import tracking, validation
 from samseg_monai.handlers.tracking import MlflowRun, flat
-from samseg_monai.handlers.validation import dice_of
-from samseg_monai.metrics import CaseScores
+from samseg_monai.metrics import CaseScores, mean_dice
 from tests.conftest import TINY
 from tests.test_handlers import trainer
 
@@ -354,7 +354,7 @@ def pictures(folder: Path) -> list[tuple[int, np.ndarray]]:
 
 
 def has_caption(picture: np.ndarray, caption: str) -> bool:
-    strip = overlay._legend(caption, picture.shape[1])
+    strip = overlay.legend(caption, picture.shape[1])
     return np.array_equal(picture[-len(strip) :], strip)
 
 
@@ -418,7 +418,7 @@ def volumes(case: str, shift: int, axes: str = "RAS", spacing=(1.0, 1.0, 3.0)) -
 
 
 def colours(picture: np.ndarray) -> dict[str, np.ndarray]:
-    body = picture[: -len(overlay._legend("", picture.shape[1]))].copy()
+    body = picture[: -len(overlay.legend("", picture.shape[1]))].copy()
     body[:, :20], body[:, -20:] = 0, 0  # R and L
     named = {"reference": overlay.REFERENCE, "prediction": overlay.PREDICTION, "both": overlay.BOTH}
     return {name: (body == np.array(colour)).all(axis=2) for name, colour in named.items()}
@@ -427,9 +427,9 @@ def colours(picture: np.ndarray) -> dict[str, np.ndarray]:
 def test_outlines_lie_where_the_masks_end(tmp_path):
     """40 rows and 32 columns become 384 x 307 pixels: a voxel is 9.6 of them. Front is up, right is on the left."""
     [(_, picture)] = shown(tmp_path, volumes("one", shift=3))
-    dice = dice_of(volumes("one", shift=3)["pred"], volumes("one", shift=3)["reference"], 1)
+    dice = mean_dice(volumes("one", shift=3)["pred"], volumes("one", shift=3)["reference"], 1)
     assert has_caption(picture, f"one: Dice {dice:.3f}, slice 5")
-    assert picture.shape == (384 + len(overlay._legend("", 307)), 307, 3)
+    assert picture.shape == (384 + len(overlay.legend("", 307)), 307, 3)
     found, voxel = colours(picture), 9.6
 
     def box(mask):
@@ -454,7 +454,7 @@ def test_the_picture_does_not_know_how_the_file_is_stored(axes, tmp_path):
 
 def test_pixels_keep_their_proportions_in_mm(tmp_path):
     [(_, picture)] = shown(tmp_path, volumes("one", shift=3, spacing=(2.0, 1.0, 1.0)))
-    assert picture.shape[1] == 384 and len(picture) - len(overlay._legend("", 384)) == pytest.approx(384 * 40 / 64)
+    assert picture.shape[1] == 384 and len(picture) - len(overlay.legend("", 384)) == pytest.approx(384 * 40 / 64)
 
 
 def test_of_several_processes_the_worst_of_all_is_shown(tmp_path, monkeypatch):
@@ -493,7 +493,7 @@ def test_classes_in_one_volume_or_in_channels_of_their_own_are_one_picture(class
         scores = CaseScores(classes=names, surface=False)
         scores.reset()
         scores.update([{"case": "one", **found}])
-        assert dice_of(found["pred"], found["reference"], classes) == pytest.approx(scores.compute(), abs=1e-7)
+        assert mean_dice(found["pred"], found["reference"], classes) == pytest.approx(scores.compute(), abs=1e-7)
     [(_, first)] = shown(tmp_path / "a", {**one, **labels}, classes=names)
     [(_, second)] = shown(tmp_path / "b", {**one, **channels}, classes=names)
     assert np.array_equal(first, second)
@@ -509,7 +509,7 @@ def test_classes_that_were_exchanged_do_not_look_right(tmp_path):
 
 
 def test_long_names_are_cut_and_the_colours_can_be_told_apart(tmp_path):
-    strip = overlay._legend("x" * 500, 300)
-    assert strip.shape[1] == 300 and np.array_equal(strip, overlay._legend("x" * 600, 300))
+    strip = overlay.legend("x" * 500, 300)
+    assert strip.shape[1] == 300 and np.array_equal(strip, overlay.legend("x" * 600, 300))
     # Okabe and Ito's sky blue and orange, by their published numbers
     assert overlay.REFERENCE == (86, 180, 233) and overlay.PREDICTION == (230, 159, 0)

@@ -17,6 +17,7 @@ import numpy as np
 import plan as plans
 import records
 import table
+import torch
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -26,6 +27,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from samseg_monai.errors import DataError, raise_all
+from samseg_monai.metrics import dice_of
 
 FOLDER = plans.HERE.parents[1] / "docs" / "figures"
 # hues of Okabe and Ito (2008), which people with a colour-vision deficiency can tell apart
@@ -91,7 +93,7 @@ def losses_of_long_run(facts: Sequence[records.Row], name: str = "lora_r64_long"
 def dice_of_rows(results: table.Results) -> Figure:
     """Box plot of the Dice of all slices per row, loose boxes; every slice is a point, the mean a black diamond."""
     rows = _shown(results)
-    values = [list(results.slices(row["name"], "loose").values()) for row in rows]
+    values = [results.slices(row["name"], "loose").tolist() for row in rows]
     figure = Figure(figsize=(7.6, 1.3 + 0.36 * len(rows)), layout="constrained")
     axes = figure.subplots()
     spread = np.random.default_rng(0)
@@ -121,7 +123,7 @@ def dice_by_boxes(results: table.Results) -> Figure:
     axes = figure.subplots()
     for place, row in enumerate(rows):
         laws = MARKS if row.get("boxes", True) else {"loose": ("x", GREY)}
-        means = {law: float(np.mean(list(results.slices(row["name"], law).values()) or [np.nan])) for law in laws}
+        means = {law: float(results.slices(row["name"], law).mean()) for law in laws}
         axes.hlines(place, min(means.values()), max(means.values()), color=GREY, lw=1, alpha=0.5)
         for step, (law, (marker, colour)) in enumerate(laws.items()):
             beside = 0.2 * (step - 1) if len(laws) > 1 else 0.0  # else equal means would hide each other
@@ -221,8 +223,7 @@ def _pixels(path: Path) -> np.ndarray:
 
 
 def _dice(first: np.ndarray, second: np.ndarray) -> float:
-    a, b = first > 0, second > 0
-    return 2 * float((a & b).sum()) / float(a.sum() + b.sum())
+    return dice_of(*(torch.from_numpy(picture > 0) for picture in (first, second)))
 
 
 def _shown(results: table.Results) -> list[Mapping]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from samseg_monai.demo.story import ABSENT, recorded
 from samseg_monai.errors import ConfigError, raise_all
-from samseg_monai.files import write_whole
+from samseg_monai.files import write_text, write_whole
 from samseg_monai.handlers.provenance import plain, read_json
+from samseg_monai.metrics import read_history
 
 Row = dict[str, Any]
-TEXTS = ("row", "case", "block", "section", "boxes", "weights")
+TEXTS = ("row", "case", "block", "section", "boxes", "weights", "fold")
 CURVES = ("train_loss", "val_loss", "val_dice", "lr")
 FACTS = ("trainable_parameters", "peak_memory_mb", "hardware", "versions", "git_commit", "strategy", "base_sha256")
 OF_TRAINING = ("best", "epochs", "seconds")
@@ -22,26 +24,14 @@ OF_TRAINING = ("best", "epochs", "seconds")
 
 def write(rows: Sequence[Row], facts: Mapping[str, Any], path: Path) -> None:
     """Write ``path`` (CSV) and the JSON of the same name, each whole or not at all; the CSV last: it says done."""
-
-    def write_csv(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(
-                stream, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n"
-            )
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_whole(path.with_suffix(".json"), lambda p: p.write_text(json.dumps(facts) + "\n", encoding="utf-8"))
-    write_whole(path, write_csv)
+    write_text(path.with_suffix(".json"), json.dumps(facts) + "\n")
+    write_whole(path, lambda temporary: pd.DataFrame(list(rows)).to_csv(temporary, index=False, lineterminator="\n"))
 
 
-def read(folder: Path) -> list[Row]:
-    """All rows of all CSV files of a folder (not those below it): scores as float, fold as text, seed as int."""
-    rows = []
-    for path in sorted(folder.glob("*.csv")):
-        with path.open(newline="", encoding="utf-8") as stream:
-            rows += [_parsed(row) for row in csv.DictReader(stream)]
-    return rows
+def read(folder: Path) -> pd.DataFrame:
+    """All rows of all CSV files of a folder (not those below it): names and fold as text, the others as numbers."""
+    files = [pd.read_csv(path, dtype=dict.fromkeys(TEXTS, str)) for path in sorted(folder.glob("*.csv"))]
+    return pd.concat(files, ignore_index=True) if files else pd.DataFrame(columns=[*TEXTS, "seed", "dice"])
 
 
 def read_facts(folder: Path) -> list[Row]:
@@ -78,21 +68,12 @@ def is_trained(folder: Path, settings: Mapping[str, Any]) -> bool:
 def curves_of(path: Path) -> dict[str, dict[str, float]]:
     """Curve -> epoch -> value from a training's ``history.csv``; empty where nothing was trained."""
     curves: dict[str, dict[str, float]] = {}
-    if not path.is_file():
-        return curves
-    with path.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            if row["name"] in CURVES:
-                curves.setdefault(row["name"], {})[row["epoch"]] = short(float(row["value"]))
+    for point in read_history(path)[0] if path.is_file() else ():
+        if point.name in CURVES:
+            curves.setdefault(point.name, {})[str(point.epoch)] = short(point.value)
     return curves
 
 
 def short(value: Any) -> Any:
     """A number with five decimals, which is more than a pixel of any tumour here changes."""
     return round(value, 5) if isinstance(value, float) else value
-
-
-def _parsed(row: Mapping[str, str]) -> Row:
-    numbers = {key: float({"True": "1", "False": "0", "": "nan"}.get(text, text))
-               for key, text in row.items() if key not in (*TEXTS, "fold", "seed")}  # fmt: skip
-    return {**{key: row[key] for key in TEXTS}, "fold": row["fold"], "seed": int(row["seed"]), **numbers}

@@ -11,16 +11,17 @@ p-values and intervals over blocks are approximate.
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import plan as plans
 import records
-from block_statistics import Interval, block_means, holm, t_interval
 from pages import insert, markdown, short_table
+from scipy import stats
 
 from samseg_monai.errors import DataError, raise_all
 from samseg_monai.files import write_json
@@ -33,45 +34,75 @@ ROLES = ("zero-shot", "fine-tuned", "without SAM")
 MEASURES = ("dice", "hd95_px", "nsd_1px", "nsd_2px")
 
 
+class Interval(NamedTuple):
+    """Mean of n values with its two-sided t interval and the p-value of a mean of 0; NaN below two values."""
+
+    n: int
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def t_interval(values: Sequence[float] | pd.Series) -> Interval:
+    """Student's t interval (95 %) of a mean."""
+    array = np.asarray(values, dtype=float)
+    n, mean = len(array), float(array.mean()) if len(array) else np.nan
+    if n < 2:
+        return Interval(n, mean, np.nan, np.nan, np.nan)
+    error = float(array.std(ddof=1)) / np.sqrt(n)
+    half = float(stats.t.ppf(0.975, n - 1) * error)
+    p = float(2 * stats.t.sf(abs(mean) / error, n - 1)) if error > 0 else float(mean == 0)
+    return Interval(n, mean, mean - half, mean + half, p)
+
+
+def block_means(values: Mapping[str, float] | pd.Series, blocks: Mapping[str, str]) -> list[float]:
+    """Mean of the slices of each block, in the order of block names; slices without a value are left out."""
+    return pd.Series(values, dtype=float).dropna().groupby(blocks).mean().tolist()
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (Holm 1979), in the order given; they keep the family-wise error rate."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.maximum.accumulate(np.minimum(1.0, np.arange(len(p), 0, -1) * p[order]))
+    return adjusted[np.argsort(order, kind="stable")].tolist()
+
+
 class Results:
     """Rows of slices of the four folds, looked up by row of the plan."""
 
-    def __init__(self, rows: Iterable[records.Row], facts: Iterable[records.Row], plan: Mapping[str, Any]) -> None:
-        every = list(rows)
-        self.rows = [row for row in every if row["fold"] != "all"]
-        self.transfer = [row for row in every if row["fold"] == "all"]
+    def __init__(self, rows: pd.DataFrame, facts: Iterable[records.Row], plan: Mapping[str, Any]) -> None:
+        self.rows, self.transfer = rows[rows["fold"] != "all"], rows[rows["fold"] == "all"]
         self.facts = [one for one in facts if one["fold"] != "all"]
         self.plan = plan
         self.blocks = plans.block_names()
+        parts = self.rows.groupby(["row", "section", "boxes", "weights"])
+        # mean over seeds of each slice, in the order of the files
+        self._means = {key: part.groupby("case", sort=False).mean(numeric_only=True) for key, part in parts}
 
     def slices(
         self, name: str, law: str, weights: str = "best", *, section: str = "testing", measure: str = "dice"
-    ) -> dict[str, float]:
-        """Case -> mean over seeds. Rows that nothing trains have the weights "none", rows without boxes the same
+    ) -> pd.Series:
+        """Mean over seeds by case. Rows that nothing trains have the weights "none", rows without boxes the same
         numbers for every law."""
-        found: dict[str, list[float]] = {}
-        for row in self.rows:
-            place = row["row"] == name and row["section"] == section and row["boxes"] in (law, "none")
-            if place and row["weights"] in (weights, "none") and math.isfinite(row.get(measure, math.nan)):
-                found.setdefault(row["case"], []).append(row[measure])
-        return {case: float(np.mean(values)) for case, values in found.items()}
+        keys = product((name,), (section,), (law, "none"), (weights, "none"))
+        found = [self._means[key].get(measure, pd.Series(dtype=float)).dropna() for key in keys if key in self._means]
+        return pd.concat(found) if found else pd.Series(dtype=float)
+
+    def _chosen(self, name: str, section: str) -> pd.DataFrame:
+        """Rows with loose boxes and the weights of the epoch that validation chose."""
+        boxes, weights = self.rows["boxes"].isin(("loose", "none")), self.rows["weights"].isin(("best", "none"))
+        return self.rows[(self.rows["row"] == name) & (self.rows["section"] == section) & boxes & weights]
 
     def seeds(self, name: str) -> list[float]:
         """Mean loose-box Dice of each seed that has all slices."""
-        by_seed: dict[int, list[float]] = {}
-        for row in self.rows:
-            wanted = row["section"] == "testing" and row["boxes"] in ("loose", "none")
-            if row["row"] == name and wanted and row["weights"] in ("best", "none"):
-                by_seed.setdefault(row["seed"], []).append(row["dice"])
-        return [float(np.mean(v)) for _, v in sorted(by_seed.items()) if len(v) == len(self.blocks)]
+        by_seed = self._chosen(name, "testing").groupby("seed")["dice"]
+        return by_seed.mean()[by_seed.size() == len(self.blocks)].tolist()
 
     def validation(self, name: str) -> float:
         """Mean over folds of the mean loose-box Dice of the validation slices (epoch chosen there, mean of seeds)."""
-        folds: dict[str, list[float]] = {}
-        for row in self.rows:
-            if row["row"] == name and row["section"] == "validation" and row["weights"] in ("best", "none"):
-                folds.setdefault(row["fold"], []).append(row["dice"])
-        return _mean([_mean(values) for values in folds.values()])
+        return float(self._chosen(name, "validation").groupby("fold")["dice"].mean().mean())
 
     def complete(self, name: str) -> bool:
         """Whether every slice of the folds was tested with loose boxes."""
@@ -79,15 +110,13 @@ class Results:
 
     def unfinished(self) -> list[str]:
         """Runs of the folds that the plan has and the results have not; rows that only draw curves do not count."""
-        there = {(row["row"], row["fold"], row["seed"]) for row in self.rows}
+        there = set(self.rows[["row", "fold", "seed"]].itertuples(index=False, name=None))
         runs = (run for run in plans.runs_of(self.plan) if run.fold != "all" and run.row["role"] in ROLES)
         return [run.file for run in runs if (run.name, str(run.fold), run.seed) not in there]
 
     def difference(self, name: str, other: str, law: str = "loose") -> Interval:
         """Dice of ``name`` minus ``other``, paired by slice: t interval over means of blocks."""
-        ours, theirs = self.slices(name, law), self.slices(other, law)
-        paired = {case: ours[case] - theirs[case] for case in ours if case in theirs}
-        return t_interval(block_means(paired, self.blocks))
+        return t_interval(block_means(self.slices(name, law) - self.slices(other, law), self.blocks))
 
 
 def line_of(results: Results, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -99,19 +128,18 @@ def line_of(results: Results, row: Mapping[str, Any]) -> dict[str, Any]:
     line["validation_dice"] = results.validation(name)
     for law in LAWS:
         for measure in MEASURES:
-            line[f"{measure}_{law}"] = _mean(results.slices(name, law, measure=measure).values())
+            line[f"{measure}_{law}"] = _mean(results.slices(name, law, measure=measure))
         # nothing predicted: its distance is the image's diagonal, which weighs heavily in the mean
-        line[f"empty_{law}"] = sum(v > 0 for v in results.slices(name, law, measure="empty_prediction").values())
-        of_blocks = t_interval(block_means(results.slices(name, law), results.blocks))
-        line[f"blocks_{law}"] = vars(of_blocks)
-        line[f"over_slices_{law}_too_narrow"] = vars(t_interval(list(results.slices(name, law).values())))
+        line[f"empty_{law}"] = int((results.slices(name, law, measure="empty_prediction") > 0).sum())
+        dice = results.slices(name, law)
+        line[f"blocks_{law}"] = t_interval(block_means(dice, results.blocks))._asdict()
+        line[f"over_slices_{law}_too_narrow"] = t_interval(dice)._asdict()
         if row.get("training"):
-            line[f"dice_{law}_last_epoch"] = _mean(results.slices(name, law, "last").values())
-    seeds = results.seeds(name)
-    line |= {"seeds": len(seeds), "sd_of_seeds": float(np.std(seeds, ddof=1)) if len(seeds) > 1 else math.nan}
-    line["runs"] = len(facts)
-    line["minutes_per_run"] = _mean([one["minutes"] for one in facts])
-    line["minutes"] = sum(one["minutes"] for one in facts)
+            line[f"dice_{law}_last_epoch"] = _mean(results.slices(name, law, "last"))
+    seeds = pd.Series(results.seeds(name), dtype=float)
+    line |= {"seeds": len(seeds), "sd_of_seeds": float(seeds.std())}
+    minutes = pd.Series([one["minutes"] for one in facts], dtype=float)
+    line |= {"runs": len(facts), "minutes_per_run": float(minutes.mean()), "minutes": float(minutes.sum())}
     line["trained_values"] = next((one["trainable_parameters"] for one in facts), None)
     line["epochs_chosen"] = [(one.get("best") or {}).get("epoch") for one in facts]
     return line
@@ -124,9 +152,9 @@ def ellipse_line(results: Results) -> dict[str, Any]:
     line["slices"] = len(results.slices(source, "loose", measure="ellipse_dice"))
     for law in LAWS:
         for measure in MEASURES[:2]:
-            line[f"{measure}_{law}"] = _mean(results.slices(source, law, measure=f"ellipse_{measure}").values())
+            line[f"{measure}_{law}"] = _mean(results.slices(source, law, measure=f"ellipse_{measure}"))
         values = results.slices(source, law, measure="ellipse_dice")
-        line[f"blocks_{law}"] = vars(t_interval(block_means(values, results.blocks)))
+        line[f"blocks_{law}"] = t_interval(block_means(values, results.blocks))._asdict()
     return line
 
 
@@ -146,9 +174,9 @@ def comparisons(results: Results) -> dict[str, Any]:
         return {"missing": missing}
     chosen = max(candidates, key=results.validation)
     baseline = max(baselines, key=results.validation)
-    hardest = max(baselines, key=lambda name: _mean(results.slices(name, "loose").values()))
-    dice = _mean(results.slices(chosen, "loose").values())
-    gains = {name: dice - _mean(results.slices(name, "loose").values()) for name in (baseline, hardest)}
+    hardest = max(baselines, key=lambda name: _mean(results.slices(name, "loose")))
+    dice = _mean(results.slices(chosen, "loose"))
+    gains = {name: dice - _mean(results.slices(name, "loose")) for name in (baseline, hardest)}
     main = results.difference(chosen, baseline)
     pairs = [(chosen, baseline, law) for law in ("tight", "unseen")]
     pairs += [(name, baseline, "loose") for name in done if name not in (chosen, baseline)]
@@ -158,7 +186,7 @@ def comparisons(results: Results) -> dict[str, Any]:
     intervals = [results.difference(*pair) for pair in pairs]
     adjusted = holm([one.p for one in intervals])
     exploratory = [
-        {"row": a, "minus": b, "boxes": law, **vars(one), "p_holm": p}
+        {"row": a, "minus": b, "boxes": law, **one._asdict(), "p_holm": p}
         for (a, b, law), one, p in zip(pairs, intervals, adjusted, strict=True)
     ]
     criteria = {
@@ -167,23 +195,20 @@ def comparisons(results: Results) -> dict[str, Any]:
         "interval over blocks above 0": main.low > 0,
     }
     named = {"chosen": chosen, "baseline": baseline, "best_baseline_on_test": hardest, "dice": dice, "gains": gains}
-    return {**named, "primary": vars(main), "criteria": criteria, "exploratory": exploratory, "missing": missing}
+    return {**named, "primary": main._asdict(), "criteria": criteria, "exploratory": exploratory, "missing": missing}
 
 
 def transfer_lines(results: Results) -> list[dict[str, Any]]:
     """Mean Dice of each row on the other kinds of tumour, after the mean over seeds of each slice; intervals are over
     slices (patients are unknown)."""
-    lines = []
-    for name in dict.fromkeys(row["row"] for row in results.transfer):
+    lines, rows = [], results.transfer
+    for name in rows["row"].unique():
         for kind in plans.KINDS[1:]:
             line = {"row": name, "kind": kind}
+            of_kind = rows[(rows["row"] == name) & rows["case"].str.startswith(kind)]
             for law in LAWS:
-                found: dict[str, list[float]] = {}  # case -> one value per seed
-                for r in results.transfer:
-                    if r["row"] == name and r["case"].startswith(kind) and r["boxes"] in (law, "none"):
-                        found.setdefault(r["case"], []).append(r["dice"])
-                values = [_mean(seeds) for seeds in found.values()]
-                line |= {f"dice_{law}": _mean(values), f"over_slices_{law}_too_narrow": vars(t_interval(values))}
+                values = of_kind[of_kind["boxes"].isin((law, "none"))].groupby("case")["dice"].mean()
+                line |= {f"dice_{law}": _mean(values), f"over_slices_{law}_too_narrow": t_interval(values)._asdict()}
             lines.append({**line, "slices": len(values)})
     return lines
 
@@ -198,7 +223,7 @@ def build(folder: Path) -> tuple[dict[str, Any], str]:
     where = f"{folder.name}: not results of this plan; delete their CSV files and run them again"
     raise_all(plans.outdated(plan, facts), DataError, where)
     results = Results(records.read(folder), facts, plan)
-    there = {row["row"] for row in results.rows}
+    there = set(results.rows["row"])
     lines = [line_of(results, row) for row in by_role(plan["rows"]) if row["name"] in there]
     ellipse = ellipse_line(results)
     lines += [ellipse] if ellipse["slices"] else []
@@ -212,17 +237,14 @@ def by_role(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return sorted((row for row in rows if row["role"] in ROLES), key=lambda row: ROLES.index(row["role"]))
 
 
-def _mean(values: Iterable[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return math.fsum(finite) / len(finite) if finite else math.nan
+def _mean(values: pd.Series) -> float:
+    return float(values.mean())
 
 
 def rates(folder: Path) -> str:
     """Mean validation Dice of every learning rate that was tried, best epoch and last epoch."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for row in records.read(folder / "search"):
-        found.setdefault((row["row"], row["weights"]), []).append(row["dice"])
-    return "\n".join(f"{name:32}{weights:6}{_mean(dice):.4f}" for (name, weights), dice in sorted(found.items()))
+    found = records.read(folder / "search").groupby(["row", "weights"])["dice"].mean()
+    return "\n".join(f"{name:32}{weights:6}{dice:.4f}" for (name, weights), dice in found.items())
 
 
 def main(arguments: list[str] | None = None) -> None:

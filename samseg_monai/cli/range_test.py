@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from samseg_monai.errors import ConfigError, TrainingError
 from samseg_monai.handlers.steps import optimised
-from samseg_monai.report.lr_curve import write_lr_curve
+from samseg_monai.report.figures import write_lr_curve
 
 TABLE, CURVE = "lr_finder.csv", "lr_finder.png"
 SMOOTHING = 0.2  # weight of the newest loss in the running mean

@@ -81,7 +81,6 @@ def _report(output: Path, ranks: list[int], commands: list[str]) -> str:
     ]
     for value in ranks:
         folder = output / f"lora_rank{value}"
-        history = (folder / "history.csv").resolve()
         label = f"LoRA, rank {value}"
-        runs.append(RunResult.load(folder / "evaluation", name=f"lora_rank{value}", history=history, label=label))
+        runs.append(RunResult.load(folder / "evaluation", name=f"lora_rank{value}", label=label))
     return write_results(output, runs, title="LoRA in SAM's encoder for meningioma", commands=commands)

@@ -10,7 +10,7 @@ import numpy as np
 
 from samseg_monai.demo.story import Story, write_results
 from samseg_monai.files import write_json
-from samseg_monai.report.labels import PICO_TEXT
+from samseg_monai.report.runs import PICO_TEXT
 
 TASK = "meningioma"
 FOLDER = "demo"
@@ -61,7 +61,7 @@ def mobile_sam(checkpoint: str | None = None) -> DemoModel:
 
     Raises: WeightsError if the weights are not on this machine: a demo downloads nothing.
     """
-    from samseg_monai.report.labels import sam_text
+    from samseg_monai.report.runs import sam_text
     from samseg_monai.sam.weights import RANDOM, find_weights, sha256_of
 
     path = str(find_weights("vit_t", checkpoint, download=False, key="--sam-checkpoint"))
@@ -136,16 +136,14 @@ def _drawn_boxes(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def _write_report(story: Story, output: Path, runs: dict[str, Path], data: Path, sam: DemoModel) -> str:
-    from samseg_monai.cli.overlays import overlay_cases
     from samseg_monai.data.datalists import load_datalist
-    from samseg_monai.report import RunResult
+    from samseg_monai.report import RunResult, overlay_cases
 
     folders = {name: run / "evaluation" for name, run in runs.items()}
-    history = runs["lora"] / "history.csv"
     results = [
         RunResult.load(folders["zero_shot"], name="box_ellipse", cases="ellipse_cases.csv"),
         RunResult.load(folders["zero_shot"], name="zero_shot"),
-        RunResult.load(folders["lora"], name="lora", history=history.resolve()),
+        RunResult.load(folders["lora"], name="lora"),
     ]
     items = load_datalist(data / "datalist.json", data, "testing")
     return write_results(

@@ -22,7 +22,7 @@ from samseg_monai.files import unwrap, write_json, write_whole
 from samseg_monai.handlers import provenance
 from samseg_monai.handlers.provenance import plain
 from samseg_monai.handlers.stopping import case_rows
-from samseg_monai.metrics import write_rows
+from samseg_monai.metrics import read_history, write_rows
 from samseg_monai.training.owned import count_trainable
 
 logger = logging.getLogger(__name__)
@@ -297,16 +297,10 @@ class CurveLog:
 
 def read_curves(path: Path) -> Rows:
     """Rows of a ``history.csv``, none without one; lines that cannot be read are reported and left out."""
-    rows: Rows = {}
-    if not path.is_file():
-        return rows
-    with path.open(newline="", encoding="utf-8") as stream:
-        for line, row in enumerate(csv.DictReader(stream), start=2):
-            try:
-                rows[int(row["epoch"]), row["name"]] = (int(row["iteration"]), float(row["value"]))
-            except (KeyError, TypeError, ValueError):
-                logger.warning("%s, line %d: not a row of curves, left out", path.name, line)
-    return rows
+    points, problems = read_history(path) if path.is_file() else ([], [])
+    for problem in problems:
+        logger.warning("%s, %s: not a row of curves, left out", path.name, problem)
+    return {(p.epoch, p.name): (p.iteration, p.value) for p in points}
 
 
 class CaseTable:

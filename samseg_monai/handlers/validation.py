@@ -18,8 +18,9 @@ from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from samseg_monai import pictures
 from samseg_monai.errors import ConfigError, TrainingError
-from samseg_monai.handlers.overlay import as_seen, aspect_of, axial_axis, draw, sampled
+from samseg_monai.metrics import mean_dice
 
 logger = logging.getLogger(__name__)
 
@@ -168,22 +169,22 @@ class WorstCaseImage:
     def _compare(self, item: Mapping[str, Any]) -> None:
         # on a GPU the prediction lies there and the reference, which the network never sees, does not
         image, pred, reference, case = item["image"], item["pred"].cpu(), item["reference"].cpu(), item["case"]
-        dice = dice_of(pred, reference, len(self.classes))
+        dice = mean_dice(pred, reference, len(self.classes))
         if np.isnan(dice) or (self._worst is not None and (self._worst.dice, self._worst.case) <= (dice, case)):
             return
         affine = np.asarray(reference.affine, dtype=float)
-        axis = axial_axis(affine)
+        axis = pictures.axial_axis(affine)
         truth, found = _labels(reference), _labels(pred)
         counts = list(zip(_per_slice(truth != found, axis), _per_slice(truth > 0, axis), strict=True))
         index = counts.index(max(counts))
         source = np.asarray(image.affine, dtype=float)
-        grey = sampled(_bare(image)[self.scan].cpu(), source, affine, tuple(truth.shape), axis, index)
+        grey = pictures.sampled(_bare(image)[self.scan].cpu(), source, affine, tuple(truth.shape), axis, index)
         planes = [grey, *(labels.select(axis, index).numpy() for labels in (truth, found))]
         volume = truth.shape[2] > 1  # a 2-D image stands upright as it is, and nobody knows the patient's sides
         if volume:
-            planes = [as_seen(plane, affine) for plane in planes]
+            planes = [pictures.as_seen(plane, affine) for plane in planes]
         grey, first, second = planes
-        aspect = aspect_of(affine) if volume else float(affine[0, 0] / affine[1, 1])
+        aspect = pictures.aspect_of(affine) if volume else float(affine[0, 0] / affine[1, 1])
         self._worst = _Worst(dice, case, index, grey, first, second, aspect, volume)
 
     def _write(self, engine: Any) -> None:
@@ -194,31 +195,14 @@ class WorstCaseImage:
         worst = min(cases, key=lambda w: (w.dice, w.case))
         empty = "" if worst.prediction.any() else ", empty prediction here"
         caption = f"{worst.case}: Dice {worst.dice:.3f}, slice {worst.index}{empty}"
-        picture = draw(worst.image, worst.reference, worst.prediction, caption, aspect=worst.aspect, sides=worst.sides)
+        outlines = (worst.reference, pictures.REFERENCE), (worst.prediction, pictures.PREDICTION)
+        picture = pictures.draw(worst.image, outlines, both=pictures.BOTH, aspect=worst.aspect)
+        picture = pictures.named(picture) if worst.sides else picture
+        picture = np.concatenate([picture, pictures.legend(caption, picture.shape[1])])
         if self._writer is None:
             self._writer = SummaryWriter(self.log_dir)
         self._writer.add_image(TAG, picture, engine.state.epoch, dataformats="HWC")
         self._writer.flush()
-
-
-def dice_of(pred: Tensor, reference: Tensor, classes: int) -> float:
-    """Mean Dice over the classes that are in either volume, counted in one pass.
-
-    Args:
-        pred, reference: (1, H, W, D) whole numbers 0 to ``classes``, or (classes, H, W, D) of 0 and 1.
-    Returns: 0 to 1; NaN when both are empty.
-    """
-    pred, reference = _bare(pred), _bare(reference)
-    if len(pred) == len(reference) == classes > 1:
-        first, second = pred.flatten(1) > 0, reference.flatten(1) > 0
-        shared, sizes = (first & second).sum(1), first.sum(1) + second.sum(1)
-    else:
-        width = classes + 1
-        kind = torch.uint8 if width**2 <= 256 else torch.int32
-        first, second = (_labels(volume).to(kind).flatten() for volume in (pred, reference))
-        pairs = torch.bincount(first * width + second, minlength=width**2).view(width, width)
-        shared, sizes = pairs.diagonal()[1:], pairs.sum(0)[1:] + pairs.sum(1)[1:]
-    return float((2 * shared / sizes)[sizes > 0].mean())  # of none: NaN
 
 
 def _of_all_ranks(own: list[Any]) -> list[list[Any]]:

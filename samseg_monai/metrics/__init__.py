@@ -1,14 +1,11 @@
-"""Scores of whole volumes: one case (``case``), tables of many (``rows``), inside a MONAI engine (``engine``).
-
-``lesions`` scores lesion by lesion, ``regions`` merges classes.
-"""
+"""Scores of whole volumes: one case, lesion by lesion, tables of many (``rows``), inside MONAI's engines."""
 
 from __future__ import annotations
 
-from samseg_monai.metrics.case import POLICIES, score_case, score_columns
-from samseg_monai.metrics.engine import CaseScores, merge_rows
+from samseg_monai.metrics.case import POLICIES, dice_of, score_case, score_columns
+from samseg_monai.metrics.engine import CaseScores, mean_dice, merge_rows
 from samseg_monai.metrics.lesions import LesionRules, score_lesions
-from samseg_monai.metrics.rows import aggregate, case_means, paired_difference, read_rows, write_rows
+from samseg_monai.metrics.rows import aggregate, case_means, paired_difference, read_history, read_rows, write_rows
 
 __all__ = [
     "POLICIES",
@@ -16,8 +13,11 @@ __all__ = [
     "LesionRules",
     "aggregate",
     "case_means",
+    "dice_of",
+    "mean_dice",
     "merge_rows",
     "paired_difference",
+    "read_history",
     "read_rows",
     "score_case",
     "score_columns",

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from monai.metrics.utils import get_mask_edges, get_surface_distance
+from scipy.ndimage import find_objects
 
 from samseg_monai.errors import ConfigError, DataError
 
@@ -32,7 +33,6 @@ NSD_TOLERANCES = (1.0, 2.0)  # in the unit of the distances; the names of the sc
 SPACING_DECIMALS = 5
 
 Mask = torch.Tensor | np.ndarray
-Distances = tuple[torch.Tensor, torch.Tensor]
 
 
 def score_columns(policy: str = "honest", *, surface: bool = True, unit: str = "mm") -> tuple[str, ...]:
@@ -60,15 +60,13 @@ def score_case(
     surface: bool = True,
     unit: str = "mm",
 ) -> dict[str, float | bool]:
-    """Score one predicted mask against its reference.
+    """Score one predicted mask against its reference, both (H, W, D) of booleans or of 0 and 1; D = 1 is scored in 2-D.
 
     Empty masks under ``honest``: both empty, the case is ``excluded`` and every score is NaN; one empty, Dice 0, NSD 0
     and both HD95 are the image's diagonal (norm of shape times spacing). Under ``transunet`` nothing is excluded:
     only the reference empty, Dice 1 and HD95 0; prediction empty, Dice 0 and HD95 0.
 
     Args:
-        prediction: mask of shape (H, W, D), boolean or holding 0 and 1 only; with D = 1 it is scored in 2-D.
-        reference: mask of the same shape.
         spacing_mm: distance of neighbouring voxels along H, W and D, in mm (rounded to 1e-5 mm).
         policy: ``honest`` or ``transunet``.
         surface: False leaves out HD95 and NSD (fast validation).
@@ -76,8 +74,8 @@ def score_case(
 
     Returns:
         ``score_columns(policy, surface=surface, unit=unit)`` as floats (Dice and NSD in [0, 1]; HD95 in the unit, or in
-        voxels when the name says so), ``excluded``, ``empty_prediction`` and ``empty_reference`` as bool,
-        ``prediction_ml`` and ``reference_ml`` (volumes, ml), for ``px`` ``prediction_px``, ``reference_px`` (areas).
+        voxels when the name says so), ``excluded``, ``empty_prediction``, ``empty_reference`` as bool, volumes
+        ``prediction_ml``, ``reference_ml``, for ``px`` areas ``prediction_px``, ``reference_px``.
 
     Raises:
         DataError: shapes differ or are not 3-D, a mask holds other values than 0 and 1, the spacing is not positive,
@@ -87,48 +85,61 @@ def score_case(
     columns = score_columns(policy, surface=surface, unit=unit)
     pred, ref = checked_masks(prediction, reference)
     spacing = checked_spacing(spacing_mm)
-    n_pred, n_ref = _count(pred), _count(ref)
-    sizes = _sizes(n_pred, n_ref, spacing, unit)
     if unit == "px" and pred.shape[-1] != 1:
         raise DataError(f"distances in px are for images of one slice, got {tuple(pred.shape)}; use mm")
+    sizes = {"prediction": _count(pred), "reference": _count(ref)}
+    scale, name = (1.0, "px") if unit == "px" else (float(np.prod(spacing)) / 1000.0, "ml")
     if pred.shape[-1] == 1:
         pred, ref, spacing = pred[..., 0], ref[..., 0], np.ones(2) if unit == "px" else spacing[:2]
     scores = _scores(pred, ref, spacing, policy=policy, surface=surface)
     return {
         **dict(zip(columns, scores, strict=False)),  # without surface only Dice is wanted of the empty cases' scores
-        "excluded": policy == "honest" and not n_pred and not n_ref,
-        "empty_prediction": n_pred == 0,
-        "empty_reference": n_ref == 0,
-        **sizes,
+        "excluded": policy == "honest" and not any(sizes.values()),
+        **{f"empty_{mask}": not size for mask, size in sizes.items()},
+        **{f"{mask}_{name}": size * scale for mask, size in sizes.items()},
     }
+
+
+def dice_of(pred: torch.Tensor, ref: torch.Tensor) -> float:
+    """Dice of two boolean CPU masks of one shape; NaN where both are empty."""
+    both = _count(pred) + _count(ref)
+    return 2 * _count(pred & ref) / both if both else float("nan")
 
 
 def _scores(pred: torch.Tensor, ref: torch.Tensor, spacing: np.ndarray, *, policy: str, surface: bool) -> list[float]:
     """Dice and, of masks of which one is empty or with ``surface``, what follows it in ``score_columns``."""
     n_pred, n_ref = _count(pred), _count(ref)
-    if n_pred and n_ref:
-        dice = [2 * _count(pred & ref) / (n_pred + n_ref)]
-        if not surface:
-            return dice
-        cropped = _crop_to_common_box(pred, ref)
-        return dice + (_spaced_scores(*cropped, spacing) if policy == "honest" else _voxel_scores(*cropped))
-    if policy == "transunet":
-        return [float(n_pred > 0), 0.0]
-    if n_pred or n_ref:
+    if not n_pred or not n_ref:
+        if policy == "transunet":
+            return [float(n_pred > 0), 0.0]
+        if not n_pred and not n_ref:
+            return [float("nan")] * len(score_columns(policy))
         diagonal = float(np.linalg.norm(np.asarray(pred.shape) * spacing))
         return [0.0, diagonal, diagonal, *(0.0 for _ in NSD_TOLERANCES)]
-    return [float("nan")] * len(score_columns(policy))
-
-
-def _sizes(n_pred: int, n_ref: int, spacing: np.ndarray, unit: str) -> dict[str, float]:
-    """Volumes in ml, or areas in pixels, of masks of so many voxels."""
-    scale, name = (1.0, "px") if unit == "px" else (float(np.prod(spacing)) / 1000.0, "ml")
-    return {f"prediction_{name}": n_pred * scale, f"reference_{name}": n_ref * scale}
+    dice = dice_of(pred, ref)
+    if not surface:
+        return [dice]
+    box = box_around((pred | ref).numpy(), 1)  # one voxel wider where possible: no edge is lost
+    pred, ref = pred[box], ref[box]
+    if policy == "transunet":
+        return [dice, _percentile(torch.cat(_edge_distances(pred, ref, np.ones(pred.ndim))))]
+    distances = _edge_distances(pred, ref, spacing)
+    hd95 = [max(map(_percentile, distances)), _percentile(torch.cat(distances))]
+    return [dice, *hd95, *_surface_dice(pred, ref, spacing)]
 
 
 def checked_masks(prediction: Mask, reference: Mask) -> tuple[torch.Tensor, torch.Tensor]:
     """Both masks as boolean CPU tensors of one shape (H, W, D); raises DataError as ``score_case`` says."""
-    pred, ref = _as_mask(prediction, "prediction"), _as_mask(reference, "reference")
+    found = []
+    for name, mask in (("prediction", prediction), ("reference", reference)):
+        # plain and on CPU: every machine then measures with the same code, and metadata costs no time
+        tensor = torch.as_tensor(np.asarray(mask.detach().cpu()) if isinstance(mask, torch.Tensor) else mask)
+        if tensor.ndim != 3:
+            raise DataError(f"{name} must be a volume (H, W, D), got shape {tuple(tensor.shape)}")
+        if tensor.dtype != torch.bool and not bool(((tensor == 0) | (tensor == 1)).all()):
+            raise DataError(f"{name} holds other values than 0 and 1; threshold it or take one class of it")
+        found.append(tensor if tensor.dtype == torch.bool else tensor == 1)
+    pred, ref = found
     if pred.shape != ref.shape:
         raise DataError(
             f"prediction {tuple(pred.shape)} and reference {tuple(ref.shape)} differ in shape; "
@@ -137,77 +148,45 @@ def checked_masks(prediction: Mask, reference: Mask) -> tuple[torch.Tensor, torc
     return pred, ref
 
 
-def _as_mask(mask: Mask, name: str) -> torch.Tensor:
-    """Plain boolean CPU tensor: every machine then measures with the same code, and metadata costs no time."""
-    tensor = torch.as_tensor(np.asarray(mask.detach().cpu()) if isinstance(mask, torch.Tensor) else mask)
-    if tensor.ndim != 3:
-        raise DataError(f"{name} must be a volume (H, W, D), got shape {tuple(tensor.shape)}")
-    if tensor.dtype != torch.bool:
-        if not bool(((tensor == 0) | (tensor == 1)).all()):
-            raise DataError(f"{name} holds other values than 0 and 1; threshold it or take one class of it")
-        tensor = tensor == 1
-    return tensor
-
-
 def _count(mask: torch.Tensor) -> int:
     return int(np.count_nonzero(mask.numpy()))  # on booleans much faster than torch's sum
 
 
 def checked_spacing(spacing_mm: Sequence[float]) -> np.ndarray:
-    """Spacing in mm as three positive float64, rounded to 1e-5 mm; raises DataError as ``score_case`` says."""
+    """Three positive float64, rounded to 1e-5 mm; raises DataError as ``score_case`` says."""
     spacing = np.round(np.asarray(spacing_mm, dtype=np.float64), SPACING_DECIMALS)
     if spacing.shape != (3,) or not np.isfinite(spacing).all() or (spacing <= 0).any():
         raise DataError(f"spacing_mm must be three positive numbers, got {list(spacing_mm)}; check the image's affine")
     return spacing
 
 
-def _crop_to_common_box(pred: torch.Tensor, ref: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both masks (H, W) or (H, W, D) in the box of their union, one voxel wider where possible: no edge is lost."""
-    union = pred | ref
-    box = []
-    for axis in range(union.ndim):
-        others = [other for other in range(union.ndim) if other != axis]
-        filled = torch.nonzero(union.amax(dim=others)).flatten()
-        box.append(slice(max(int(filled[0]) - 1, 0), int(filled[-1]) + 2))
-    return pred[tuple(box)], ref[tuple(box)]
+def box_around(mask: np.ndarray, margin: int) -> tuple[slice, ...]:
+    """Box of all that is True, ``margin`` voxels wider where the image allows; empty where nothing is."""
+    (box,) = find_objects(mask.view(np.uint8)) or [(slice(0, 0),) * mask.ndim]
+    return tuple(slice(max(side.start - margin, 0), side.stop + margin) for side in box)
 
 
-def _spaced_scores(pred: torch.Tensor, ref: torch.Tensor, spacing: np.ndarray) -> list[float]:
-    """HD95 (both definitions) and NSD at each tolerance of two masks that are not empty."""
+def _edge_distances(pred: torch.Tensor, ref: torch.Tensor, spacing: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distance of every edge voxel of one mask to the nearest of the other: prediction to reference, and back."""
     edges: tuple[torch.Tensor, ...] = get_mask_edges(pred, ref)
-    distances = _edge_distances(edges[0], edges[1], spacing)
-    return [_hd95_directed(distances), _hd95_pooled(distances), *_surface_dice(pred, ref, spacing)]
-
-
-def _voxel_scores(pred: torch.Tensor, ref: torch.Tensor) -> list[float]:
-    edges: tuple[torch.Tensor, ...] = get_mask_edges(pred, ref)
-    return [_hd95_pooled(_edge_distances(edges[0], edges[1], np.ones(pred.ndim)))]
+    return _to_each_other(edges[0], edges[1], spacing)
 
 
 def _surface_dice(pred: torch.Tensor, ref: torch.Tensor, spacing: np.ndarray) -> list[float]:
     # with a spacing MONAI returns edge elements on the half-voxel grid and the area of each
     measured: tuple[torch.Tensor, ...] = get_mask_edges(pred, ref, spacing=spacing.tolist())
-    edges_pred, edges_ref, area_map_pred, area_map_ref = measured
-    from_pred, from_ref = _edge_distances(edges_pred, edges_ref, spacing)
-    areas_pred, areas_ref = area_map_pred[edges_pred].double(), area_map_ref[edges_ref].double()
-    total = areas_pred.sum() + areas_ref.sum()
-    return [
-        float((areas_pred[from_pred <= tolerance].sum() + areas_ref[from_ref <= tolerance].sum()) / total)
-        for tolerance in NSD_TOLERANCES
-    ]
+    edges, maps = measured[:2], measured[2:]
+    distances = torch.cat(_to_each_other(edges[0], edges[1], spacing))
+    areas = torch.cat([area[edge].double() for area, edge in zip(maps, edges, strict=True)])
+    return [float(areas[distances <= tolerance].sum() / areas.sum()) for tolerance in NSD_TOLERANCES]
 
 
-def _edge_distances(edges_pred: torch.Tensor, edges_ref: torch.Tensor, spacing: np.ndarray) -> Distances:
-    """Distance of every edge element of one mask to the nearest of the other: prediction to reference, and back."""
+def _to_each_other(first: torch.Tensor, second: torch.Tensor, spacing: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     return (
-        torch.as_tensor(get_surface_distance(edges_pred, edges_ref, spacing=spacing)),
-        torch.as_tensor(get_surface_distance(edges_ref, edges_pred, spacing=spacing)),
+        torch.as_tensor(get_surface_distance(first, second, spacing=spacing)),
+        torch.as_tensor(get_surface_distance(second, first, spacing=spacing)),
     )
 
 
-def _hd95_directed(distances: Distances) -> float:
-    return max(float(np.percentile(d.double().numpy(), PERCENTILE)) for d in distances)
-
-
-def _hd95_pooled(distances: Distances) -> float:
-    return float(np.percentile(torch.cat(distances).double().numpy(), PERCENTILE))
+def _percentile(distances: torch.Tensor) -> float:
+    return float(np.percentile(distances.double().numpy(), PERCENTILE))

@@ -1,9 +1,12 @@
-"""``CaseScores``: whole-volume scores of every case inside a MONAI trainer or evaluator, on any number of processes."""
+"""``CaseScores``: whole-volume scores of every case inside a MONAI trainer or evaluator, on any number of processes.
+
+What is scored of a case is a region: a class, or a union of classes as the nested ones of BraTS.
+"""
 
 from __future__ import annotations
 
-import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,16 +18,19 @@ from ignite.metrics.metric import EpochWise, MetricUsage, reinit__is_reduced
 from monai.data import MetaTensor
 
 from samseg_monai.errors import ConfigError, DataError, raise_all
-from samseg_monai.metrics.case import score_case, score_columns
+from samseg_monai.metrics.case import dice_of, score_case, score_columns
 from samseg_monai.metrics.lesions import lesion_columns, lesion_rules, score_lesions
-from samseg_monai.metrics.regions import regions_of
-from samseg_monai.metrics.rows import Row, aggregate
+from samseg_monai.metrics.rows import Row, aggregate, mean_of
 
 logger = logging.getLogger(__name__)
 
-
-def _unchanged(items: Any) -> Any:
-    return items
+# The parts are called as in ``data.datalists.label_maps``, so that both codings of BraTS (enhancing 3 or 4) fit.
+_CORE, _OEDEMA, _ENHANCING = "non-enhancing core", "oedema", "enhancing tumour"
+BRATS_REGIONS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "WT": ((_CORE, _OEDEMA, _ENHANCING), ("tumour",)),
+    "TC": ((_CORE, _ENHANCING),),
+    "ET": ((_ENHANCING,),),
+}
 
 
 class CaseScores(Metric):
@@ -39,17 +45,14 @@ class CaseScores(Metric):
     shares are dropped by case name.
 
     Args:
-        pred_key, reference_key, case_key: where an item holds the prediction, the reference and the case's name; an
-            item is the engine's output with what it lacks taken from the engine's batch.
+        pred_key, reference_key, case_key: where an item, the engine's output completed by its batch, holds them.
         classes: one name per channel.
-        policy: ``honest`` or ``transunet``, see ``score_case``.
-        value: score that ``compute`` returns, one of ``score_columns``; ``dice`` is the policy's own Dice.
+        policy, surface, unit: as of ``score_case``.
+        value: score that ``compute`` returns, one of ``columns``; ``dice`` is the policy's own Dice.
         prefix: put before the published names; must differ between the CaseScores of one engine.
-        surface: False computes Dice only (fast validation).
         lesions: add lesion-wise scores and counts to every row: True, or some of the numbers of ``LesionRules``.
-        unit: of distances, ``mm``, or ``px`` for images of one slice whose pixels have no known size.
-        regions: what has a row of its own: None for every class, ``"brats"`` for those of WT, TC and ET that the
-            classes allow, or region -> list of classes.
+        regions: what has a row of its own: None for every class, ``"brats"`` for those of WT (whole tumour), TC (tumour
+            core) and ET (enhancing tumour) whose parts are all among the classes, or region -> list of classes.
         output_transform: applied to the list of items.
 
     Raises:
@@ -72,7 +75,7 @@ class CaseScores(Metric):
         lesions: bool | Mapping[str, Any] | None = None,
         regions: str | Mapping[str, Sequence[str]] | None = None,
         unit: str = "mm",
-        output_transform: Callable = _unchanged,
+        output_transform: Callable = lambda items: items,
     ) -> None:
         self.lesions = lesion_rules(lesions)
         self.columns = score_columns(policy, surface=surface, unit=unit)
@@ -149,53 +152,79 @@ class CaseScores(Metric):
         case, pred, reference = (item[key] for key in keys)
         if not isinstance(case, str) or "/" in case or "\\" in case:
             raise DataError(f"{self.case_key!r} must be a name, not {case!r}: it goes into tables that travel")
-        wrong = [
-            f"{key} has shape {tuple(volume.shape)}, needs ({len(self.classes)}, H, W, D) for {list(self.classes)}, "
-            "or one channel of whole numbers"
-            for key, volume in ((self.pred_key, pred), (self.reference_key, reference))
-            if volume.ndim != 4 or len(volume) not in (1, len(self.classes))
-        ]
+        wrong = self._shape_problems(self.pred_key, pred) + self._shape_problems(self.reference_key, reference)
         if not isinstance(reference, MetaTensor):
             wrong.append(f"{self.reference_key} has no affine ({type(reference).__name__}); load it with LoadImaged")
         raise_all(wrong, DataError, f"case {case} cannot be scored")
-        # plain tensors: indexing a MetaTensor carries its metadata along, which is slow and not needed here
-        spacing_mm = reference.pixdim.tolist()
-        pred, reference = (v.as_tensor() if isinstance(v, MetaTensor) else v for v in (pred, reference))
-        wrong = [
-            f"{key} holds other values than the whole numbers 0 to {len(self.classes)} of {list(self.classes)}"
-            for key, volume in ((self.pred_key, pred), (self.reference_key, reference))
-            if len(volume) < len(self.classes) and not self._is_map(volume)
-        ]
-        raise_all(wrong, DataError, f"case {case} cannot be scored")
+        how: dict[str, Any] = {"spacing_mm": reference.pixdim.tolist(), "surface": self.surface}
         rows = []
         for name, parts in self.regions.items():
+            masks = [mask_of(volume, parts, len(self.classes)) for volume in (pred, reference)]
             try:
-                scores = self._scores(self._mask(pred, parts), self._mask(reference, parts), spacing_mm)
+                scores = score_case(*masks, policy=self.policy, unit=self.unit, **how)
+                more = {} if self.lesions is None else score_lesions(*masks, rules=self.lesions, **how)
             except DataError as error:
                 raise DataError(f"case {case}, class {name}: {error}") from error
-            rows.append({"case": case, "class": name, **scores})
+            rows.append({"case": case, "class": name, **scores, **more})
         return rows
 
-    def _scores(self, pred: torch.Tensor, reference: torch.Tensor, spacing_mm: Sequence[float]) -> dict[str, Any]:
-        how: dict[str, Any] = {"spacing_mm": spacing_mm, "surface": self.surface}
-        scores: dict[str, Any] = score_case(pred, reference, policy=self.policy, unit=self.unit, **how)
-        if self.lesions is not None:
-            scores |= score_lesions(pred, reference, rules=self.lesions, **how)
-        return scores
+    def _shape_problems(self, key: str, volume: torch.Tensor) -> list[str]:
+        """What is wrong with a volume; a channel of logits, too, would be scored as labels, as almost empty."""
+        count = len(self.classes)
+        if volume.ndim != 4 or len(volume) not in (1, count):
+            return [
+                f"{key} has shape {tuple(volume.shape)}, needs ({count}, H, W, D) for {list(self.classes)}, "
+                "or one channel of whole numbers"
+            ]
+        if len(volume) == count or bool(((volume >= 0) & (volume <= count) & (volume == volume.round())).all()):
+            return []
+        return [f"{key} holds other values than the whole numbers 0 to {count} of {list(self.classes)}"]
 
-    def _is_map(self, labels: torch.Tensor) -> bool:
-        """Tell whether there is nothing but labels: a channel of logits, too, would be scored, as almost empty."""
-        legal = (labels >= 0) & (labels <= len(self.classes))
-        if labels.is_floating_point():
-            legal &= labels == labels.round()
-        return bool(legal.all())
 
-    def _mask(self, volume: torch.Tensor, parts: Sequence[int]) -> torch.Tensor:
-        """Mask (H, W, D) of some classes together, out of one channel per class or of a map of labels."""
-        if len(volume) == len(self.classes):
-            return volume[parts[0]] if len(parts) == 1 else volume[list(parts)].amax(0)
-        masks = [volume[0] == part + 1 for part in parts]
-        return functools.reduce(torch.logical_or, masks)
+def mask_of(volume: torch.Tensor, parts: Sequence[int], classes: int) -> torch.Tensor:
+    """Mask (H, W, D) of some classes together, out of one channel per class or of a map of labels (1, H, W, D)."""
+    # a plain tensor: indexing a MetaTensor carries its metadata along, which is slow and not needed here
+    volume = volume.as_tensor() if isinstance(volume, MetaTensor) else volume
+    if len(volume) == classes:
+        return volume[parts[0]] if len(parts) == 1 else volume[list(parts)].amax(0)
+    return torch.stack([volume[0] == part + 1 for part in parts]).any(0)
+
+
+def mean_dice(pred: torch.Tensor, reference: torch.Tensor, classes: int) -> float:
+    """Mean Dice over the classes that are in either volume; both as ``CaseScores`` takes them, on CPU.
+
+    Returns: 0 to 1; NaN when both are empty.
+    """
+    found = [dice_of(*(mask_of(v, [part], classes) > 0 for v in (pred, reference))) for part in range(classes)]
+    return mean_of([dice for dice in found if not math.isnan(dice)])
+
+
+def regions_of(classes: Sequence[str], regions: str | Mapping[str, Sequence[str]] | None) -> dict[str, tuple[int, ...]]:
+    """Name of each region -> positions of its classes; ``regions`` as ``CaseScores`` takes it.
+
+    Raises:
+        ConfigError: a region names an absent class or none, or no region of BraTS can be made of the classes.
+    """
+    position = {name: index for index, name in enumerate(classes)}
+    if regions is None:
+        return {name: (index,) for name, index in position.items()}
+    if regions == "brats":
+        possible = ((region, parts) for region, ways in BRATS_REGIONS.items() for parts in ways)
+        regions = {region: parts for region, parts in possible if set(parts) <= set(classes)}
+        if not regions:
+            raise ConfigError(
+                f"no region of BraTS can be made of {', '.join(classes)}; name classes tumour, or some of "
+                f"{', '.join((_CORE, _OEDEMA, _ENHANCING))}"
+            )
+    if not isinstance(regions, Mapping) or not regions:
+        raise ConfigError(f"regions must be null, 'brats' or an object of region -> list of classes, got {regions!r}")
+    problems = [
+        f"{region}: {parts!r}"
+        for region, parts in regions.items()
+        if isinstance(parts, str) or not parts or not set(parts) <= set(classes)
+    ]
+    raise_all(problems, ConfigError, f"regions must be lists of the classes {', '.join(classes)}")
+    return {region: tuple(position[name] for name in parts) for region, parts in regions.items()}
 
 
 def merge_rows(gathered: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
@@ -209,6 +238,5 @@ def merge_rows(gathered: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
         of_process: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             of_process.setdefault(row["case"], []).append(dict(row))
-        for case, its_rows in of_process.items():
-            merged.setdefault(case, its_rows)
+        merged = of_process | merged
     return [row for case in sorted(merged) for row in merged[case]]

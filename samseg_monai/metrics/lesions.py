@@ -28,7 +28,7 @@ from scipy.ndimage import binary_dilation, distance_transform_edt, find_objects,
 from scipy.spatial import KDTree
 
 from samseg_monai.errors import ConfigError, raise_all
-from samseg_monai.metrics.case import PERCENTILE, Mask, checked_masks, checked_spacing
+from samseg_monai.metrics.case import PERCENTILE, Mask, box_around, checked_masks, checked_spacing
 
 LESION_SCORES = ("lesion_dice", "lesion_hd95_mm")
 LESION_COUNTS = ("lesion_tp", "lesion_fn", "lesion_fp")
@@ -96,28 +96,22 @@ def score_lesions(
     rules: LesionRules = LesionRules(),
     surface: bool = True,
 ) -> dict[str, float]:
-    """Score one region of one case lesion by lesion.
-
-    Args:
-        prediction: mask of shape (H, W, D), boolean or holding 0 and 1 only.
-        reference: mask of the same shape.
-        spacing_mm: distance of neighbouring voxels along H, W and D, in mm (rounded to 1e-5 mm).
-        rules: the challenge's numbers.
-        surface: False leaves out HD95.
+    """Score one region of one case lesion by lesion; ``prediction``, ``reference`` and ``spacing_mm`` as ``score_case``
+    takes them, ``surface=False`` leaves out HD95.
 
     Returns:
         ``lesion_columns(surface=surface)`` (Dice in [0, 1], HD95 in mm), and the counts ``lesion_tp``, ``lesion_fn``
         and ``lesion_fp`` as floats.
 
     Raises:
-        DataError: shapes differ or are not 3-D, a mask holds other values than 0 and 1, the spacing is not positive.
+        DataError: as of ``score_case``.
     """
     pred, ref = (mask.numpy() for mask in checked_masks(prediction, reference))
     spacing = checked_spacing(spacing_mm)
-    box = _box_around(pred | ref, rules.dilation)
+    box = box_around(pred | ref, rules.dilation)
     pred, ref = pred[box], ref[box]
     parts, n_parts = label(pred, structure=_ALL_NEIGHBOURS)
-    inner = _box_around(ref, rules.dilation)  # all that follows but the surfaces happens near the lesions
+    inner = box_around(ref, rules.dilation)  # all that follows but the surfaces happens near the lesions
     ref, near = ref[inner], parts[inner]
     grown = binary_dilation(ref, structure=_FACES_AND_EDGES, iterations=rules.dilation)
     extents, n_lesions = label(grown, structure=_ALL_NEIGHBOURS)
@@ -141,12 +135,6 @@ def score_lesions(
     counts = (len(matches) - missed, missed, false)
     named = zip((*lesion_columns(surface=surface), *LESION_COUNTS), (*scores, *counts), strict=True)
     return {name: float(value) for name, value in named}
-
-
-def _box_around(mask: np.ndarray, margin: int) -> Box:
-    """Box of all that is True, ``margin`` voxels wider where the image allows: dilation stops at its border, too."""
-    (box,) = find_objects(mask.view(np.uint8)) or [(slice(0, 0),) * mask.ndim]
-    return tuple(slice(max(side.start - margin, 0), side.stop + margin) for side in box)
 
 
 def _distances(
@@ -216,7 +204,6 @@ def _to_nearest(places: np.ndarray, targets: np.ndarray, spacing: np.ndarray) ->
 
 
 def _percentile(distances: np.ndarray, areas: np.ndarray) -> float:
-    """The distance that ``PERCENTILE`` % of the area keep within."""
     order = np.lexsort((areas, distances))
     share = np.cumsum(areas[order]) / areas.sum()
     index = min(int(np.searchsorted(share, PERCENTILE / 100)), len(order) - 1)  # shares may end just below 1

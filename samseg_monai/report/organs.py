@@ -4,26 +4,114 @@ Published rules (Chen et al. 2021, arXiv:2102.04306): Dice and HD95 of medpy on 
 only the prediction has scores Dice 1 and HD95 0, one that the prediction lacks Dice 0 and HD95 0; every case counts.
 Honest rules: mm; an organ that neither has is excluded; one that only one of the two has scores Dice 0 and the image's
 diagonal. Either way a mean is over the cases of an organ first, then over organs.
+
+Quoted rows are of the 18/12 split: DSC in %, HD95 in voxels, as printed. Those marked 3D have metric code of their own.
+A figure without a source is left out, and so are rows of another protocol (other classes, unknown split); a dash in a
+table means "not known here", not "not published". In particular SAM-LST's values per organ are in its paper's table,
+which was not at hand.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from samseg_monai.errors import BundleError, raise_all
 from samseg_monai.metrics import read_rows
-from samseg_monai.report.published import ORGANS, PUBLISHED, Quoted
-from samseg_monai.report.runs import RunResult, check_runs
+from samseg_monai.metrics.rows import mean_of
+from samseg_monai.report.runs import RunResult, check_runs, gate_text
+from samseg_monai.report.tables import WIDTH, fixed, grid, or_none
 
 TRANSUNET_CASES = "transunet_cases.csv"
 QUOTED = "quoted from the paper, not measured here"
+# in the order of the papers' tables
+ORGANS = ("aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas", "spleen", "stomach")
+HEAD = ("DSC %", "HD95", *ORGANS)
+RULES_TEXT = (
+    "Published rules: medpy's Dice and HD95 of whole volumes, in voxels, with TransUNet's special cases (an organ "
+    "missed or wholly absent scores Dice 0 and HD95 0, one found where there is none Dice 1); all cases count. "
+    "Honest rules: HD95 in mm (larger of the two directed percentiles); an organ missed, or found where there is "
+    "none, scores Dice 0 and the image's diagonal; absent in both, the case is excluded. Organs: mean DSC in %."
+)
+NOT_COMPARABLE = (
+    "Numbers of pico or of phantoms cannot be compared with the quoted rows: other weights or other images."
+)
+SECOND_HAND = (
+    "* quoted second-hand: read in another paper's table, in a listing or in an issue, not in the authors' own text."
+)
+
+
+_LST = "Chai et al. 2023, arXiv:2306.12737"
+_LST_ABLATION = f"{_LST}, ablations"
+_IN_LST = f"as given in {_LST}"
+_SAMED = "Zhang and Liu 2023, arXiv:2304.13785: README of github.com/hitachinsk/SAMed at e351840"
 
 
 @dataclass(frozen=True)
-class Rules:
+class Quoted:
+    """One row of a published table.
+
+    Args:
+        method: as the paper calls it.
+        dsc: mean DSC in %, as printed.
+        hd95: mean HD95 in voxels, as printed; None where not known.
+        source: where it was read.
+        organs: DSC in % per organ, as printed; empty where not known.
+        second_hand: whether it was read elsewhere than in what its authors wrote.
+    """
+
+    method: str
+    dsc: str
+    hd95: str | None
+    source: str
+    organs: Mapping[str, str] = field(default_factory=dict)
+    second_hand: bool = False
+
+    @property
+    def cells(self) -> list[str]:
+        """What stands under ``HEAD``, as printed; a dash where not known."""
+        return [self.dsc, self.hd95 or "-", *(self.organs.get(name, "-") for name in ORGANS)]
+
+    @property
+    def mark(self) -> str:
+        """What stands behind the method."""
+        return "(quoted*)" if self.second_hand else "(quoted)"
+
+
+def _organs(values: str) -> dict[str, str]:
+    return dict(zip(ORGANS, values.split(), strict=True))
+
+
+PUBLISHED = (
+    Quoted("SAM-LST", "79.45", "35.35", _LST),
+    Quoted("SAM-LST, CNN only", "78.05", "29.11", _LST_ABLATION),
+    Quoted("SAM-LST, SAM only", "58.97", "101.6", _LST_ABLATION),
+    Quoted("SAM-LST, no fine-tuning", "1.73", "260.98", _LST_ABLATION),
+    Quoted("SAMed", "81.88", "20.64", _SAMED, _organs("87.77 69.11 80.45 79.95 94.80 72.17 88.72 82.06")),
+    Quoted("SAMed_s", "77.78", "31.72", _SAMED),
+    Quoted("SAMed_h (ViT-H)", "84.30", "16.02", _SAMED, _organs("87.81 74.72 85.76 81.52 95.76 70.63 90.46 87.77")),
+    Quoted(
+        "H-SAM (ViT-L)", "86.49", None,
+        "Cheng et al. 2024, arXiv:2403.18271: as listed by wizwand.com and quoted in H-SAM issue 23 (users get 84.89)",
+        second_hand=True,
+    ),
+    Quoted("TransUNet", "77.48", "31.69", _IN_LST, second_hand=True),
+    Quoted("Swin-Unet", "79.12", "21.55", _IN_LST, second_hand=True),
+    Quoted("MISSFormer", "81.96", "18.20", _IN_LST, second_hand=True),
+    Quoted(
+        "MERIT", "84.90", "13.22", "as listed by hyper.ai; its code chooses the epoch on the test cases",
+        second_hand=True,
+    ),
+    Quoted("nnFormer (3D)", "86.5", None, "as quoted in NexToU issue 4", second_hand=True),
+    Quoted("UNETR++ (3D)", "87.2", None, "Shaker et al. 2022, arXiv:2212.04497, abstract"),
+    Quoted("NexToU (3D)", "87.84", None, "as quoted in NexToU issue 4, where a user gets about 83", second_hand=True),
+)  # fmt: skip
+
+
+class Rules(NamedTuple):
     """How a line was scored: columns of the CSV of cases, unit of its HD95, what tables call it."""
 
     key: str
@@ -35,18 +123,13 @@ class Rules:
 
 
 PUBLISHED_RULES = Rules(
-    "published",
-    "published rules (voxels)",
-    "published rules (voxels, TransUNet's special cases)",
-    "dice_transunet",
-    "hd95_transunet_voxel",
-    "voxel",
-)
+    "published", "published rules (voxels)", "published rules (voxels, TransUNet's special cases)",
+    "dice_transunet", "hd95_transunet_voxel", "voxel",
+)  # fmt: skip
 HONEST_RULES = Rules("honest", "honest rules (mm)", "honest rules (mm)", "dice", "hd95_mm", "mm")
 
 
-@dataclass(frozen=True)
-class Organ:
+class Organ(NamedTuple):
     """Means over the ``n`` cases that count: Dice in %, HD95 in the line's unit; NaN where no case counts."""
 
     dice: float
@@ -65,13 +148,18 @@ class OrganLine:
 
     @property
     def dice(self) -> float:
-        """Mean over organs of their mean Dice, in %; over those where a case counts."""
-        return _mean(organ.dice for organ in self.organs.values())
+        """Mean over organs, those where a case counts, of their mean Dice, in %."""
+        return mean_of([organ.dice for organ in self.organs.values() if organ.n])
 
     @property
     def hd95(self) -> float:
-        """Mean over organs of their mean HD95, in the unit of the rules; likewise."""
-        return _mean(organ.hd95 for organ in self.organs.values())
+        """Likewise of HD95, in the unit of the rules."""
+        return mean_of([organ.hd95 for organ in self.organs.values() if organ.n])
+
+    @property
+    def cells(self) -> list[str]:
+        """What stands under ``HEAD``."""
+        return [fixed(value, 2) for value in (self.dice, self.hd95, *(organ.dice for organ in self.organs.values()))]
 
     @property
     def remark(self) -> str:
@@ -87,42 +175,59 @@ class OrganLine:
 
 @dataclass(frozen=True)
 class OrganTable:
-    """Lines of the runs, two for each, and rows quoted from papers."""
+    """Lines of the runs, two for each (published rules, then honest ones), and rows quoted from papers."""
 
     lines: Sequence[OrganLine]
-    quoted: Sequence[Quoted]
+    quoted: Sequence[Quoted] = PUBLISHED
 
-    @property
-    def runs(self) -> list[RunResult]:
-        """Runs in the order of the table."""
-        return [line.run for line in self.lines if line.rules is HONEST_RULES]
+    def groups(self) -> Iterator[tuple[RunResult, str, list[OrganLine], list[str]]]:
+        """Run, what it is on one line, its lines, and remarks: its gate, organs that not every case counts for."""
+        for published, honest in zip(self.lines[::2], self.lines[1::2], strict=True):
+            run = honest.run
+            kind, sam = "phantoms" if run.is_phantom else "cases", f" [{run.sam}]" if run.sam not in run.title else ""
+            heading = f"{run.title}{sam}, n = {honest.cases} {kind}, split: {run.split}, {run.prompt_source}"
+            remarks = [] if run.gate is None else [gate_text(run.gate)]
+            yield run, heading, [published, honest], [*remarks, *filter(None, (published.remark, honest.remark))]
 
-    def of(self, run: RunResult) -> list[OrganLine]:
-        """Lines of one run: published rules, then honest ones."""
-        return [line for line in self.lines if line.run is run]
+    def caveats(self) -> list[str]:
+        """What a reader must know before comparing runs with quoted rows."""
+        stand_ins = any(line.run.is_pico or line.run.is_phantom for line in self.lines)
+        return [*([NOT_COMPARABLE] if stand_ins else []), SECOND_HAND]
+
+    def sources(self) -> dict[str, str]:
+        """Source -> methods quoted from it, in the order of the rows."""
+        return {row.source: "; ".join(r.method for r in self.quoted if r.source == row.source) for row in self.quoted}
 
 
-def organ_table(runs: Sequence[RunResult], *, quoted: Sequence[Quoted] = PUBLISHED) -> OrganTable:
-    """Table of runs whose folders hold ``cases.csv`` (policy honest) and ``transunet_cases.csv`` (policy transunet).
-
-    Args:
-        runs: evaluated under both policies on the same cases, with all of ``ORGANS`` among their classes.
-        quoted: rows to stand below them.
+def organ_table(runs: Sequence[RunResult]) -> OrganTable:
+    """Table of runs whose folders hold ``cases.csv`` (policy honest) and ``transunet_cases.csv`` (policy transunet) of
+    the same cases, with all of ``ORGANS`` among their classes.
 
     Raises:
         BundleError: no run, or two of one name; every file, column, organ or case that is missing.
-        DataError: a CSV is none, or has two rows of one case and organ.
+        DataError: a CSV is none.
     """
     check_runs(runs)
-    problems: list[str] = []
-    rows = {run.name: _published_rows(run, problems) for run in runs}
-    for run in runs:
-        problems += _problems(run, rows[run.name])
+    paths = [run.folder / TRANSUNET_CASES for run in runs]
+    published = [read_rows(path) if path.is_file() else [] for path in paths]
+    problems = [line for run, rows in zip(runs, published, strict=True) for line in _problems(run, rows)]
     raise_all(problems, BundleError, "runs cannot be tabulated by organ")
     lines = []
-    for run in runs:
-        lines += [_line(run, PUBLISHED_RULES, rows[run.name]), _line(run, HONEST_RULES, run.rows)]
-    return OrganTable(lines, tuple(quoted))
+    for run, rows in zip(runs, published, strict=True):
+        lines += [_line(run, PUBLISHED_RULES, rows), _line(run, HONEST_RULES, run.rows)]
+    return OrganTable(lines)
+
+
+def organs_text(table: OrganTable) -> str:
+    """The organs' table: two lines for each run, below them the quoted rows, each marked, and where they are from."""
+    body: list[Sequence[str]] = []
+    for _, heading, lines, remarks in table.groups():
+        body += [[heading], *([f"  {line.rules.short}", *line.cells] for line in lines), *([f"  {r}"] for r in remarks)]
+    body += [[QUOTED], *([f"  {row.method} {row.mark}", *row.cells] for row in table.quoted)]
+    sources = [f"  {methods}: {source}" for source, methods in table.sources().items()]
+    below = [RULES_TEXT, *table.caveats(), "Sources of the quoted rows:", *sources]
+    wrapped = [textwrap.fill(text, WIDTH, subsequent_indent="    ", break_on_hyphens=False) for text in below]
+    return grid(["method", *HEAD], body) + "\n\n" + "\n".join(wrapped) + "\n"
 
 
 def organs_json(table: OrganTable) -> dict[str, Any]:
@@ -131,63 +236,54 @@ def organs_json(table: OrganTable) -> dict[str, Any]:
     Nothing that was measured is rounded; quoted figures have the decimals they were printed with.
     """
     runs = {}
-    for run in table.runs:
+    for run, _, lines, _ in table.groups():
         entry: dict[str, Any] = {"title": run.title, "sam": run.sam, "phantoms": run.is_phantom, "split": run.split}
         entry |= {"prompt_source": run.prompt_source, "gate": run.gate}
-        runs[run.name] = entry | {line.rules.key: _line_json(line) for line in table.of(run)}
-    return {"organs": list(ORGANS), "runs": runs, "quoted": [_quoted_json(row) for row in table.quoted]}
-
-
-def _line_json(line: OrganLine) -> dict[str, Any]:
-    hd95 = f"hd95_{line.rules.unit}"
-    organs = {
-        name: {"dsc_percent": _finite(organ.dice), hd95: _finite(organ.hd95), "n": organ.n}
-        for name, organ in line.organs.items()
-    }
-    means = {"dsc_percent": _finite(line.dice), hd95: _finite(line.hd95)}
-    return {"rules": line.rules.label, "cases": line.cases, **means, "organs": organs}
-
-
-def _quoted_json(row: Quoted) -> dict[str, Any]:
-    return {
-        "method": row.method,
-        "quoted": QUOTED,
-        "source": row.source,
-        "second_hand": row.second_hand,
-        "dsc_percent": float(row.dsc),
-        "hd95_voxel": None if row.hd95 is None else float(row.hd95),
-        "organs": {name: float(row.organs[name]) if name in row.organs else None for name in ORGANS},
-    }
-
-
-def _published_rows(run: RunResult, problems: list[str]) -> list[Mapping[str, Any]]:
-    if not run.has_network:
-        problems.append(f"{run.name}: has no scores under the published rules; leave it out of this table")
-        return []
-    path = run.folder / TRANSUNET_CASES
-    if not path.is_file():
-        problems.append(
-            f"{run.name}: no {path} (scores under policy 'transunet'); evaluate again with a bundle built by this "
-            "version, which scores under both policies"
-        )
-        return []
-    return list(read_rows(path))
+        for line in lines:
+            hd95 = f"hd95_{line.rules.unit}"
+            means = {"dsc_percent": or_none(line.dice), hd95: or_none(line.hd95)}
+            organs = {
+                name: {"dsc_percent": or_none(organ.dice), hd95: or_none(organ.hd95), "n": organ.n}
+                for name, organ in line.organs.items()
+            }
+            entry[line.rules.key] = {"rules": line.rules.label, "cases": line.cases, **means, "organs": organs}
+        runs[run.name] = entry
+    quoted = [
+        {
+            "method": row.method,
+            "quoted": QUOTED,
+            "source": row.source,
+            "second_hand": row.second_hand,
+            "dsc_percent": float(row.dsc),
+            "hd95_voxel": None if row.hd95 is None else float(row.hd95),
+            "organs": {name: float(row.organs[name]) if name in row.organs else None for name in ORGANS},
+        }
+        for row in table.quoted
+    ]
+    return {"organs": list(ORGANS), "runs": runs, "quoted": quoted}
 
 
 def _problems(run: RunResult, published: Sequence[Mapping[str, Any]]) -> list[str]:
     """What keeps a run out of the table, one line each."""
+    if not run.has_network:
+        return [f"{run.name}: has no scores under the published rules; leave it out of this table"]
     found = []
+    if not published:
+        found.append(
+            f"{run.name}: no {run.folder / TRANSUNET_CASES} (scores under policy 'transunet'); evaluate again with a "
+            "bundle built by this version, which scores under both policies"
+        )
     for rows, rules in ((published, PUBLISHED_RULES), (run.rows, HONEST_RULES)):
         columns = [column for column in (rules.dice, rules.hd95) if rows and column not in rows[0]]
-        organs = [organ for organ in ORGANS if rows and organ not in {row["class"] for row in rows}]
+        there = list(dict.fromkeys(str(row["class"]) for row in rows))
+        organs = [organ for organ in ORGANS if rows and organ not in there]
         if columns:
             found.append(f"{run.name}, {rules.key}: no column {', '.join(columns)}; evaluate again, with surfaces")
         if organs:
-            there = ", ".join(dict.fromkeys(str(row["class"]) for row in rows))
-            found.append(f"{run.name}, {rules.key}: no class {', '.join(organs)} (there are {there})")
-    scored, honest = ({(row["case"], row["class"]) for row in rows} for rows in (published, run.rows))
-    if published and scored != honest:
-        differ = ", ".join(sorted({str(case) for case, _ in scored ^ honest}))
+            found.append(f"{run.name}, {rules.key}: no class {', '.join(organs)} (there are {', '.join(there)})")
+    scored, honest = ([(row["case"], row["class"]) for row in rows] for rows in (published, run.rows))
+    if published and sorted(scored) != sorted(honest):
+        differ = ", ".join(sorted({str(case) for case, _ in {*scored} ^ {*honest}})) or "their number of rows"
         found.append(f"{run.name}: cases.csv and {TRANSUNET_CASES} differ in {differ}; evaluate again")
     return found
 
@@ -197,17 +293,7 @@ def _line(run: RunResult, rules: Rules, rows: Sequence[Mapping[str, Any]]) -> Or
     for name in ORGANS:
         counted = [row for row in rows if row["class"] == name and not row["excluded"]]
         # a score that is no number must not turn a whole table into dashes: it is left out, and n says so
-        counted = [row for row in counted if math.isfinite(row[rules.dice]) and math.isfinite(row[rules.hd95])]
-        dice, hd95 = (_mean(float(row[column]) for row in counted) for column in (rules.dice, rules.hd95))
-        organs[name] = Organ(100 * dice, hd95, len(counted))
+        pairs = [pair for row in counted if all(map(math.isfinite, pair := (row[rules.dice], row[rules.hd95])))]
+        dice, hd95 = (mean_of([pair[i] for pair in pairs]) for i in (0, 1))
+        organs[name] = Organ(100 * dice, hd95, len(pairs))
     return OrganLine(run, rules, organs, len({row["case"] for row in rows}))
-
-
-def _mean(values: Iterable[float]) -> float:
-    """Mean of the values that are numbers, NaN of none."""
-    finite = [value for value in values if math.isfinite(value)]
-    return math.fsum(finite) / len(finite) if finite else math.nan
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

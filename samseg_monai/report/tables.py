@@ -1,25 +1,25 @@
-"""Numbers of the report: one line per strategy, differences against zero-shot, as data and JSON.
+"""The table of runs: a line per run and class, differences against zero-shot; as data, as JSON, as text for a terminal.
 
 Every number is computed from the rows of the cases' CSV by `samseg_monai.metrics`; nothing is typed and nothing is
 taken from a log. Mean, SD (population) and median are over cases, the 95 % interval of the mean is a percentile
-bootstrap over cases (Efron 1979), differences are paired by case. Excluded cases (empty in
-reference and prediction under the honest policy) are counted and left out.
+bootstrap over cases (Efron 1979), differences are paired by case. Excluded cases (empty in reference and prediction
+under the honest policy) are counted and left out.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from samseg_monai.errors import BundleError
 from samseg_monai.metrics import aggregate, case_means, paired_difference
-from samseg_monai.report.labels import NOT_RECORDED, ZERO_SHOT
-from samseg_monai.report.runs import RunResult, check_runs
+from samseg_monai.metrics.rows import bootstrap_interval
+from samseg_monai.report.runs import NOT_RECORDED, ZERO_SHOT, RunResult, check_runs, gate_text
 
-SEED = 0
 MEAN_OF_CLASSES = "mean of classes"
+WIDTH = 130  # of a table for a terminal
 # Column of the CSV -> (heading, whether more is better). Names with transunet come from that policy alone.
 MEASURES = {
     "dice": ("Dice", True),
@@ -37,31 +37,36 @@ MEASURES = {
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Statistics over the cases that count; NaN where there is none."""
-
-    n: int
-    mean: float
-    sd: float
-    median: float
-
-
-@dataclass(frozen=True)
 class Line:
-    """One row of the table: a run, or one class of it. ``values`` holds a Summary per measure present in the CSV,
-    ``low`` and ``high`` the 95 % bootstrap interval of the mean Dice."""
+    """One row of the table: a run, or one class of it.
+
+    ``numbers`` are those of `metrics.aggregate` over its measures; ``low`` and ``high`` the 95 % interval of the mean
+    Dice.
+    """
 
     run: RunResult
     klass: str
-    values: Mapping[str, Summary]
+    numbers: Mapping[str, float]
     low: float
     high: float
-    excluded: int
+
+    def dice(self, statistic: str = "mean") -> str:
+        """Mean, std or median of the run's Dice, as text."""
+        return fixed(self.numbers[f"{dice_column(self.run)}_{statistic}"])
+
+    def mean(self, measure: str) -> str:
+        """Mean of a measure as text, with 2 decimals for distances, 3 for scores; a dash where the run has none."""
+        return fixed(self.numbers.get(f"{measure}_mean", math.nan), digits(measure))
 
     @property
-    def dice(self) -> Summary:
-        """Summary of the run's Dice."""
-        return self.values[dice_column(self.run)]
+    def n(self) -> int:
+        """Cases that count."""
+        return int(self.numbers["n"])
+
+    @property
+    def excluded(self) -> int:
+        """Rows that do not."""
+        return int(self.numbers["n_excluded"])
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,14 @@ class Difference:
     high: float
     verdict: str
 
+    def text(self) -> str:
+        """The mean with its sign."""
+        return fixed(self.mean, digits(self.measure), "+").replace("-", "\u2212")
+
+    def interval(self) -> str:
+        """``low to high`` with their signs."""
+        return interval(self.low, self.high, digits(self.measure), "+").replace("-", "\u2212")
+
 
 def measures(runs: Sequence[RunResult]) -> list[str]:
     """Measures that at least one run has a column for, in the order of the table."""
@@ -90,12 +103,11 @@ def dice_column(run: RunResult) -> str:
     Raises:
         BundleError: there is none.
     """
-    for name in ("dice", "dice_transunet"):
-        if name in run.rows[0]:
-            return name
-    raise BundleError(
-        f"{run.folder}: the CSV of cases has no column dice, it has {', '.join(run.rows[0])}; evaluate again"
-    )
+    found = [name for name in ("dice", "dice_transunet") if name in run.rows[0]]
+    if not found:
+        there = ", ".join(run.rows[0])
+        raise BundleError(f"{run.folder}: the CSV of cases has no column dice, it has {there}; evaluate again")
+    return found[0]
 
 
 def dice_of_cases(run: RunResult) -> dict[str, float]:
@@ -108,36 +120,34 @@ def table_lines(runs: Sequence[RunResult]) -> list[Line]:
     check_runs(runs)
     lines = []
     for run in runs:
-        several = len(run.classes) > 1
-        for klass in [MEAN_OF_CLASSES, *run.classes] if several else run.classes:
+        for klass in [MEAN_OF_CLASSES, *run.classes] if len(run.classes) > 1 else run.classes:
             rows = [row for row in run.rows if klass in (MEAN_OF_CLASSES, row["class"])]
-            values = {name: _summary(rows, name) for name in measures([run])}
-            column = dice_column(run)
-            # The interval of a mean is that of its difference to 0: one bootstrap serves both.
-            ci = paired_difference(rows, [dict(row) | {column: 0.0} for row in rows], value=column, seed=SEED)
-            excluded = sum(bool(row["excluded"]) for row in rows)
-            lines.append(Line(run, klass, values, float(ci["ci_low"]), float(ci["ci_high"]), excluded))
+            interval = bootstrap_interval(list(case_means(rows, dice_column(run)).values()))
+            lines.append(Line(run, klass, aggregate(rows, columns=measures([run])), *interval))
     return lines
 
 
-def differences(runs: Sequence[RunResult], *, only: str | None = None, baseline: str = ZERO_SHOT) -> list[Difference]:
-    """Every other run minus the run named ``baseline``, paired by case; empty when there is no such run.
-
-    Args:
-        runs: with or without the baseline.
-        only: the one measure wanted; all when None.
-        baseline: name of the run that the others are compared with.
+def differences(runs: Sequence[RunResult], *, only: str | None = None) -> list[Difference]:
+    """Every other run minus zero-shot, paired by case, in one measure or all; empty when there is no such run.
 
     Raises:
         DataError: two runs were not evaluated on the same cases and classes.
     """
     check_runs(runs)
-    base = next((run for run in runs if run.name == baseline), None)
+    base = next((run for run in runs if run.name == ZERO_SHOT), None)
     if base is None:
         return []
-    others = [run for run in runs if run is not base]
-    wanted = measures([base]) if only is None else [only]
-    return [_difference(run, base, name) for run in others for name in wanted if name in run.rows[0]]
+    found = []
+    for run in (run for run in runs if run is not base):
+        for measure in measures([base]) if only is None else [only]:
+            if measure in run.rows[0]:
+                one = paired_difference(run.rows, base.rows, value=measure)
+                verdict = one["verdict"]
+                if verdict in ("a higher", "b higher"):
+                    verdict = "better" if (verdict == "a higher") == MEASURES[measure][1] else "worse"
+                numbers = (one["difference"], one["ci_low"], one["ci_high"])
+                found.append(Difference(run, measure, int(one["n"]), *numbers, verdict))
+    return found
 
 
 def results_json(runs: Sequence[RunResult]) -> dict[str, dict[str, Any]]:
@@ -147,41 +157,98 @@ def results_json(runs: Sequence[RunResult]) -> dict[str, dict[str, Any]]:
     """
     result: dict[str, dict[str, Any]] = {}
     for line in table_lines(runs):
-        entry: dict[str, Any] = {}
-        for measure, summary in line.values.items():
-            entry |= {f"{measure}_mean": _or_none(summary.mean), f"{measure}_std": _or_none(summary.sd)}
-            entry |= {f"{measure}_median": _or_none(summary.median)}
-        entry |= {f"{dice_column(line.run)}_ci95": [_or_none(line.low), _or_none(line.high)]}
-        entry |= {"n": line.dice.n, "excluded": line.excluded}
-        if line.run.name in result:
-            result[line.run.name].setdefault("classes", {})[line.klass] = entry
-            continue
         run = line.run
-        entry |= {"sam": run.sam, "prompt_source": run.prompt_source}
-        entry |= {"trainable_parameters": run.trainable, "phantoms": run.is_phantom}
-        entry |= {"seconds": run.seconds, "seconds_training": run.training_seconds}
-        entry |= {} if run.gate is None else {"gate": run.gate}
-        result[run.name] = entry
+        kinds = ("mean", "std", "median")
+        entry: dict[str, Any] = {
+            key: or_none(line.numbers[key]) for name in measures([run]) for key in (f"{name}_{kind}" for kind in kinds)
+        }
+        entry |= {f"{dice_column(run)}_ci95": [or_none(line.low), or_none(line.high)]}
+        entry |= {"n": line.n, "excluded": line.excluded}
+        if run.name in result:
+            result[run.name].setdefault("classes", {})[line.klass] = entry
+            continue
+        result[run.name] = {
+            **entry,
+            **{"sam": run.sam, "prompt_source": run.prompt_source, "trainable_parameters": run.trainable},
+            **{"phantoms": run.is_phantom, "seconds": run.seconds, "seconds_training": run.training_seconds},
+            **({} if run.gate is None else {"gate": run.gate}),
+        }
     for one in differences(runs):
-        entry = {"mean": _or_none(one.mean), "ci95": [_or_none(one.low), _or_none(one.high)]}
+        entry = {"mean": or_none(one.mean), "ci95": [or_none(one.low), or_none(one.high)]}
         entry |= {"n": one.n, "verdict": one.verdict}
         result[one.run.name].setdefault("minus_zero_shot", {})[one.measure] = entry
     return result
 
 
-def fixed(value: float, digits: int = 3) -> str:
-    """Number with a fixed count of decimals, a dash when there is none."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+def table_text(runs: Sequence[RunResult]) -> str:
+    """The runs' table for a terminal: means, then each class where there are several, differences, cost; every row says
+    which SAM."""
+    lines = table_lines(runs)
+    lesion_wise = [name for name in other_measures(runs) if name.startswith("lesion")]
+    shown = [name for name in other_measures(runs) if name not in lesion_wise]
+    means = [line for line in lines if line.klass == MEAN_OF_CLASSES or len(line.run.classes) == 1]
+    head = ["strategy [SAM]", "n", "Dice mean +- SD", "95 % CI", "median", *headings(shown), "excl."]
+    body = [
+        [named(line.run), str(line.n), f"{line.dice()} +- {line.dice('std')}", interval(line.low, line.high),
+         line.dice("median"), *map(line.mean, shown), str(line.excluded)]
+        for line in means
+    ]  # fmt: skip
+    blocks = [grid(head, body)]
+    if lesion_wise:
+        body = [[named(line.run), *map(line.mean, lesion_wise)] for line in means]
+        blocks.append(grid(["lesion-wise, all cases", *headings(lesion_wise)], body))
+    if len(classes_of(runs)) > 1:
+        blocks += [_by_class(runs, lines, measure) for measure in (dice_column(runs[0]), *shown[:1])]
+    if gaps := differences(runs, only=dice_column(runs[0])):
+        # no true minus sign: terminals and spreadsheets read this, too
+        body = [
+            [named(g.run), str(g.n), fixed(g.mean, 3, "+"), interval(g.low, g.high, 3, "+"), g.verdict] for g in gaps
+        ]
+        blocks.append(grid(["Dice minus zero-shot", "n", "mean", "95 % CI", "verdict"], body))
+    cost = [
+        [named(r), r.prompt_source, count_text(r.trainable), seconds_text(r.training_seconds), seconds_text(r.seconds)]
+        for r in runs
+    ]
+    head = ["strategy [SAM]", "prompt source", "trainable", "s training", "s evaluation"]
+    blocks.append(grid(head, cost, left=2))
+    gates = "\n".join(f"{named(run)}: {gate_text(run.gate)}" for run in runs if run.gate is not None)
+    return "\n\n".join([*blocks, *([gates] if gates else [])]) + "\n"
 
 
-def signed(value: float, digits: int = 3) -> str:
-    """Difference with its sign; a true minus sign is not used, terminals and spreadsheets read this too."""
-    return f"{value:+.{digits}f}" if math.isfinite(value) else "-"
+def _by_class(runs: Sequence[RunResult], lines: Sequence[Line], measure: str) -> str:
+    """Means of one measure by class, a row for each run; as many tables below each other as the width asks for."""
+    means = {(line.run.name, line.klass): line.mean(measure) for line in lines}
+    title = f"{MEASURES[measure][0]} by class"
+    room = WIDTH - max(len(title), *(len(named(run)) for run in runs))
+    blocks: list[list[str]] = [[]]
+    for name in classes_of(runs):
+        if blocks[-1] and sum(len(other) + 2 for other in [*blocks[-1], name]) > room:
+            blocks.append([])
+        blocks[-1].append(name)
+    return "\n\n".join(
+        grid([title, *block], [[named(run), *(means.get((run.name, c), "-") for c in block)] for run in runs])
+        for block in blocks
+    )
 
 
-def interval(low: float, high: float) -> str:
+def grid(head: Sequence[str], body: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Columns two spaces apart; the first ``left`` ones are flush left, the others right; a row of one cell runs on."""
+    whole = [row for row in [head, *body] if len(row) == len(head)]
+    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
+    rows = [head, ["-" * width for width in widths], *body]
+    sides = ["<" if i < left else ">" for i in range(len(widths))]
+    aligned = ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=False)) for row in rows]
+    return "\n".join(row.rstrip() for row in aligned)
+
+
+def fixed(value: float, digits: int = 3, sign: str = "-") -> str:
+    """Number with a fixed count of decimals, with ``sign="+"`` always with its sign; a dash when there is none."""
+    return f"{value:{sign}.{digits}f}" if math.isfinite(value) else "-"
+
+
+def interval(low: float, high: float, digits: int = 3, sign: str = "-") -> str:
     """``low to high`` of a 95 % interval, a dash when there is none."""
-    return f"{fixed(low)} to {fixed(high)}" if math.isfinite(low) else "-"
+    return f"{fixed(low, digits, sign)} to {fixed(high, digits, sign)}" if math.isfinite(low) else "-"
 
 
 def count_text(count: int | None) -> str:
@@ -194,15 +261,14 @@ def seconds_text(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.1f}"
 
 
-def mean(values: Iterable[float]) -> float:
-    """Mean, NaN of nothing."""
-    values = list(values)
-    return math.fsum(values) / len(values) if values else math.nan
-
-
 def digits(measure: str) -> int:
     """Decimals shown: 2 for distances, 3 for scores from 0 to 1."""
     return 2 if "hd95" in measure else 3
+
+
+def headings(names: Sequence[str]) -> list[str]:
+    """What measures are called."""
+    return [MEASURES[name][0] for name in names]
 
 
 def named(run: RunResult) -> str:
@@ -221,19 +287,6 @@ def other_measures(runs: Sequence[RunResult]) -> list[str]:
     return [name for name in measures(runs) if not name.startswith("dice")]
 
 
-def _summary(rows: Sequence[Mapping[str, Any]], measure: str) -> Summary:
-    one = aggregate(rows, columns=[measure])
-    return Summary(int(one["n"]), one[f"{measure}_mean"], one[f"{measure}_std"], one[f"{measure}_median"])
-
-
-def _difference(run: RunResult, base: RunResult, measure: str) -> Difference:
-    one = paired_difference(run.rows, base.rows, value=measure, seed=SEED)
-    verdict = str(one["verdict"])
-    if verdict in ("a higher", "b higher"):
-        verdict = "better" if (verdict == "a higher") == MEASURES[measure][1] else "worse"
-    mean, low, high = (float(one[key]) for key in ("difference", "ci_low", "ci_high"))
-    return Difference(run, measure, int(one["n"]), mean, low, high, verdict)
-
-
-def _or_none(value: float) -> float | None:
+def or_none(value: float) -> float | None:
+    """A number for JSON, which has no NaN."""
     return float(value) if math.isfinite(value) else None

@@ -17,9 +17,9 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import LoadImage, MapTransform
 from PIL import Image, ImageDraw
-from scipy.ndimage import binary_erosion
 
 from samseg_monai.errors import ConfigError, DataError
+from samseg_monai.pictures import outline_of
 from samseg_monai.transforms.float_boxes import move_boxes
 from samseg_monai.transforms.pixels import bytes_of
 
@@ -112,10 +112,8 @@ def overlay_picture(image: np.ndarray, labels: np.ndarray, boxes: torch.Tensor |
     greys = image if image.shape[-1] == 3 else image[..., :1].repeat(3, axis=-1)
     colours = bytes_of(greys).astype(np.uint8)
     width = max(1, round(max(labels.shape) / _PIXELS_PER_LINE))
-    for number in np.unique(labels[labels > 0]).tolist():
-        mask = labels == number
-        # outside of the image counts as background, so that a class at the border is closed there
-        colours[mask & ~binary_erosion(mask, iterations=width)] = CLASSES[(number - 1) % len(CLASSES)]
+    lines = outline_of(labels, width)
+    colours[lines] = np.array(CLASSES, dtype=np.uint8)[(labels[lines] - 1) % len(CLASSES)]
     picture = Image.fromarray(colours)
     pen = ImageDraw.Draw(picture)
     for x0, y0, x1, y1 in [] if boxes is None else boxes[~boxes.isnan().any(dim=1)].tolist():

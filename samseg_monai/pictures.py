@@ -1,0 +1,205 @@
+"""One way to draw a slice, for page, TensorBoard and montage: grey image, outlines, boxes, words; plain arrays.
+
+Blue and orange are those of Okabe and Ito (2008, "Color universal design"), which people with a colour-vision
+deficiency can tell apart. The view is the radiological one: front of the patient up, the patient's right on the
+viewer's left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from nibabel.affines import voxel_sizes
+from nibabel.orientations import io_orientation
+from PIL import Image, ImageDraw, ImageFont
+
+Colour = tuple[int, int, int]
+Window = tuple[int, int, int, int]  # top, bottom, left, right, in pixels of the slice as seen
+
+REFERENCE, PREDICTION, BOTH = (86, 180, 233), (230, 159, 0), (255, 255, 255)
+BOX, FRAME = (185, 196, 255), (227, 230, 234)
+SIDE = 384  # pixels of a picture's longer side at least; a slice with more pixels keeps them
+_BRIGHTEST = 230  # of 255: white is for outlines
+_FONT, _MARGIN, _DASH = 13, 6, 5
+_EDGES = {"R": (0.0, 0.5, "lm"), "L": (1.0, 0.5, "rm"), "A": (0.5, 0.0, "mt"), "P": (0.5, 1.0, "mb")}
+
+
+def axial_axis(affine: np.ndarray) -> int:
+    """Axis of an array with this affine (4, 4) that runs, more or less, from the feet to the head."""
+    return int(np.flatnonzero(io_orientation(affine)[:, 0] == 2)[0])
+
+
+def as_seen(plane: np.ndarray, affine: np.ndarray | None = None) -> np.ndarray:
+    """(H, W) slice across ``axial_axis`` of an array with this affine (None: axes are x, y of RAS), to rows and
+    columns of the picture, which run from front to back and from right to left."""
+    affine = np.eye(4) if affine is None else affine
+    orientation = np.delete(io_orientation(affine), axial_axis(affine), axis=0)
+    turned = np.flip(plane, tuple(axis for axis, direction in enumerate(orientation[:, 1]) if direction > 0))
+    return turned if orientation[0, 0] == 1 else turned.T
+
+
+def aspect_of(affine: np.ndarray) -> float:
+    """Height of a pixel of such a picture by its width."""
+    sides = dict(zip(io_orientation(affine)[:, 0].tolist(), voxel_sizes(affine).tolist(), strict=True))
+    return sides[1] / sides[0]
+
+
+def sampled(
+    volume: torch.Tensor, source: np.ndarray, target: np.ndarray, size: tuple[int, ...], axis: int, index: int
+) -> np.ndarray:
+    """Nearest values of ``volume`` (H, W, D; affine ``source``) at slice ``index`` across ``axis`` of another grid.
+
+    Args:
+        target, size: affine and shape of that grid.
+    Returns: (h, w) float32 array; NaN outside of the volume.
+    """
+    shape = [1 if number == axis else length for number, length in enumerate(size)]
+    voxels = np.indices(shape).reshape(3, -1)
+    voxels[axis] = index
+    matrix = np.linalg.inv(source) @ target
+    found = np.rint(matrix[:3, :3] @ voxels + matrix[:3, 3:]).astype(np.int64)
+    inside = ((found >= 0) & (found < np.reshape(volume.shape, (3, 1)))).all(axis=0)
+    i, j, k = (torch.from_numpy(row).to(volume.device) for row in found * inside)
+    values = volume[i, j, k].float().cpu().numpy()
+    return np.where(inside, values, np.nan).reshape([length for number, length in enumerate(size) if number != axis])
+
+
+def draw(
+    image: np.ndarray,
+    outlines: Sequence[tuple[np.ndarray, Colour]],
+    *,
+    both: Colour | None = None,
+    aspect: float = 1.0,
+    side: int = SIDE,
+    line: int = 2,
+    window: Window | None = None,
+    frame: Window | None = None,
+    box: Sequence[float] | None = None,
+) -> np.ndarray:
+    """The picture, without words.
+
+    Args:
+        image: (H, W) intensities, rows and columns as seen; NaN is black.
+        outlines: label maps (H, W), 0 is background and each class has its outline, and their colours; the last is on
+            top.
+        both: colour where the first two outlines of a class meet.
+        aspect: height of a pixel by its width, in mm.
+        side: pixels of the picture's longer side at least.
+        line: pixels of an outline's width.
+        window: what is shown of the slice; all when None.
+        frame: drawn as a thin frame.
+        box: left, top, right, bottom edge, drawn dashed.
+    Returns: (H, W, 3) uint8.
+    """
+    top, bottom, left, right = window or (0, image.shape[0], 0, image.shape[1])
+    height, width = (bottom - top) * aspect, float(right - left)
+    scale = max(side / max(height, width), 1.0, (bottom - top) / height)
+    rows, columns = _places(top, bottom, round(height * scale)), _places(left, right, round(width * scale))
+    picture = np.repeat(_grey(image)[rows][:, columns, None], 3, axis=2)
+    shown = [labels[rows][:, columns] for labels, _ in outlines]
+    lines = [outline_of(labels, line) for labels in shown]
+    if lines:
+        every = np.any(lines, axis=0)
+        picture[np.any(_shifted(every, 1), axis=0) & ~every] //= 3  # a dark rim: outlines show on bright tissue, too
+    for where, (_, colour) in zip(lines, outlines, strict=True):
+        picture[where] = colour
+    if both is not None:  # organs that were exchanged have the same outlines, too
+        picture[lines[0] & lines[1] & (shown[0] == shown[1])] = both
+    for edges, colour, dashed in ((frame and (frame[2], frame[0], frame[3], frame[1]), FRAME, False), (box, BOX, True)):
+        if edges is not None:
+            x0, x1 = (round((x - left) * scale) for x in (edges[0], edges[2]))
+            y0, y1 = (round((y - top) * aspect * scale) for y in (edges[1], edges[3]))
+            _rectangle(picture, (x0, y0, x1, y1), colour, dashed=dashed)
+    return picture
+
+
+def named(picture: np.ndarray, letters: str = "RL") -> np.ndarray:
+    """The picture with the patient's sides (R, L, A, P) at its edges."""
+    canvas = Image.fromarray(picture)
+    pen, font = ImageDraw.Draw(canvas), _font(round(max(picture.shape) / 30))
+    for letter in letters:
+        x, y, anchor = _EDGES[letter]
+        place = (_MARGIN + x * (canvas.width - 2 * _MARGIN), _MARGIN + y * (canvas.height - 2 * _MARGIN))
+        pen.text(place, letter, fill=BOTH, font=font, anchor=anchor)
+    return np.asarray(canvas)
+
+
+def noted(picture: np.ndarray, text: str, colour: Colour) -> np.ndarray:
+    """The picture with a few words on black above its lower edge."""
+    canvas = Image.fromarray(picture)
+    pen, font = ImageDraw.Draw(canvas), _font(20)
+    place = (canvas.width / 2, canvas.height - 2 * _MARGIN)
+    pen.rectangle(pen.textbbox(place, text, font, anchor="mb"), fill=0, outline=0, width=_MARGIN)
+    pen.text(place, text, fill=colour, font=font, anchor="mb")
+    return np.asarray(canvas)
+
+
+def legend(caption: str, width: int) -> np.ndarray:
+    """Two lines of text on black: the caption, shortened where it is too long, and what the colours mean."""
+    strip = Image.new("RGB", (width, 2 * (_FONT + _MARGIN) + _MARGIN))
+    pen, font = ImageDraw.Draw(strip), _font()
+    while len(caption) > 1 and pen.textlength(caption, font) > width - 2 * _MARGIN:
+        caption = caption.removesuffix("…")[:-1] + "…"
+    pen.text((_MARGIN, _MARGIN // 2), caption, fill=BOTH, font=font)
+    x = float(_MARGIN)
+    for word, colour in (("reference", REFERENCE), ("prediction", PREDICTION), ("both", BOTH)):
+        pen.text((x, _FONT + _MARGIN + _MARGIN // 2), word, fill=colour, font=font)
+        x += pen.textlength(word, font) + 2 * _MARGIN
+    return np.asarray(strip)
+
+
+def outline_of(labels: np.ndarray, width: int) -> np.ndarray:
+    """Pixels (H, W) of a class that have another one, or the image's end, within ``width`` up, down, left or right."""
+    moved = [array for distance in range(1, width + 1) for array in _shifted(labels, distance)]
+    return np.any([array != labels for array in moved], axis=0) & (labels > 0)
+
+
+def _places(start: int, stop: int, wanted: int) -> np.ndarray:
+    """Index of the source pixel, from ``start`` to before ``stop``, for each of ``wanted`` pixels."""
+    return start + ((np.arange(wanted) + 0.5) * (stop - start) / wanted).astype(np.int64)
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    """Black and white at the 1st and 99.5th percentile, the background left out: a value that a tenth of it has.
+
+    The network's images have it anywhere: a z-score over the brain leaves it in the middle of the greys.
+    """
+    known = image[np.isfinite(image)]
+    values, counts = np.unique(known, return_counts=True)
+    common = values[counts.argmax()] if counts.size and counts.max() > 0.1 * known.size else np.nan
+    inside = known[known != common]
+    low, high = np.percentile(inside, (1, 99.5)) if inside.size else (0.0, 1.0)
+    if high <= low:
+        low = high - 1
+    level = (np.where(np.isfinite(image) & (image != common), image, low) - low) / (high - low)
+    return (_BRIGHTEST * np.clip(level, 0, 1)).astype(np.uint8)
+
+
+def _shifted(array: np.ndarray, distance: int) -> list[np.ndarray]:
+    """The array moved up, down, left and right, with 0 (False) from outside."""
+    height, width = array.shape
+    padded = np.pad(array, distance)
+    corners = ((2 * distance, distance), (0, distance), (distance, 2 * distance), (distance, 0))
+    return [padded[top : top + height, left : left + width] for top, left in corners]
+
+
+def _rectangle(picture: np.ndarray, edges: Window, colour: Colour, *, dashed: bool) -> None:
+    """Draw into the picture: a line of two pixels inside of left, top, right, bottom, with a dark rim."""
+    ring = np.zeros(picture.shape[:2], dtype=bool)
+    left, top, right, bottom = (max(edge, 0) for edge in edges)
+    ring[top:bottom, left:right] = True
+    ring[top + 2 : max(bottom - 2, 0), left + 2 : max(right - 2, 0)] = False
+    picture[np.any(_shifted(ring, 1), axis=0) & ~ring] //= 2
+    rows, columns = np.nonzero(ring)
+    drawn = (rows + columns) // _DASH % 3 > 0 if dashed else np.ones(len(rows), dtype=bool)
+    picture[rows, columns] //= 2
+    picture[rows[drawn], columns[drawn]] = colour
+
+
+def _font(size: int = _FONT) -> ImageFont.FreeTypeFont:
+    import matplotlib  # brings a font
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
