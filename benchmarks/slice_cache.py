@@ -24,6 +24,7 @@ import torch
 from monai.transforms import NormalizeIntensityd, ResizeWithPadOrCropd
 
 from samseg_monai.data.slices import MaxArea, SliceDataset
+from samseg_monai.files import write_json
 from samseg_monai.transforms import PromptFromLabeld
 
 SIZE = (240, 240, 155)  # voxels, BraTS 2023
@@ -99,8 +100,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULT, help="JSON file to write")
     arguments = parser.parse_args()
     result = measure(arguments.cases)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(arguments.output, result)
     print(json.dumps(result, indent=2))
     if result["gb_for_680_cases"] >= LIMIT_GB:
         raise SystemExit(f"{CASES_OF_THE_PAPER} cases would need {result['gb_for_680_cases']} GB, more than {LIMIT_GB}")

@@ -19,6 +19,7 @@ from monai.transforms import LoadImage, MapTransform
 from PIL import Image, ImageDraw
 
 from samseg_monai.errors import ConfigError, DataError
+from samseg_monai.files import file_name
 from samseg_monai.pictures import outline_of
 from samseg_monai.transforms.float_boxes import move_boxes
 from samseg_monai.transforms.pixels import bytes_of
@@ -158,6 +159,6 @@ class NameAfterCased(MapTransform):
         for key in self.key_iterator(items):
             item = items[key].clone() if isinstance(items[key], MetaTensor) else MetaTensor(items[key])
             # with a suffix: MONAI cuts off what looks like one, and names may hold dots, as those of DICOM folders do
-            item.meta["filename_or_obj"] = f"{items[self.case_key]}.nii.gz"
+            item.meta["filename_or_obj"] = f"{file_name(str(items[self.case_key]))}.nii.gz"
             items[key] = item
         return items

@@ -10,13 +10,12 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from samseg_monai.data import BRATS_SCANS
 from samseg_monai.data.datalists import patient_of
 from samseg_monai.data.datalists.checks import CaseCheck, Summary, check_all, check_files, split_off_bad, write_checked
 from samseg_monai.data.datalists.label_maps import BRATS, labels_in
-from samseg_monai.data.datalists.splits import DEFAULT_FRACTIONS, read_split, split_by_patient
+from samseg_monai.data.datalists.splits import DEFAULT_FRACTIONS, choose_split
 from samseg_monai.data.files.volumes import stem_of
 from samseg_monai.errors import DataError
 
@@ -68,16 +67,11 @@ def prepare_brats_men(
 
     checks = check_all(check, _case_folders(src), num_threads=num_threads, progress=progress)
     good, problems = split_off_bad(checks, src, skip_bad=skip_bad)
-    warnings = [f"{check.case}: {warning}" for check in good for warning in check.warnings]
-    if split_file is None:
-        split = split_by_patient({check.case: patient_of(check.case) for check in good}, fractions, seed=seed)
-        made_by: dict[str, Any] = {"by": "patient", "seed": seed, "fractions": list(fractions)}
-    else:
-        split, unused = read_split(Path(split_file), {check.case: patient_of(check.case) for check in checks})
-        warnings += [f"{case}: not named by the split file, not used" for case in unused]
-        made_by = {"by": "file", "file": Path(split_file).name}
-    used = {check.case: check for check in good}
-    sections = {section: [used[case] for case in cases if case in used] for section, cases in split.items()}
+    patients = {check.case: patient_of(check.case) for check in checks}
+    of = {check.case: check for check in good}
+    split, unused, made_by = choose_split({c: patients[c] for c in of}, patients, split_file, fractions, seed)
+    sections = {section: [of[case] for case in cases] for section, cases in split.items()}
+    warnings = [f"{check.case}: {warning}" for check in good for warning in check.warnings] + unused
     header = {"name": "BraTS-MEN", "modality": "MRI", "scans": list(scans), "labels": labels}
     header |= {"label_coding": label_coding, "split": made_by}
     return write_checked(

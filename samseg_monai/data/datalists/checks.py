@@ -101,11 +101,8 @@ def check_files(
 ) -> None:
     """Read ``check.files`` completely and add to ``check`` all that is known and everything that is wrong.
 
-    Args:
-        check: case with its files, in the order in which they are hashed; the first gives the grid of all.
-        label: name of the label among the files; the others are images.
-        legal: values that the label may have.
-        hint: from the values that are not legal (sorted) to an advice, appended to the problem.
+    The first file gives the grid of all; ``label`` names the label among them, ``legal`` are its values, ``hint`` makes
+    an advice of those that are not (sorted).
     """
     hashes = []
     first: Volume | None = None
@@ -171,14 +168,8 @@ def split_off_bad(
 ) -> tuple[list[Check], list[str]]:
     """Good cases, and the problems of the bad ones as lines ``<case>: <problem>``.
 
-    Args:
-        checks: of all cases.
-        src: folder, for the message.
-        skip_bad: whether bad cases may be left out.
-        others: problems of the data set that belong to no case; they are never left out.
-
-    Raises:
-        DataError: all problems at once, unless ``skip_bad`` and some case is good.
+    ``others`` are problems of the data set that belong to no case; they are never left out.
+    Raises: DataError for all problems at once, unless ``skip_bad`` and some case is good.
     """
     good = [check for check in checks if not check.problems]
     problems = [f"{check.case}: {problem}" for check in checks for problem in check.problems]
@@ -202,12 +193,7 @@ def case_notes(checks: Sequence[CaseCheck]) -> list[str]:
 
 
 def duplicates(checks: Sequence[Check], what: Callable[[Check], str] = lambda check: check.sha256) -> list[str]:
-    """One sentence for each content that stands under two names: it would leak from training into the test.
-
-    Args:
-        checks: of all cases.
-        what: hash of the content that is compared; default that of all files of a case.
-    """
+    """One sentence for each content (by its hash ``what``) under two names: it would leak from training to testing."""
     by_content: dict[str, list[str]] = {}
     for check in checks:
         by_content.setdefault(what(check), []).append(check.case)

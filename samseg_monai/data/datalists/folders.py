@@ -74,7 +74,7 @@ def prepare_folders(
             the number of cases.
     """
     src = Path(src)
-    folder = read_folder(src)
+    folder = _read_folder(src)
     table = _table_of(labels, label_coding, folder)
     values = {int(value): text for value, text in table.items()}
     if not skip_bad:  # a split that cannot be made is told before the reading
@@ -96,7 +96,7 @@ def prepare_folders(
     return write_checked(output, src, sections, header=header, patient=None, warnings=warnings, left_out=problems)
 
 
-def _table_of(labels: Mapping[str, str] | None, label_coding: str | None, folder: Folder) -> dict[str, str]:
+def _table_of(labels: Mapping[str, str] | None, label_coding: str | None, folder: _Folder) -> dict[str, str]:
     if labels and label_coding:
         raise ConfigError("got labels and a label coding: give one of them")
     if label_coding:
@@ -110,7 +110,7 @@ def _table_of(labels: Mapping[str, str] | None, label_coding: str | None, folder
     return {"0": BACKGROUND, **table}
 
 
-def _check_case(case: str, folder: Folder, values: Mapping[int, str]) -> CaseCheck:
+def _check_case(case: str, folder: _Folder, values: Mapping[int, str]) -> CaseCheck:
     check = CaseCheck(case, files=dict(folder.files[case]), problems=list(folder.problems.get(case, ())))
     hint = "; name every value with --labels, or is the mask stored as grey values"
     check_files(check, label="label", legal=values, hint=lambda strange: hint)
@@ -132,16 +132,11 @@ def _split(
 
 
 @dataclass
-class Folder:
-    """``read_folder``'s result.
+class _Folder:
+    """What a folder holds and says, by names and ``dataset.json`` alone.
 
-    Attributes:
-        files: case -> ``image`` and ``label``, those of them that are named; sorted by case.
-        problems: case -> what is wrong with its names.
-        name: of the data set; the folder's own where ``dataset.json`` has none.
-        modality: such as ``MRI``; empty where nobody says.
-        labels: value -> name, or None where nobody says.
-        notes: what was seen and not used.
+    ``files``: case -> ``image`` and ``label``, those of them that are named; ``problems``: case -> what is wrong with
+    its names; ``labels``: value -> name, None where nobody says; ``notes``: what was seen and not used.
     """
 
     files: dict[str, dict[str, Path]] = field(default_factory=dict)
@@ -152,7 +147,7 @@ class Folder:
     notes: list[str] = field(default_factory=list)
 
 
-def read_folder(src: str | Path) -> Folder:
+def _read_folder(src: str | Path) -> _Folder:
     """Find the cases of a Decathlon folder (those of its ``training`` list, if it has one) or of two plain folders.
 
     Raises:
@@ -164,7 +159,7 @@ def read_folder(src: str | Path) -> Folder:
         raise DataError(f"{src} holds no folders imagesTr and labelsTr, nor images and labels{_hint(src)}")
     path = src / "dataset.json"
     table = read_json(path, DataError, "dataset") if path.is_file() else {}
-    folder = Folder(name=str(table.get("name") or src.resolve().name))
+    folder = _Folder(name=str(table.get("name") or src.resolve().name))
     modality = table.get("modality") or table.get("channel_names") or ""
     folder.modality = ", ".join(map(str, modality.values())) if isinstance(modality, dict) else str(modality)
     if table.get("labels"):
@@ -220,7 +215,7 @@ def _images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
 
 
-def _files_by_stem(folder: Path, found: Folder) -> dict[str, Path]:
+def _files_by_stem(folder: Path, found: _Folder) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for path in _images(folder):
         stem = stem_of(path)
@@ -231,7 +226,7 @@ def _files_by_stem(folder: Path, found: Folder) -> dict[str, Path]:
     return files
 
 
-def _take_listed(listed: list[Any], src: Path, folder: Folder) -> None:
+def _take_listed(listed: list[Any], src: Path, folder: _Folder) -> None:
     for number, entry in enumerate(listed):
         names = {kind: entry.get(kind) if isinstance(entry, dict) else None for kind in ("image", "label")}
         case = stem_of(str(names.get("image") or "")) or f"training[{number}]"

@@ -31,7 +31,7 @@ from samseg_monai.data.datalists.checks import (
     write_checked,
 )  # fmt: skip
 from samseg_monai.data.datalists.label_maps import BACKGROUND, OWN_CODING, absent_labels
-from samseg_monai.data.datalists.splits import DEFAULT_FRACTIONS, read_split, split_by_patient
+from samseg_monai.data.datalists.splits import DEFAULT_FRACTIONS, choose_split
 from samseg_monai.data.files.cases import MASK_ENDINGS, list_images
 from samseg_monai.data.files.images import GREY, RGB, Picture, checked_spacing, is_grey, read_image
 from samseg_monai.data.files.volumes import AFFINE_TOLERANCE_MM, value_problem
@@ -115,13 +115,13 @@ def prepare_images(
     _check_channels(checks)
     good, left_out = split_off_bad(checks, folders[0], skip_bad=skip_bad, others=_unit_problems(checks, spacing))
     of = {check.case: check for check in good}
-    split, unused, made_by = _split({case: group_of[case] for case in of}, group_of, group, split_file, fractions, seed)
-    sections = {section: [of[case] for case in cases if case in of] for section, cases in split.items()}
+    usable, what = {case: group_of[case] for case in of}, "image" if group is None else "group"
+    split, unused, made_by = choose_split(usable, group_of, split_file, fractions, seed, what=what)
+    sections = {section: [of[case] for case in cases] for section, cases in split.items()}
     used = [check for members in sections.values() for check in members]
-    header = _header(used, name or root.name, table, spacing) | {"split": made_by}
+    header = _header(used, name or root.name, table, spacing) | {"split": {**made_by, "group": group}}
     warnings = [*_notes(good, spacing), *pairs.notes, *duplicates(good, lambda check: check.image_sha256)]
-    warnings += absent_labels([check.voxels_per_label for check in good], values)
-    warnings += [f"{case}: not named by the split file, not used" for case in unused]
+    warnings += [*absent_labels([check.voxels_per_label for check in good], values), *unused]
     extra = [_values(used), f"dataset_dir (paths are relative to it): {root}"]
     patient = None if group is None else group_of.__getitem__
     return write_checked(
@@ -176,26 +176,6 @@ def _groups(cases: Sequence[str], group: str | None, problems: dict[str, list[st
             problems[case].append(f"its name does not tell its group: nothing in it matches --group {group!r}")
         groups[case] = text or case
     return groups
-
-
-def _split(
-    good: Mapping[str, str],
-    group_of: Mapping[str, str],
-    group: str | None,
-    split_file: str | Path | None,
-    fractions: Sequence[float],
-    seed: int,
-) -> tuple[dict[str, list[str]], list[str], dict[str, Any]]:
-    """Section -> cases, cases that a split file does not name, and how it was made.
-
-    ``good`` and ``group_of`` are case -> group, of the usable cases and of all.
-    """
-    what = "image" if group is None else "group"
-    if split_file is None:
-        made_by = {"by": what, "group": group, "seed": seed, "fractions": list(fractions)}
-        return split_by_patient(good, fractions, seed=seed), [], made_by
-    split, unused = read_split(Path(split_file), group_of, what=what)
-    return split, unused, {"by": "file", "file": Path(split_file).name, "group": group}
 
 
 def _check_channels(checks: Sequence[ImageCheck]) -> None:
@@ -256,10 +236,12 @@ def _find_pairs(images: Path, masks: Path, match: str | None) -> _Pairs:
             masks_of.setdefault(case, []).append(path)
     matched: dict[str, list[Path]] = {}
     for stem, paths in masks_of.items():
-        matched.setdefault(stem if stem in images_of else _without_ending(stem), []).extend(paths)
+        ending = next((end for end in MASK_ENDINGS if stem.endswith(end) and stem not in (end, *images_of)), "")
+        matched.setdefault(stem.removesuffix(ending), []).extend(paths)
     for case in sorted({*images_of, *matched}):
         kinds = {"image": (images_of.get(case, []), images), "label": (matched.get(case, []), masks)}
-        if _chosen(case, [path.name for paths, _ in kinds.values() for path in paths], match):
+        names = [case, *(path.name for paths, _ in kinds.values() for path in paths)]
+        if match is None or any(fnmatch.fnmatchcase(name, match) for name in names):
             found.files[case] = {kind: paths[0] for kind, (paths, _) in kinds.items() if len(paths) == 1}
             found.problems[case] = [
                 text for kind, (paths, folder) in kinds.items() if (text := _name_problem(kind, paths, folder))
@@ -268,12 +250,6 @@ def _find_pairs(images: Path, masks: Path, match: str | None) -> _Pairs:
         which = f" whose name matches {match!r}" if match else ""
         raise DataError(f"{images}: no image{which} in it; expected PNG, JPEG, TIFF, BMP, DICOM or NIfTI files")
     return found
-
-
-def _without_ending(stem: str) -> str:
-    """Name of the image that a mask called ``stem`` belongs to."""
-    ending = next((ending for ending in MASK_ENDINGS if stem.endswith(ending) and stem != ending), "")
-    return stem.removesuffix(ending)
 
 
 def _listed(folder: Path, found: _Pairs) -> list[tuple[str, Path]]:
@@ -285,10 +261,6 @@ def _listed(folder: Path, found: _Pairs) -> list[tuple[str, Path]]:
             shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
             found.notes.append(f"{len(names)} entries of {folder.name} {what}: {shown}")
     return images
-
-
-def _chosen(case: str, names: list[str], match: str | None) -> bool:
-    return match is None or any(fnmatch.fnmatchcase(name, match) for name in (case, *names))
 
 
 def _name_problem(kind: str, paths: list[Path], folder: Path) -> str:

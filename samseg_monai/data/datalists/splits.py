@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from samseg_monai.errors import DataError, raise_all
 from samseg_monai.files import read_json
@@ -83,21 +84,42 @@ def section_counts(total: int, fractions: Sequence[float]) -> list[int]:
     return counts
 
 
-def read_split(
-    path: Path, patients: Mapping[str, str], *, what: str = "patient"
-) -> tuple[dict[str, list[str]], list[str]]:
-    """Section -> cases of a split file, and the cases it does not name.
+def choose_split(
+    good: Mapping[str, str],
+    everyone: Mapping[str, str],
+    split_file: str | Path | None,
+    fractions: Sequence[float],
+    seed: int,
+    *,
+    what: str = "patient",
+) -> tuple[dict[str, list[str]], list[str], dict[str, Any]]:
+    """Split by a file where there is one, else by fractions of the patients.
 
     The file is a JSON object with lists of cases or patients under the section names; another datalist works too.
 
     Args:
-        path: the split file.
-        patients: case -> patient, of all cases that there are.
+        good: case -> patient, of the usable cases.
+        everyone: the same of all cases, which a file may name.
+        split_file, fractions, seed: see ``split_by_patient``.
         what: how messages call a patient.
 
+    Returns: section -> usable cases; the cases that a file does not name, as warnings; what the datalist says of it.
+
     Raises:
-        DataError: no JSON object with a section, every unknown name, and every patient that is in two sections.
+        DataError: as ``split_by_patient``; a file that is no JSON object with a section, every unknown name in it, and
+            every patient that is in two sections.
     """
+    if split_file is None:
+        made_by = {"by": what, "seed": seed, "fractions": list(fractions)}
+        return split_by_patient(good, fractions, seed=seed), [], made_by
+    split = _read_split(Path(split_file), everyone, what)
+    named = {case for members in split.values() for case in members}
+    unused = [f"{case}: not named by the split file, not used" for case in everyone if case not in named]
+    kept = {section: [case for case in cases if case in good] for section, cases in split.items()}
+    return kept, unused, {"by": "file", "file": Path(split_file).name}
+
+
+def _read_split(path: Path, patients: Mapping[str, str], what: str) -> dict[str, list[str]]:
     content = read_json(path, DataError, "split file", f"expected lists under {', '.join(SECTIONS)}")
     if not any(section in content for section in SECTIONS):
         raise DataError(f"split file {path}: expected a JSON object with lists under {', '.join(SECTIONS)}")
@@ -105,7 +127,7 @@ def read_split(
     for case, patient in patients.items():
         by_patient.setdefault(patient, []).append(case)
     split: dict[str, list[str]] = {section: [] for section in SECTIONS}
-    homes: dict[str, set[str]] = {}
+    homes: dict[str, list[str]] = {}
     problems = []
     for section in SECTIONS:
         entries = content.get(section, [])
@@ -118,12 +140,11 @@ def read_split(
             if not members:
                 problems.append(f"{section}: unknown case or {what} {name}")
             split[section] += [case for case in members if case not in split[section]]
-            homes.setdefault(patients[members[0]] if members else name, set()).add(section)
+            homes.setdefault(patients[members[0]] if members else name, []).append(section)
     problems += [
-        f"{what} {patient} is in {' and '.join(s for s in SECTIONS if s in sections)}"
+        f"{what} {patient} is in {' and '.join(dict.fromkeys(sections))}"
         for patient, sections in homes.items()
-        if len(sections) > 1
+        if len(set(sections)) > 1
     ]
     raise_all(problems, DataError, f"split file {path} does not fit the cases")
-    named = {case for members in split.values() for case in members}
-    return split, [case for case in patients if case not in named]
+    return split

@@ -30,6 +30,7 @@ from samseg_monai.data.files.volumes import (
     value_problem,
 )
 from samseg_monai.errors import ConfigError, DataError, PromptError, raise_all
+from samseg_monai.files import file_name
 
 VOLUMES = "volumes"
 MASK_ENDINGS = ("_mask", "-mask", "_seg", "-seg")
@@ -204,6 +205,7 @@ class Found:
 
     def add(self, case: str, paths: list[Path]) -> None:
         """Add a case; a second one of the same name would overwrite the first one's result, so it is refused."""
+        case = file_name(case)
         if case in self.files:
             name = f"{paths[0].parent.name}/{case}"
             self.bad[name] = f"another case is called {case} too ({self.files[case][0]}); rename one"

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+import pydicom.misc
 import SimpleITK as sitk
 
 from samseg_monai.data.files.volumes import Volume, content_of, from_itk, last_line, stem_of
 from samseg_monai.errors import DataError, raise_all
 
-_MAGIC_AT, _MAGIC = 128, b"DICM"
 _SAME_PLACE_MM = 0.01
 _SAME_DIRECTION = 1e-3  # of direction cosines; 0.06 degrees
 _EVEN = 0.05  # of the distance between slices: positions are stored rounded
@@ -60,10 +60,7 @@ class _Slice:
     axes: np.ndarray
     pixel_mm: tuple[float, float]
     pixel_type: str
-
-    @property
-    def normal(self) -> np.ndarray:
-        return np.cross(self.axes[0], self.axes[1])
+    digest: bytes
 
 
 def is_dicom(path: str | Path) -> bool:
@@ -71,11 +68,8 @@ def is_dicom(path: str | Path) -> bool:
     path = Path(path)
     if path.name.startswith(".") or path.name.upper() == "DICOMDIR" or stem_of(path) is not None or not path.is_file():
         return False
-    if path.suffix.lower() == ".dcm":
-        return True
     try:
-        with path.open("rb") as file:
-            return file.read(_MAGIC_AT + len(_MAGIC))[_MAGIC_AT:] == _MAGIC
+        return path.suffix.lower() == ".dcm" or pydicom.misc.is_dicom(path)
     except OSError:
         return False
 
@@ -100,13 +94,10 @@ def read_series(folder: str | Path) -> Volume:
     listed = _listed_by_gdcm(folder)
     paths = sorted({path for path in folder.iterdir() if is_dicom(path)}.union(*listed))
     found: list[_Slice] = []
-    digests: dict[str, bytes] = {}
     problems = []
     for path in paths:
         try:
-            content = content_of(path)
-            found.append(_read_header(path, content))
-            digests[path.name] = hashlib.sha256(content).digest()
+            found.append(_read_header(path, content_of(path)))
         except DataError as error:
             problems.append(str(error))
     raise_all(problems, DataError, f"{folder.name}: not every file is a slice; copy them again, or move them elsewhere")
@@ -114,8 +105,14 @@ def read_series(folder: str | Path) -> Volume:
         raise DataError(f"{folder.name}: {len(found)} DICOM slice, which is no volume; give the whole series")
     _check_one_series(folder.name, found, len(listed))
     slices = _in_order(folder.name, found)
-    array, affine = from_itk(_read_pixels(folder, slices))
-    sha256 = hashlib.sha256(b"".join(digests[piece.name] for piece in slices)).hexdigest()
+    reader = sitk.ImageSeriesReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileNames([str(folder / piece.name) for piece in slices])
+    try:
+        array, affine = from_itk(reader.Execute())
+    except RuntimeError as error:
+        raise DataError(f"{folder.name}: its pixels cannot be decoded ({last_line(error)}); {_CONVERT}") from error
+    sha256 = hashlib.sha256(b"".join(piece.digest for piece in slices)).hexdigest()
     few = f"{folder.name}: has only 2 slices; is the series complete?"
     return Volume(array, affine, sha256, (few,) if len(slices) == 2 else ())
 
@@ -155,7 +152,7 @@ def open_dicom(path: Path, content: bytes) -> tuple[pydicom.Dataset, sitk.ImageF
 
 def _read_header(path: Path, content: bytes) -> _Slice:
     tags, reader = open_dicom(path, content)
-    if not content.startswith(_MAGIC, _MAGIC_AT):  # GDCM lists such a file, but ITK then finds no reader for it
+    if not content.startswith(b"DICM", 128):  # GDCM lists such a file, but ITK then finds no reader for it
         raise DataError(f"{path.name}: has no DICOM preamble (DICM at byte 128); {_CONVERT}")
     if reader.GetNumberOfComponents() != 1:
         raise DataError(f"{path.name}: is in colour ({reader.GetNumberOfComponents()} values per pixel)")
@@ -171,6 +168,7 @@ def _read_header(path: Path, content: bytes) -> _Slice:
         axes=axes.reshape(2, 3),
         pixel_mm=(float(reader.GetSpacing()[0]), float(reader.GetSpacing()[1])),
         pixel_type=sitk.GetPixelIDValueAsString(reader.GetPixelID()),
+        digest=hashlib.sha256(content).digest(),
     )
 
 
@@ -213,7 +211,7 @@ def _check_one_series(folder: str, slices: Sequence[_Slice], listed: int) -> Non
 
 def _in_order(folder: str, found: Sequence[_Slice]) -> list[_Slice]:
     """Slices by ascending position along their normal; refused unless evenly spaced and stacked at right angles."""
-    normal = found[0].normal
+    normal = np.cross(*found[0].axes)
     slices = sorted(found, key=lambda piece: float(piece.position @ normal))
     places = np.array([piece.position @ normal for piece in slices])
     steps = np.diff(places)
@@ -260,13 +258,3 @@ def _check_upright(folder: str, slices: Sequence[_Slice], normal: np.ndarray) ->
             f"{folder}: its slices are not stacked at right angles (gantry tilt of {angle:.1f} degrees, up to "
             f"{sideways[k]:.2f} mm sideways); {_CONVERT}"
         )
-
-
-def _read_pixels(folder: Path, slices: Sequence[_Slice]) -> sitk.Image:
-    reader = sitk.ImageSeriesReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileNames([str(folder / piece.name) for piece in slices])
-    try:
-        return reader.Execute()
-    except RuntimeError as error:
-        raise DataError(f"{folder.name}: its pixels cannot be decoded ({last_line(error)}); {_CONVERT}") from error

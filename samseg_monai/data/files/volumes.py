@@ -32,9 +32,6 @@ _FORM_TOLERANCE_MM = 0.1
 _SHEAR_TOLERANCE = 1e-2
 _GZIP_MAGIC = b"\x1f\x8b"
 PHANTOM_MARK = b"samseg-monai phantom"  # in the header of every phantom of the demos
-# headers of MetaImage and NRRD may keep the voxels in any other file of this machine
-_OTHER_MHA = re.compile(rb"ElementDataFile\s*=\s*([^\r\n]*)", re.IGNORECASE)
-_OTHER_NRRD = re.compile(rb"^data ?file\s*:\s*([^\r\n]*)", re.IGNORECASE | re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -165,6 +162,8 @@ def parse_nifti(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tup
         raw = gzip.decompress(content) if packed else content
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{name}: truncated or damaged gzip file ({error}); copy it again") from error
+    if raw[344:347] == b"ni1" or raw[4:7] == b"ni2":
+        raise DataError(f"{name}: is the header of a pair of files (.hdr and .img); save it as one NIfTI file")
     version_2 = int.from_bytes(raw[:4], "little") == 540 or int.from_bytes(raw[:4], "big") == 540
     kind_class = nib.Nifti2Image if version_2 else nib.Nifti1Image
     try:
@@ -189,15 +188,39 @@ def _header_notes(image: nib.Nifti1Image) -> list[str]:
     return notes
 
 
+def named_file(content: bytes) -> str | None:
+    """What the header of an MHA or NRRD file names as the file with its voxels; None where they follow the header.
+
+    Raises:
+        ValueError: neither of the two formats, or a header without an end.
+    """
+    if content.startswith(b"NRRD"):
+        header, *data = re.split(rb"\n\r?\n", content, maxsplit=1)
+        found = re.search(rb"(?im)^\s*data *file\s*:\s*(.*)$", header)
+        if not found and not data:
+            raise ValueError("its header has no end")
+    else:
+        before, key, rest = content.partition(b"ElementDataFile")
+        found = re.match(rb"[ \t]*[=:][ \t]*(.*)", rest)
+        if not key or not found or before.rpartition(b"\n")[2].strip():
+            raise ValueError("neither an MHA nor a NRRD file")
+        if found[1].strip().upper() == b"LOCAL":
+            return None
+    return found[1].decode("utf-8", "replace").strip() if found else None
+
+
 def _parse_itk(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    found = _OTHER_MHA.search(content), _OTHER_NRRD.search(re.split(rb"\r?\n\r?\n", content, maxsplit=1)[0])
-    for other in [match[1].strip().decode(errors="replace") for match in found if match]:
-        if other.upper() != "LOCAL":
-            raise DataError(
-                f"{path.name}: keeps its voxels in another file ({other}), which is not read; save both as one"
-            )
     try:
-        image = sitk.ReadImage(str(path))
+        named = named_file(content)
+    except ValueError as error:
+        raise DataError(f"{path.name}: truncated or damaged file ({error}); copy it again") from error
+    if named is not None:
+        raise DataError(
+            f"{path.name}: its header names another file ({named!r}) that would be read in its place; save header and "
+            "voxels as one file"
+        )
+    try:
+        image = sitk.ReadImage(str(path), imageIO="NrrdImageIO" if content.startswith(b"NRRD") else "MetaImageIO")
     except RuntimeError as error:
         raise DataError(f"{path.name}: truncated or damaged file ({last_line(error)}); copy it again") from error
     if image.GetDimension() != 3:
