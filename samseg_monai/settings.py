@@ -82,6 +82,8 @@ class TaskSettings(Model):
     orientation: Annotated[str, StringConstraints(pattern="^[RLAPIS]{3}$")] | None = "RAS"
     """Axes of the volume (MONAI's axcodes); the last one is cut into slices. null for 2-D images."""
     intensity: Intensity = Intensity()
+    label_values: dict[Annotated[str, StringConstraints(pattern="^-?[0-9]{1,9}$")], Label] | None = None
+    """2-D images: value -> name of the label files, which predictions have, too; known once a run is packed."""
     mirrored_classes: list[Annotated[list[Label], Two]] | None = None
     """Pairs of classes that change places in a mirror, for ``augmentation`` strong; ``[]``: none does."""
     title: Text = Field(examples=["Liver on abdominal CT"])
@@ -346,7 +348,7 @@ def demonstrated(settings: BundleSettings) -> BundleSettings:
         "run": demo.model_dump(exclude_unset=True).get("run", {}),
         "strategy": {k: v for k, v in strategy.items() if v},
     }
-    return BundleSettings.model_validate(merged({**settings.model_dump(), "demo": None}, changes))
+    return BundleSettings.model_validate(merged({**dump_settings(settings), "demo": None}, changes))
 
 
 def merged(value: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -379,12 +381,8 @@ def read_settings(value: Any, what: str) -> BundleSettings:
 
 def dump_settings(settings: BundleSettings) -> dict[str, Any]:
     """The settings as JSON values, every default written out: the same settings give the same bytes."""
-    return {
-        key: getattr(settings, key).model_dump(mode="json", exclude_unset=key == "demo")
-        if isinstance(value, dict)
-        else value
-        for key, value in settings.model_dump(mode="json").items()
-    }
+    demo = settings.demo and settings.demo.model_dump(mode="json", exclude_unset=True)
+    return {**settings.model_dump(mode="json", exclude={"demo"}), "demo": demo}
 
 
 def json_schema() -> dict[str, Any]:
