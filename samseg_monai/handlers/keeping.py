@@ -39,15 +39,16 @@ class EMA:
 
     Args:
         network: SamSegmenter (or DDP of it) that is trained.
-        decay: largest weight of the old average, 0 < decay < 1, else ConfigError; 0.999: over about 1000 steps.
+        decay: largest weight of the old average, 0 < decay < 1, else ConfigError; 0.999: over about 1000 steps. None
+            averages nothing.
         evaluator: engine of the validations; None where there are none.
     """
 
-    def __init__(self, network: nn.Module, decay: float, *, evaluator: Any = None) -> None:
-        if not 0 < decay < 1:
+    def __init__(self, network: nn.Module, decay: float | None, *, evaluator: Any = None) -> None:
+        if decay is not None and not 0 < decay < 1:
             raise ConfigError(f"EMA: decay must be between 0 and 1, got {decay}; null trains without an average")
         self.network = unwrap(network)
-        self.decay = float(decay)
+        self.decay = None if decay is None else float(decay)
         self.evaluator = evaluator
         self.steps = 0
         self.average: dict[str, Tensor] = {}
@@ -55,6 +56,8 @@ class EMA:
 
     def attach(self, engine: Any) -> None:
         """Attach to a MONAI ``SupervisedTrainer`` (and the evaluator), on every rank: all validate the average."""
+        if self.decay is None:
+            return
         engine.add_event_handler(Events.STARTED, self._begin)
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._update)  # comes after the optimiser's step
         if self.evaluator is not None:
@@ -109,7 +112,7 @@ class EMA:
     def _update(self, engine: Any) -> None:
         if not steps_now(engine):
             return
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        decay = min(self.decay or 0.0, (1 + self.steps) / (10 + self.steps))
         for name, parameter in self._learning().items():
             self.average[name].lerp_(parameter.float(), 1 - decay)
         self.steps += 1
@@ -190,13 +193,13 @@ class LastAdapter:
 
     Args:
         network: SamSegmenter (or DDP of it) that is trained.
-        output_dir: folder for ``adapter.safetensors`` and ``card.json``.
+        output_dir: folder for ``adapter.safetensors`` and ``card.json``; None saves nothing.
         ema: EMA whose average is saved in place of the weights; None where there is none.
     """
 
-    def __init__(self, network: Any, output_dir: str | os.PathLike[str], *, ema: EMA | None = None) -> None:
+    def __init__(self, network: Any, output_dir: str | os.PathLike[str] | None, *, ema: EMA | None = None) -> None:
         self.network: Any = unwrap(network)
-        self.folder = Path(output_dir)
+        self.folder = None if output_dir is None else Path(output_dir)
         self.ema = ema
 
     def attach(self, engine: Any) -> None:
@@ -204,6 +207,6 @@ class LastAdapter:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Any) -> None:
-        if idist.get_rank() == 0:
+        if self.folder is not None and idist.get_rank() == 0:
             with nullcontext() if self.ema is None else self.ema.in_use():
                 save_adapter(self.network, self.folder, metrics={"epoch": engine.state.epoch})

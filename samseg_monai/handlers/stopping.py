@@ -51,7 +51,7 @@ class EarlyStop(EarlyStopping):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take count and best score up again, also those of before it was ignite's."""
-        super().load_state_dict({"threshold_mode": self.threshold_mode, **state_dict})
+        super().load_state_dict({**self.state_dict(), **state_dict})
 
     def __call__(self, engine: Any) -> None:
         if self.trainer is self._absent:

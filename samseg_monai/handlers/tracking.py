@@ -219,14 +219,15 @@ class Tracking:
         card: the run's card, which stands before this handler. It raises an exception again, so that a handler behind
             would never hear of it: this one calls it then.
         output_dir: folder of the training; it keeps the id of the run.
-        uri: ``sqlite:///PATH`` or an MLflow server, see ``check_address``.
+        uri: ``sqlite:///PATH`` or an MLflow server, see ``check_address``; None tracks nothing.
         experiment: None is ``samseg-<task>``.
     """
 
     def __init__(
-        self, card: RunCard, output_dir: str | os.PathLike[str], *, uri: str, experiment: str | None = None
+        self, card: RunCard, output_dir: str | os.PathLike[str], *, uri: str | None, experiment: str | None = None
     ) -> None:
-        check_address(uri)
+        if uri is not None:
+            check_address(uri)
         self.card = card
         self.folder = Path(output_dir)
         self.uri = uri
@@ -236,6 +237,8 @@ class Tracking:
 
     def attach(self, engine: Any) -> None:
         """Attach to the trainer, or to the evaluator of a run without training; after its card."""
+        if self.uri is None:
+            return
         if engine.has_event_handler(self.card.fail, Events.EXCEPTION_RAISED):
             engine.remove_event_handler(self.card.fail, Events.EXCEPTION_RAISED)
         engine.add_event_handler(Events.STARTED, self._start)
@@ -271,7 +274,7 @@ class Tracking:
         tags["output_dir"] = self.folder.resolve().name
         experiment = self.experiment or (f"samseg-{task}" if task else "samseg")
         name = f"{strategy}{section}{pico}"
-        return MlflowRun(self.uri, experiment, name, tags=tags, run_id=resumed, parent=parent)
+        return MlflowRun(str(self.uri), experiment, name, tags=tags, run_id=resumed, parent=parent)
 
     def _describe(self, run: MlflowRun) -> None:
         card = self.card.card

@@ -8,7 +8,13 @@ network input.
 
 from __future__ import annotations
 
-from samseg_monai.transforms.augmentation import RandBiasFromMinimumd, RandMirroredd, left_right_axis, named_transforms
+from samseg_monai.transforms.augmentation import (
+    RandBiasFromMinimumd,
+    RandMirroredd,
+    left_right_axis,
+    named_transforms,
+    side_mirror,
+)
 from samseg_monai.transforms.boxes import BoxFromPromptd, EllipseFromPromptd, boxes_of
 from samseg_monai.transforms.float_boxes import (
     BoxesFromGivend,
@@ -24,6 +30,15 @@ from samseg_monai.transforms.labels import RecodeLabeld, RemoveSmallComponentsd
 from samseg_monai.transforms.pixels import ScaleGreysd, SplineResized
 from samseg_monai.transforms.prompts import PromptFromBoxesd, PromptFromImaged, PromptFromLabeld
 from samseg_monai.transforms.saving import NameAfterCased, SaveImagePngd
+from samseg_monai.transforms.sources import (
+    FinalBoxesd,
+    GivenPromptd,
+    ScaleInputd,
+    SimulatedBoxesd,
+    SimulatedPromptd,
+    resized_slices,
+    stored_slices,
+)
 
 __all__ = [
     "BoxFromPromptd",
@@ -33,6 +48,8 @@ __all__ = [
     "CheckSameGridd",
     "EllipseFromBoxesd",
     "EllipseFromPromptd",
+    "FinalBoxesd",
+    "GivenPromptd",
     "NameAfterCased",
     "PromptFromBoxesd",
     "PromptFromImaged",
@@ -43,11 +60,17 @@ __all__ = [
     "RemoveSmallComponentsd",
     "SaveImagePngd",
     "ScaleGreysd",
+    "ScaleInputd",
     "ShrinkBoxesd",
+    "SimulatedBoxesd",
+    "SimulatedPromptd",
     "SplineResized",
     "boxes_of",
     "clip_boxes",
     "left_right_axis",
     "move_boxes",
     "named_transforms",
+    "resized_slices",
+    "side_mirror",
+    "stored_slices",
 ]

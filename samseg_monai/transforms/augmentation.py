@@ -17,11 +17,11 @@ from samseg_monai.transforms.grids import on_grid_of
 Transform = Callable[[Any], Any]
 
 
-def named_transforms(presets: Mapping[str, Mapping[str, Transform]], name: str) -> list[Transform]:
+def named_transforms(presets: Mapping[str, Mapping[str, Transform | None]], name: str) -> list[Transform]:
     """The transforms of one preset, in their order.
 
     Args:
-        presets: name of the preset -> name of the transform -> transform.
+        presets: name of the preset -> name of the transform -> transform; None is left out.
         name: which preset.
     Raises: ConfigError for an unknown name, with those there are.
     """
@@ -30,7 +30,7 @@ def named_transforms(presets: Mapping[str, Mapping[str, Transform]], name: str) 
             f"augmentation: there is no {name!r}, only {', '.join(presets)}; transforms of your own go into "
             "augmentation_transforms, as a list"
         )
-    return list(presets[name].values())
+    return [transform for transform in presets[name].values() if transform is not None]
 
 
 class RandBiasFromMinimumd(RandBiasFieldd):
@@ -140,6 +140,18 @@ class RandMirroredd(RandFlipd):
                     )
                 d[key] = on_grid_of(d[key], self.table[values.long()].to(values.dtype))
         return d
+
+
+def side_mirror(transforms: Sequence[Any], *, wanted: bool, **settings: Any) -> RandMirroredd | None:
+    """``RandMirroredd`` along the left-right axis of a bundle's slices; None where they have none, or it is not wanted.
+
+    Args:
+        transforms: the bundle's ``orient_transforms``, see ``left_right_axis``.
+        wanted: nothing is checked, and nothing said of sides, where no slice will be mirrored.
+        settings: as of ``RandMirroredd``, but the axis.
+    """
+    axis = left_right_axis(transforms)
+    return RandMirroredd(axis=axis, **settings) if wanted and axis is not None else None
 
 
 def _check(axis: int | None, classes: Sequence[str], pairs: Sequence[Sequence[str]] | None) -> None:
