@@ -60,7 +60,8 @@ def trained(bundles, split, tmp_path_factory):
 
 
 def run(config, configs, overrides, folder, ranks, *, die=None, code=0):
-    files = [configs / f"{config}.json", *([configs / f"multi_gpu_{config}.json"] if ranks > 1 else [])]
+    base = [configs / "inference.json"] if config == "evaluate" else []
+    files = [*base, configs / f"{config}.json", *([configs / f"multi_gpu_{config}.json"] if ranks > 1 else [])]
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
     codes = forked().run(files, {**overrides, "output_dir": str(folder)}, logs / config, ranks=ranks, die=die)

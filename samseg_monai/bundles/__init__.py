@@ -8,6 +8,7 @@ from samseg_monai.bundles.running import (
     extra_inputs,
     find_checkpoint,
     guard,
+    in_order,
     join_processes,
     rank_device,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "facts",
     "find_checkpoint",
     "guard",
+    "in_order",
     "join_processes",
     "pack_bundle",
     "rank_device",

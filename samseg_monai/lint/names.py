@@ -142,6 +142,7 @@ CALLS = words(
     torch.Generator torch.cuda.device_count torch.cuda.is_available torch.device
     torch.distributed.destroy_process_group torch.distributed.get_rank torch.distributed.get_world_size
     torch.distributed.is_initialized torch.tensor samseg_monai.bundles.bundle_root samseg_monai.bundles.extra_inputs
+    samseg_monai.bundles.in_order
     samseg_monai.bundles.facts samseg_monai.bundles.find_checkpoint samseg_monai.bundles.guard
     samseg_monai.bundles.join_processes samseg_monai.bundles.rank_device samseg_monai.bundles.record_bundle
     samseg_monai.bundles.settings samseg_monai.checkpoints.load_trained samseg_monai.data.files.cases.find_cases
