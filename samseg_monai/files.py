@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,13 @@ def hash_file(path: StrPath) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def file_name(text: str) -> str:
+    """``text``, such as a tag of a DICOM file, as a name that any system takes for one file in its folder."""
+    plain = "".join(c if c.isprintable() and c not in '\\/:*?"<>|' else "_" for c in text).strip(" .")[:150]
+    device = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d) *(\..*)?", plain, re.IGNORECASE)
+    return f"_{plain}" if device or not plain else plain
 
 
 def unwrap(network: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from samseg_monai.data.case_files import Found
 from samseg_monai.data.cases import find_cases
 from samseg_monai.data.phantoms import SCANS, write_brats_cases
 from samseg_monai.data.volumes import read_volume
@@ -215,6 +216,42 @@ def test_contradicting_or_unreadable_prompts_stop_the_run(src, tmp_path):
         find_cases(src, prompts=tmp_path / "absent")
 
 
+@pytest.mark.parametrize("key", ["ElementDataFile = ", "data file: ", "datafile: "])
+def test_headers_that_name_another_file_are_refused_by_name(key, tmp_path, volume):
+    """ITK would read the voxels from there, whatever lies there."""
+    secret, mha = tmp_path / "secret.raw", key.startswith("E")
+    secret.write_bytes(volume.tobytes())
+    path = tmp_path / ("evil.mha" if mha else "evil.nrrd")
+    sitk.WriteImage(sitk.GetImageFromArray(volume), str(path))
+    header, _, _ = path.read_bytes().partition(b"ElementDataFile" if mha else b"\n\n")
+    path.write_bytes(header.replace(b"gzip", b"raw") + f"{'' if mha else chr(10)}{key}{secret}\n\n".encode())
+    assert sitk.GetArrayFromImage(sitk.ReadImage(str(path))).sum() == volume.sum()  # the control
+    with pytest.raises(DataError, match=r"evil\.(mha|nrrd): its header names another file .*secret\.raw"):
+        find_cases(path, scans=("image",))
+
+
+def test_other_formats_under_these_names_are_refused(tmp_path, volume):
+    sitk.WriteImage(sitk.GetImageFromArray(volume), str(tmp_path / "x.vtk"))
+    for name in ("a.mha", "b.nrrd"):
+        shutil.copy(tmp_path / "x.vtk", tmp_path / name)
+        with pytest.raises(DataError, match=f"{name}: .*neither an MHA nor a NRRD file"):
+            read_volume(tmp_path / name)
+    pair = nib.Nifti1Pair(volume, np.eye(4))
+    nib.save(pair, tmp_path / "pair.hdr")
+    (tmp_path / "pair.hdr").rename(tmp_path / "pair.nii")
+    with pytest.raises(DataError, match="header of a pair"):
+        read_volume(tmp_path / "pair.nii")
+
+
+def test_names_of_cases_are_names_of_files():
+    found = Found()
+    for case in ("../../etc/x", "a\x1b[2J", "nul", "", "plain case.1"):
+        found.add(case, [Path("image")])
+    assert list(found.files) == ["_.._etc_x", "a_[2J", "_nul", "_", "plain case.1"]
+    found.add("nul", [Path("other")])
+    assert list(found.bad.values()) == ["another case is called _nul too (image); rename one"]
+
+
 @pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
 def test_truncated_mha_and_nrrd_are_found(tmp_path, volume, suffix):
     for name in ("good", "short"):
@@ -344,3 +381,10 @@ def test_real_exams_are_found():
     cases = find_cases(REALDATA / "brats_layout")
     assert names(cases) == ["BraTS-TCGA-00001-000", "BraTS-TCGA-00002-000"]
     cases.finish()
+
+
+def test_programs_called_images_are_refused_by_name(tmp_path):
+    """Pillow would hand an EPS file to Ghostscript, which runs it."""
+    (tmp_path / "evil.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(secret) (r) file\n")
+    with pytest.raises(DataError, match=r"evil\.png: .*no PNG, JPEG, TIFF or BMP file"):
+        find_cases(tmp_path / "evil.png", scans=("image",), kind="images")

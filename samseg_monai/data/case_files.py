@@ -14,6 +14,7 @@ from pathlib import Path
 from samseg_monai.data.dicom import holds_series, is_dicom
 from samseg_monai.data.volumes import SUFFIXES, stem_of
 from samseg_monai.errors import DataError
+from samseg_monai.files import file_name
 
 LOG = logging.getLogger(__name__)
 _MASK_ENDINGS = ("_seg", "-seg")
@@ -31,6 +32,7 @@ class Found:
 
     def add(self, case: str, paths: list[Path]) -> None:
         """Add a case; a second one of the same name would overwrite the first one's result, so it is refused."""
+        case = file_name(case)
         if case in self.files:
             name = f"{paths[0].parent.name}/{case}"
             self.bad[name] = f"another case is called {case} too ({self.files[case][0]}); rename one"

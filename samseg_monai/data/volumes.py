@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def read_volume(path: str | Path) -> Volume:
     path = Path(path)
     content = content_of(path)
     is_nifti = path.name.lower().endswith((".nii", ".nii.gz"))
-    array, affine, notes = parse_nifti(path, content) if is_nifti else _parse_itk(path)
+    array, affine, notes = parse_nifti(path, content) if is_nifti else _parse_itk(path, content)
     reason = _unusable(array, affine)
     if reason:
         raise DataError(f"{path.name}: {reason}")
@@ -169,6 +170,8 @@ def parse_nifti(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tup
         raw = gzip.decompress(content) if packed else content
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{name}: truncated or damaged gzip file ({error}); copy it again") from error
+    if raw[344:347] == b"ni1" or raw[4:7] == b"ni2":
+        raise DataError(f"{name}: is the header of a pair of files (.hdr and .img); save it as one NIfTI file")
     version_2 = int.from_bytes(raw[:4], "little") == 540 or int.from_bytes(raw[:4], "big") == 540
     kind_class = nib.Nifti2Image if version_2 else nib.Nifti1Image
     try:
@@ -193,9 +196,39 @@ def _header_notes(image: nib.Nifti1Image) -> list[str]:
     return notes
 
 
-def _parse_itk(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def named_file(content: bytes) -> str | None:
+    """What the header of an MHA or NRRD file names as the file with its voxels; None where they follow the header.
+
+    Raises:
+        ValueError: neither of the two formats, or a header without an end.
+    """
+    if content.startswith(b"NRRD"):
+        header, *data = re.split(rb"\n\r?\n", content, maxsplit=1)
+        found = re.search(rb"(?im)^\s*data *file\s*:\s*(.*)$", header)
+        if not found and not data:
+            raise ValueError("its header has no end")
+    else:
+        before, key, rest = content.partition(b"ElementDataFile")
+        found = re.match(rb"[ \t]*[=:][ \t]*(.*)", rest)
+        if not key or not found or before.rpartition(b"\n")[2].strip():
+            raise ValueError("neither an MHA nor a NRRD file")
+        if found[1].strip().upper() == b"LOCAL":
+            return None
+    return found[1].decode("utf-8", "replace").strip() if found else None
+
+
+def _parse_itk(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     try:
-        image = sitk.ReadImage(str(path))
+        named = named_file(content)
+    except ValueError as error:
+        raise DataError(f"{path.name}: truncated or damaged file ({error}); copy it again") from error
+    if named is not None:
+        raise DataError(
+            f"{path.name}: its header names another file ({named!r}) that would be read in its place; save header and "
+            "voxels as one file"
+        )
+    try:
+        image = sitk.ReadImage(str(path), imageIO="NrrdImageIO" if content.startswith(b"NRRD") else "MetaImageIO")
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise DataError(f"{path.name}: truncated or damaged file ({lines[-1]}); copy it again") from error

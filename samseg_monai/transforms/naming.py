@@ -9,6 +9,8 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
+from samseg_monai.files import file_name
+
 
 class NameAfterCased(MapTransform):
     """Let ``SaveImaged`` call a file ``<case>_<postfix>``: a case of several scans has no one file to be named after.
@@ -28,6 +30,6 @@ class NameAfterCased(MapTransform):
         for key in self.key_iterator(items):
             item = items[key].clone() if isinstance(items[key], MetaTensor) else MetaTensor(items[key])
             # with a suffix: MONAI cuts off what looks like one, and names may hold dots, as those of DICOM folders do
-            item.meta["filename_or_obj"] = f"{items[self.case_key]}.nii.gz"
+            item.meta["filename_or_obj"] = f"{file_name(str(items[self.case_key]))}.nii.gz"
             items[key] = item
         return items
