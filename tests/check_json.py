@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from samseg_monai.bundles.build import read_json
 from samseg_monai.errors import BundleError
+from samseg_monai.files import read_json
 
 
 def main(paths: list[str]) -> int:
@@ -12,7 +12,7 @@ def main(paths: list[str]) -> int:
     failed = 0
     for path in paths:
         try:
-            read_json(Path(path))
+            read_json(Path(path), BundleError, "file", "keep one of each")
         except BundleError as error:
             print(error)
             failed = 1

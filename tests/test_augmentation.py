@@ -478,7 +478,7 @@ def test_every_override_that_the_page_shows_is_known_and_builds(built, read):
     for key, content in overrides:
         parser = read("abdomen_ladder", **{"augmentation": "strong", "image_size": 64, key: content})
         assert unknown_keys(parser.get(), known) == []
-        loss = parser.get_parsed_content("train::loss")
+        loss = parser.get_parsed_content("train::criterion")
         draw = Compose(parser.get_parsed_content("augmentation_transforms"))
         logits, item = torch.zeros(1, 9, 64, 64), slice_with((20, 20), (40, 40))
         assert torch.isfinite(loss(logits, drawn(draw, item, 0)["label"][None]))
@@ -488,7 +488,7 @@ def test_class_weights_may_be_a_mapping_in_a_file(read):
     known = ids_of(read("abdomen_ladder").get())
     parser = read("abdomen_ladder", **{"loss::class_weights": {"gallbladder": 3}})
     assert unknown_keys(parser.get(), known) == []
-    weights = parser.get_parsed_content("train::loss").loss.weight
+    weights = parser.get_parsed_content("train::criterion").loss.weight
     assert float(weights[1 + parser["classes"].index("gallbladder")] / weights[0]) == 3
     wrong = {"loss": {"class_wieghts": {"gallbladder": 3}}}
     assert unknown_keys(wrong, known) == ["loss::class_wieghts (did you mean loss::class_weights?)"]

@@ -10,7 +10,7 @@ import pytest
 from monai.bundle import ConfigParser, create_workflow, verify_metadata, verify_net_in_out
 
 from samseg_monai import bundles
-from samseg_monai.bundles.build import OVERLAYS, RECIPES, expand, merge, read_json
+from samseg_monai.bundles.build import OVERLAYS, RECIPES, compose, render, write_bundle
 from samseg_monai.bundles.running import unknown_keys
 from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.errors import BundleError, CheckpointError, ConfigError
@@ -30,6 +30,7 @@ ON_DEMAND = [
     )
 ]
 BUNDLES = [*COMMITTED, *ON_DEMAND]
+LORA = "meningioma_segmentation_lora"
 
 
 def root_of(bundle: str) -> Path:
@@ -38,11 +39,26 @@ def root_of(bundle: str) -> Path:
 
 
 CONFIGS = [
-    (b, p.stem) for b in BUNDLES for p in sorted((root_of(b) / "configs").glob("*.json")) if p.stem != "metadata"
+    (b, p.stem)
+    for b in BUNDLES
+    for p in sorted((root_of(b) / "configs").glob("*.json"))
+    if p.stem not in ("metadata", "settings")
 ]
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 NARROW = {"_target_": "samseg_monai.adapters.ResNetSide", "width": 8}
 PICO = {"sam_variant": "pico", "image_size": 256}
 RUNNABLE = [(b, c) for b, c in CONFIGS if c in ("train", "evaluate", "inference")]
+
+
+def files_of(bundle: str, config: str) -> list[str]:
+    """Config files of a run: evaluate.json changes inference.json."""
+    names = ["inference", "evaluate"] if config == "evaluate" else [config]
+    return [str(root_of(bundle) / "configs" / f"{name}.json") for name in names]
 
 
 def recipes_of(bundle: str) -> tuple[str, str]:
@@ -73,8 +89,9 @@ def test_committed_bundle_equals_a_fresh_build(bundle, tmp_path):
 
 def test_every_task_builds_with_every_strategy(tmp_path):
     tasks, strategies = bundles.recipe_names("tasks"), bundles.recipe_names("strategies")
-    built = [bundles.build_bundle(t, s, tmp_path) for t in tasks for s in strategies]
-    assert len(built) == len(tasks) * len(strategies) >= 2
+    pairs = [(t, s) for t in tasks for s in strategies if s != "ellipse" or t in ("meningioma", "brain_tumour_t1c")]
+    built = [bundles.build_bundle(t, s, tmp_path) for t, s in pairs]
+    assert len(built) == len(tasks) * len(strategies) - 2
     assert all((b / "configs" / "inference.json").is_file() for b in built)
 
 
@@ -128,7 +145,7 @@ def test_workflow_has_every_property_monai_wants(bundle, config, phantoms_of, tm
     data = data / "unlabelled" if config == "inference" else data
     workflow = create_workflow(
         workflow_type=kind,
-        config_file=str(root_of(bundle) / "configs" / f"{config}.json"),
+        config_file=files_of(bundle, config),
         dataset_dir=str(data),
         output_dir=str(tmp_path),
         **(PICO if "_unet" not in bundle else {"image_size": 64}),
@@ -164,20 +181,77 @@ def test_configs_hold_no_path_of_a_machine_and_no_code(bundle):
         assert "__" not in text.replace("_target_", "").replace("_disabled_", "").replace("_desc_", "")
 
 
-def test_recipe_key_that_overrides_nothing_is_named():
-    with pytest.raises(BundleError, match="train::optimiser::lr"):
-        merge({"train": {"optimizer": {"lr": 1}}}, {"train::optimiser::lr": 2, "train::optimizer::lr": 3}, "test")
+def test_everything_that_is_wrong_with_recipes_is_told_at_once_and_nothing_is_written(tmp_path):
+    task = read_json(RECIPES / "tasks" / "hippocampus.json")
+    del task["modality"], task["data_license"]
+    task["classes"] = ["liver"]
+    task["run"] = {**task["run"], "imagesize": 64, "batch_size": 0}
+    (tmp_path / "mine.json").write_text(json.dumps(task))
+    with pytest.raises(BundleError, match="4 problems") as caught:
+        bundles.build_bundle(str(tmp_path / "mine.json"), "lora", tmp_path / "out")
+    for part in (
+        "modality: missing",
+        "data_license: missing",
+        "imagesize: no such key; did you mean image_size",
+        "batch_size",
+    ):
+        assert part in str(caught.value), part
+    assert not (tmp_path / "out").exists()
 
 
-def test_value_left_open_is_named():
-    with pytest.raises(BundleError, match="strategy"):
-        expand(read_json(RECIPES / "tasks" / "meningioma.json"), {}, "evaluate")
+def test_words_about_other_classes_are_refused(tmp_path):
+    """A copied recipe with three changed values once made a ZIP that told of a hippocampus, not of a liver."""
+    task = read_json(RECIPES / "tasks" / "hippocampus.json") | {
+        "classes": ["liver"],
+        "modality": "CT",
+        "channels": ["ct"],
+    }
+    (tmp_path / "liver.json").write_text(json.dumps(task))
+    with pytest.raises(BundleError, match="does not name liver"):
+        bundles.build_bundle(str(tmp_path / "liver.json"), "lora", tmp_path)
+    task |= {"title": "Liver on CT", "text": "The liver is segmented."}
+    (tmp_path / "liver.json").write_text(json.dumps(task))
+    root = bundles.build_bundle(str(tmp_path / "liver.json"), "lora", tmp_path)
+    metadata = read_json(root / "configs" / "metadata.json")
+    said = json.dumps({key: metadata[key] for key in ("task", "image_classes", "label_classes", "pred_classes")})
+    assert "liver" in said and "anterior" not in said and "hippocampus" not in said
+    outputs = metadata["network_data_format"]["outputs"]["pred"]
+    assert (outputs["num_channels"], outputs["channel_def"]) == (1, {"0": "liver"})
+
+
+def test_same_settings_give_the_same_bytes(tmp_path):
+    settings = compose("meningioma", "lora")
+    one, other = (write_bundle(settings, tmp_path / name) for name in ("one", "other"))
+    assert files_below(one) == files_below(other)
+    for name in files_below(one):
+        assert (one / name).read_bytes() == (other / name).read_bytes() == render(settings)[name].encode()
+
+
+def test_a_bundle_holds_what_it_can_use_and_no_more(tmp_path):
+    sizes = {
+        name: len((ROOT / LORA / "configs" / name).read_text().splitlines()) for name in ("train.json", "evaluate.json")
+    }
+    assert sizes["train.json"] <= 420 and sizes["evaluate.json"] <= 180
+    for bundle in BUNDLES:
+        for path in (root_of(bundle) / "configs").glob("*.json"):
+            if not path.name.startswith("multi_gpu"):
+                assert "_disabled_" not in path.read_text(), path
+    train = read_json(ROOT / LORA / "configs" / "train.json")
+    assert "embeddings" not in json.dumps(train) and "handlers::0" not in json.dumps(train)
+    components = {
+        key for part in ("train", "validate") for key, value in train[part].items() if isinstance(value, dict)
+    }
+    components |= {name for part in ("train", "validate") for name in train[part]["named_handlers"]} - {
+        "lr",
+        "early_stop",
+    }
+    assert not components & set(train) - {"preprocessing", "inferer"}
 
 
 def test_key_given_twice_is_named(tmp_path):
     (tmp_path / "twice.json").write_text('{"lr": 1, "lr": 2}')
     with pytest.raises(BundleError, match="lr"):
-        read_json(tmp_path / "twice.json")
+        bundles.build_bundle(str(tmp_path / "twice.json"), "lora", tmp_path)
 
 
 def test_unknown_recipe_lists_those_there_are(tmp_path):
@@ -190,7 +264,7 @@ def test_overlays_change_only_what_exists(bundle):
     configs = root_of(bundle) / "configs"
     for overlay in (o for o in OVERLAYS if (configs / f"{o}.json").is_file()):
         trains = (configs / "train.json").is_file() and overlay != "multi_gpu_evaluate"
-        parser = ConfigParser(read_json(configs / ("train.json" if trains else "evaluate.json")))
+        parser = ConfigParser(ConfigParser.load_config_files(files_of(bundle, "train" if trains else "evaluate")))
         keys = list(read_json(configs / f"{overlay}.json"))
         parents = [key.removeprefix("+").rpartition("::")[0] for key in keys]
         assert [p for p in parents if p and p not in parser] == []
@@ -209,7 +283,7 @@ def test_train_evaluate_inference_from_another_folder(phantoms, tmp_path, monkey
     assert card["settings"]["slices"]["picker"]["_target_"].endswith("MaxArea")
     assert not {"dataset_dir", "output_dir", "train", "network_def", "load_transforms"} & set(card["settings"])
     rank = {"strategy::rank": 2}
-    run_workflow([configs / "train.json", configs / "evaluate.json"], {**shared, **rank})
+    run_workflow([configs / "evaluate.json"], {**shared, **rank})
     metrics = json.loads(Path("run/evaluation/metrics.json").read_text())
     assert metrics["cases"] == 2
     assert 0 <= metrics["metrics"]["dice_mean"] <= 1

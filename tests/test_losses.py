@@ -57,7 +57,7 @@ def published(logits: torch.Tensor, label: torch.Tensor) -> float:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_bundles_loss_is_the_published_one(parser, seed):
     logits, label = case(seed)
-    loss = value(parser, "train::loss")
+    loss = value(parser, "train::criterion")
     # 4 x 4 pixels to one: of their four rows the third is the nearest one's, and so with the columns
     expected = published(logits, label[..., 2::4, 2::4])
     assert float(loss(logits, label)) == pytest.approx(expected, abs=1e-6)
@@ -68,7 +68,7 @@ def test_the_bundles_loss_is_the_published_one(parser, seed):
 def test_the_loss_is_taken_over_the_batch_as_a_whole(parser):
     """With one Dice per image the slice without organs would count as much as all others together."""
     logits, label = case(5, factor=1)
-    loss = value(parser, "train::loss")
+    loss = value(parser, "train::criterion")
     alone = np.mean([float(loss(logits[i : i + 1], label[i : i + 1])) for i in range(len(logits))])
     assert float(loss(logits, label)) == pytest.approx(published(logits, label), abs=1e-6)
     assert abs(alone - float(loss(logits, label))) > 1e-3
@@ -79,9 +79,9 @@ def test_perfect_logits_cost_nothing_and_gradients_are_those_of_the_formula(pars
     coarse = label[..., 2::4, 2::4]
     perfect = 50.0 * F.one_hot(coarse[:, 0], CLASSES).movedim(-1, 1)
     # the class that is nowhere has 1e-5 / 1e-5: no cost for what is rightly left out
-    assert float(value(parser, "train::loss")(perfect, label)) == pytest.approx(0.0, abs=1e-6)
+    assert float(value(parser, "train::criterion")(perfect, label)) == pytest.approx(0.0, abs=1e-6)
     logits.requires_grad_(True)
-    value(parser, "train::loss")(logits, label).backward()
+    value(parser, "train::criterion")(logits, label).backward()
     step = torch.zeros_like(logits)
     step[1, 2, 3, 4] = 1e-3
     slope = (published(logits + step, coarse) - published(logits - step, coarse)) / 2e-3
@@ -123,9 +123,8 @@ def test_numbers_of_the_protocol(parser):
     assert parser["slices"]["picker"]["_target_"].endswith(".AllSlices")
     assert (parser["loss"]["ce"], parser["loss"]["dice"], parser["loss"]["class_weights"]) == (0.2, 0.8, None)
     assert parser["loss"]["focal"] == parser["loss"]["boundary"] == 0 and parser["augmentation"] == "published"
-    window = parser["volume_transforms"][0]
-    assert [window[key] for key in ("a_min", "a_max", "b_min", "clip")] == [-125.0, 275.0, 0.0, True]
-    assert value(parser, "volume_transforms::0::b_max") == 1.0
+    [window] = value(parser, "volume_transforms")[0].described
+    assert [window[key] for key in ("a_min", "a_max", "b_min", "b_max", "clip")] == [-125.0, 275.0, 0.0, 1.0, True]
 
 
 def test_adamw_warms_up_for_250_steps_and_decays_as_published(parser):
@@ -146,9 +145,9 @@ def test_adamw_warms_up_for_250_steps_and_decays_as_published(parser):
 def test_no_test_case_and_no_validation_is_looked_at_in_training(parser):
     assert parser["train"]["dataset"]["data"].count("'training'") == 1
     assert value(parser, "validate::section") == "training" and "testing" not in CONFIG.read_text()
-    disabled = {
-        handler["_target_"].rpartition(".")[2]: value(parser, f"train::handlers::{i}::_disabled_")
-        for i, handler in enumerate(parser["train"]["handlers"])
-        if handler["_target_"].endswith(("ValidationHandler", "LastAdapter"))
-    }
-    assert disabled == {"ValidationHandler": True, "LastAdapter": False}
+    handlers = parser["train"]["named_handlers"]
+    assert handlers["validation"]["_target_"] == "ValidationHandler" and handlers["last"]["_target_"].endswith(
+        "LastAdapter"
+    )
+    assert value(parser, "train::named_handlers::validation::interval") > value(parser, "epochs")
+    assert value(parser, "train::named_handlers::last::output_dir") == value(parser, "output_dir")

@@ -175,12 +175,15 @@ def test_evaluation_lies_below_its_training_with_the_metrics_of_its_file(tracked
 
 
 def test_nothing_is_tracked_unless_it_is_asked_for(configs):
-    for name, place in (("train", "train::handlers"), ("evaluate", "handlers")):
+    for name, place in (("train", "train::named_handlers"), ("evaluate", "named_handlers")):
         parser = ConfigParser(ConfigParser.load_config_file(configs["ladder"] / f"{name}.json"))
-        [number] = [i for i, h in enumerate(parser[place]) if h["_target_"] == "samseg_monai.handlers.Tracking"]
-        assert parser[f"{place}::{number}::card"] == f"@{place}::0"
-        assert parser[f"{place}::0::_target_"] == "samseg_monai.handlers.RunCard"
-        assert parser.get_parsed_content(f"{place}::{number}::_disabled_") is True
+        assert parser[f"{place}::tracking::_target_"] == "samseg_monai.handlers.Tracking"
+        assert parser[f"{place}::tracking::card"] == f"@{place}::run_card"
+        assert next(iter(parser[place])) == "run_card" and parser.get_parsed_content(f"{place}::tracking::uri") is None
+    quiet = handlers.Tracking(handlers.RunCard(Path("unused"), settings={}), "unused", uri=None)
+    engine = Engine(lambda *_: None)
+    quiet.attach(engine)
+    assert not engine._event_handlers
 
 
 @pytest.fixture
@@ -370,8 +373,7 @@ def test_the_case_with_the_lowest_dice_of_the_validation_is_shown(configs, hippo
         **TINY, "image_size": 32, "crop_size": [24, 28], "dataset_dir": str(hippocampi), "datalist": str(datalist),
         "output_dir": str(tmp_path), "val_batch_size": 8, "strategy::side_weights": "random",
     })  # fmt: skip
-    [number] = [i for i, h in enumerate(parser["validate::handlers"]) if h["_target_"].endswith("WorstCaseImage")]
-    parser["validate::handlers"] = [parser[f"validate::handlers::{number}"]]
+    parser["validate::named_handlers"] = {"worst_case": parser["validate::named_handlers::worst_case"]}
     evaluator = parser.get_parsed_content("validate::evaluator")
     evaluator.run(global_epoch=7)
     rows = evaluator.state.metric_details["val_dice"]

@@ -17,7 +17,8 @@ from monai.bundle import ConfigParser
 
 from samseg_monai import cli
 from samseg_monai.bundles import pack_bundle, verify_sums
-from samseg_monai.bundles.record import _started_with, with_values
+from samseg_monai.bundles.record import write_record
+from samseg_monai.bundles.running import Running
 from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.errors import BundleError, SamsegError
 from tests.conftest import TINY
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parents[1] / "bundles"
 LORA = ROOT / "meningioma_segmentation_lora" / "configs"
 
 # what has no public key of its own
-WITHIN = {"train::loss::loss::batch": True, "validate::handlers::1::patience": 2}
+WITHIN = {"train::criterion::loss::batch": True, "validate::named_handlers::collapse::patience": 2}
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +94,8 @@ def test_overrides_within_the_training_are_in_the_card_and_travel(unpacked, run)
     settings = json.loads((run / "run_card.json").read_text())["settings"]
     assert {key: value for key, value in settings.items() if "::" in key} == WITHIN
     built, packed = (json.loads((folder / "train.json").read_text()) for folder in (LORA, unpacked / "configs"))
-    built["train"]["loss"]["loss"]["batch"] = True
-    built["validate"]["handlers"][1]["patience"] = 2
+    built["train"]["criterion"]["loss"]["batch"] = True
+    built["validate"]["named_handlers"]["collapse"]["patience"] = 2
     assert (packed["train"], packed["validate"]) == (built["train"], built["validate"])
 
 
@@ -106,19 +107,22 @@ def test_packed_bundle_trains_again_to_the_same_weights(unpacked, run, phantoms,
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate"])
-def test_record_of_several_processes_is_a_bundle_for_one(name):
+def test_record_of_several_processes_is_a_bundle_for_one(name, tmp_path):
     files = [LORA / f"{name}.json", LORA / f"multi_gpu_{name}.json"]
+    files = files if name == "train" else [LORA / "inference.json", *files]
     own = {"crop_size": [32, 36]}
     if name == "train":
         own |= {**WITHIN, "train::dataset::cache_dir": "/elsewhere", "train::sampler::seed": 3}
     effective = ConfigParser(ConfigParser.load_config_files(files))
     for key, value in own.items():
         effective[key] = value
-    alone = ConfigParser(json.loads(files[0].read_text()))
-    for key in own.keys() & {"crop_size", *WITHIN}:
-        alone[key] = own[key]
-    config = json.loads(files[0].read_text())
-    assert with_values(config, _started_with(LORA, effective.get()), effective.get()) == alone.get()
+    write_record(Running(LORA, effective.get(), effective), tmp_path / "bundle")
+    for file in ("train.json", "inference.json", "evaluate.json"):
+        alone = ConfigParser(json.loads((LORA / file).read_text()))
+        for key in own.keys() & {"crop_size", *WITHIN}:
+            if key in alone:
+                alone[key] = own[key]
+        assert json.loads((tmp_path / "bundle" / "configs" / file).read_text()) == alone.get(), file
 
 
 def test_archive_names_no_folder_of_the_machine_it_was_made_on(unpacked, run, phantoms):

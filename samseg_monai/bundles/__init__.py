@@ -1,6 +1,6 @@
 """MONAI bundles: built from recipes, guarded while they run, packed to travel."""
 
-from samseg_monai.bundles.build import build_bundle, recipe_names
+from samseg_monai.bundles.build import build_bundle, recipe_names, write_bundle
 from samseg_monai.bundles.pack import pack_bundle, verify_sums
 from samseg_monai.bundles.record import facts, record_bundle, settings
 from samseg_monai.bundles.running import (
@@ -26,4 +26,5 @@ __all__ = [
     "record_bundle",
     "settings",
     "verify_sums",
+    "write_bundle",
 ]

@@ -1,47 +1,43 @@
-"""Expand recipes (engine, task, strategy) into one complete, self-contained MONAI bundle.
+"""Make a bundle of its settings: every file of it is rendered from the engine's templates.
 
-A recipe is a JSON object with a part per file of the bundle: ``base`` goes into every config, ``train``, ``evaluate``,
-``inference``, ``demo``, ``metadata`` ... into the file of that name, ``docs`` into the text files. The engine holds the
-wiring once; task and strategy only replace values, by MONAI ids such as ``"prompt::loosen"``, or extend a list or object
-with ``"+id"``. An id that replaces nothing is an error. A recipe that ``"extends"`` another takes over the parts that it does
-not have itself; a task that names an ``"engine"`` (``images``: 2-D images) has that recipe of the engine between the
-engine's wiring and its own values.
+A recipe is settings with a name: of a task (what is learnt, from which data) or of a strategy (how). Both may set values of
+the run (``run``; the strategy's count) and of the demo. A recipe that ``"extends"`` another of its kind takes over what
+it does not set itself. Keys that begin with ``//`` are comments.
 """
 
 from __future__ import annotations
 
-import copy
 import json
+import re
+import shutil
+import tempfile
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from monai.bundle import ConfigParser
-from monai.bundle.utils import merge_kv
 
 from samseg_monai import __version__
-from samseg_monai.errors import BundleError, raise_all
+from samseg_monai.choices import Ladder
+from samseg_monai.errors import BundleError, ConfigError
+from samseg_monai.files import read_json
+from samseg_monai.settings import BundleSettings, dump_settings, merged, read_settings
 
 RECIPES = Path(str(files("samseg_monai") / "recipes"))
-PLACEHOLDER = "REQUIRED"
-CONFIGS = ("train", "evaluate", "inference")
-ENGINES = ("images",)
+SETTINGS = "settings.json"
+CONFIGS = ("train", "inference", "evaluate")
 OVERLAYS = ("multi_gpu_train", "multi_gpu_evaluate", "demo")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file; a duplicate key is an error, since one of the two values would be lost."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        raise_all(sorted({k for k in keys if keys.count(k) > 1}), BundleError, f"{path.name}: keys given twice")
-        return dict(pairs)
-
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise BundleError(f"{path}: not valid JSON: {error}") from error
+PARTS = {"train": ("base", "labels", "train"), "inference": ("base", "inference"), "evaluate": ("labels", "evaluate")}
+TEXTS = {
+    "README.md": "docs/README.md",
+    "data_license.txt": "docs/data_license.txt",
+    "LICENSE": "LICENSE",
+    "large_files.yml": "large_files.yml",
+    "logging.conf": "configs/logging.conf",
+}
+KIRILLOV = "Kirillov A. et al. Segment Anything. ICCV 2023. arXiv:2304.02643"
+WIDTH = 120
 
 
 def recipe_names(kind: str) -> list[str]:
@@ -49,67 +45,53 @@ def recipe_names(kind: str) -> list[str]:
     return sorted(path.stem for path in (RECIPES / kind).glob("*.json"))
 
 
-def _recipe(kind: str, name: str) -> dict[str, Any]:
+def read_recipe(kind: str, name: str) -> dict[str, Any]:
+    """Read a recipe of ``kind`` by its name or path, with what it extends.
+
+    Raises:
+        BundleError: there is none, or it is no JSON object.
+    """
     path = Path(name) if name.endswith(".json") else RECIPES / kind / f"{name}.json"
     if not path.is_file():
         raise BundleError(
             f"{kind}: no recipe {name!r}; there are {', '.join(recipe_names(kind))}, or give the path of a .json file"
         )
-    recipe = read_json(path)
+    recipe = _without_comments(read_json(path, BundleError, f"{kind} recipe", "correct it"))
     parent = recipe.pop("extends", None)
-    return recipe if parent is None else {**_recipe(kind, parent), **recipe}
+    recipe = recipe if parent is None else merged(read_recipe(kind, str(parent)), recipe)
+    return {**recipe, "name": path.stem}
 
 
-def merge(config: dict[str, Any], changes: dict[str, Any], origin: str) -> dict[str, Any]:
-    """Return ``config`` with the values of ``changes`` put at their MONAI ids.
+def _without_comments(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_comments(item) for key, item in value.items() if not key.startswith("//")}
+    return [_without_comments(item) for item in value] if isinstance(value, list) else value
+
+
+def compose(task: str, strategy: str) -> BundleSettings:
+    """The settings of a task with a strategy, both given by name or path.
 
     Raises:
-        BundleError: ids that exist nowhere in ``config``; all are listed.
+        BundleError: unknown recipes; everything that is wrong or missing in them, at once.
     """
-    parser = ConfigParser(copy.deepcopy(config))
-    unknown = [key for key in changes if key.lstrip("+") not in parser]
-    raise_all(unknown, BundleError, f"{origin}: keys that override nothing")
-    for key, value in changes.items():
-        merge_kv(parser, key, copy.deepcopy(value))
-    return parser.get()
-
-
-def _placeholders(config: Any, where: str = "") -> list[str]:
-    if config == PLACEHOLDER:
-        return [where]
-    items: Any = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
-    return [found for key, value in items for found in _placeholders(value, f"{where}::{key}".lstrip(":"))]
-
-
-def _layer(task: dict[str, Any]) -> dict[str, Any]:
-    """The engine's recipe for the kind of data that a task names; empty for volumes."""
-    name = task.get("engine")
-    path = RECIPES / "engine" / f"{name}.json"
-    if name is None:
-        return {}
-    if name not in ENGINES:
-        raise BundleError(f"task recipe: there is no engine {name!r}; leave it out for volumes, or use {ENGINES[0]!r}")
-    return dict(read_json(path))
-
-
-def expand(task: dict[str, Any], strategy: dict[str, Any], name: str) -> dict[str, Any]:
-    """Build the config file ``name`` (train, evaluate, inference) from engine, task and strategy."""
-    config = {**read_json(RECIPES / "engine" / "base.json"), **read_json(RECIPES / "engine" / f"{name}.json")}
-    layer = _layer(task)
-    for part in ("base", name):
-        # wiring of another kind of data has keys of its own; what it changes within others has to be there
-        own = {key: value for key, value in layer.get(part, {}).items() if key.isidentifier()}
-        config = merge({**config, **own}, layer.get(part, {}), f"engine's recipe, {part}")
-    for origin, recipe in (("task", task), ("strategy", strategy)):
-        for part in ("base", name):
-            config = merge(config, recipe.get(part, {}), f"{origin} recipe, {part}")
-    raise_all(_placeholders(config), BundleError, f"{name}.json: keys that neither task nor strategy has set")
-    return config
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+    what, how = read_recipe("tasks", task), read_recipe("strategies", strategy)
+    run = merged(what.pop("run", {}), how.pop("run", {}))
+    demo = merged(what.pop("demo", {}), how.pop("demo", {}))
+    if how.get("network") is not None:  # tasks choose a SAM, which means nothing to such a network
+        run["sam_variant"] = None
+        demo["run"] = {key: value for key, value in demo.get("run", {}).items() if key != "sam_variant"}
+    value = {
+        "engine": __version__,
+        "name": f"{what['name']}_segmentation_{how['name']}",
+        "task": what,
+        "strategy": how,
+        "run": run,
+        "demo": demo or None,
+    }
+    try:
+        return read_settings(value, f"task {task} with strategy {strategy}")
+    except ConfigError as error:
+        raise BundleError(str(error)) from error
 
 
 def build_bundle(task: str, strategy: str, output: str | Path) -> Path:
@@ -123,67 +105,213 @@ def build_bundle(task: str, strategy: str, output: str | Path) -> Path:
         The bundle's folder.
 
     Raises:
-        BundleError: unknown recipes, ids that override nothing, or values left open.
+        BundleError: unknown recipes; everything that is wrong or missing in them, at once.
     """
-    task_recipe, strategy_recipe = _recipe("tasks", task), _recipe("strategies", strategy)
-    name = f"{Path(task).stem}_segmentation_{Path(strategy).stem}"
-    root = Path(output) / name
-    wanted = strategy_recipe["configs"]
-    for config in (c for c in CONFIGS if c in wanted):
-        _write_json(root / "configs" / f"{config}.json", expand(task_recipe, strategy_recipe, config))
-    for overlay in (o for o in OVERLAYS if o in wanted):
-        path = RECIPES / "engine" / f"{overlay}.json"
-        content = read_json(path) if path.is_file() else {}
-        parts = {**task_recipe.get(overlay, {}), **strategy_recipe.get(overlay, {})}
-        _write_json(root / "configs" / f"{overlay}.json", {**content, **parts})
-    metadata = read_json(RECIPES / "engine" / "metadata.json")
-    metadata["required_packages_version"]["samseg-monai"] = __version__
-    layer = _layer(task_recipe)
-    for origin, recipe in (("engine's", layer), ("task", task_recipe), ("strategy", strategy_recipe)):
-        metadata = merge(metadata, recipe.get("metadata", {}), f"{origin} recipe, metadata")
-    raise_all(_placeholders(metadata), BundleError, "metadata.json: keys that neither task nor strategy has set")
-    _write_json(root / "configs" / "metadata.json", metadata)
-    inference = expand(task_recipe, strategy_recipe, "inference")
-    docs = {
-        "has_sam": True,
-        "embeddings": False,
-        "images": bool(layer),
-        "performance": "No results with SAM's official weights are published with this bundle yet.",
-        **task_recipe["docs"],
-        **strategy_recipe["docs"],
-        "prompted": inference["prompt"]["source"] != "none",
-        "variant": inference["sam_variant"],
-    }
-    _write_texts(root, name, metadata, docs, wanted)
-    return root
+    settings = compose(task, strategy)
+    return write_bundle(settings, Path(output) / settings.name)
 
 
-def _write_texts(root: Path, name: str, metadata: dict[str, Any], docs: dict[str, Any], configs: list[str]) -> None:
-    """Write what a bundle carries beside its configs: README, licences, logging, list of large files."""
+def write_bundle(settings: BundleSettings, folder: Path) -> Path:
+    """Write the bundle of ``settings`` into ``folder``; the same settings give the same bytes.
+
+    Everything is rendered before the first file is written, and files of the same names are replaced.
+    """
+    content = render(settings)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        for name, text in content.items():
+            path = Path(temporary) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        for name in content:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(Path(temporary) / name, folder / name)
+    return folder
+
+
+def render(settings: BundleSettings) -> dict[str, str]:
+    """Text of every file of the bundle by its name, relative to the bundle's folder."""
+    values = _values(settings)
+    names = [*(CONFIGS if settings.trains else CONFIGS[1:]), *(o for o in OVERLAYS if _has(settings, o)), "metadata"]
+    configs = {f"configs/{name}.json": config_text(_config(name, values)) for name in names}
+    configs[f"configs/{SETTINGS}"] = config_text(dump_settings(settings))
+    return {**configs, **{target: _rendered(name, values) for name, target in TEXTS.items()}}
+
+
+def render_config(settings: BundleSettings, name: str) -> dict[str, Any]:
+    """One config of the bundle (``train``, ``inference``, ``evaluate``, ``demo`` ...) as a JSON object."""
+    return _config(name, _values(settings))
+
+
+def _has(settings: BundleSettings, overlay: str) -> bool:
+    return settings.demo is not None if overlay == "demo" else settings.trains
+
+
+def _config(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    for part in PARTS.get(name, (name,)):
+        text = _rendered(f"{part}.json", {**values, "config": name})
+        for key, value in json.loads(_COMMA.sub(lambda found: found[1] or found[2], text)).items():
+            known = key.startswith("+") and key[1:] in config  # a list that goes on from part to part
+            config[key[1:] if known else key] = [*config[key[1:]], *value] if known else value
+    return config
+
+
+_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(\s*[}\]])')  # a string, or a comma before a closing bracket
+
+
+@cache
+def _environment(trim: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(RECIPES / "engine"),
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown and plain text, not HTML
+        trim_blocks=trim,
+        lstrip_blocks=trim,
+        autoescape=False,  # JSON, Markdown and plain text, not HTML
     )
-    targets = {
-        "README.md": "docs/README.md",
-        "data_license.txt": "docs/data_license.txt",
-        "LICENSE": "LICENSE",
-        "large_files.yml": "large_files.yml",
-        "logging.conf": "configs/logging.conf",
+    environment.filters["j"] = lambda value: json.dumps(value, ensure_ascii=False)
+    return environment
+
+
+def _rendered(template: str, values: dict[str, Any]) -> str:
+    return _environment(template.endswith(".json")).get_template(f"{template}.jinja").render(values)
+
+
+def config_text(value: Any) -> str:
+    """JSON in at most 120 columns: what holds plain values stays on one line where it fits, else lines are filled."""
+    rows = [f"{' ' * 4}{json.dumps(key)}: {_laid_out(item, 4, len(key) + 4)}" for key, item in value.items()]
+    return "{\n" + ",\n".join(rows) + "\n}\n"
+
+
+def _laid_out(value: Any, indent: int, before: int) -> str:
+    """``value`` as JSON; ``before`` columns of the line behind ``indent`` are taken."""
+    if not isinstance(value, (dict, list)) or not value:
+        return json.dumps(value, ensure_ascii=False)
+    plain = all(_plain(item) for item in (value.values() if isinstance(value, dict) else value))
+    line = json.dumps(value, ensure_ascii=False)
+    if plain and indent + before + len(line) < WIDTH:
+        return line
+    pairs = value.items() if isinstance(value, dict) else (("", item) for item in value)
+    keys = [(f"{json.dumps(key, ensure_ascii=False)}: " if isinstance(value, dict) else "", item) for key, item in pairs]
+    rows = [f"{key}{_laid_out(item, indent + 4, len(key))}" for key, item in keys]
+    if plain and isinstance(value, dict):
+        rows = _filled(rows, WIDTH - indent - 4)
+    pad, (opening, closing) = " " * (indent + 4), "{}" if isinstance(value, dict) else "[]"
+    return f"{opening}\n{pad}" + f",\n{pad}".join(rows) + f"\n{' ' * indent}{closing}"
+
+
+def _filled(rows: list[str], width: int) -> list[str]:
+    """Arguments of a component, as many on a line as fit; its class has a line of its own."""
+    lines: list[str] = []
+    for number, row in enumerate(rows):
+        fits = lines and not (number == 1 and lines[0].startswith('"_target_"')) and "\n" not in lines[-1] + row
+        if fits and len(lines[-1]) + len(row) + 3 <= width:
+            lines[-1] += f", {row}"
+        else:
+            lines.append(row)
+    return lines
+
+
+def _plain(value: Any) -> bool:
+    """A value without a component or list of its own: it may stand on the line of what holds it."""
+    items: Any = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not any(isinstance(item, (dict, list)) and item for item in items)
+
+
+def component(package: str, value: dict[str, Any] | None, **more: Any) -> dict[str, Any] | None:
+    """A choice of the settings, ``{"name": "EveryNth", "n": 2}``, as a component of a config."""
+    if value is None:
+        return None
+    return {"_target_": f"{package}.{value['name']}", **more, **{k: v for k, v in value.items() if k != "name"}}
+
+
+METHODS = {"zero_shot": "ZeroShot", "lora": "LoRA", "ladder": "Ladder", "selective": "Selective", "scratch": "Scratch"}
+SIDES = {"resnet": "ResNetSide"}
+PICKERS = "samseg_monai.data.slices"
+
+
+def _strategy(method: dict[str, Any], several: bool) -> dict[str, Any]:
+    """A method of the settings as the component ``strategy``."""
+    given = {("name" if key == "label" else key): value for key, value in method.items() if key != "name"}
+    if method["name"] == "zero_shot":
+        given["random_masks"] = several
+    if method["name"] == "ladder":
+        side = method["side"]
+        given["side"] = component("samseg_monai.adapters", side and {**side, "name": SIDES[side["name"]]})
+        given["side_weights"] = None
+    return {"_target_": f"samseg_monai.strategies.{METHODS[method['name']]}", **given}
+
+
+def _network(settings: BundleSettings) -> dict[str, Any] | None:
+    """The network without SAM as a component, its channels following scans, boxes and classes."""
+    if settings.strategy.network is None:
+        return None
+    given = settings.strategy.network.model_dump(mode="json", exclude={"boxes", "crop_margin", "crop_size"})
+    name = given["name"]
+    if name == "BoxEllipse":
+        return component("samseg_monai.networks", given)
+    boxes = getattr(settings.strategy.network, "boxes", "none")
+    shape: dict[str, Any] = {
+        "spatial_dims": 2,
+        "in_channels": "$len(@scans) + 1" if boxes == "channel" else "$len(@scans)",
+        "out_channels": "$len(@classes) + 1" if len(settings.task.classes) > 1 else 1,
     }
-    for template, target in targets.items():
-        text = environment.get_template(f"{template}.jinja").render(
-            name=name, metadata=metadata, configs=configs, weights=_weights_of(docs["variant"]), **docs
-        )
-        path = root / target
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    if name == "UNETR":
+        shape["img_size"] = "@network_def::crop_size" if boxes == "crop" else "@image_size"
+    if name == "VNet":  # its dropout is three-dimensional by default
+        shape["dropout_dim"] = 2
+    return component("monai.networks.nets", given, **shape)
 
 
-def _weights_of(variant: str | None) -> Any:
-    """Name, URL and hash of the published file of a SAM variant; without SAM those of vit_b, the engine's default."""
+def _values(settings: BundleSettings) -> dict[str, Any]:
+    """What the templates may ask for."""
+    from samseg_monai.bundles.words import words
     from samseg_monai.sam.weights import KNOWN
 
-    return KNOWN[variant or "vit_b"]
+    dumped = dump_settings(settings)
+    task, run, net = settings.task, settings.run, settings.strategy.network
+    several, ladder = len(task.classes) > 1, isinstance(settings.strategy.method, Ladder)
+    return {
+        **dumped,
+        "sam": settings.has_sam,
+        "images": task.kind == "images",
+        "several": several,
+        "boxes": settings.takes_boxes,
+        "embeddings": settings.has_sam and settings.frozen_encoder,
+        "stored": run.store_size is not None or ladder,
+        "ladder": ladder,
+        "trains": settings.trains,
+        "recipe": settings.strategy,
+        "strategy": _strategy(dumped["strategy"]["method"], several),
+        "net": _network(settings),
+        "net_boxes": {"boxes": "given"} if net is None or net.name == "BoxEllipse" else dumped["strategy"]["network"],
+        "picker": component(PICKERS, dumped["run"]["slices"]["picker"]),
+        "demo_keys": _demo_keys(settings),
+        "weights": KNOWN.get(run.sam_variant or "vit_b", KNOWN["vit_b"]),
+        "references": list(dict.fromkeys([*([KIRILLOV] if settings.has_sam else []), *task.references, *settings.strategy.references])),
+        **words(settings),
+    }
+
+
+def _demo_keys(settings: BundleSettings) -> dict[str, Any]:
+    """Ids and values of the demo's overlay."""
+    demo = settings.demo.model_dump(mode="json", exclude_unset=True) if settings.demo else {}
+    keys: dict[str, Any] = {}
+
+    def collect(value: dict[str, Any], where: str) -> None:
+        for key, item in value.items():
+            name = f"{where}{key}"
+            if key == "picker":
+                keys[name] = component(PICKERS, item)
+            elif isinstance(item, dict):
+                collect(item, f"{name}::")
+            else:
+                keys[name] = item
+
+    for part, where in (("run", ""), ("method", "strategy::"), ("network", "network_def::")):
+        collect(demo.get(part, {}), where)
+    usable = settings.has_sam and settings.frozen_encoder
+    return {key: value for key, value in keys.items() if usable or not key.startswith("embeddings::")}
+
+

@@ -13,9 +13,12 @@ import torch
 from monai.bundle import ConfigParser
 
 from samseg_monai import checkpoints
-from samseg_monai.bundles.record import RECORD
+from samseg_monai.bundles.build import SETTINGS, config_text, render_config
+from samseg_monai.bundles.record import RECORD, read_record_settings
 from samseg_monai.errors import BundleError, raise_all
+from samseg_monai.files import read_json, write_text
 from samseg_monai.sam.weights import sha256_of
+from samseg_monai.settings import dump_settings, read_settings
 
 SUMS = "SHA256SUMS"
 WEIGHTS = (".pt", ".safetensors")  # floating-point numbers hardly shrink, and large files take half a minute to try
@@ -66,7 +69,7 @@ def _check_run(run: Path) -> list[str]:
     if not (run / RECORD / "configs" / "inference.json").is_file():
         problems.append(f"{RECORD}/configs/inference.json is missing: train or evaluate with this output_dir first")
     if not (run / "evaluation" / "metrics.json").is_file():
-        problems.append("evaluation/metrics.json is missing: run the bundle's evaluate.json with this output_dir")
+        problems.append("evaluation/metrics.json is missing: run inference.json and evaluate.json with this output_dir")
     trained = (run / RECORD / "configs" / "train.json").is_file()
     if trained and not (run / "adapter.safetensors").is_file():
         problems.append("adapter.safetensors is missing: training has saved no best epoch yet")
@@ -97,9 +100,8 @@ def pack_bundle(run: str | Path, output: str | Path, *, sam_checkpoint: str | No
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) / name
         shutil.copytree(run / RECORD, root)
-        steps = {key: card["settings"][key] for key in POSTPROCESSING if key in card.get("settings", {})}
-        _set_keys(root / "configs", steps)
-        _set_images(root / "configs" / "inference.json", card)
+        raise_all(_mismatches(root, card), BundleError, f"pack: {run} is not one run, but parts of several")
+        steps = _as_evaluated(root / "configs", card)
         with torch.random.fork_rng():
             torch.manual_seed(int(card.get("seed") or 0))  # a random base is that of the evaluation
             _write_models(run, root, sam_checkpoint, steps)
@@ -118,22 +120,54 @@ def pack_bundle(run: str | Path, output: str | Path, *, sam_checkpoint: str | No
     return output
 
 
-def _set_keys(configs: Path, values: dict[str, Any]) -> None:
-    """Let the packed bundle evaluate and predict as it was evaluated, however its training was set."""
-    for name in ("evaluate.json", "inference.json"):
-        config = json.loads((configs / name).read_text(encoding="utf-8"))
-        text = json.dumps({**config, **values}, indent=4, ensure_ascii=False) + "\n"
-        (configs / name).write_text(text, encoding="utf-8")
+def _as_evaluated(configs: Path, card: dict[str, Any]) -> dict[str, Any]:
+    """Let the packed bundle predict as it was evaluated, however its training was set; return the steps behind it.
+
+    That is: small components removed, and for 2-D images boxes shrunk as much and the values of the labels.
+    """
+    had = card.get("settings", {})
+    steps = {key: had[key] for key in POSTPROCESSING if key in had}
+    config = read_json(configs / "inference.json", BundleError, "config")
+    changes = dict(steps)
+    if LABELS in config:
+        shrink = had.get("prompt", {}).get("shrink", 0.0)
+        changes |= {LABELS: card.get(LABELS), "prompt": {**config["prompt"], "shrink": shrink}}
+    write_text(configs / "inference.json", config_text({**config, **changes}))
+    if (settings := read_record_settings(configs)) is not None:
+        value = dump_settings(settings)
+        value["run"] |= steps
+        if LABELS in config:
+            value["task"][LABELS] = card.get(LABELS)
+            value["run"]["prompt"]["shrink"] = changes["prompt"]["shrink"]
+        value = dump_settings(read_settings(value, "pack"))
+        write_text(configs / SETTINGS, config_text(value))
+    return steps
 
 
-def _set_images(inference: Path, card: dict[str, Any]) -> None:
-    """Let 2-D images be predicted as they were evaluated: the values of the labels, boxes shrunk as much."""
-    config = json.loads(inference.read_text(encoding="utf-8"))
-    if LABELS not in config:  # volumes
-        return
-    shrink = card.get("settings", {}).get("prompt", {}).get("shrink", 0.0)
-    config |= {LABELS: card.get(LABELS), "prompt": {**config["prompt"], "shrink": shrink}}
-    inference.write_text(json.dumps(config, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+def _mismatches(root: Path, card: dict[str, Any]) -> list[str]:
+    """What the bundle's words say otherwise than its settings, its adapter or its evaluation."""
+    settings = read_record_settings(root / "configs")
+    if settings is None:
+        return []
+    task, source = settings.task, settings.run.prompt.source
+    found = read_json(root / "configs" / "metadata.json", BundleError, "metadata").get("network_data_format", {})
+    ours = render_config(settings, "metadata")["network_data_format"]
+    problems = [
+        f"metadata.json: {name} are {found.get(part, {}).get(key, {}).get('channel_def')}, the run has "
+        f"{ours[part][key]['channel_def']}"
+        for name, part, key in (("channels", "inputs", "image"), ("classes", "outputs", "pred"))
+        if found.get(part, {}).get(key, {}).get("channel_def") != ours[part][key]["channel_def"]
+    ]
+    had = card.get("settings", {})
+    problems += [
+        f"{key}: evaluated with {had[key]}, trained with {value}"
+        for key, value in {"classes": task.classes, "scans": task.scans}.items()
+        if key in had and had[key] != value
+    ]
+    evaluated = card.get("prompt_source")
+    if evaluated is not None and (evaluated == "none") != (source == "none"):
+        problems.append(f"prompt::source: evaluated with {evaluated!r}, trained with {source!r}")
+    return problems
 
 
 def _write_models(run: Path, root: Path, sam_checkpoint: str | None, steps: dict[str, Any]) -> None:

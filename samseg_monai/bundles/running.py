@@ -1,14 +1,14 @@
-"""What a bundle's config asks while it runs: where it lies, which weights to use, whether every key is known."""
+"""What a bundle's config asks while it runs: where it lies, which weights to use, whether it can run as asked."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-import json
 import logging
 import os
 import sys
 import types
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,42 @@ import torch.distributed as dist
 from monai.bundle import ConfigWorkflow
 from monai.utils import optional_import
 
+from samseg_monai.bundles.build import SETTINGS
+from samseg_monai.bundles.values import custom_parts, effective_settings
 from samseg_monai.errors import ConfigError, SamsegError, raise_all
+from samseg_monai.files import read_json
+from samseg_monai.settings import PLACES, BundleSettings, problems_of, read_settings
 
 logger = logging.getLogger(__name__)
 INTERNAL = {"_meta_"}
 
 
-def current_workflow() -> ConfigWorkflow | None:
-    """Return the workflow whose expression is being evaluated right now, if any.
+@dataclass(frozen=True)
+class Running:
+    """The bundle whose expression is being evaluated: folder of its configs, and the config that runs."""
 
-    MONAI gives an expression no way to ask where its config file lies; the workflow that evaluates it is on the call
-    stack and knows.
-    """
+    configs: Path
+    config: dict[str, Any]
+    parser: Any
+
+    @property
+    def kind(self) -> str:
+        """train, evaluate or inference."""
+        return "evaluate" if "results_dir" in self.config else "train" if "train" in self.config else "inference"
+
+    def settings(self) -> BundleSettings | None:
+        """The settings the bundle was built from; None for a bundle without them."""
+        path = self.configs / SETTINGS
+        return read_settings(read_json(path, ConfigError, "settings"), str(path)) if path.is_file() else None
+
+
+def running() -> Running | None:
+    """Find the running bundle. MONAI tells an expression nothing of it, but its workflow is on the call stack."""
     frame = inspect.currentframe()
     while frame is not None:
         found = frame.f_locals.get("self")
         if isinstance(found, ConfigWorkflow):
-            return found
+            return Running(Path(found.config_root_path).resolve(), found.parser.get(), found.parser)
         frame = frame.f_back
     return None
 
@@ -44,11 +63,10 @@ def bundle_root() -> str:
     Outside a workflow (``verify_net_in_out`` and the like parse the config alone) it is the working directory, as in
     MONAI's own bundles.
     """
-    workflow = current_workflow()
-    if workflow is None:
+    found = running()
+    if found is None:
         return "."
-    folder = Path(workflow.config_root_path).resolve()
-    return str(folder.parent if folder.name == "configs" else folder)
+    return str(found.configs.parent if found.configs.name == "configs" else found.configs)
 
 
 def find_checkpoint(output_dir: str, root: str) -> str | None:
@@ -86,6 +104,91 @@ def join_processes() -> None:
         )
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def guard() -> None:
+    """Refuse what cannot run as asked; call it first in ``run``.
+
+    MONAI accepts a misspelt override silently (``--epohcs 7`` trains with the default), and a wrong type ends in a
+    traceback somewhere. Also lets our own errors end the program with their text alone, without a traceback.
+
+    Raises:
+        ConfigError: unknown keys, values of a wrong type or out of range, places and devices that cannot be used; all
+            are listed.
+    """
+    sys.excepthook = _plain_errors
+    found = running()
+    if found is None:
+        return
+    if "network_def" not in found.config:
+        folder = os.path.relpath(found.configs)
+        files = f"['{folder}/inference.json','{folder}/evaluate.json']"
+        raise ConfigError(f'evaluate.json only changes inference.json; give both, in this order: --config_file "{files}"')
+    known: dict[str, Any] = {}
+    for path in sorted(found.configs.glob("*.json")):
+        if path.name not in ("metadata.json", SETTINGS):
+            known.update(_ids(read_json(path, ConfigError, "config")))
+    problems = [f"{line}: no such key" for line in unknown_keys(found.config, known)]
+    problems += _wrong_values(found) + _wrong_places(found)
+    raise_all(problems, ConfigError, "config: this bundle cannot run as asked")
+
+
+# where the settings of a part lie in the configs
+_IN_CONFIG = {"run": "", "task": "", "strategy::method": "strategy::", "strategy::network": "network_def::"}
+
+
+def _wrong_values(found: Running) -> list[str]:
+    """Settings that were overridden by something else than their type and range allow."""
+    built = found.settings()
+    if built is None:
+        return []
+    value = effective_settings(found.config, built)
+    problems = []
+    for line in problems_of(value, BundleSettings):
+        part = next((part for part in _IN_CONFIG if line.startswith(f"{part}::")), None)
+        line = line if part is None else _IN_CONFIG[part] + line.removeprefix(f"{part}::")
+        problems.append(line.replace("strategy::label", "strategy::name"))
+    classes = found.config.get("classes")
+    if isinstance(classes, list) and (len(classes) > 1) != (len(built.task.classes) > 1):
+        problems.append(
+            f"classes: got {len(classes)}, but this bundle was built for {len(built.task.classes)}; one class and "
+            "several need different bundles: change the task's recipe and build it"
+        )
+    own = {name.split("::")[0] for name in custom_parts(found.config)}
+    return [line for line in problems if line.split("::")[0].split(":")[0] not in own]
+
+
+def _wrong_places(found: Running) -> list[str]:
+    """Paths and devices that MONAI, the shell or torch would take for something else."""
+    problems = []
+    for name in PLACES:
+        value = found.parser.get(name)
+        if isinstance(value, str) and value.startswith("~"):
+            problems.append(f"{name}: got {value!r}; '~' is only known to shells: write the folder in full")
+        elif isinstance(value, str) and "::" in value and not value.startswith(("$", "@")):
+            shown = value.replace("::", "#")
+            problems.append(f"{name}: got {shown!r}; MONAI has a meaning of its own for '#' and '::': use another name")
+        elif isinstance(value, list) and name == "dataset_dir":
+            continue
+        elif value is not None and not isinstance(value, str):
+            problems.append(f"{name}: got {value!r}, a {type(value).__name__}; a path is text: write ./{value}")
+    return problems + _wrong_device(found)
+
+
+def _wrong_device(found: Running) -> list[str]:
+    given = found.config.get("device")
+    if isinstance(given, str) and given.startswith(("$", "@")) and not given.startswith("$torch.device('"):
+        return []  # the bundle's own choice
+    try:
+        device: Any = found.parser.get_parsed_content("device")
+        kind = torch.device(device).type if isinstance(device, (str, torch.device)) else None
+    except RuntimeError as error:
+        return [f"device: got {given!r}; {str(error.__cause__ or error).splitlines()[0]}"]
+    if kind is None:
+        return [f"device: got {given!r}; name one such as cpu, cuda or cuda:1"]
+    if kind == "cuda" and not torch.cuda.is_available():
+        return [f"device: got {given!r}, but there is no GPU that torch can use here; leave it out, or use cpu"]
+    return []
 
 
 def _ids(config: Any, prefix: str = "") -> dict[str, dict[str, Any]]:
@@ -133,27 +236,6 @@ def unknown_keys(config: dict[str, Any], known: dict[str, Any]) -> list[str]:
         close = difflib.get_close_matches(name, known, n=1)
         problems.append(f"{name}" + (f" (did you mean {close[0]}?)" if close else ""))
     return problems
-
-
-def guard() -> None:
-    """Refuse override keys that no config of the bundle knows; call it first in ``run``.
-
-    MONAI accepts a misspelt override silently: ``--epohcs 7`` trains with the default. Also lets our own errors end the
-    program with their text alone, without a traceback.
-
-    Raises:
-        ConfigError: unknown keys; all are listed, each with the nearest known one.
-    """
-    sys.excepthook = _plain_errors
-    workflow = current_workflow()
-    if workflow is None:
-        return
-    known: dict[str, Any] = {}
-    for path in sorted(Path(workflow.config_root_path).glob("*.json")):
-        if path.name != "metadata.json":
-            known.update(_ids(json.loads(path.read_text(encoding="utf-8"))))
-    problems = unknown_keys(workflow.parser.get(), known)
-    raise_all(problems, ConfigError, "config: keys that this bundle does not know")
 
 
 def _plain_errors(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:

@@ -133,12 +133,12 @@ def _prompt_overrides(root: Path, prompts: dict[str, str]) -> dict[str, str]:
     Raises:
         BundleError: it takes none and got some; or there is no readable inference.json.
     """
-    from samseg_monai.bundles.build import read_json
+    from samseg_monai.files import read_json
 
     path = root / "configs" / "inference.json"
     if not path.is_file():
         raise BundleError(f"{root}: no configs/inference.json; give the folder or the ZIP of a bundle")
-    config = read_json(path)
+    config = read_json(path, BundleError, "config")
     prompt = config.get("prompt", {}) if isinstance(config, dict) else None
     if not isinstance(prompt, dict):
         raise BundleError(f"{path}: expected a JSON object whose 'prompt' is one, too; ask for the bundle again")

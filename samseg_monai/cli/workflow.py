@@ -25,10 +25,13 @@ def shell_command(configs: Sequence[str | Path], overrides: dict[str, Any]) -> s
 def run_workflow(configs: Sequence[str | Path], overrides: dict[str, Any], *, echo: bool = True) -> str:
     """Run config files of a bundle with ``overrides`` and return the equivalent shell command.
 
+    ``evaluate.json`` changes the ``inference.json`` beside it, which is run before it.
+
     Raises:
         BundleError: a config file does not exist.
         SamsegError: what our code raised, wherever MONAI wrapped it.
     """
+    configs = [part for config in configs for part in _with_base(Path(config), configs)]
     missing = [str(c) for c in configs if not Path(c).is_file()]
     if missing:
         raise BundleError(f"no such config: {', '.join(missing)}; give the folder of a bundle")
@@ -46,6 +49,12 @@ def run_workflow(configs: Sequence[str | Path], overrides: dict[str, Any], *, ec
             raise
         raise own from None
     return command
+
+
+def _with_base(config: Path, configs: Sequence[str | Path]) -> list[Path]:
+    base = config.with_name("inference.json")
+    alone = config.name == "evaluate.json" and base not in map(Path, configs)
+    return [base, config] if alone else [config]
 
 
 def _literal(value: Any) -> Any:

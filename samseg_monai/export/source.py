@@ -88,7 +88,7 @@ def read_source(folder: str | Path, *, sam_checkpoint: str | None = None) -> Sou
         base=_base_file(network, sam_checkpoint, base_sha256),
         classes=tuple(config.get("classes", ())),
         scans=tuple(config.get("scans", ())),
-        transforms=[t for key in TRANSFORMS if key in config for t in _resolved(parser, key, config[key])],
+        transforms=[t for key in TRANSFORMS for t in _described(parser, key, config.get(key, []))],
         intended_use=metadata.get("intended_use"),
         loaded=loaded,
     )
@@ -110,15 +110,22 @@ def _base_file(network: Network, sam_checkpoint: str | None, sha256: str | None)
     return path if path.is_file() and sha256_of(path) == sha256 else None
 
 
+def _described(parser: ConfigParser, name: str, transforms: list[Any]) -> list[dict[str, Any]]:
+    """The transforms of a config as components with their values; those of ours that choose one tell which."""
+    found: list[dict[str, Any]] = []
+    for number, value in enumerate(transforms):
+        transform = parser.get_parsed_content(f"{name}::{number}")
+        own = getattr(transform, "described", None)
+        found += [_resolved(parser, f"{name}::{number}", value)] if own is None else own
+    return found
+
+
 def _resolved(parser: ConfigParser, name: str, value: Any) -> Any:
-    """``value``, found in a config at ``name``, with expressions evaluated and disabled members left out."""
+    """``value``, found in a config at ``name``, with expressions evaluated."""
     if isinstance(value, dict):
-        if _resolved(parser, f"{name}::_disabled_", value.get("_disabled_", False)) is True:
-            return None
-        return {k: _resolved(parser, f"{name}::{k}", v) for k, v in value.items() if k != "_disabled_"}
+        return {k: _resolved(parser, f"{name}::{k}", v) for k, v in value.items()}
     if isinstance(value, list):
-        members = [_resolved(parser, f"{name}::{i}", v) for i, v in enumerate(value)]
-        return [member for member, old in zip(members, value, strict=True) if member is not None or old is None]
+        return [_resolved(parser, f"{name}::{i}", v) for i, v in enumerate(value)]
     if isinstance(value, str) and value.startswith(("$", "@")):
         found = parser.get_parsed_content(name)
         return found if isinstance(found, (bool, int, float, str, list, tuple, dict, type(None))) else str(found)

@@ -31,18 +31,19 @@ class EMA:
 
     Args:
         network: SamSegmenter (or DDP of it) that is trained.
-        decay: largest weight of the old average, 0 < decay < 1; 0.999 averages over about 1000 steps.
+        decay: largest weight of the old average, 0 < decay < 1; 0.999 averages over about 1000 steps. None
+            averages nothing.
         evaluator: engine of the validations; None where there are none.
 
     Raises:
         ConfigError: decay out of range.
     """
 
-    def __init__(self, network: nn.Module, decay: float, *, evaluator: Any = None) -> None:
-        if not 0 < decay < 1:
+    def __init__(self, network: nn.Module, decay: float | None, *, evaluator: Any = None) -> None:
+        if decay is not None and not 0 < decay < 1:
             raise ConfigError(f"EMA: decay must be between 0 and 1, got {decay}; null trains without an average")
         self.network = network
-        self.decay = float(decay)
+        self.decay = None if decay is None else float(decay)
         self.evaluator = evaluator
         self.steps = 0
         self.average: dict[str, Tensor] = {}
@@ -50,6 +51,8 @@ class EMA:
 
     def attach(self, engine: Any) -> None:
         """Attach to a MONAI ``SupervisedTrainer`` (and the evaluator), on every rank: all validate the average."""
+        if self.decay is None:
+            return
         engine.add_event_handler(Events.STARTED, self._begin)
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._update)  # comes after the optimiser's step
         if self.evaluator is not None:
@@ -110,7 +113,7 @@ class EMA:
     def _update(self, engine: Any) -> None:
         if not steps_now(engine):
             return
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        decay = min(self.decay or 0.0, (1 + self.steps) / (10 + self.steps))
         for name, parameter in self._learning().items():
             self.average[name].lerp_(parameter.float(), 1 - decay)
         self.steps += 1

@@ -106,13 +106,13 @@ class LastAdapter:
 
     Args:
         network: SamSegmenter (or DDP of it) that is trained.
-        output_dir: folder for ``adapter.safetensors`` and ``card.json``.
+        output_dir: folder for ``adapter.safetensors`` and ``card.json``; None saves nothing.
         ema: EMA whose average is saved in place of the weights; None where there is none.
     """
 
-    def __init__(self, network: Any, output_dir: str | os.PathLike[str], *, ema: EMA | None = None) -> None:
+    def __init__(self, network: Any, output_dir: str | os.PathLike[str] | None, *, ema: EMA | None = None) -> None:
         self.network = network
-        self.folder = Path(output_dir)
+        self.folder = None if output_dir is None else Path(output_dir)
         self.ema = ema
 
     def attach(self, engine: Any) -> None:
@@ -120,7 +120,7 @@ class LastAdapter:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Any) -> None:
-        if idist.get_rank() == 0:
+        if self.folder is not None and idist.get_rank() == 0:
             metrics = {"epoch": engine.state.epoch}
             with nullcontext() if self.ema is None else self.ema.in_use():
                 save_adapter(getattr(self.network, "module", self.network), self.folder, metrics=metrics)

@@ -55,16 +55,16 @@ class GradientClip:
     Acts on stepping batches only, so accumulated gradients are clipped once as a whole, and after unscaling under amp.
 
     Args:
-        max_norm: largest total norm, above 0 (no unit).
+        max_norm: largest total norm, above 0 (no unit); None does nothing.
 
     Raises:
         ConfigError: if ``max_norm`` is not above 0.
     """
 
-    def __init__(self, max_norm: float) -> None:
-        if not max_norm > 0:
+    def __init__(self, max_norm: float | None) -> None:
+        if max_norm is not None and not max_norm > 0:
             raise ConfigError(f"GradientClip: max_norm must be above 0, got {max_norm}; leave it out to not clip")
-        self.max_norm = float(max_norm)
+        self.max_norm = None if max_norm is None else float(max_norm)
         self.last_norm: float | None = None
 
     def attach(self, engine: Any) -> None:
@@ -72,7 +72,7 @@ class GradientClip:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
     def __call__(self, engine: Any) -> None:
-        if not steps_now(engine):
+        if self.max_norm is None or not steps_now(engine):
             return
         unscale_once(engine)
         norm = nn.utils.clip_grad_norm_(list(optimised(engine.optimizer)), self.max_norm)

@@ -44,7 +44,7 @@ class Tracking:
         card: the run's card. Put it before this handler, which takes over its part at an exception: the card raises the
             exception again, so that a handler behind it would never hear of it.
         output_dir: folder of the training; it keeps the id of the run.
-        uri: ``sqlite:///PATH`` or an MLflow server.
+        uri: ``sqlite:///PATH`` or an MLflow server; None tracks nothing.
         experiment: None is ``samseg-<task>``.
         history: name of the curves' file in ``output_dir``.
 
@@ -58,11 +58,12 @@ class Tracking:
         card: RunCard,
         output_dir: str | os.PathLike[str],
         *,
-        uri: str,
+        uri: str | None,
         experiment: str | None = None,
         history: str = "history.csv",
     ) -> None:
-        check_address(uri)
+        if uri is not None:
+            check_address(uri)
         self.card = card
         self.folder = Path(output_dir)
         self.uri = uri
@@ -73,6 +74,8 @@ class Tracking:
 
     def attach(self, engine: Any) -> None:
         """Attach to the trainer, or to the evaluator of a run without training; after its card."""
+        if self.uri is None:
+            return
         if engine.has_event_handler(self.card.fail, Events.EXCEPTION_RAISED):
             engine.remove_event_handler(self.card.fail, Events.EXCEPTION_RAISED)
         engine.add_event_handler(Events.STARTED, self._start)
@@ -87,7 +90,7 @@ class Tracking:
         resumed = before if self._training and engine.state.epoch > 0 else None
         parent = None if self._training else before
         self.run = MlflowRun(
-            self.uri, self._experiment(), self._name(), tags=self._tags(), run_id=resumed, parent=parent
+            str(self.uri), self._experiment(), self._name(), tags=self._tags(), run_id=resumed, parent=parent
         )
         if resumed and not self.run.resumed:
             logger.warning("MLflow: %s has no run %s; a new one goes on", self.uri, resumed)

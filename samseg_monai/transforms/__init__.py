@@ -23,13 +23,27 @@ from samseg_monai.transforms.greys import ScaleGreysd
 from samseg_monai.transforms.grids import CheckSameGridd
 from samseg_monai.transforms.image_files import SaveImagePngd
 from samseg_monai.transforms.labels import RecodeLabeld
-from samseg_monai.transforms.mirroring import RandMirroredd, left_right_axis
+from samseg_monai.transforms.mirroring import RandMirroredd, left_right_axis, side_mirror
 from samseg_monai.transforms.naming import NameAfterCased
 from samseg_monai.transforms.presets import RandBiasFromMinimumd, named_transforms
 from samseg_monai.transforms.prompts import PromptFromBoxesd, PromptFromImaged, PromptFromLabeld
+from samseg_monai.transforms.sources import (
+    FinalBoxesd,
+    GivenPromptd,
+    ScaleInputd,
+    SimulatedBoxesd,
+    SimulatedPromptd,
+    resized_slices,
+    stored_slices,
+)
 from samseg_monai.transforms.spline import SplineResized
 
 __all__ = [
+    "SimulatedPromptd",
+    "SimulatedBoxesd",
+    "ScaleInputd",
+    "GivenPromptd",
+    "FinalBoxesd",
     "BoxFromPromptd",
     "BoxesFromGivend",
     "BoxesFromImaged",
@@ -54,4 +68,7 @@ __all__ = [
     "left_right_axis",
     "move_boxes",
     "named_transforms",
+    "resized_slices",
+    "side_mirror",
+    "stored_slices",
 ]

@@ -75,12 +75,19 @@ class BoxFromPromptd(MapTransform):
         box_key: where the boxes go, see ``boxes_of``.
         per_component: one box per connected component.
         max_boxes: rows when ``per_component``; the same for every slice, so that batches collate.
+        allow_missing_keys: leave a slice without a prompt as it is.
     """
 
     def __init__(
-        self, prompt_key: str = "prompt", box_key: str = "boxes", *, per_component: bool = False, max_boxes: int = 8
+        self,
+        prompt_key: str = "prompt",
+        box_key: str = "boxes",
+        *,
+        per_component: bool = False,
+        max_boxes: int = 8,
+        allow_missing_keys: bool = False,
     ) -> None:
-        super().__init__(prompt_key)
+        super().__init__(prompt_key, allow_missing_keys)
         self.box_key = box_key
         self.per_component = per_component
         self.max_boxes = max_boxes

@@ -34,7 +34,7 @@ class RemoveSmallComponentsd(MapTransform):
     Args:
         keys: segmentations (C, H, W, D) with an affine in mm: a map of whole numbers, 0 the background, or channels of
             0 and 1.
-        min_mm3: smallest volume that stays, mm^3.
+        min_mm3: smallest volume that stays, mm^3; None keeps everything.
         case_key: where the name of the case is found for messages.
         allow_missing_keys: skip keys that the case does not have.
     Returns: shape, dtype, device, geometry and history of the segmentation.
@@ -44,17 +44,18 @@ class RemoveSmallComponentsd(MapTransform):
     """
 
     def __init__(
-        self, keys: KeysCollection, min_mm3: float, *, case_key: str = "case", allow_missing_keys: bool = False
+        self, keys: KeysCollection, min_mm3: float | None, *, case_key: str = "case", allow_missing_keys: bool = False
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        if not isinstance(min_mm3, (int, float)) or isinstance(min_mm3, bool) or not 0 < min_mm3 < math.inf:
+        number = isinstance(min_mm3, (int, float)) and not isinstance(min_mm3, bool) and 0 < min_mm3 < math.inf
+        if min_mm3 is not None and not number:
             raise ConfigError(f"min_mm3 must be a positive volume in mm^3, got {min_mm3!r}; null keeps everything")
         self.min_mm3 = min_mm3
         self.case_key = case_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        for key in self.key_iterator(d):
+        for key in self.key_iterator(d) if self.min_mm3 is not None else ():
             volume, where = d[key], f"{d.get(self.case_key, 'unnamed case')}: {key}"
             if not isinstance(volume, MetaTensor) or volume.ndim != 4:
                 raise DataError(
@@ -76,6 +77,6 @@ class RemoveSmallComponentsd(MapTransform):
             raise DataError(f"{where} has values that are not whole numbers; threshold it or take the largest logit")
         for value in values[values != 0]:
             parts, _ = label(labels == value, structure=_ALL_NEIGHBOURS)
-            small = np.bincount(parts.ravel()) * voxel_mm3 < self.min_mm3
+            small = np.bincount(parts.ravel()) * voxel_mm3 < float(self.min_mm3 or 0)
             small[0] = False
             labels[small[parts]] = 0

@@ -91,6 +91,18 @@ class RandMirroredd(RandFlipd):
         return d
 
 
+def side_mirror(transforms: Sequence[Any], *, wanted: bool, **settings: Any) -> RandMirroredd | None:
+    """``RandMirroredd`` along the left-right axis of a bundle's slices; None where they have none, or it is not wanted.
+
+    Args:
+        transforms: the bundle's ``orient_transforms``, see ``left_right_axis``.
+        wanted: nothing is checked, and nothing said of sides, where no slice will be mirrored.
+        settings: as of ``RandMirroredd``, but the axis.
+    """
+    axis = left_right_axis(transforms)
+    return RandMirroredd(axis=axis, **settings) if wanted and axis is not None else None
+
+
 def _check(axis: int | None, classes: Sequence[str], pairs: Sequence[Sequence[str]] | None) -> None:
     problems = []
     if axis not in (0, 1):

@@ -14,11 +14,11 @@ from samseg_monai.errors import ConfigError
 Transform = Callable[[Any], Any]
 
 
-def named_transforms(presets: Mapping[str, Mapping[str, Transform]], name: str) -> list[Transform]:
+def named_transforms(presets: Mapping[str, Mapping[str, Transform | None]], name: str) -> list[Transform]:
     """The transforms of one preset, in their order.
 
     Args:
-        presets: name of the preset -> name of the transform -> transform.
+        presets: name of the preset -> name of the transform -> transform; None is left out.
         name: which preset.
     Raises: ConfigError for an unknown name, with those there are.
     """
@@ -27,7 +27,7 @@ def named_transforms(presets: Mapping[str, Mapping[str, Transform]], name: str) 
             f"augmentation: there is no {name!r}, only {', '.join(presets)}; transforms of your own go into "
             "augmentation_transforms, as a list"
         )
-    return list(presets[name].values())
+    return [transform for transform in presets[name].values() if transform is not None]
 
 
 class RandBiasFromMinimumd(RandBiasFieldd):

@@ -1,0 +1,80 @@
+"""Sentences about a bundle, made of its settings, so that README and metadata say what the configs do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from samseg_monai.choices import Ladder, LoRA, Selective, ZeroShot
+from samseg_monai.settings import BundleSettings
+
+SCALES = {"zscore": "z-scores", "unit": "0 to 1", "sam": "0 to 255"}
+
+
+def words(settings: BundleSettings) -> dict[str, Any]:
+    """What the templates of README and metadata say of prompts, values, inputs and outputs."""
+    task, run = settings.task, settings.run
+    prompted, several = run.prompt.source != "none", len(task.classes) > 1
+    shown = task.channels or task.scans
+    numbered = [f"{number} {name}" for number, name in enumerate(task.classes, start=1)]
+    channels = ["background", *task.classes] if several else task.classes
+    if task.kind == "images":
+        form = "predictions are images with the values of the labels"
+    else:
+        form = f"predictions are volumes of 0 to {len(task.classes)}"
+    if several:
+        pred = f"{len(channels)} channels, softmax: {', '.join(channels)}; {form}"
+    else:
+        pred = f"one channel: logit of {task.classes[0]} (more than 0 is {task.classes[0]}); {form}"
+    return {
+        "prompted": prompted,
+        "how": "with box prompts" if prompted else "without prompts",
+        "said": _method(settings),
+        "facts": {
+            "image": _image(settings, shown),
+            "label": f"0 background; {', '.join(numbered)}" + _coding(settings),
+            "pred": pred,
+            "inputs": dict(zip(map(str, range(len(shown))), shown, strict=True)),
+            "outputs": dict(zip(map(str, range(len(channels))), channels, strict=True)),
+        },
+    }
+
+
+def _image(settings: BundleSettings, shown: list[str]) -> str:
+    task = settings.task
+    kind = "2-D image" if task.kind == "images" else "volume"
+    if len(shown) > 1:
+        what = f"{len(shown)} {kind}s of one exam ({', '.join(shown)}), in that order as channels"
+    else:
+        what = f"one {kind} ({shown[0]})"
+    window = task.intensity.window
+    clipped = f" of {window[0]:g} to {window[1]:g}" if window and settings.run.input_scale != "zscore" else ""
+    return f"{what}; {task.modality}; intensities{clipped} are scaled to {SCALES[settings.run.input_scale]} by the bundle"
+
+
+def _coding(settings: BundleSettings) -> str:
+    if settings.task.labels == "foreground":
+        return " (every value above 0)"
+    return "; label files keep their own coding, which the datalist names"
+
+
+def _method(settings: BundleSettings) -> str:
+    """What learns, with the values of this bundle."""
+    method, run = settings.strategy.method, settings.run
+    size = f"slices of {run.image_size} pixels"
+    if settings.strategy.network is not None:
+        boxes = getattr(settings.strategy.network, "boxes", "given")
+        return f"Network: {settings.strategy.network.name} on {size}; boxes: {boxes}."
+    sam = f"SAM: {run.sam_variant} on {size}."
+    if isinstance(method, ZeroShot):
+        return f"{sam} Nothing learns."
+    if isinstance(method, LoRA):
+        where = "all blocks" if method.blocks is None else f"blocks {', '.join(map(str, method.blocks))}"
+        kind = "DoRA" if method.dora else "LoRA"
+        decoder = "learns, too" if method.decoder else "stays as it is"
+        return f"{sam} {kind} of rank {method.rank} in {', '.join(method.targets)} of {where}; the mask decoder {decoder}."
+    if isinstance(method, Ladder):
+        width = f" of width {method.side.width}" if method.side else ""
+        return f"{sam} Ladder{width}: mix {method.mix}, decoder {method.decoder}, masks {method.masks}."
+    assert isinstance(method, Selective)
+    frozen = f"; frozen: {', '.join(method.frozen)}" if method.frozen else ""
+    return f"{sam} What learns: {', '.join(method.patterns)}{frozen}."

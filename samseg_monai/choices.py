@@ -1,0 +1,349 @@
+"""What settings are made of: safe texts, bounded numbers, the closed lists of methods, networks and slice pickers."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+MOST_BYTES, MOST_LEVELS = 1_000_000, 30
+TOO_MUCH = "all of it"
+_WORD = "[A-Za-z0-9][A-Za-z0-9_.-]*"
+
+Name = Annotated[str, StringConstraints(pattern=f"^{_WORD}$", max_length=64)]
+Label = Annotated[str, StringConstraints(pattern=f"^{_WORD}( [A-Za-z0-9_.-]+)*$", max_length=64)]
+# a sentence: it begins like one, so that it is neither an expression nor a path
+Text = Annotated[str, StringConstraints(pattern=r"""^[A-Za-z0-9"'(]""", max_length=4000)]
+Pattern = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9*][A-Za-z0-9_.*-]*|<norm>)$", max_length=200)]
+Weights = Annotated[str, StringConstraints(pattern=f"^{_WORD}[ =,A-Za-z0-9_.+-]*$", max_length=4000)]
+Two = Field(min_length=2, max_length=2)
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Cases = Annotated[int, Field(ge=1, le=4096)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Voxels = Annotated[int, Field(ge=1, le=8192)]
+Workers = Annotated[int, Field(ge=0, le=256)]
+Side = Annotated[int, Field(ge=16, le=4096)]
+
+
+class Model(BaseModel):
+    """A closed object: no unknown keys, no guessing of types, no NaN."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ResNetSide(Model):
+    """``samseg_monai.adapters.ResNetSide``: ResNet18 up to its third stage."""
+
+    name: Literal["resnet"] = "resnet"
+    width: Annotated[int, Field(ge=1, le=512)] = 64
+    """Channels of the first stage; 64 is ResNet18."""
+
+
+class ZeroShot(Model):
+    """SAM as it is: nothing learns."""
+
+    name: Literal["zero_shot"]
+
+
+Target = Literal["q", "k", "v", "proj", "lin1", "lin2"]
+
+
+class LoRA(Model):
+    """Low-rank updates in SAM's image encoder (LoRA; with ``dora`` DoRA; with ``decoder`` and rank 4 SAMed)."""
+
+    name: Literal["lora"]
+    rank: Annotated[int, Field(ge=1, le=1024)] = Field(default=4, examples=[16])
+    alpha: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Scaling is alpha / rank; null: rank."""
+    targets: Annotated[list[Target], Field(min_length=1, max_length=6)] = ["q", "v"]
+    blocks: Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, max_length=256)] | None = None
+    """Encoder blocks that are adapted, from 0; null: all."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rank_stabilised: bool = False
+    decoder: bool = False
+    """Train the mask decoder, too."""
+    dora: bool = False
+    """Learn the length of each adapted row beside its direction."""
+
+
+class Ladder(Model):
+    """A network beside SAM's frozen encoder (SAM-LST), with its ablations."""
+
+    name: Literal["ladder"]
+    side: ResNetSide | None = ResNetSide()
+    """The network beside; null only with mix "sam"."""
+    mix: Literal["gate", "side", "sam"] = "gate"
+    decoder: Literal["upscaling", "masks", "full"] = "masks"
+    masks: Literal["random", "sam"] = "sam"
+
+
+class Selective(Model):
+    """Some of SAM's own tensors learn, named by patterns."""
+
+    name: Literal["selective"]
+    label: Name = "selective"
+    """How tables call it: full, decoder, norm, bias."""
+    patterns: Annotated[list[Pattern], Field(min_length=1, max_length=100)] = Field(examples=[["sam.mask_decoder"]])
+    frozen: Annotated[list[Pattern], Field(max_length=100)] = []
+
+
+class Scratch(Model):
+    """A network without SAM, trained as a whole from a random start."""
+
+    name: Literal["scratch"]
+    label: Name = "scratch"
+    """How tables call it."""
+
+
+Method = Annotated[ZeroShot | LoRA | Ladder | Selective | Scratch, Field(discriminator="name")]
+Channels = Annotated[list[Annotated[int, Field(ge=1, le=2048)]], Field(min_length=1, max_length=8)]
+Steps = Annotated[list[Annotated[int, Field(ge=1, le=4)]], Field(min_length=1, max_length=8)]
+Width = Annotated[int, Field(ge=1, le=2048)]
+Boxes = Literal["none", "channel", "crop"]
+
+
+class _Net(Model):
+    """A network of MONAI behind ``PlainSegmenter``; channels in and out follow from scans, boxes and classes."""
+
+    boxes: Boxes = "none"
+    """Boxes: none; as one more channel; or the network sees a square crop around each."""
+    crop_margin: Annotated[float, Field(ge=0, le=10)] = 0.5
+    """The crop's side is the box's longer one, moved out by this fraction of it at either end."""
+    crop_size: Side = 128
+    """Side of the crop in pixels."""
+
+
+class UNet(_Net):
+    name: Literal["UNet"]
+    channels: Channels = [32, 64, 128, 256]
+    strides: Steps = [2, 2, 2]
+    num_res_units: Annotated[int, Field(ge=0, le=8)] = 2
+
+
+class BasicUNetPlusPlus(_Net):
+    name: Literal["BasicUNetPlusPlus"]
+    features: Annotated[Channels, Field(min_length=6, max_length=6)] = [32, 32, 64, 128, 256, 32]
+    deep_supervision: Literal[False] = False
+
+
+class VNet(_Net):
+    name: Literal["VNet"]
+    dropout_prob_down: Fraction | None = 0.5
+
+
+class AttentionUnet(_Net):
+    name: Literal["AttentionUnet"]
+    channels: Channels = [32, 64, 128, 256]
+    strides: Steps = [2, 2, 2]
+    dropout: Fraction = 0.0
+
+
+class UNETR(_Net):
+    name: Literal["UNETR"]
+    feature_size: Width = 16
+    hidden_size: Width = 768
+    mlp_dim: Annotated[int, Field(ge=1, le=8192)] = 3072
+    num_heads: Annotated[int, Field(ge=1, le=64)] = 12
+
+
+class SwinUNETR(_Net):
+    name: Literal["SwinUNETR"]
+    depths: Annotated[list[Annotated[int, Field(ge=1, le=24)]], Field(min_length=4, max_length=4)] = [2, 2, 2, 2]
+    num_heads: Annotated[list[Annotated[int, Field(ge=1, le=64)]], Field(min_length=4, max_length=4)] = [3, 6, 12, 24]
+    feature_size: Annotated[int, Field(ge=12, le=768, multiple_of=12)] = 24
+
+
+class SegResNet(_Net):
+    name: Literal["SegResNet"]
+    init_filters: Annotated[int, Field(ge=8, le=512, multiple_of=8)] = 8
+    blocks_down: Steps = [1, 2, 2, 4]
+    blocks_up: Steps = [1, 1, 1]
+    dropout_prob: Fraction | None = None
+
+
+class DynUNet(_Net):
+    """MONAI's nnU-Net; strides and kernels are the same for both axes."""
+
+    name: Literal["DynUNet"]
+    kernel_size: Annotated[list[Annotated[int, Field(ge=1, le=7)]], Field(min_length=3, max_length=8)] = [3, 3, 3, 3]
+    strides: Annotated[Steps, Field(min_length=3, max_length=8)] = [1, 2, 2, 2]
+    upsample_kernel_size: Steps = [2, 2, 2]
+    filters: Channels | None = None
+    res_block: bool = False
+
+
+class Ellipse(Model):
+    """An ellipse in each box, fitted to the training boxes; it never looks at the image."""
+
+    name: Literal["BoxEllipse"]
+
+
+Network = Annotated[
+    UNet | BasicUNetPlusPlus | VNet | AttentionUnet | UNETR | SwinUNETR | SegResNet | DynUNet | Ellipse,
+    Field(discriminator="name"),
+]
+
+
+class AllSlices(Model):
+    name: Literal["AllSlices"]
+
+
+class MaxArea(Model):
+    name: Literal["MaxArea"]
+
+
+class EveryNth(Model):
+    name: Literal["EveryNth"]
+    n: Count
+
+
+class Foreground(Model):
+    name: Literal["Foreground"]
+    min_voxels: Count = 1
+
+
+class RandomN(Model):
+    name: Literal["RandomN"]
+    n: Count
+    min_voxels: Annotated[int, Field(ge=0, le=1_000_000)] = 1
+
+
+Picker = Annotated[AllSlices | MaxArea | EveryNth | Foreground | RandomN, Field(discriminator="name")]
+
+
+class Prompt(Model):
+    """Where boxes come from."""
+
+    source: Literal["label", "json", "mask", "image", "none"] = "label"
+    """Simulated from the label; drawn by a person; a coarse mask; the whole slice; no prompts."""
+    loosen: Annotated[list[Annotated[float, Field(ge=0, le=10)]], Two] = [0.0, 0.0]
+    """Least and largest outward shift of each side of a simulated box, as a fraction of the box."""
+    tight: Fraction = 0.0
+    """Fraction of simulated boxes that stay tight (2-D images)."""
+    shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Shift of a simulated box, as a fraction of its side (2-D images)."""
+    shrink: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Each side of every box is moved inward by this fraction (2-D images)."""
+    seed: Seed = 0
+    per_component: bool = False
+    """A box for each connected component."""
+
+
+class Schedule(Model):
+    """Learning rate over the iterations."""
+
+    warmup: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    """Iterations of linear warm-up."""
+    decay: Literal["poly", "cosine", "constant"] = "constant"
+    power: Annotated[float, Field(gt=0, le=100)] = 0.9
+
+
+class Loss(Model):
+    """Weights of the terms of the loss, and MONAI's options of Dice."""
+
+    dice: Weight = 0.5
+    ce: Weight = 0.5
+    focal: Weight = 0.0
+    boundary: Weight = 0.0
+    focal_gamma: Annotated[float, Field(ge=0, le=100)] = 2.0
+    class_weights: dict[Label, Positive] | Weights | None = Field(default=None, examples=["liver=1,pancreas=3"])
+    """Class -> weight, as an object or, for command lines, a text."""
+    batch: bool = False
+    squared_pred: bool = False
+    smooth_nr: Annotated[float, Field(ge=0, le=1)] = 1e-5
+    smooth_dr: Annotated[float, Field(ge=0, le=1)] = 1e-5
+
+
+class LearningRates(Model):
+    """Rates of parts of the network."""
+
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    scale: list[Annotated[list[Pattern | Positive], Two]] = Field(
+        default=[], max_length=100, examples=[[["side.alpha", 10]]]
+    )
+    """Pairs of a part's name and a factor of its rate, such as ["side.alpha", 10]."""
+    weight_decay_matrices_only: bool = False
+
+
+class Optimizer(Model):
+    """Optimiser of torch; its rate is ``lr``."""
+
+    name: Literal["Adam", "AdamW", "SGD"] = "Adam"
+    weight_decay: Annotated[float, Field(ge=0, le=10)] | None = None
+    """null: the optimiser's own default."""
+
+
+class SliceSettings(Model):
+    """Which slices are learnt from, and how they are held."""
+
+    picker: Picker = MaxArea(name="MaxArea")
+    cache: Literal["memory", "disk"] = "memory"
+    num_workers: Workers = 0
+    volume_cache_rate: Fraction = 0.0
+    """Fraction of the validation volumes that are kept in memory."""
+
+
+class EmbeddingSettings(Model):
+    """Stored outputs of a frozen encoder."""
+
+    variants: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Augmented looks of each slice that are encoded once."""
+
+
+class Lesions(Model):
+    """Rules of BraTS 2023's lesion-wise scores."""
+
+    dilation: Annotated[int, Field(ge=1, le=20)] = 1
+    ignored_mm3: Annotated[float, Field(ge=0, le=1e6)] = 50.0
+    penalty_mm: Annotated[float, Field(gt=0, le=1e5)] = 374.0
+
+
+def unsafe(value: Any, where: str = "", level: int = 0) -> list[str]:
+    """What no settings may hold, whatever the key: what MONAI would evaluate or merge, control characters, too much."""
+    if level == 0:
+        if _deeper(value, MOST_LEVELS):
+            return [f"{TOO_MUCH}: more than {MOST_LEVELS} levels of lists and objects"]
+        try:
+            size = len(json.dumps(value))
+        except (TypeError, ValueError) as error:
+            return [f"{TOO_MUCH}: not JSON: {error}"]
+        if size > MOST_BYTES:
+            return [f"{TOO_MUCH}: {size:,} bytes, more than {MOST_BYTES:,}"]
+    if isinstance(value, str):
+        return [f"{where}: {problem}" for problem in _unsafe_text(value)]
+    if isinstance(value, list):
+        return [line for i, item in enumerate(value) for line in unsafe(item, f"{where}::{i}", level + 1)]
+    if not isinstance(value, dict):
+        return []
+    found = []
+    for key, item in value.items():
+        name = f"{where}::{key!r}" if not str(key).isidentifier() else f"{where}::{key}"
+        name = name.removeprefix("::")
+        if not isinstance(key, str) or key.startswith(("_", "+")) or _unsafe_text(key):
+            found.append(f"{name}: no key may begin with '_', '+', '$', '@' or '%' or hold control characters")
+        found += unsafe(item, name, level + 1)
+    return found
+
+
+def _unsafe_text(text: str) -> list[str]:
+    if text.strip() != text:
+        return [f"{text!r}: spaces at its ends"]
+    if text.startswith(("$", "@", "%")):
+        return [f"{text!r}: a setting is a value, and no text may begin with '$', '@' or '%'"]
+    if any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in text):
+        return [f"{text!r}: control characters"]
+    if "../" in text or "..\\" in text:
+        return [f"{text!r}: a setting names no place"]
+    return []
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    items: Any = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_deeper(item, levels - 1) for item in items)

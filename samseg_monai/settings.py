@@ -1,0 +1,473 @@
+"""What makes one bundle differ from another, as typed values: task, strategy, run. No code, no path, no address.
+
+``BundleSettings`` is ``configs/settings.json`` of a bundle; ``bundles.write_bundle`` makes its other files from it. A
+settings file may come from anywhere, and MONAI evaluates what it finds in a config. So no string begins with ``$``,
+``@`` or ``%`` or holds control characters, classes are named from closed lists and never by a dotted path, and nothing
+says where files lie: those are the receiver's ``Places``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model, model_validator
+
+from samseg_monai.choices import (
+    TOO_MUCH,
+    Cases,
+    EmbeddingSettings,
+    Label,
+    Ladder,
+    LearningRates,
+    Lesions,
+    Loss,
+    Method,
+    Model,
+    Name,
+    Network,
+    Optimizer,
+    Prompt,
+    Schedule,
+    Seed,
+    Selective,
+    Side,
+    SliceSettings,
+    Text,
+    Two,
+    Voxels,
+    Workers,
+    ZeroShot,
+    unsafe,
+)
+from samseg_monai.errors import ConfigError, raise_all
+
+FORMAT = 1
+
+
+class Intensity(Model):
+    """How the intensities of a volume are scaled; ``RunSettings.input_scale`` says which of the ways is used."""
+
+    window: Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Two] | None = None
+    """Lowest and highest intensity (CT: in HU) that become 0 and 1; null: percentiles of each volume."""
+    percentiles: Annotated[list[Annotated[float, Field(ge=0, le=100)]], Two] = [0.5, 99.5]
+    """Without a window: the two percentiles of a volume that become 0 and 1."""
+    nonzero: bool = False
+    """Mean and standard deviation of z-scores over voxels that are not 0: for skull-stripped brains."""
+    after_crop: bool = False
+    """Scale what the crop leaves, not the whole volume."""
+
+
+class TaskSettings(Model):
+    """What is to be learnt, from which data."""
+
+    name: Name
+    """Name of the task, the first part of the bundle's name."""
+    kind: Literal["volumes", "images"] = "volumes"
+    """Volumes (NIfTI, MHA, NRRD, DICOM) or 2-D images (PNG, JPEG, TIFF)."""
+    dataset: Name
+    """Short name of the data set; the default ``dataset_dir`` is ``data/<dataset>``."""
+    scans: Annotated[list[Name], Field(min_length=1, max_length=16)] = Field(examples=[["t1n", "t1c"]])
+    """Names of the scans of a case in the order of the network's channels; a single file is ``["image"]``."""
+    channels: Annotated[list[Label], Field(min_length=1, max_length=16)] | None = None
+    """What the scans show, for the metadata (``["ct"]``); null: their names."""
+    classes: Annotated[list[Label], Field(min_length=1, max_length=255)] = Field(examples=[["tumour"]])
+    """Names of the classes without the background, in the order of the labels 1, 2, ... of predictions."""
+    labels: Literal["named", "foreground"] = "named"
+    """Label files: values named in the datalist, or everything above 0 is the one class."""
+    modality: Name = Field(examples=["MR"])
+    """Modality as DICOM abbreviates it: MR, CT, US, XC ..."""
+    orientation: Annotated[str, StringConstraints(pattern="^[RLAPIS]{3}$")] | None = "RAS"
+    """Axes of the volume (MONAI's axcodes); the last one is cut into slices. null for 2-D images."""
+    intensity: Intensity = Intensity()
+    label_values: dict[Annotated[str, StringConstraints(pattern="^-?[0-9]{1,9}$")], Label] | None = None
+    """2-D images: value -> name of the label files, which predictions have, too; known once a run is packed."""
+    mirrored_classes: list[Annotated[list[Label], Two]] | None = None
+    """Pairs of classes that change places in a mirror, for ``augmentation`` strong; ``[]``: none does."""
+    title: Text = Field(examples=["Liver on abdominal CT"])
+    text: Text
+    """A few sentences on what is segmented; they have to name every class. Prompts and channels are added."""
+    data_text: Text
+    """Which data set, its layout, where to get it."""
+    data_source: Text
+    data_license: Annotated[list[Text], Field(min_length=1, max_length=20)]
+    """Paragraphs of docs/data_license.txt."""
+    references: Annotated[list[Text], Field(max_length=50)] = []
+    prepare: Annotated[list[Text], Field(max_length=10)] = []
+    """Command lines that write the datalist."""
+    phantoms: Annotated[list[Text], Field(max_length=10)] = []
+    """Command lines that draw phantoms for the demo, if there are any for this task."""
+
+
+class StrategySettings(Model):
+    """How it is learnt."""
+
+    name: Name
+    """Name of the strategy, the last part of the bundle's name."""
+    method: Method
+    network: Network | None = None
+    """A network without SAM, with the method scratch; null: SAM."""
+    title: Text
+    text: Annotated[list[Text], Field(min_length=1, max_length=10)]
+    """Paragraphs for the README; the values of the run are added."""
+    description: Text
+    """One sentence for the metadata."""
+    references: Annotated[list[Text], Field(max_length=50)] = []
+
+    @model_validator(mode="after")
+    def _fit(self) -> StrategySettings:
+        if (self.network is None) == (self.method.name == "scratch"):
+            raise ValueError("method 'scratch' needs a network, and every other method is SAM's: leave network out")
+        if isinstance(self.method, Ladder) and (self.method.side is None) != (self.method.mix == "sam"):
+            raise ValueError("side is null with mix 'sam', and a network with every other mix")
+        return self
+
+
+class RunSettings(Model):
+    """Everything that a run may set otherwise; each name is a key of the bundle's configs."""
+
+    sam_variant: Literal["vit_b", "vit_l", "vit_h", "vit_t", "pico", "tiny", "tiny_t"] | None = "vit_b"
+    """Which SAM; null for networks without SAM."""
+    image_size: Side = Field(default=1024, examples=[512])
+    """Longest side in pixels that the network sees; for SAM a multiple of 16."""
+    crop_size: Annotated[list[Voxels], Two] | None = Field(default=None, examples=[[138, 202]])
+    """Central crop of each slice in voxels, first and second axis."""
+    batch_size: Cases = Field(default=1, examples=[4])
+    seed: Seed = 0
+    rectangular: bool = False
+    """Pad slices to whole patches instead of to the square."""
+    checkpointing: bool = False
+    """Recompute activations instead of keeping them: less memory, more time."""
+    autocast: Literal["bf16", "bf16_all"] | None = None
+    low_res_training: bool = False
+    """Compare the decoder's own logits with the label, one per 4 x 4 pixels (without prompts only)."""
+    masks: Literal["single", "best"] = "single"
+    """SAM's single mask, or the best rated of its three."""
+    store_size: Side | None = None
+    """Side in pixels that slices are stored at before they are enlarged; null: none."""
+    scan_mode: Literal["mean_logits", "channels"] = "mean_logits"
+    """Each scan through SAM as grey image, or three scans as the colour channels."""
+    input_scale: Literal["zscore", "unit", "sam"] = "zscore"
+    """Intensities as z-scores, from 0 to 1, or from 0 to 255 with SAM's own normalisation."""
+    min_component_mm3: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Predicted components of a smaller volume are removed; null: none."""
+    prompt: Prompt = Prompt()
+    embeddings: EmbeddingSettings = EmbeddingSettings()
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = Field(default=50, examples=[20])
+    lr: Annotated[float, Field(gt=0, le=100)] = Field(default=1e-4, examples=[0.001])
+    """Learning rate."""
+    val_interval: Annotated[int, Field(ge=0, le=100_000)] = 2
+    """Epochs between validations; 0: none, the last epoch is kept."""
+    keep_last: bool = False
+    """Keep the last epoch beside the best."""
+    val_batch_size: Cases = 4
+    early_stop: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Stop after so many validations without a better score."""
+    accumulation_steps: Cases = 1
+    clip_norm: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    """Largest L2 norm of a step's gradient."""
+    ema: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay of the average of the weights; null: no average."""
+    augmentation: Name = "none"
+    """Name of a list of random transforms: none, light, strong, published (the ladder as published only)."""
+    learning_rates: LearningRates = LearningRates()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    loss: Loss = Loss()
+    slices: SliceSettings = SliceSettings()
+    section: Literal["testing", "validation", "training"] = "testing"
+    """Section of the datalist that is evaluated."""
+    policy: Literal["honest", "transunet"] = "honest"
+    """What counts where a class is empty."""
+    regions: Literal["brats"] | dict[Label, Annotated[list[Label], Field(min_length=1)]] | None = None
+    """Unions of classes that are scored: WT, TC, ET of BraTS, or name -> classes."""
+    lesion_wise: bool = False
+    lesions: Lesions = Lesions()
+    save_predictions: bool = False
+    num_workers: Workers = 0
+
+
+class Places(BaseModel):
+    """Where a run's files lie: the receiver's business, never part of a bundle's settings."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+    dataset_dir: str
+    """Folder of the data."""
+    output_dir: str
+    """Folder of the run."""
+    datalist: str | None = None
+    sam_checkpoint: str | None = None
+    """File of SAM's weights, or "random"; null: looked up by name."""
+    checkpoint: str | None = None
+    results_dir: str | None = None
+    predictions_dir: str | None = None
+    boxes: str | None = None
+    prompts: str | None = None
+    prompt_boxes: str | None = Field(default=None, alias="prompt::boxes")
+    slices_cache_dir: str | None = Field(default=None, alias="slices::cache_dir")
+    embeddings_cache_dir: str | None = Field(default=None, alias="embeddings::cache_dir")
+    side_weights: str | None = Field(default=None, alias="strategy::side_weights")
+    """File of the side network's weights, or "random"; null: the published ones."""
+    mlflow_uri: str | None = Field(default=None, alias="mlflow::uri")
+    mlflow_experiment: str | None = Field(default=None, alias="mlflow::experiment")
+
+
+PLACES = tuple(field.alias or name for name, field in Places.model_fields.items())
+
+
+def _patch(model: type[BaseModel]) -> type[BaseModel]:
+    """The same model with every key optional, groups of keys included: what a recipe's part may set."""
+    fields: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        group = isinstance(kind, type) and issubclass(kind, BaseModel)
+        fields[name] = (_patch(kind) if group else Annotated[field.rebuild_annotation(), field], None)  # type: ignore[arg-type]
+    return create_model(f"{model.__name__}Patch", __base__=Model, __doc__=model.__doc__, **fields)
+
+
+RunPatch = _patch(RunSettings)
+
+
+class DemoSettings(Model):
+    """What the demo sets otherwise, so that it runs in minutes on two cores."""
+
+    run: RunPatch = RunPatch()  # type: ignore[valid-type]
+    method: dict[Name, bool | int | Name] = {}
+    """Arguments of the strategy's method, such as ``{"rank": 8}``."""
+    network: dict[Name, bool | int | Name] = {}
+    """Arguments of the network without SAM."""
+
+
+class BundleSettings(Model):
+    """``configs/settings.json``: all that a bundle is made from."""
+
+    format: Literal[1] = 1
+    engine: Name
+    """Version of samseg-monai whose templates made the configs."""
+    name: Name = Field(examples=["meningioma_segmentation_lora"])
+    task: TaskSettings
+    strategy: StrategySettings
+    run: RunSettings
+    demo: DemoSettings | None = None
+    """null: there is no demo.json."""
+
+    @model_validator(mode="after")
+    def _fit(self) -> BundleSettings:
+        problems = [*_misfits(self)]
+        if not problems and self.demo is not None:
+            problems = [f"demo: {problem}" for problem in _demo_problems(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def has_sam(self) -> bool:
+        """SAM is part of the network."""
+        return self.strategy.network is None
+
+    @property
+    def trains(self) -> bool:
+        """There is something to learn, and so a train.json."""
+        return self.strategy.method.name != "zero_shot"
+
+    @property
+    def takes_boxes(self) -> bool:
+        """The network can be given boxes."""
+        net = self.strategy.network
+        return not self.run.low_res_training if net is None else getattr(net, "boxes", "given") != "none"
+
+    @property
+    def frozen_encoder(self) -> bool:
+        """SAM's image encoder stays as it is, so that embeddings can be stored."""
+        method = self.strategy.method
+        if isinstance(method, Selective):
+            return all(pattern.startswith(("sam.mask_decoder", "sam.prompt_encoder")) for pattern in method.patterns)
+        return isinstance(method, (ZeroShot, Ladder)) and getattr(method, "mix", "gate") != "side"
+
+
+def _misfits(settings: BundleSettings) -> Iterator[str]:
+    """Values that are each right and do not go together."""
+    task, strategy, run = settings.task, settings.strategy, settings.run
+    several = len(task.classes) > 1
+    for key, names in {"task::classes": task.classes, "task::scans": task.scans}.items():
+        if len(set(names)) < len(names):
+            yield f"{key}: names given twice: {', '.join(sorted({name for name in names if names.count(name) > 1}))}"
+    if "background" in task.classes:
+        yield "task::classes: the background is not one of them; leave it out"
+    if task.channels is not None and len(task.channels) != len(task.scans):
+        yield f"task::channels: {len(task.channels)} names for {len(task.scans)} scans; give one each, or null"
+    missing = [name for name in task.classes if not _mentions(f"{task.title} {task.text}", name)]
+    if missing:
+        yield f"task::text: it does not name {', '.join(missing)}; the text has to be about the task's classes"
+    if task.labels == "foreground" and several:
+        yield f"task::labels: 'foreground' makes one class of all labels; for {len(task.classes)} use 'named'"
+    if (task.orientation is None) != (task.kind == "images"):
+        yield "task::orientation: volumes need one, such as 'RAS'; 2-D images have none (null)"
+    strange = {name for pair in task.mirrored_classes or () for name in pair} - set(task.classes)
+    if strange:
+        yield f"task::mirrored_classes: {', '.join(sorted(strange))}: not among the classes"
+    if settings.has_sam == (run.sam_variant is None):
+        yield "run::sam_variant: null is for networks without SAM, and only for them"
+    if settings.has_sam and run.image_size % 16:
+        yield f"run::image_size: got {run.image_size}; SAM needs a multiple of 16, such as 512"
+    if run.scan_mode == "channels" and len(task.scans) != 3:
+        yield f"run::scan_mode: 'channels' needs three scans, there are {len(task.scans)}; use 'mean_logits'"
+    if run.masks == "best" and several:
+        yield f"run::masks: 'best' is for one class, there are {len(task.classes)}; use 'single'"
+    if run.prompt.source != "none" and not settings.takes_boxes:
+        yield f"run::prompt::source: got {run.prompt.source!r}, but this network takes no boxes; use 'none'"
+    if run.prompt.source == "mask" and task.kind == "images":
+        yield "run::prompt::source: 'mask' is for volumes; 2-D images take label, json, image or none"
+    if run.prompt.loosen[0] > run.prompt.loosen[1]:
+        yield f"run::prompt::loosen: got {run.prompt.loosen}; the smaller number comes first"
+    if strategy.network is not None and strategy.network.name == "BoxEllipse" and several:
+        yield f"strategy::network: the ellipse is for one class, there are {len(task.classes)}"
+    if not (run.loss.dice or run.loss.ce or run.loss.focal):
+        yield "run::loss: give dice, ce or focal a weight above 0"
+
+
+def _mentions(text: str, name: str) -> bool:
+    return all(word in text.lower() for word in name.lower().replace("_", " ").split())
+
+
+def _demo_problems(settings: BundleSettings) -> list[str]:
+    try:
+        demonstrated(settings)
+    except ValidationError as error:
+        return _problems(error, BundleSettings)
+    return []
+
+
+def demonstrated(settings: BundleSettings) -> BundleSettings:
+    """The settings as the demo changes them."""
+    demo = settings.demo or DemoSettings()
+    strategy: dict[str, Any] = {"method": demo.method, "network": demo.network or None}
+    changes = {
+        "run": demo.model_dump(exclude_unset=True).get("run", {}),
+        "strategy": {k: v for k, v in strategy.items() if v},
+    }
+    return BundleSettings.model_validate(merged({**dump_settings(settings), "demo": None}, changes))
+
+
+def merged(value: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``value`` with ``changes`` put in, group by group; a choice by ``name`` with another name is replaced whole."""
+    result = dict(value)
+    for key, new in changes.items():
+        old = result.get(key)
+        group = (
+            isinstance(old, Mapping)
+            and isinstance(new, Mapping)
+            and new.get("name", old.get("name")) == old.get("name")
+        )
+        result[key] = merged(old, new) if group else new  # type: ignore[arg-type]
+    return result
+
+
+def read_settings(value: Any, what: str) -> BundleSettings:
+    """Check settings that may come from anywhere.
+
+    Args:
+        value: parsed JSON.
+        what: where it is from, for the message.
+
+    Raises:
+        ConfigError: everything that is wrong, each with where, what was got and what is possible.
+    """
+    raise_all(problems_of(value, BundleSettings), ConfigError, f"{what}: not the settings of a bundle")
+    return BundleSettings.model_validate(value)
+
+
+def dump_settings(settings: BundleSettings) -> dict[str, Any]:
+    """The settings as JSON values, every default written out: the same settings give the same bytes."""
+    demo = settings.demo and settings.demo.model_dump(mode="json", exclude_unset=True)
+    return {**settings.model_dump(mode="json", exclude={"demo"}), "demo": demo}
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of settings.json, for editors."""
+    return BundleSettings.model_json_schema()
+
+
+def problems_of(value: Any, model: type[BaseModel], where: str = "") -> list[str]:
+    """One line for each value that ``model`` refuses; empty for none.
+
+    Args:
+        value: JSON values, safe or not.
+        model: ``RunSettings``, ``Places`` ...
+        where: id of ``value``, put before what is named.
+    """
+    found = [] if model is Places else unsafe(value)
+    if not found or (isinstance(value, dict) and not any(line.startswith(TOO_MUCH) for line in found)):
+        named = {line.partition(": ")[0] for line in found}
+        try:
+            model.model_validate(value)
+        except ValidationError as error:
+            found += [line for line in _problems(error, model) if line.partition(": ")[0] not in named]
+    return [f"{where}::{line}" if where else line for line in found]
+
+
+def _problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """Lines for a person: where, what was got, what is possible."""
+    lines = []
+    for detail in error.errors(include_url=False):
+        at, owner, field = _at(model, detail["loc"])
+        got = repr(detail["input"])
+        got = got if len(got) <= 80 else f"{got[:77]}..."
+        known = list(owner.model_fields) if owner else []
+        example = f"; for example {json.dumps(field.examples[0])}" if field is not None and field.examples else ""
+        if detail["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(at.rpartition("::")[2], known, n=1)
+            lines.append(
+                f"{at}: no such key" + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}")
+            )
+        elif detail["type"] == "missing":
+            lines.append(f"{at}: missing{example}")
+        elif detail["type"] == "value_error":
+            lines += [
+                line if "::" in line or not at else f"{at}: {line}" for line in str(detail["ctx"]["error"]).splitlines()
+            ]
+        elif detail["type"] == "string_pattern_mismatch":
+            lines.append(f"{at}: got {got}; that is no name or text of this kind{example}")
+        else:
+            message = detail["msg"].replace("Input should be", "expected").replace("'", '"')
+            lines.append(f"{at}: got {got}; {message}{example}")
+    return list(dict.fromkeys(lines))
+
+
+def _at(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None, Any]:
+    """Id of pydantic's location without the names of alternatives, the model it is a key of, and the field."""
+    parts: list[str] = []
+    owners: list[type[BaseModel]] = [model]
+    owner: type[BaseModel] | None = model
+    field = None
+    for part in loc:
+        named = [kind for kind in owners if isinstance(part, str) and _tag(kind) == part]
+        if named and len(owners) > 1:
+            owners = named
+            continue
+        if isinstance(part, int):
+            parts.append(str(part))
+            continue
+        owner = next((kind for kind in owners if part in kind.model_fields), owners[0] if owners else None)
+        field = owner.model_fields.get(part) if owner else None
+        if field is None and owner is None:
+            continue  # the name of an alternative that is no key: "str", "list[...]"
+        parts.append(part)
+        owners = list(_models(field.annotation)) if field is not None else []
+    return "::".join(parts), owner, field
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("name")
+    values = get_args(field.annotation) if field is not None else ()
+    return values[0] if len(values) == 1 else None
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) is not None:
+        for argument in get_args(annotation):
+            yield from _models(argument)
