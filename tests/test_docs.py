@@ -25,7 +25,7 @@ ELSEWHERE = {
     "samseg reproduce": "test_reproduce.py",
     "samseg demo": "test_demo_abdomen.py",
     "samseg export": "test_export.py",
-    "samseg lint": "test_lint.py",
+    "samseg lint": "test_check.py",
     "make ": "test_docs.py",
     "mlflow ui": "a server that does not end; test_tracking.py reads what it shows",
     "tensorboard ": "a server that does not end; test_tracking.py reads what it shows",

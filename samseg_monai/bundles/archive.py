@@ -7,6 +7,7 @@ end (format: PKWARE's APPNOTE 6.3.10, sections 4.3 to 4.5).
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -18,10 +19,13 @@ import zlib
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from samseg_monai.errors import BundleError, raise_all
+from samseg_monai.files import parse_json
 
+SUMS = "SHA256SUMS"
+TEXT_BYTES = 8 << 20  # no text of a bundle is longer
 MOST_MEMBERS = 1000
 LONGEST_NAME = 500  # characters of a path
 TOTAL_BYTES = 32 << 30  # several times a bundle with SAM's largest encoder
@@ -42,6 +46,7 @@ class BundleFiles:
 
     Attributes:
         place: where they are, for messages.
+        name: of the bundle's folder.
         sizes: bytes of each file by its path in the bundle, with ``/`` between the parts. What operating systems leave
             behind is not among them.
         problems: what is wrong with folder or ZIP as such, ``path: why``.
@@ -49,6 +54,7 @@ class BundleFiles:
 
     def __init__(self, place: Path) -> None:
         self.place = place
+        self.name = place.stem if place.suffix.lower() == ".zip" else place.absolute().name
         self.sizes: dict[str, int] = {}
         self.problems: list[str] = []
 
@@ -78,6 +84,40 @@ class BundleFiles:
         except DAMAGED as error:
             raise self._damaged(name, error) from error
         return target
+
+    def bring(self, name: str, folder: Path) -> Path:
+        """A file of the bundle below ``folder``, at its own path: copied from a ZIP, linked to from a folder."""
+        return self.copy(name, folder / name)
+
+    def json(self, name: str, fix: str = "get the bundle again") -> dict[str, Any]:
+        """Content of a JSON file that holds an object; nothing of it is evaluated."""
+        return parse_json(self.read(name, TEXT_BYTES), BundleError, f"{self.place}: {name}", fix)
+
+    def sha256(self, name: str) -> str:
+        """Hexadecimal sha256 of a file."""
+        digest = hashlib.sha256()
+        try:
+            with self.open(name) as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except DAMAGED as error:
+            raise self._damaged(name, error) from error
+        return digest.hexdigest()
+
+    def changed(self) -> list[str]:
+        """Files that are missing or are not the ones listed in ``SHA256SUMS``; nothing where a bundle has no sums."""
+        found = []
+        for name, expected in self.sums().items():
+            if name not in self.sizes:
+                found.append(f"{visible(name)}: missing")
+            elif self.sha256(name) != expected:
+                found.append(f"{name}: changed since it was packed")
+        return found
+
+    def sums(self) -> dict[str, str]:
+        """Expected sha256 of each file that ``SHA256SUMS`` lists; a line that is none of ``sha256sum`` never fits."""
+        lines = self.read(SUMS, TEXT_BYTES).decode("utf-8", "replace").splitlines() if SUMS in self.sizes else []
+        return {line[66:]: line[:64] for line in lines}
 
     def _damaged(self, name: str, error: BaseException) -> BundleError:
         return BundleError(f"{self.place}: {name}: cannot be read ({visible(str(error))}); get the bundle again")
@@ -122,6 +162,13 @@ class Folder(BundleFiles):
         """Open a file for reading."""
         return (self.place / name).open("rb")
 
+    def bring(self, name: str, folder: Path) -> Path:
+        """A link below ``folder`` to a file of the bundle: weights may be large."""
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to((self.place / name).resolve())
+        return target
+
 
 class Archive(BundleFiles):
     """A ZIP that holds one bundle's folder, or that folder within another one."""
@@ -149,6 +196,7 @@ class Archive(BundleFiles):
         if len(roots) != 1:
             raise BundleError(f"{self.place}: holds {len(roots)} bundles with a folder configs, expected one")
         root = roots.pop()
+        self.name = root.rstrip("/").rpartition("/")[2] or self.name
         self._members = {m.filename.removeprefix(root): m for m in files if m.filename.startswith(root)}
         self.sizes = {name: member.file_size for name, member in self._members.items()}
         outside = (m.filename for m in files if not m.filename.startswith(root))

@@ -101,7 +101,7 @@ def _evaluate(story: Story, what: str, configs: Path, run: dict[str, Any]) -> No
 def _pack_and_predict(story: Story, output: Path, run: Path, data: Path) -> None:
     """Pack the run, unpack the ZIP as its receiver would, and segment the unlabelled case."""
     from samseg_monai.bundles import pack_bundle
-    from samseg_monai.cli.bundle import predict
+    from samseg_monai.cli.predict import predict
 
     archive, unlabelled = output / f"{TASK}_segmentation_{LADDER}.zip", data / "unlabelled"
     story.step("pack", f"samseg bundle pack {run} --output {archive}")

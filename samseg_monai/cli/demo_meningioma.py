@@ -126,7 +126,7 @@ def _evaluate(story: Story, what: str, configs: Path, run: Path, shared: dict[st
 def _pack_and_predict(story: Story, output: Path, run: Path, data: Path, seed: int, weights: str | None) -> None:
     """Pack the run, unpack the ZIP as its receiver would, and segment the unlabelled case with boxes from a person."""
     from samseg_monai.bundles import pack_bundle
-    from samseg_monai.cli.bundle import predict
+    from samseg_monai.cli.predict import predict
 
     archive = output / f"{TASK}_segmentation_lora.zip"
     given = "" if weights is None else f" --sam-checkpoint {weights}"
