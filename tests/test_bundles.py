@@ -3,6 +3,8 @@
 import filecmp
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -165,6 +167,75 @@ def test_a_misspelt_override_is_refused_by_name(bundle, config, key, value, name
         run_workflow(configs, {"dataset_dir": data, "output_dir": str(tmp_path), key: value})
     assert named in str(caught.value)
     assert not list(tmp_path.iterdir()), "nothing may have been written before the refusal"
+
+
+WRONG = {
+    "image_size": "512", "batch_size": 0, "epochs": 2.5, "prompt::source": "labels", "strategy::rank": "four",
+    "strategy::targets": ["w"], "slices::picker": {"_target_": "samseg_monai.data.slices.EveryNth", "n": 0},
+    "loss::dice": -1, "augmentation": 3, "train::optimizer::weight_decay": "x", "crop_size": [64], "scans": [],
+    "device": "cuda:7", "datalist": "~/mine.json", "classes": ["tumour", "oedema"],
+}  # fmt: skip
+
+
+def test_every_wrong_override_is_told_at_once_before_anything_is_written(phantoms, tmp_path):
+    configs = [root_of(LORA) / "configs" / "train.json"]
+    with pytest.raises(ConfigError) as caught:
+        run_workflow(configs, {"dataset_dir": str(phantoms), "output_dir": str(tmp_path), **WRONG})
+    text = str(caught.value)
+    named = {key: key for key in WRONG} | {"train::optimizer::weight_decay": "optimizer::weight_decay"}
+    assert [key for key, name in named.items() if f"- {name}" not in text] == [], text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [(20241126, "write ./20241126"), ("~/runs", "only known to shells"), ("runs/#3", "use another name")],
+)
+def test_places_that_would_be_taken_for_something_else_are_refused(place, said, phantoms, tmp_path):
+    workflow = create_workflow(
+        workflow_type="train",
+        config_file=files_of(LORA, "train"),
+        dataset_dir=str(phantoms),
+        output_dir=place,
+    )
+    with pytest.raises((ConfigError, RuntimeError)) as caught:
+        workflow.run()
+    error = caught.value
+    while not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    assert "output_dir" in str(error) and said in str(error)
+
+
+def test_evaluate_alone_stops_with_the_line_to_type(phantoms, tmp_path):
+    folder = ROOT / LORA / "configs"
+    words = [
+        "--config_file",
+        str(folder / "evaluate.json"),
+        "--dataset_dir",
+        str(phantoms),
+        "--output_dir",
+        str(tmp_path),
+    ]
+    command = [sys.executable, "-m", "monai.bundle", "run", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+    assert "inference.json','" in done.stderr and "evaluate.json']\"" in done.stderr
+
+
+def test_prompts_of_a_training_are_those_of_its_prediction(phantoms, tmp_path):
+    overrides = {**TINY, "dataset_dir": str(phantoms), "output_dir": str(tmp_path), "strategy::rank": 2, "epochs": 1}
+    overrides |= {"prompt::source": "none", "strategy::decoder": True}
+    run_workflow([root_of(LORA) / "configs" / "train.json"], overrides)
+    record = tmp_path / "bundle"
+    assert read_json(record / "configs" / "inference.json")["prompt"]["source"] == "none"
+    metadata, page = read_json(record / "configs" / "metadata.json"), (record / "docs" / "README.md").read_text()
+    assert "without prompts" in metadata["task"] and "rank 2" in metadata["description"] and "rank 2" in page
+    assert "the mask decoder learns, too" in page and "tiny" in page and "64 in" not in metadata["description"]
+    assert read_json(record / "configs" / "settings.json")["run"]["sam_variant"] == "tiny"
+    (record / "configs" / "metadata.json").write_text(json.dumps(metadata | {"network_data_format": {}}))
+    run_workflow([root_of(LORA) / "configs" / "evaluate.json"], overrides)
+    with pytest.raises(BundleError, match=r"metadata.json: channels are"):
+        bundles.pack_bundle(tmp_path, tmp_path / "x.zip", sam_checkpoint="random")
 
 
 def test_a_component_given_whole_is_no_typo():

@@ -9,6 +9,7 @@ from samseg_monai.bundles.running import (
     extra_inputs,
     find_checkpoint,
     guard,
+    in_order,
     join_processes,
     rank_device,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "facts",
     "find_checkpoint",
     "guard",
+    "in_order",
     "join_processes",
     "load_bundle",
     "pack_bundle",

@@ -277,7 +277,7 @@ def _values(settings: BundleSettings) -> dict[str, Any]:
         "sam": settings.has_sam,
         "images": task.kind == "images",
         "several": several,
-        "boxes": settings.takes_boxes,
+        "boxes": settings.has_sam or settings.takes_boxes,  # low_res_training may be switched off again
         "embeddings": settings.has_sam and settings.frozen_encoder,
         "stored": run.store_size is not None or ladder,
         "ladder": ladder,

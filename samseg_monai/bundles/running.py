@@ -86,6 +86,12 @@ def extra_inputs(**wanted: Any) -> dict[str, str]:
     return {name: name for name, value in wanted.items() if value}
 
 
+def in_order(named: dict[str, Any], *more: Any) -> list[Any]:
+    """Handlers by name, then further ones; a handler that is switched off is left out."""
+    rest = [handler for group in more for handler in (group.values() if isinstance(group, dict) else group)]
+    return [handler for handler in (*named.values(), *rest) if handler is not None]
+
+
 def rank_device() -> torch.device:
     """Return the device of this process of a ``torchrun`` launch: its own GPU, or the CPU where there is none."""
     if not torch.cuda.is_available():
