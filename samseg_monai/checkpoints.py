@@ -192,10 +192,7 @@ def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file, though {CARD} is there; get both files again")
     if hash_file(path) != card.get("adapter_sha256"):
         raise CheckpointError(f"{path}: not the file that {CARD} describes (sha256 differs); get both files again")
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); get the file again") from error
+    state = _read_safe(path)
     mine = network.state_dict()
     expected = {name: mine[name] for name in network.owned}
     raise_all(tensor_differences(state, expected), CheckpointError, f"{path}: does not fit this network")
@@ -204,10 +201,12 @@ def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
 
 
 def save_model(network: nn.Module, path: StrPath) -> Path:
-    """Write the bare, full state dict (plain CPU tensors), readable with ``weights_only=True``."""
+    """Write the bare, full state dict (plain CPU tensors): safetensors, or for another suffix what ``torch.load`` reads
+    with ``weights_only=True``."""
     path = Path(path)
-    state = {name: tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
-    write_whole(path, lambda temporary: torch.save(state, temporary))
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
+    safe = path.suffix == ".safetensors"
+    write_whole(path, lambda to: save_file(state, to, metadata={"format": "pt"}) if safe else torch.save(state, to))
     return path
 
 
@@ -221,7 +220,22 @@ def load_model(network: nn.Module, path: StrPath) -> None:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; train first, or give the model.pt of a run or bundle")
+        raise CheckpointError(f"{path}: no such file; train first, or give the model of a run or bundle")
+    state = _read_safe(path) if path.suffix == ".safetensors" else _read_pickled(path)
+    raise_all(tensor_differences(state, network.state_dict()), CheckpointError, f"{path}: does not fit this network")
+    network.load_state_dict(state)
+    if isinstance(network, (SamSegmenter, PlainSegmenter)):
+        network.base_sha256, network.base_file = sha256_of(path), path.name
+
+
+def _read_safe(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); get the file again") from error
+
+
+def _read_pickled(path: Path) -> dict[str, Tensor]:
     if not zipfile.is_zipfile(path):  # what torch.save writes; the table of contents is at its end
         raise CheckpointError(
             f"{path}: cannot be read as a model ({path.stat().st_size:,} bytes, not or not wholly "
@@ -237,11 +251,7 @@ def load_model(network: nn.Module, path: StrPath) -> None:
         raise CheckpointError(f"{path}: cannot be read as a model ({error}); get the file again") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: not a bare state dict of tensors; write it with save_model")
-    differences = tensor_differences(state, network.state_dict())
-    raise_all(differences, CheckpointError, f"{path}: does not fit this network")
-    network.load_state_dict(state)
-    if isinstance(network, (SamSegmenter, PlainSegmenter)):
-        network.base_sha256, network.base_file = sha256_of(path), path.name
+    return state
 
 
 def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_checkpoint: StrPath | None = None) -> str:
@@ -262,7 +272,7 @@ def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_che
             # base weights with an untrained adapter score like zero-shot, and nobody would notice
             raise CheckpointError(
                 f"nothing trained was found for {type(network.strategy).__name__}: no {TENSORS} in output_dir and no "
-                "models/model.pt in the bundle; train first, or set checkpoint"
+                "models/model.safetensors or model.pt in the bundle; train first, or set checkpoint"
             )
         network.load_base(sam_checkpoint)
         return f"SAM {network.spec.name} base weights only (zero-shot)"

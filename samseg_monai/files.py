@@ -66,6 +66,19 @@ def read_json(path: StrPath, error: type[SamsegError], what: str, fix: str = "ge
         ``error``: the file is absent or unreadable, is not JSON, holds no object, or has a key twice (one of its two
             values would be lost without a word).
     """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as problem:
+        raise error(f"{what} {path}: cannot be read ({problem.strerror}); {fix}") from problem
+    except ValueError as problem:
+        raise error(f"{what} {path}: is not JSON ({problem}); {fix}") from problem
+    return parse_json(text, error, f"{what} {path}", fix)
+
+
+def parse_json(
+    text: str | bytes, error: type[SamsegError], what: str, fix: str = "get the file again"
+) -> dict[str, Any]:
+    """The JSON object that a text holds; see ``read_json``."""
     twice: list[str] = []
 
     def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -74,14 +87,12 @@ def read_json(path: StrPath, error: type[SamsegError], what: str, fix: str = "ge
         return dict(pairs)
 
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=collect)
-    except OSError as problem:
-        raise error(f"{what} {path}: cannot be read ({problem.strerror}); {fix}") from problem
+        value = json.loads(text, object_pairs_hook=collect)
     except (ValueError, RecursionError) as problem:
-        raise error(f"{what} {path}: is not JSON ({problem}); {fix}") from problem
-    raise_all(twice, error, f"{what} {path}: keys given twice; keep one of each")
+        raise error(f"{what}: is not JSON ({problem}); {fix}") from problem
+    raise_all(twice, error, f"{what}: keys given twice; keep one of each")
     if not isinstance(value, dict):
-        raise error(f"{what} {path}: expected a JSON object, got a {type(value).__name__}; {fix}")
+        raise error(f"{what}: expected a JSON object, got a {type(value).__name__}; {fix}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Hostile configs for tests/test_lint.py: each is a clean bundle with one change, and the rule that must catch it."""
+"""Hostile configs for tests/test_check.py and test_door.py: each is a clean bundle with one change."""
 
 import json
 from collections.abc import Callable
@@ -13,31 +13,29 @@ class Case:
 
     Args:
         name: what is hostile about it.
-        rule: of every finding that there must be.
         change: makes the clean bundle (a folder, or a ZIP for ``ARCHIVES``) hostile.
         value: of a new key in a config, where that is all there is to the case.
     """
 
     name: str
-    rule: str
     change: Callable[[Path], Any]
     value: Any = None
 
 
-def with_value(name: str, rule: str, value: Any) -> Case:
-    return Case(name, rule, lambda root: add_keys(root, {"evil": value}), value)
+def with_value(name: str, value: Any) -> Case:
+    return Case(name, lambda root: add_keys(root, {"evil": value}), value)
 
 
-def with_keys(name: str, rule: str, keys: dict[str, Any], file: str = "configs/inference.json") -> Case:
-    return Case(name, rule, lambda root: add_keys(root, keys, file))
+def with_keys(name: str, keys: dict[str, Any], file: str = "configs/inference.json") -> Case:
+    return Case(name, lambda root: add_keys(root, keys, file))
 
 
-def with_file(name: str, rule: str, file: str, content: str | bytes) -> Case:
+def with_file(name: str, file: str, content: str | bytes) -> Case:
     def change(root: Path) -> None:
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_bytes(content.encode() if isinstance(content, str) else content)
 
-    return Case(name, rule, change)
+    return Case(name, change)
 
 
 def add_keys(root: Path, keys: dict[str, Any], file: str = "configs/inference.json") -> None:
@@ -60,7 +58,7 @@ def replace(file: str, old: str, new: str) -> Callable[[Path], None]:
 
 
 TARGETS = [
-    with_value(f"target: {name}", "target", {"_target_": target})
+    with_value(f"target: {name}", {"_target_": target})
     for name, target in {
         "a foreign package": "subprocess.Popen",
         "a builtin": "eval",
@@ -112,55 +110,55 @@ TARGETS = [
     }.items()
     if target not in ("$'os.' + 'system'",)
 ] + [
-    with_value("target: in a list in a dictionary", "target", {"a": [{"b": {"_target_": "os.system"}}]}),
-    with_value("target: switched off", "target", {"_target_": "os.system", "_disabled_": True}),
-    with_value("target: put together", "target", {"_target_": "$'os.' + 'system'", "command": "id"}),
-    with_keys("target: as an override", "target", {"network_def::_target_": "os.system"}),
-    with_keys("target: with the old separator", "target", {"network_def#_target_": "os.system"}),
-    with_keys("target: merged", "target", {"+network_def": {"_target_": "os.system"}}),
-    with_keys("target: merged override", "target", {"+postprocessing::transforms::0::_target_": "os.system"}),
-    with_keys("target: in an overlay", "target", {"train::optimizer::_target_": "os.system"}, "configs/demo.json"),
-    with_keys("target: in the metadata", "target", {"extra": {"_target_": "os.system"}}, "configs/metadata.json"),
-    with_keys("target: in the card", "target", {"extra": {"_target_": "os.system"}}, "models/card.json"),
-    with_file("target: JSON in capitals", "target", "docs/EVIL.JSON", '{"_target_": "os.system"}'),
+    with_value("target: in a list in a dictionary", {"a": [{"b": {"_target_": "os.system"}}]}),
+    with_value("target: switched off", {"_target_": "os.system", "_disabled_": True}),
+    with_value("target: put together", {"_target_": "$'os.' + 'system'", "command": "id"}),
+    with_keys("target: as an override", {"network_def::_target_": "os.system"}),
+    with_keys("target: with the old separator", {"network_def#_target_": "os.system"}),
+    with_keys("target: merged", {"+network_def": {"_target_": "os.system"}}),
+    with_keys("target: merged override", {"+postprocessing::transforms::0::_target_": "os.system"}),
+    with_keys("target: in an overlay", {"train::optimizer::_target_": "os.system"}, "configs/demo.json"),
+    with_keys("target: in the metadata", {"extra": {"_target_": "os.system"}}, "configs/metadata.json"),
+    with_keys("target: in the card", {"extra": {"_target_": "os.system"}}, "models/card.json"),
+    with_file("target: JSON in capitals", "docs/EVIL.JSON", '{"_target_": "os.system"}'),
 ]
 
 ARGUMENTS = [
     with_value(
-        "argument: reader by name", "argument", {"_target_": "LoadImaged", "keys": "image", "reader": "os.system"}
+        "argument: reader by name", {"_target_": "LoadImaged", "keys": "image", "reader": "os.system"}
     ),
     with_value(
-        "argument: reader of pickles", "argument", {"_target_": "LoadImageD", "keys": "i", "reader": "NumpyReader"}
+        "argument: reader of pickles", {"_target_": "LoadImageD", "keys": "i", "reader": "NumpyReader"}
     ),
-    with_value("argument: one of the readers", "argument", {"_target_": "LoadImage", "reader": ["ITKReader", "a.b"]}),
-    with_value("argument: reader by reference", "argument", {"_target_": "LoadImage", "reader": "@scan_mode"}),
-    with_value("argument: writer by name", "argument", {"_target_": "SaveImaged", "keys": "pred", "writer": "pdb.run"}),
-    with_value("argument: pickles in arrays", "argument", {"_target_": "LoadImage", "allow_pickle": True}),
-    with_value("argument: pickles", "argument", {"_target_": "Identity", "weights_only": False}),
-    with_value("argument: debugger", "argument", {"_target_": "Identityd", "keys": "image", "_mode_": "debug"}),
-    with_value("argument: mode by expression", "argument", {"_target_": "Identity", "_mode_": "$'debug'"}),
-    with_value("argument: breakpoint", "argument", {"_target_": "Identityd", "keys": "image", "_debug_": True}),
-    with_value("argument: download", "argument", {"_target_": "monai.networks.nets.DenseNet", "pretrained": True}),
-    with_value("argument: weights", "argument", {"_target_": "torchvision.models.resnet18", "weights": "DEFAULT"}),
-    with_value("argument: weights by truth", "argument", {"_target_": "torchvision.models.swin_t", "weights": True}),
-    with_keys("argument: weights as an override", "argument", {
+    with_value("argument: one of the readers", {"_target_": "LoadImage", "reader": ["ITKReader", "a.b"]}),
+    with_value("argument: reader by reference", {"_target_": "LoadImage", "reader": "@scan_mode"}),
+    with_value("argument: writer by name", {"_target_": "SaveImaged", "keys": "pred", "writer": "pdb.run"}),
+    with_value("argument: pickles in arrays", {"_target_": "LoadImage", "allow_pickle": True}),
+    with_value("argument: pickles", {"_target_": "Identity", "weights_only": False}),
+    with_value("argument: debugger", {"_target_": "Identityd", "keys": "image", "_mode_": "debug"}),
+    with_value("argument: mode by expression", {"_target_": "Identity", "_mode_": "$'debug'"}),
+    with_value("argument: breakpoint", {"_target_": "Identityd", "keys": "image", "_debug_": True}),
+    with_value("argument: download", {"_target_": "monai.networks.nets.DenseNet", "pretrained": True}),
+    with_value("argument: weights", {"_target_": "torchvision.models.resnet18", "weights": "DEFAULT"}),
+    with_value("argument: weights by truth", {"_target_": "torchvision.models.swin_t", "weights": True}),
+    with_keys("argument: weights as an override", {
         "evil": {"_target_": "torchvision.models.resnet18"}, "evil::weights": [1]}),
-    with_value("argument: class that imports what a text names", "argument", {
+    with_value("argument: class that imports what a text names", {
         "_target_": "Dataset", "data": ["os.system"],
         "transform": {"_target_": "LoadImage", "_mode_": "callable", "command": "id"}}),
-    with_value("argument: file of a shell", "argument", {
+    with_value("argument: file of a shell", {
         "_target_": "samseg_monai.handlers.RunCard", "output_dir": "a", "settings": {}, "filename": ".bashrc"}),
-    with_value("argument: file by reference", "argument", {
+    with_value("argument: file by reference", {
         "_target_": "CheckpointSaver", "save_dir": "a", "save_dict": {}, "final_filename": "@scan_mode"}),
-    with_value("argument: beside the results", "argument", {
+    with_value("argument: beside the results", {
         "_target_": "SaveImaged", "keys": "pred", "data_root_dir": "a/b"}),
-    with_file("argument: another logging.conf", "argument", "configs/args.json", '{"logging_file": "docs/a.txt"}'),
-    with_value("argument: compiler", "argument", {"_target_": "SupervisedTrainer", "compile_kwargs": {"backend": "x"}}),
-    with_keys("argument: as an override", "argument", {"preprocessing::transforms::0::reader": "os.system"}),
+    with_file("argument: another logging.conf", "configs/args.json", '{"logging_file": "docs/a.txt"}'),
+    with_value("argument: compiler", {"_target_": "SupervisedTrainer", "compile_kwargs": {"backend": "x"}}),
+    with_keys("argument: as an override", {"preprocessing::transforms::0::reader": "os.system"}),
 ]  # fmt: skip
 
 EXPRESSIONS = [
-    with_value(f"expression: {name}", "expression", f"${source}")
+    with_value(f"expression: {name}", f"${source}")
     for name, source in {
         "call of a builtin": "exec('1')",
         "open": "open('x', 'w')",
@@ -208,20 +206,16 @@ EXPRESSIONS = [
         "await": "await @network",
     }.items()
 ] + [
-    with_value("expression: within an allowed call", "expression", "$len(exec('1'))"),
-    with_value(
-        "expression: in a lambda", "expression", {"_target_": "Lambdad", "keys": "a", "func": "$lambda x: eval(x)"}
-    ),
-    with_value(
-        "expression: as a description", "expression", {"_target_": "Identityd", "keys": "a", "_desc_": "$exec('1')"}
-    ),
-    with_value("expression: as a requirement", "expression", {"_target_": "Identity", "_requires_": ["$exec('1')"]}),
-    with_keys("expression: in the metadata", "expression", {"extra": "$exec('1')"}, "configs/metadata.json"),
-    with_keys("expression: as the device", "expression", {"device": "$torch.os.system('id')"}),
+    with_value("expression: within an allowed call", "$len(exec('1'))"),
+    with_value("expression: in a lambda", {"_target_": "Lambdad", "keys": "a", "func": "$lambda x: eval(x)"}),
+    with_value("expression: as a description", {"_target_": "Identityd", "keys": "a", "_desc_": "$exec('1')"}),
+    with_value("expression: as a requirement", {"_target_": "Identity", "_requires_": ["$exec('1')"]}),
+    with_keys("expression: in the metadata", {"extra": "$exec('1')"}, "configs/metadata.json"),
+    with_keys("expression: as the device", {"device": "$torch.os.system('id')"}),
 ]
 
 IMPORTS = [
-    with_value(f"import: {name}", "import", [f"${source}"])
+    with_value(f"import: {name}", [f"${source}"])
     for name, source in {
         "a module of the standard library": "import os",
         "within a module": "import torch.serialization as s",
@@ -238,29 +232,28 @@ IMPORTS = [
 ] + [
     with_keys(
         "import: second meaning of a name",
-        "import",
         {"imports": ["$import numpy as n", "$import torch as n"]},
         "configs/demo.json",
     ),
-    with_file("import: nothing else in a file", "import", "configs/x.json", '"$import numpy as n"'),
-    with_keys("import: in the metadata", "import", {"extra": ["$import os"]}, "configs/metadata.json"),
+    with_file("import: nothing else in a file", "configs/x.json", '"$import numpy as n"'),
+    with_keys("import: in the metadata", {"extra": ["$import os"]}, "configs/metadata.json"),
 ]
 
 REFERENCES = [
-    with_value("reference: an imported module", "reference", "$@imports::1.type"),
-    with_value("reference: an imported module whole", "reference", "@imports::0"),
-    with_value("reference: with the old separator", "reference", "@imports#0"),
-    with_value("reference: all imports", "reference", "$len(@imports)"),
-    with_value("reference: imports within", "reference", "@_meta_::imports::0"),
-    with_value("reference: the whole config", "reference", "$@['imports']"),
-    with_value("reference: relative", "reference", {"a,@b": {"y": 1, "x": ["@::y"]}}),
-    with_value("macro: another file", "macro", "%other.json::key"),
-    with_value("macro: this file", "macro", {"reader": None, "x": "%scan_mode"}),
-    with_value("macro: as a target", "target", {"_target_": 3}),
+    with_value("reference: an imported module", "$@imports::1.type"),
+    with_value("reference: an imported module whole", "@imports::0"),
+    with_value("reference: with the old separator", "@imports#0"),
+    with_value("reference: all imports", "$len(@imports)"),
+    with_value("reference: imports within", "@_meta_::imports::0"),
+    with_value("reference: the whole config", "$@['imports']"),
+    with_value("reference: relative", {"a,@b": {"y": 1, "x": ["@::y"]}}),
+    with_value("macro: another file", "%other.json::key"),
+    with_value("macro: this file", {"reader": None, "x": "%scan_mode"}),
+    with_value("macro: as a target", {"_target_": 3}),
 ]
 
 PATHS = [
-    with_value(f"path: {name}", "path", text)
+    with_value(f"path: {name}", text)
     for name, text in {
         "absolute": "/etc/passwd",
         "home": "~/.ssh/id_rsa",
@@ -304,33 +297,31 @@ PATHS = [
         "by the keys of a dictionary": "$[key + './x' for key in {'.': 1}]",
     }.items()
 ] + [
-    with_keys("path: behind an empty key", "path", {"nought": "", "evil": "$@nought + '/etc/passwd'"}),
-    with_keys("path: behind an item", "path", {"many": ["a", "."], "evil": "$@many[1] + './x'"}),
-    with_keys("path: behind keys of keys", "path", {"a0": "$@a1", "a1": "@a2", "a2": ".", "evil": "$@a0 + @a0"}),
-    with_keys("path: behind an item that is merged", "path", {
+    with_keys("path: behind an empty key", {"nought": "", "evil": "$@nought + '/etc/passwd'"}),
+    with_keys("path: behind an item", {"many": ["a", "."], "evil": "$@many[1] + './x'"}),
+    with_keys("path: behind keys of keys", {"a0": "$@a1", "a1": "@a2", "a2": ".", "evil": "$@a0 + @a0"}),
+    with_keys("path: behind an item that is merged", {
         "many": ["a"], "+many": ["."], "evil": "$@many::1 + './x'"}),
-    with_keys("path: behind items of items", "path", {"many": [["."]], "evil": "$[x[0] + './x' for x in @many]"}),
-    with_keys("path: in a key", "path", {"many": {"/etc/passwd": 1}, "evil": "$list(@many)[0]"}),
-    with_file("path: in a datalist among results", "path", "eval/x.json", '{"name": "/etc"}'),
-    with_keys("path: a thousandfold text", "path", {
+    with_keys("path: behind items of items", {"many": [["."]], "evil": "$[x[0] + './x' for x in @many]"}),
+    with_keys("path: in a key", {"many": {"/etc/passwd": 1}, "evil": "$list(@many)[0]"}),
+    with_keys("path: a thousandfold text", {
         "t0": "x" * 64, **{f"t{i}": "$" + " + ".join([f"@t{i - 1}"] * 60) for i in range(1, 5)}}),
-    with_keys("path: schema of the metadata", "path", {"schema": "https://a.org/s.json"}, "configs/metadata.json"),
+    with_keys("path: schema of the metadata", {"schema": "https://a.org/s.json"}, "configs/metadata.json"),
 ]  # fmt: skip
 
 KEYS = [
-    with_value("key: double underscores", "key", {"_target_": "Identity", "__class__": 1}),
-    Case("key: given twice", "key", replace("configs/demo.json", "{", '{"epochs": 1,')),
+    with_value("key: double underscores", {"_target_": "Identity", "__class__": 1}),
+    Case("key: given twice", replace("configs/demo.json", "{", '{"epochs": 1,')),
     Case(
         "key: hidden target",
-        "target",
         lambda root: (root / "configs" / "x.json").write_text('{"_target_": "os.system"}'),
     ),
-    with_value("format: double underscores", "format", "{0.__class__.__init__.__globals__}"),
-    with_file("config: broken", "config", "configs/broken.json", '{"a": '),
-    with_file("config: another encoding", "config", "configs/latin.json", b'{"a": "\xe9"}'),
-    with_file("config: byte order mark", "config", "configs/bom.json", b'\xef\xbb\xbf{"a": 1}'),
-    with_file("config: nested too deep", "config", "configs/deep.json", "[" * 100_000 + "]" * 100_000),
-    with_file("config: too long", "config", "configs/long.json", "[" + "1," * (5 << 20) + "1]"),
+    with_value("format: double underscores", "{0.__class__.__init__.__globals__}"),
+    with_file("config: broken", "configs/broken.json", '{"a": '),
+    with_file("config: another encoding", "configs/latin.json", b'{"a": "\xe9"}'),
+    with_file("config: byte order mark", "configs/bom.json", b'\xef\xbb\xbf{"a": 1}'),
+    with_file("config: nested too deep", "configs/deep.json", "[" * 100_000 + "]" * 100_000),
+    with_file("config: too long", "configs/long.json", "[" + "1," * (5 << 20) + "1]"),
 ]
 
 CONFIGS = TARGETS + ARGUMENTS + EXPRESSIONS + IMPORTS + REFERENCES + PATHS + KEYS

@@ -1,14 +1,12 @@
-"""Hostile files and archives for tests/test_lint.py: a clean bundle, one change, and the rule that must catch it."""
+"""Hostile files for tests/test_check.py and test_door.py: a clean bundle with one change. ZIPs: test_archive.py."""
 
 import io
 import os
 import pickle
-import stat
 import struct
 import warnings
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ def safetensors(table: str) -> bytes:
 
 
 FILES = [
-    with_file(f"file: {name}", "file", file, content)
+    with_file(f"file: {name}", file, content)
     for name, (file, content) in {
         "a Python file": ("scripts/__init__.py", ""),
         "a Python file among results": ("eval/run.py", ""),
@@ -114,7 +112,7 @@ def scripted() -> bytes:
 
 
 PICKLES = [
-    with_file(f"pickle: {name}", "pickle", file, content)
+    with_file(f"pickle: {name}", file, content)
     for name, (file, content) in {
         "a call": ("models/model.pt", torch_file({"a": torch.ones(1), "b": _Call(os.system, "id")})),
         "a call in protocol 4": ("models/model.pt", rewritten(
@@ -142,7 +140,7 @@ PICKLES = [
 
 LOGGING, LARGE = "configs/logging.conf", "large_files.yml"
 DOCUMENTS = [
-    Case(f"logging: {name}", "logging", replace(LOGGING, old, new))
+    Case(f"logging: {name}", replace(LOGGING, old, new))
     for name, (old, new) in {
         "call in the arguments": ("(sys.stderr,)", "(__import__('os').system('id'),)"),
         "an attribute of os": ("(sys.stderr,)", "(os.environ,)"),
@@ -158,7 +156,7 @@ DOCUMENTS = [
         "no INI file": ("[loggers]", "loggers"),
     }.items()
 ] + [
-    Case(f"download: {name}", "download", replace(LARGE, old, new))
+    Case(f"download: {name}", replace(LARGE, old, new))
     for name, (old, new) in {
         "elsewhere": ("dl.fbaipublicfiles.com", "example.org"),
         "elsewhere behind a user": ("dl.fbaipublicfiles.com", "dl.fbaipublicfiles.com@example.org"),
@@ -175,71 +173,10 @@ DOCUMENTS = [
 BUNDLES = CONFIGS + FILES + PICKLES + DOCUMENTS
 
 
-def _member(name: str, content: bytes = b"", **attributes: Any) -> Callable[[Path], None]:
-    def change(archive: Path) -> None:
-        with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as content_of, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a member given twice is meant
-            info = zipfile.ZipInfo(name)
-            info.compress_type = zipfile.ZIP_DEFLATED
-            for attribute, value in attributes.items():
-                setattr(info, attribute, value)
-            content_of.writestr(info, content)
-
-    return change
-
-
-def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    return lambda archive: archive.write_bytes(change(archive.read_bytes()))
-
-
-def _comment(archive: Path) -> None:
-    with zipfile.ZipFile(archive, "a") as content:
-        content.comment = b"hello"
-
-
-def _declared(archive: Path) -> None:
-    """Say in the table of contents that a member is smaller than it is."""
-    data = bytearray(archive.read_bytes())
-    start = data.find(b"PK\x01\x02")
-    while data[start + 46 : start + 46 + struct.unpack_from("<H", data, start + 28)[0]] != f"{NAME}/LICENSE".encode():
-        start = data.find(b"PK\x01\x02", start + 4)
-    size = struct.unpack_from("<I", data, start + 24)[0]
-    struct.pack_into("<I", data, start + 24, size - 10)
-    archive.write_bytes(data)
-
-
-def _local_name(data: bytes) -> bytes:
-    """Another name before the data than in the table of contents."""
-    name = f"{NAME}/name.txt".encode()
-    at = data.find(name)
-    return data[:at] + name.replace(b".txt", b".sh!") + data[at + len(name) :]
-
-
-ARCHIVES = [
-    Case("zip: absolute path", "zip", _member("/etc/cron.d/x.md")),
-    Case("zip: parent folder", "zip", _member(f"{NAME}/docs/../../x.md")),
-    Case("zip: drive", "zip", _member(f"C:{NAME}/x.md")),
-    Case("zip: member given twice", "zip", _member(f"{NAME}/LICENSE", b"other")),
-    Case("zip: member given twice in other letters", "zip", _member(f"{NAME}/docs/readme.md", b"other")),
-    Case("zip: file that is a folder", "zip", _member(f"{NAME}/docs/README.md/x.md", b"other")),
-    Case("zip: bomb", "zip", _member(f"{NAME}/docs/zeros.csv", bytes(20 << 20))),
-    Case("zip: bytes before it", "zip", _bytes(lambda data: b"#!/bin/sh\n" + data)),
-    Case("zip: bytes behind it", "zip", _bytes(lambda data: data + b"\0" * 9)),
-    Case("zip: comment", "zip", _comment),
-    Case(
-        "link: in an archive", "link", _member(f"{NAME}/docs/x.md", b"/etc", external_attr=(stat.S_IFLNK | 0o777) << 16)
-    ),
-    Case("file: beside the bundle", "file", _member("setup.md", b"hello")),
-    Case("file: code beside the bundle", "file", _member("sitecustomize.py", b"")),
-    Case("file: damaged member", "file", _declared),
-    Case("file: another name before the data", "file", _bytes(_local_name)),
-    Case("target: in an archive", "target", _member(f"{NAME}/configs/x.json", b'{"_target_": "os.system"}')),
-]
-
 SUMS = [
-    Case("sums: changed", "sums", lambda root: extend(root, "LICENSE", " ")),
-    Case("sums: missing", "sums", lambda root: (root / "LICENSE").unlink()),
-    Case("sums: added", "sums", lambda root: (root / "docs" / "more.md").write_text("more")),
-    Case("sums: no line of it", "sums", lambda root: extend(root, "SHA256SUMS", "hello\n")),
-    Case("sums: out of the bundle", "sums", lambda root: extend(root, "SHA256SUMS", f"{'0' * 64}  ../../etc/passwd\n")),
+    Case("sums: changed", lambda root: extend(root, "LICENSE", " ")),
+    Case("sums: missing", lambda root: (root / "LICENSE").unlink()),
+    Case("sums: added", lambda root: (root / "docs" / "more.md").write_text("more")),
+    Case("sums: no line of it", lambda root: extend(root, "SHA256SUMS", "hello\n")),
+    Case("sums: out of the bundle", lambda root: extend(root, "SHA256SUMS", f"{'0' * 64}  ../../etc/passwd\n")),
 ]

@@ -27,7 +27,7 @@ ELSEWHERE = {
     "samseg reproduce": "test_reproduce.py",
     "samseg demo": "test_demo_abdomen.py",
     "samseg export": "test_export.py",
-    "samseg lint": "test_lint.py",
+    "samseg lint": "test_check.py",
     "samseg info": "test_face.py",
     "samseg --version": "test_face.py",
     "samseg --help": "test_face.py",

@@ -21,7 +21,8 @@ from segment_anything.modeling import TwoWayTransformer
 from torch import nn
 
 from samseg_monai import cli
-from samseg_monai.bundles import build_bundle
+from samseg_monai.bundles import write_bundle
+from samseg_monai.bundles.build import compose
 from samseg_monai.checkpoints import save_adapter, save_model
 from samseg_monai.errors import BundleError, ConfigError
 from samseg_monai.export import (
@@ -42,6 +43,7 @@ from samseg_monai.networks import PlainSegmenter, SamSegmenter
 from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.spec import SPECS
 from samseg_monai.sam.weights import find_weights, load_sam_weights, read_state, sha256_of
+from samseg_monai.settings import dump_settings, merged, read_settings
 from samseg_monai.strategies import Ladder, LoRA
 from tests.reference_sam import reference_sam
 from tests.test_docs import commands
@@ -70,16 +72,13 @@ def lively(network):
     return network.eval()
 
 
-def make_run(where, task, kind, base, **changes):
+def make_run(where, what, how, base, **changes):
     """Write ``output_dir`` of a training on the smallest SAM, as far as an export looks at it; return its network."""
-    root = build_bundle(task, kind, where.parent / "built")
-    path = root / "configs" / "inference.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**config, **TINY, **changes}))
-    shutil.copytree(root, where / "bundle")
-    (where / "bundle" / "name.txt").write_text(root.name)
+    value = merged(dump_settings(compose(what, how)), {**changes, "run": {**TINY, **changes.get("run", {})}})
+    root = write_bundle(read_settings({**value, "demo": None}, "test"), where / "bundle")
+    (root / "name.txt").write_text(value["name"])
     parser = ConfigParser()
-    parser.read_config(str(path))
+    parser.read_config(str(root / "configs" / "inference.json"))
     network = parser.get_parsed_content("network_def")
     network.load_base(base, start=False)
     with torch.no_grad():
@@ -109,12 +108,13 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
     torch.save(lively(build_sam("tiny")).state_dict(), folder / BASE)
-    lora = {"_target_": "samseg_monai.strategies.LoRA", "rank": 2, "decoder": True}
+    lora = {"method": {"rank": 2, "decoder": True}}
+    organs = {"classes": ORGANS, "text": f"Segments {', '.join(ORGANS)}.", "mirrored_classes": None}
     networks = {
         "lora": make_run(
-            folder / "runs" / "lora", "meningioma", "lora", folder / BASE, strategy=lora, crop_size=[32, 36]
+            folder / "runs" / "lora", "meningioma", "lora", folder / BASE, strategy=lora, run={"crop_size": [32, 36]}
         ),
-        "ladder": make_run(folder / "runs" / "ladder", "abdomen", "ladder", folder / BASE, classes=ORGANS),
+        "ladder": make_run(folder / "runs" / "ladder", "abdomen", "ladder", folder / BASE, task=organs),
     }
     bundle = folder / "abdomen_segmentation_ladder"
     shutil.copytree(folder / "runs" / "ladder" / "bundle", bundle)
@@ -239,7 +239,7 @@ def test_card_gives_the_transforms_with_the_values_of_the_run(made):
     assert [t["_target_"] for t in transforms] == [
         "Orientationd",
         "ResizeWithPadOrCropd",
-        "NormalizeIntensityd",
+        "samseg_monai.transforms.ScaleInputd",
         "Resized",
     ]
     assert transforms[1]["spatial_size"] == [32, 36, -1] and transforms[3]["spatial_size"] == 64
@@ -349,9 +349,9 @@ def test_trained_position_tables_come_back_when_the_file_is_loaded_again(base, t
 
 
 def test_bundle_of_another_image_size_is_checked_by_loading_it_again(made, tmp_path, monkeypatch, capsys):
-    lora = {"_target_": "samseg_monai.strategies.LoRA", "rank": 2}
     base = made[0] / BASE
-    make_run(tmp_path / "run", "meningioma", "lora", base, strategy=lora, image_size=32)
+    lora = {"method": {"rank": 2}}
+    make_run(tmp_path / "run", "meningioma", "lora", base, strategy=lora, run={"image_size": 32})
     words = ["export", tmp_path / "run", "--format", "pth", "--output", tmp_path / "out", "--sam-checkpoint", base]
     assert samseg(monkeypatch, *words) == 0
     told = capsys.readouterr().out

@@ -1,15 +1,16 @@
 """``samseg predict`` on a bundle that takes no prompts: every kind of input, and no prompt that is passed over."""
 
 import json
-import sys
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from samseg_monai import cli
-from samseg_monai.bundles import build_bundle
+from samseg_monai.bundles import write_bundle
+from samseg_monai.bundles.build import compose
 from samseg_monai.demo.abdomen_phantoms import make_case
+from samseg_monai.settings import dump_settings, merged, read_settings
+from tests.commands import samseg
 from tests.test_dicom import write_series
 
 SHAPE = (40, 32, 16)
@@ -18,12 +19,9 @@ SHAPE = (40, 32, 16)
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     """Eight organs with the smallest SAM and random weights: what matters here is the way, not the outcome."""
-    root = build_bundle("abdomen", "zero_shot", tmp_path_factory.mktemp("bundle"))
-    path = root / "configs" / "inference.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config |= {"sam_variant": "tiny", "sam_checkpoint": "random", "image_size": 32}
-    path.write_text(json.dumps(config))
-    return root
+    changes = {"run": {"sam_variant": "tiny", "image_size": 32}}
+    settings = read_settings(merged(dump_settings(compose("abdomen", "zero_shot")), changes), "test")
+    return write_bundle(settings, tmp_path_factory.mktemp("bundle") / settings.name)
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +35,7 @@ def scans(tmp_path_factory):
 
 
 def predict(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["samseg", "predict", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0)
+    return samseg(monkeypatch, "predict", *words, "--sam-checkpoint", "random")
 
 
 def check(result, affine, shape):

@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 import socket
-import sys
 import zipfile
 from pathlib import Path
 
@@ -14,13 +13,15 @@ import pytest
 import SimpleITK as sitk
 import torch
 from monai.bundle import ConfigParser
+from safetensors.torch import load_file
 
-from samseg_monai import cli
 from samseg_monai.bundles import pack_bundle, verify_sums
+from samseg_monai.bundles.check import check_bundle
 from samseg_monai.bundles.record import write_record
 from samseg_monai.bundles.running import Running
 from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.errors import BundleError, SamsegError
+from tests.commands import samseg
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1] / "bundles"
@@ -61,14 +62,6 @@ def offline(monkeypatch):
     monkeypatch.setattr(socket, "create_connection", refuse)
 
 
-def samseg(monkeypatch, *words: object) -> int:
-    """Run the command line in this process and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["samseg", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0)
-
-
 def test_a_folder_that_is_no_record_is_never_replaced_by_one(phantoms, tmp_path):
     mine = tmp_path / "bundle" / "mine.txt"
     mine.parent.mkdir()
@@ -80,8 +73,9 @@ def test_a_folder_that_is_no_record_is_never_replaced_by_one(phantoms, tmp_path)
 
 
 def test_archive_holds_everything_and_its_sums_fit(unpacked):
-    for name in ("LICENSE", "docs/data_license.txt", "configs/train.json", "models/model.pt", "models/card.json",
-                 "models/adapter.safetensors", "metrics/metrics.json", "metrics/cases.csv", "SHA256SUMS"):  # fmt: skip
+    for name in ("LICENSE", "docs/data_license.txt", "configs/train.json", "configs/settings.json", "models/model.pt",
+                 "models/model.safetensors", "models/card.json", "models/adapter.safetensors", "metrics/metrics.json",
+                 "metrics/cases.csv", "SHA256SUMS"):  # fmt: skip
         assert (unpacked / name).is_file(), name
     assert [p.name for p in (unpacked / "models").glob("*.pt")] == ["model.pt"]
     assert verify_sums(unpacked) > 10
@@ -136,6 +130,26 @@ def test_archive_names_no_folder_of_the_machine_it_was_made_on(unpacked, run, ph
 def test_full_model_is_plain_tensors(unpacked):
     state = torch.load(unpacked / "models" / "model.pt", weights_only=True)
     assert state and all(type(value) is torch.Tensor for value in state.values())
+    safe = load_file(unpacked / "models" / "model.safetensors")
+    assert safe.keys() == state.keys() and all(torch.equal(safe[name], state[name]) for name in safe)
+
+
+def test_packed_bundle_is_as_built_but_for_what_the_training_changed(archive, unpacked):
+    for path in (archive, unpacked):
+        problems = check_bundle(path).problems
+        assert len(problems) == 2 and all(problem.startswith("configs/train.json: ") for problem in problems)
+
+
+def test_packed_bundle_needs_no_pickle(run, archive, phantoms, tmp_path, monkeypatch):
+    alone = pack_bundle(run, tmp_path / "alone.zip", sam_checkpoint="random", pt=False)
+    with zipfile.ZipFile(alone) as content, zipfile.ZipFile(archive) as other:
+        gone = {name.partition("/")[2] for name in {*other.namelist()} - {*content.namelist()}}
+    assert gone == {"models/model.pt"} and alone.stat().st_size < 0.6 * archive.stat().st_size
+    for path, out in ((alone, "a"), (archive, "b")):
+        words = ["predict", path, "--input", phantoms / "unlabelled", "--output", tmp_path / out]
+        assert samseg(monkeypatch, *words) == 0
+    [one], [other] = ([*(tmp_path / out).iterdir()] for out in "ab")
+    assert one.read_bytes() == other.read_bytes() or np.array_equal(nib.load(one).dataobj, nib.load(other).dataobj)
 
 
 def test_evaluation_elsewhere_and_offline_reproduces_the_card(unpacked, phantoms, offline, monkeypatch):

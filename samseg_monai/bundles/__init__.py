@@ -1,6 +1,7 @@
 """MONAI bundles: built from recipes, guarded while they run, packed to travel."""
 
 from samseg_monai.bundles.build import build_bundle, recipe_names, write_bundle
+from samseg_monai.bundles.loaded import LoadedBundle, load_bundle
 from samseg_monai.bundles.pack import pack_bundle, verify_sums
 from samseg_monai.bundles.record import facts, record_bundle, settings
 from samseg_monai.bundles.running import (
@@ -14,6 +15,7 @@ from samseg_monai.bundles.running import (
 )
 
 __all__ = [
+    "LoadedBundle",
     "build_bundle",
     "bundle_root",
     "extra_inputs",
@@ -22,6 +24,7 @@ __all__ = [
     "guard",
     "in_order",
     "join_processes",
+    "load_bundle",
     "pack_bundle",
     "rank_device",
     "recipe_names",

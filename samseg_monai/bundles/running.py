@@ -70,15 +70,15 @@ def bundle_root() -> str:
 
 
 def find_checkpoint(output_dir: str, root: str) -> str | None:
-    """Choose what to evaluate: the adapter just trained in ``output_dir``, else the bundle's own ``models/model.pt``.
+    """Choose what to evaluate: the adapter just trained in ``output_dir``, else the bundle's own model in ``models``.
 
     Returns:
         A path, or None where neither exists (zero-shot: the base weights alone).
     """
     if (Path(output_dir) / "adapter.safetensors").is_file():
         return str(output_dir)
-    model = Path(root) / "models" / "model.pt"
-    return str(model) if model.is_file() else None
+    models = (Path(root) / "models" / name for name in ("model.safetensors", "model.pt"))
+    return next((str(model) for model in models if model.is_file()), None)
 
 
 def extra_inputs(**wanted: Any) -> dict[str, str]:

@@ -13,12 +13,13 @@ from typing import Annotated
 import typer
 
 from samseg_monai import __version__
-from samseg_monai.cli.bundle import bundle_app, predict
+from samseg_monai.cli.bundle import bundle_app
+from samseg_monai.cli.check import check
 from samseg_monai.cli.data import bbox, phantom_app, prepare_app
 from samseg_monai.cli.export import export
 from samseg_monai.cli.find_lr import find_lr
 from samseg_monai.cli.info import info
-from samseg_monai.cli.lint import lint
+from samseg_monai.cli.predict import predict
 from samseg_monai.cli.report import report
 from samseg_monai.cli.reproduce import reproduce_app
 from samseg_monai.demo.command import demo
@@ -35,7 +36,8 @@ app.command(name="bbox")(bbox)
 app.add_typer(phantom_app, name="phantom")
 app.add_typer(bundle_app, name="bundle")
 app.command(name="predict")(predict)
-app.command(name="lint")(lint)
+bundle_app.command(name="check")(check)
+app.command(name="lint", help="The same as samseg bundle check.", hidden=True)(check)
 app.command(name="export")(export)
 app.command(name="report")(report)
 app.command(name="demo")(demo)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from samseg_monai.cli.predict import TRUST
 from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.errors import ConfigError
 
@@ -22,26 +23,30 @@ BEFORE = (
 
 def find_lr(
     context: typer.Context,
-    bundle: Annotated[Path, typer.Argument(help="folder of a bundle")],
+    bundle: Annotated[Path, typer.Argument(help="folder or ZIP of a bundle")],
     overlay: Annotated[
         list[str] | None, typer.Option(help="further config of the bundle whose values count, such as demo.json")
     ] = None,
     start_lr: Annotated[float, typer.Option(help="rate of the first step")] = 1e-6,
     end_lr: Annotated[float, typer.Option(help="rate of the last step, unless the loss diverges before")] = 1.0,
     steps: Annotated[int, typer.Option(help="optimiser steps", min=10)] = 100,
+    trust: Annotated[bool, typer.Option("--trust", help=TRUST)] = False,
 ) -> None:
     """Try learning rates on a bundle's training data and suggest one; --KEY VALUE overrides a value of the bundle.
 
     Gradients are clipped and accumulated as in training; the schedule (warm-up, decay) is left out: the rate grows
-    from step to step. Writes lr_finder.csv and lr_finder.png to the bundle's output_dir (--output_dir DIR changes it).
+    from step to step. Writes lr_finder.csv and lr_finder.png to the bundle's folder eval (--output_dir DIR changes it).
+    Of the bundle its settings are read; its own JSON is not run, unless --trust says so.
     """
+    from samseg_monai.bundles.door import open_bundle
+
     if not 0 < start_lr < end_lr < math.inf:
         raise ConfigError(f"find-lr: 0 < start-lr < end-lr needed, got {start_lr:g} and {end_lr:g}")
     test = {
         "_target_": "samseg_monai.cli.range_test.range_test",
         "network": "@network",
         "optimizer": "@train::optimizer",
-        "loss": "@train::loss",
+        "loss": "@train::criterion",
         "loader": "@train::dataloader",
         "prepare_batch": "@train::trainer::prepare_batch",
         "device": "@device",
@@ -53,8 +58,12 @@ def find_lr(
         "end_lr": end_lr,
         "steps": steps,
     }
-    configs = [bundle / "configs" / name for name in ("train.json", *(overlay or ()))]
-    run_workflow(configs, {**overrides_of(context.args), "run": [*BEFORE, test]}, echo=False)
+    overrides = {"output_dir": str(bundle.absolute() / "eval"), **overrides_of(context.args)}
+    if bundle.is_file() and "--output_dir" not in {word.partition("=")[0] for word in context.args}:
+        raise ConfigError(f"find-lr: {bundle} is no folder that results could be written to; give --output_dir DIR")
+    with open_bundle(bundle, trust=trust) as opened:
+        configs = [opened.root / "configs" / Path(name).name for name in ("train.json", *(overlay or ()))]
+        run_workflow(configs, {**overrides, "run": [*BEFORE, test]}, echo=False)
 
 
 def overrides_of(words: list[str]) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from samseg_monai.errors import BundleError, SamsegError
+from samseg_monai.errors import BundleError
 
 
 def shell_command(configs: Sequence[str | Path], overrides: dict[str, Any]) -> str:
@@ -35,19 +36,18 @@ def run_workflow(configs: Sequence[str | Path], overrides: dict[str, Any], *, ec
     missing = [str(c) for c in configs if not Path(c).is_file()]
     if missing:
         raise BundleError(f"no such config: {', '.join(missing)}; give the folder of a bundle")
-    overrides = {key: _literal(value) for key, value in overrides.items()}
+    from samseg_monai.bundles.door import literal, own_errors
+    from samseg_monai.settings import PLACES
+
+    overrides = {key: literal(value, place=key in PLACES) for key, value in overrides.items()}
     command = shell_command(configs, overrides)
     if echo:
         typer.echo(f"$ {command}", err=True)
     from monai.bundle import run
 
-    try:
+    with own_errors(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="parsing config_file")  # "only from a source you trust": from us
         run(config_file=[str(c) for c in configs], **overrides)
-    except Exception as error:
-        own = _own_error(error)
-        if own is None:
-            raise
-        raise own from None
     return command
 
 
@@ -55,21 +55,3 @@ def _with_base(config: Path, configs: Sequence[str | Path]) -> list[Path]:
     base = config.with_name("inference.json")
     alone = config.name == "evaluate.json" and base not in map(Path, configs)
     return [base, config] if alone else [config]
-
-
-def _literal(value: Any) -> Any:
-    """A text with "#" as an expression that gives it: MONAI writes every "#" of a config as "::", in paths, too."""
-    if not isinstance(value, str) or "#" not in value or value.startswith(("$", "@")):
-        return value
-    return "$'" + "".join(c if c.isalnum() or c in "/. _-" else _escaped(c) for c in value) + "'"
-
-
-def _escaped(character: str) -> str:
-    return f"\\U{ord(character):08x}"
-
-
-def _own_error(error: BaseException | None) -> SamsegError | None:
-    """Return the error of ours behind ``error``: MONAI wraps what an expression raises."""
-    while error is not None and not isinstance(error, SamsegError):
-        error = error.__cause__ or error.__context__
-    return error

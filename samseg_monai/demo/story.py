@@ -63,7 +63,7 @@ class Story:
             weights: file of the base weights, if they are not those of the package.
         """
         from samseg_monai.bundles import pack_bundle
-        from samseg_monai.cli.bundle import predict
+        from samseg_monai.cli.predict import predict
 
         given = "" if weights is None else f" --sam-checkpoint {weights}"
         self.step("pack", f"samseg bundle pack {run} --output {archive}{given}")

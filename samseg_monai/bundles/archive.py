@@ -1,0 +1,384 @@
+"""The files of a bundle from elsewhere, folder or ZIP, read where they lie: nothing is unpacked, no link is followed.
+
+Python's ``zipfile`` believes the table of contents at a ZIP's end; other readers go by the headers before each member.
+What the two could read differently is refused here: a ZIP is its members, one after the other, then one table, then its
+end (format: PKWARE's APPNOTE 6.3.10, sections 4.3 to 4.5).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import stat
+import struct
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import IO, Any
+
+from samseg_monai.errors import BundleError, raise_all
+from samseg_monai.files import parse_json
+
+SUMS = "SHA256SUMS"
+TEXT_BYTES = 8 << 20  # no text of a bundle is longer
+MOST_MEMBERS = 1000
+LONGEST_NAME = 500  # characters of a path
+TOTAL_BYTES = 32 << 30  # several times a bundle with SAM's largest encoder
+RATIO, RATIO_BYTES = 100, 16 << 20  # weights hardly shrink: a large member that shrinks so far is a bomb
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+# zip64; then times, and the owners that Info-ZIP and macOS write with them
+EXTRA_FIELDS = (0x0001, 0x000A, 0x5455, 0x5855, 0x7855, 0x7875)
+# what zipfile raises on archives that are damaged, or made to hurt; RuntimeError is its word for encrypted ones
+DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError, LookupError)
+_BUNDLE = re.compile(r"((?:[^/]+/){0,2})configs/[^/]+\.json", re.IGNORECASE)
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[\d¹²³]|lpt[\d¹²³]|conin\$|conout\$) *(\..*)?", re.IGNORECASE)
+_LEFT_BEHIND = (".ds_store", "thumbs.db", "desktop.ini", "__macosx")
+_EXPECTED = "give the folder or the ZIP of a bundle"
+
+
+class BundleFiles:
+    """The regular files of a bundle.
+
+    Attributes:
+        place: where they are, for messages.
+        name: of the bundle's folder.
+        sizes: bytes of each file by its path in the bundle, with ``/`` between the parts. What operating systems leave
+            behind is not among them.
+        problems: what is wrong with folder or ZIP as such, ``path: why``.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.name = place.stem if place.suffix.lower() == ".zip" else place.absolute().name
+        self.sizes: dict[str, int] = {}
+        self.problems: list[str] = []
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file for reading. Raises BundleError, as all that follow do."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of what is held open."""
+
+    def read(self, name: str, most: int) -> bytes:
+        """Content of a file of at most ``most`` bytes."""
+        if self.sizes[name] > most:
+            raise BundleError(f"{self.place}: {name}: {self.sizes[name]:,} bytes, expected at most {most:,}")
+        try:
+            with self.open(name) as stream:
+                return stream.read(most + 1)
+        except DAMAGED as error:
+            raise self._damaged(name, error) from error
+
+    def copy(self, name: str, target: Path) -> Path:
+        """Write a file's content to ``target``."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with self.open(name) as stream, target.open("wb") as copy:
+                shutil.copyfileobj(stream, copy, 1 << 20)
+        except DAMAGED as error:
+            raise self._damaged(name, error) from error
+        return target
+
+    def bring(self, name: str, folder: Path) -> Path:
+        """A file of the bundle below ``folder``, at its own path: copied from a ZIP, linked to from a folder."""
+        return self.copy(name, folder / name)
+
+    def json(self, name: str, fix: str = "get the bundle again") -> dict[str, Any]:
+        """Content of a JSON file that holds an object; nothing of it is evaluated."""
+        return parse_json(self.read(name, TEXT_BYTES), BundleError, f"{self.place}: {name}", fix)
+
+    def sha256(self, name: str) -> str:
+        """Hexadecimal sha256 of a file."""
+        digest = hashlib.sha256()
+        try:
+            with self.open(name) as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except DAMAGED as error:
+            raise self._damaged(name, error) from error
+        return digest.hexdigest()
+
+    def changed(self) -> list[str]:
+        """Files that are missing or are not the ones listed in ``SHA256SUMS``; nothing where a bundle has no sums."""
+        found = []
+        for name, expected in self.sums().items():
+            if name not in self.sizes:
+                found.append(f"{visible(name)}: missing")
+            elif self.sha256(name) != expected:
+                found.append(f"{name}: changed since it was packed")
+        return found
+
+    def sums(self) -> dict[str, str]:
+        """Expected sha256 of each file that ``SHA256SUMS`` lists; a line that is none of ``sha256sum`` never fits."""
+        lines = self.read(SUMS, TEXT_BYTES).decode("utf-8", "replace").splitlines() if SUMS in self.sizes else []
+        return {line[66:]: line[:64] for line in lines}
+
+    def _damaged(self, name: str, error: BaseException) -> BundleError:
+        return BundleError(f"{self.place}: {name}: cannot be read ({visible(str(error))}); get the bundle again")
+
+
+class Folder(BundleFiles):
+    """A bundle's folder, or a folder that holds nothing else of that kind than one."""
+
+    def __init__(self, path: Path) -> None:
+        inner = [sub for sub in sorted(path.iterdir()) if sub.is_dir() and not is_left_behind(sub.name)]
+        found = [path] if _is_bundle(path) else [sub for sub in inner if _is_bundle(sub)]
+        if len(found) != 1:
+            raise BundleError(f"{path}: {len(found)} folders with configs/inference.json in it; {_EXPECTED}")
+        super().__init__(found[0])
+        folders = [""]
+        while folders:
+            folders += self._enter(folders.pop())
+
+    def _enter(self, prefix: str) -> list[str]:
+        """Take down the files of one folder and return the folders in it, each with ``/`` at its end."""
+        folders = []
+        try:
+            for entry in os.scandir(self.place / prefix):
+                name = prefix + entry.name
+                if is_left_behind(name):
+                    continue
+                if entry.is_symlink():
+                    self.problems.append(f"{visible(name)}: a link, which can lead out of the bundle")
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(f"{name}/")
+                elif not entry.is_file(follow_symlinks=False):
+                    self.problems.append(f"{visible(name)}: no regular file: reading it may wait for ever")
+                elif problem := name_problem(name):
+                    self.problems.append(f"{visible(name)}: {problem}")
+                else:
+                    self.sizes[name] = entry.stat(follow_symlinks=False).st_size
+        except OSError as error:
+            self.problems.append(f"{visible(prefix)}: cannot be read ({error.strerror}), so it cannot be judged")
+        return folders
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file for reading."""
+        return (self.place / name).open("rb")
+
+    def bring(self, name: str, folder: Path) -> Path:
+        """A link below ``folder`` to a file of the bundle: weights may be large."""
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to((self.place / name).resolve())
+        return target
+
+
+class Archive(BundleFiles):
+    """A ZIP that holds one bundle's folder, or that folder within another one."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except DAMAGED as error:
+            raise BundleError(f"{path}: not a ZIP ({visible(str(error))}); {_EXPECTED}") from error
+        try:
+            self._take_members()
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_members(self) -> None:
+        members = self._zip.infolist()
+        if len(members) > MOST_MEMBERS:
+            raise BundleError(f"{self.place}: holds {len(members):,} members, a bundle at most {MOST_MEMBERS:,}")
+        files = [m for m in members if not m.is_dir() and not is_left_behind(m.filename)]
+        roots = {match[1] for m in files if (match := _BUNDLE.fullmatch(m.filename))}
+        depth = min((root.count("/") for root in roots), default=0)
+        roots = {root for root in roots if root.count("/") == depth}
+        if len(roots) != 1:
+            raise BundleError(f"{self.place}: holds {len(roots)} bundles with a folder configs, expected one")
+        root = roots.pop()
+        self.name = root.rstrip("/").rpartition("/")[2] or self.name
+        self._members = {m.filename.removeprefix(root): m for m in files if m.filename.startswith(root)}
+        self.sizes = {name: member.file_size for name, member in self._members.items()}
+        outside = (m.filename for m in files if not m.filename.startswith(root))
+        self.problems += [f"{visible(name)}: lies outside the bundle's folder" for name in outside]
+        self.problems += [f"{visible(m.orig_filename)}: {why}" for m in members for why in _member_problems(m)]
+        self.problems += _collisions(members)
+        total = sum(member.file_size for member in members)
+        size = self.place.stat().st_size
+        if total > TOTAL_BYTES or _is_bomb(size, total):
+            self.problems.append(f"{size:,} -> {total:,} bytes: unpacks to more than any bundle, a bomb")
+        try:
+            with self.place.open("rb") as stream:
+                self.problems += _layout_problems(stream, members, self._zip.start_dir, size)
+        except DAMAGED as error:
+            self.problems.append(f"damaged ({visible(str(error))}); get the bundle again")
+
+    def close(self) -> None:
+        """Close the archive."""
+        self._zip.close()
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open a member for reading; its check sum is compared at its end."""
+        return self._zip.open(self._members[name])
+
+    def unpack(self, folder: Path) -> Path:
+        """Write the bundle's files below ``folder``, which is returned.
+
+        Raises:
+            BundleError: the ZIP has problems, all of which are listed, or is damaged.
+        """
+        self.refuse()
+        for name in self.sizes:
+            self.copy(name, folder / name)
+        return folder
+
+    def refuse(self) -> None:
+        """Raise BundleError with all problems, or return where there are none."""
+        raise_all(self.problems, BundleError, f"{self.place} does not unpack to what it shows; do not use it")
+
+
+def open_files(path: str | Path) -> BundleFiles:
+    """The files of the bundle at ``path``, to be closed by the caller.
+
+    Raises:
+        BundleError: there is no such file or folder, or it is no bundle.
+    """
+    path = Path(path)
+    if not os.path.isdir(path) and not os.path.isfile(path):  # neither raises, whatever the path
+        raise BundleError(f"there is no bundle {path}; {_EXPECTED}")
+    return Folder(path) if path.is_dir() else Archive(path)
+
+
+def visible(text: str, length: int = 200) -> str:
+    """``text`` without anything that a terminal would obey, shortened to ``length`` characters."""
+    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: length + 1])
+    return plain if len(plain) <= length else plain[: length - 3] + "..."
+
+
+def is_left_behind(name: str) -> bool:
+    """Whether macOS or Windows has left this file behind, which is nobody's."""
+    return any(part.startswith("._") or part.lower() in _LEFT_BEHIND for part in name.split("/"))
+
+
+def name_problem(name: str) -> str:
+    """Why a path in a bundle means something else on another machine, or nothing; "" for a plain one."""
+    parts = name.rstrip("/").split("/")
+    if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
+        return "points outside the bundle"
+    if not name.isprintable() or len(name) > LONGEST_NAME:
+        return "has control characters in its name, or too many"
+    if re.search(r'[\\:<>"|?*]', name) or any(part in ("", ".") or part[-1] in " ." for part in parts):
+        return "its name means another path to other readers, or none"
+    return "is the name of a device" if any(_DEVICE.fullmatch(part) for part in parts) else ""
+
+
+def _is_bundle(folder: Path) -> bool:
+    try:
+        return any(re.fullmatch(r"(?i)[^.].*\.json", path.name) for path in (folder / "configs").iterdir())
+    except OSError:
+        return False
+
+
+def _is_bomb(packed: int, unpacked: int) -> bool:
+    return unpacked > RATIO_BYTES and unpacked > RATIO * max(packed, 1)
+
+
+def _member_problems(member: zipfile.ZipInfo) -> Iterator[str]:
+    """What is wrong with one entry of the table of contents."""
+    if problem := name_problem(member.orig_filename):
+        yield problem
+    elif member.orig_filename != member.filename:
+        yield "means another path to other readers"
+    if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        yield f"a link or special file (mode {member.external_attr >> 16:o})"
+    if member.flag_bits & 0x1:
+        yield "encrypted: cannot be looked into"
+    if member.compress_type not in METHODS:
+        yield f"compressed by method {member.compress_type}, as no bundle is"
+    if _is_bomb(member.compress_size, member.file_size):
+        yield f"{member.compress_size:,} -> {member.file_size:,} bytes: shrinks too far for weights, a bomb"
+
+
+def _collisions(members: list[zipfile.ZipInfo]) -> Iterator[str]:
+    """Names that are one file or folder on some file systems, which tell neither case nor Unicode forms apart."""
+    folded = [unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", m.filename.rstrip("/")).casefold())
+              for m in members]  # fmt: skip
+    files = {name for name, member in zip(folded, members, strict=True) if not member.is_dir()}
+    taken: set[str] = set()
+    for name, member in zip(folded, members, strict=True):
+        if name in taken:
+            yield f"{visible(member.filename)}: given twice: which of the two counts depends on the reader"
+        taken.add(name)
+        if files & set(accumulate(name[:LONGEST_NAME].split("/")[:-1], "{}/{}".format)):
+            yield f"{visible(member.filename)}: lies in a folder that is a file, too"
+
+
+def _layout_problems(stream: IO[bytes], members: list[zipfile.ZipInfo], table: int, size: int) -> Iterator[str]:
+    """Bytes of a ZIP that belong to no member, and headers before members that do not repeat the table of contents.
+
+    Args:
+        stream: the ZIP.
+        members: entries of its table of contents.
+        table: where that begins.
+        size: bytes of the ZIP.
+    """
+    position = 0
+    for member in sorted(members, key=lambda member: member.header_offset):
+        name = visible(member.orig_filename)
+        if member.header_offset != position:
+            yield f"{name}: " + ("overlaps another member, as in a bomb" if member.header_offset < position
+                                 else "bytes before it that belong to no member")  # fmt: skip
+        stream.seek(member.header_offset)
+        head = struct.unpack("<4s5H3L2H", stream.read(30))
+        stored = stream.read(head[9]).decode("utf-8" if head[2] & 0x800 else "cp437")
+        extra = stream.read(head[10])
+        sizes = (member.CRC, member.compress_size, member.file_size)
+        open_ended = bool(head[2] & 0x8)  # check sum and sizes follow the data
+        same = open_ended or all(got in (known, 0xFFFFFFFF) for got, known in zip(head[6:9], sizes, strict=True))
+        if (head[0], head[2], head[3], stored, same) != (
+            b"PK\x03\x04", member.flag_bits, member.compress_type, member.orig_filename, True,
+        ):  # fmt: skip
+            yield f"{name}: the header before its data says something else than the table of contents"
+        if fields := sorted({*_fields(extra), *_fields(member.extra)} - set(EXTRA_FIELDS)):
+            yield f"{name}: extra fields that other readers may follow: {', '.join(f'0x{f:04x}' for f in fields)}"
+        position = stream.tell() + member.compress_size
+        if open_ended:
+            stream.seek(position)
+            length = _descriptor(stream.read(24), sizes)
+            position += length
+            if not length:
+                yield f"{name}: no sizes behind its data, though its header says so"
+    if position != table:
+        yield "bytes behind the last member that belong to none"
+    if _end_of_table(stream, table, len(members)) != size:
+        yield "bytes within or behind the table of contents that belong to nothing, or a comment"
+
+
+def _fields(extra: bytes) -> Iterator[int]:
+    """Ids of the extra fields of a header; -1 for what is none."""
+    while extra:
+        kind, length = struct.unpack_from("<HH", extra) if len(extra) >= 4 else (-1, 0)
+        yield kind if len(extra) >= 4 + length else -1
+        extra = extra[4 + length :]
+
+
+def _descriptor(found: bytes, sizes: tuple[int, int, int]) -> int:
+    """Length of the check sum and sizes that follow a member's data; 0 where they do not."""
+    forms = [mark + struct.pack(form, *sizes) for mark in (b"PK\x07\x08", b"") for form in ("<LLL", "<LQQ")
+             if form == "<LQQ" or max(sizes) < 1 << 32]  # fmt: skip
+    return next((len(form) for form in forms if found.startswith(form)), 0)
+
+
+def _end_of_table(stream: IO[bytes], table: int, count: int) -> int:
+    """Where a ZIP ends that has nothing but ``count`` entries without comments in its table, and the end's records."""
+    stream.seek(table)
+    for _ in range(count):
+        entry = struct.unpack("<4s24x3H12x", stream.read(46))
+        if entry[0] != b"PK\x01\x02" or entry[3]:
+            return stream.tell()
+        stream.seek(entry[1] + entry[2], os.SEEK_CUR)
+    mark = stream.read(4)
+    if mark == b"PK\x06\x06":  # zip64: its record of the end, and where that is
+        stream.seek(52 + 20, os.SEEK_CUR)
+        mark = stream.read(4)
+    return stream.tell() + 18 if mark == b"PK\x05\x06" else stream.tell()

@@ -1,0 +1,161 @@
+"""Whether a bundle's own JSON is what this package writes from its settings, and its weights are nothing but tensors.
+
+A bundle that is as built can be run by ``python -m monai.bundle run``, which evaluates its JSON.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from samseg_monai import __version__
+from samseg_monai.bundles.archive import SUMS, TEXT_BYTES, BundleFiles, open_files, visible
+from samseg_monai.bundles.build import write_bundle
+from samseg_monai.bundles.door import SETTINGS, WEIGHTS, differences, engine_of, name_of, settings_of
+from samseg_monai.bundles.old import VERSION
+from samseg_monai.bundles.pack import RESULTS
+from samseg_monai.bundles.pickles import pickle_problems
+from samseg_monai.bundles.record import NAME, RECORD
+from samseg_monai.checkpoints import CARD, TENSORS
+from samseg_monai.errors import BundleError, SamsegError
+
+AS_BUILT, EDITED, ANOTHER_VERSION = "as built", "edited", "made by another version"
+RUNS = "eval/"  # what a run leaves in the bundle's folder, where MONAI bundles have it
+OWN = (SETTINGS, SUMS, NAME, *WEIGHTS, f"models/{TENSORS}", f"models/{CARD}", *(f"metrics/{name}" for name in RESULTS))
+_DATA = re.compile(
+    r".*\.(nii|nii\.gz|mha|nrrd|png|csv|json|md|txt|html|pt|safetensors|bank|rows|lock|log|db|tmp|part)|"
+    r"(.*/)?events\.out\.tfevents\.[\w.-]+"
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What ``check_bundle`` found.
+
+    Args:
+        answer: ``AS_BUILT``, ``EDITED`` or ``ANOTHER_VERSION`` (its JSON was not judged, and nothing else was wrong).
+        name: of the bundle.
+        engine: version of samseg-monai that it says it was made by.
+        problems: everything that is not as built, one line each.
+        sums: files whose sha256 was compared with ``SHA256SUMS``. Sums show damage, not who sent a bundle.
+    """
+
+    answer: str
+    name: str
+    engine: str
+    problems: tuple[str, ...]
+    sums: int
+
+
+def check_bundle(path: str | Path) -> Verdict:
+    """Compare a bundle with what this package writes from its settings; nothing of it is run.
+
+    Raises:
+        BundleError: there is no such file or folder, or it is no bundle.
+    """
+    with closing(open_files(path)) as files, tempfile.TemporaryDirectory(prefix="samseg-") as scratch:
+        problems = [*files.problems, *_sum_problems(files)]
+        name, engine, built = name_of(files), VERSION, set()
+        try:
+            engine = engine_of(files)
+            judged = SETTINGS in files.sizes and engine == __version__
+            if judged:
+                settings = settings_of(files)
+                name = settings.name
+                root = write_bundle(settings, Path(scratch) / "built")
+                built = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} - {SETTINGS}
+                problems += [line for file in sorted(built) for line in _against(files, root, file)]
+        except SamsegError as error:
+            judged = True
+            problems += [visible(line, 500) for line in str(error).splitlines()]
+        problems += [line for file in sorted(files.sizes.keys() - built) for line in _own_file(files, file, judged)]
+        problems += _record(files)
+        compared = 0 if problems else len(files.sums())
+    answer = EDITED if problems else AS_BUILT if judged else ANOTHER_VERSION
+    return Verdict(answer, name, engine, tuple(dict.fromkeys(problems)), compared)
+
+
+def _against(files: BundleFiles, root: Path, name: str) -> list[str]:
+    if name in files.sizes:
+        return differences(files, root, name)
+    return [] if name == "configs/demo.json" else [f"{name}: missing"]  # which the record of a run does not have
+
+
+def _own_file(files: BundleFiles, name: str, judged: bool) -> Iterator[str]:
+    """What is wrong with a file that the package does not build: weights, card, results, or what is none of these."""
+    result = name.startswith(RUNS)
+    try:
+        if name in WEIGHTS or name == f"models/{TENSORS}" or (result and name.endswith((".pt", ".safetensors"))):
+            yield from (f"{name}: {problem}" for problem in _weight_problems(files, name))
+        elif name == f"models/{CARD}" or (name.startswith(("metrics/", RUNS)) and name.endswith(".json")):
+            if not name.startswith(f"{RUNS}{RECORD}/"):
+                yield from (f"{name}: {line}" for line in _evaluable(files.json(name)))
+        elif name == NAME and not re.fullmatch(rb"[A-Za-z0-9][\w.-]*\n?", files.read(name, TEXT_BYTES)):
+            yield f"{name}: no plain name"
+        elif name in OWN and b"\0" in files.read(name, TEXT_BYTES):
+            yield f"{name}: not the text that its name says"
+        if name not in OWN and judged and not (result and (_DATA.fullmatch(name.lower()) or f"/{RECORD}/" in name)):
+            yield f"{visible(name)}: no file of a bundle"
+    except BundleError as error:
+        yield visible(" ".join(str(error).split()), 500)
+
+
+def _weight_problems(files: BundleFiles, name: str) -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="samseg-") as scratch:
+        path = files.bring(name, Path(scratch))
+        if path.suffix == ".pt":
+            with path.open("rb") as stream:
+                yield from (visible(problem) for problem in pickle_problems(stream))
+            return
+        try:
+            with safe_open(path, framework="pt") as content:
+                content.keys()
+        except (OSError, SafetensorError, ValueError) as error:
+            yield f"no safetensors file ({visible(str(error))})"
+
+
+def _evaluable(value: Any, where: str = "") -> Iterator[str]:
+    """What MONAI would evaluate if it was handed this JSON; the classes of this package that cards name apart."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            at = f"{where}::{key}".removeprefix("::")
+            ours = key == "_target_" and re.fullmatch(r"samseg_monai\.[\w.]+", str(item))
+            if (key.startswith(("_", "+", "$", "@", "%")) and not ours) or "::" in key or "#" in key:
+                yield visible(f"{at}: a key that MONAI acts upon")
+            yield from _evaluable(item, at)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _evaluable(item, f"{where}::{index}")
+    elif isinstance(value, str) and value.startswith(("$", "@", "%")):
+        yield visible(f"{where}: {value!r}, which MONAI would evaluate")
+
+
+def _sum_problems(files: BundleFiles) -> list[str]:
+    """Files that are missing, changed or added since the sums were written, and lines that are no sums."""
+    try:
+        sums = files.sums()
+        problems = [f"{SUMS}: no line of sha256sum: {visible(f'{line}  {name}')}" for name, line in sums.items()
+                    if not re.fullmatch("[0-9a-f]{64}", line) or not name]  # fmt: skip
+        problems += files.changed()
+    except BundleError as error:
+        return [str(error)]
+    added = sorted(files.sizes.keys() - sums.keys() - {SUMS}) if sums else []
+    return problems + [f"{name}: added after it was packed" for name in added if not name.startswith(RUNS)]
+
+
+def _record(files: BundleFiles) -> list[str]:
+    """What is wrong with the record of a run within the bundle, which is a bundle of its own."""
+    place = files.place / RUNS / RECORD
+    if not place.is_dir():
+        return []
+    try:
+        return [f"{RUNS}{RECORD}/{problem}" for problem in check_bundle(place).problems]
+    except BundleError as error:
+        return [str(error)]

@@ -1,0 +1,253 @@
+"""The one door for bundles: what a sender wrote is read as data, and what runs is built by this package.
+
+MONAI evaluates what it finds in a config, so no config from elsewhere is handed to it. Of a bundle its settings, its
+card and its weights are read, each through a check of its own; the configs are written anew from the settings into a
+scratch folder, and run there. ``trust`` runs the sender's own JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+from samseg_monai import __version__
+from samseg_monai.bundles.archive import Archive, BundleFiles, open_files, visible
+from samseg_monai.bundles.build import write_bundle
+from samseg_monai.bundles.old import VERSION, old_settings
+from samseg_monai.bundles.pickles import pickle_problems
+from samseg_monai.bundles.record import NAME, RECORD
+from samseg_monai.checkpoints import CARD, TENSORS, Network
+from samseg_monai.errors import BundleError, ConfigError, SamsegError, raise_all
+from samseg_monai.files import read_json
+from samseg_monai.settings import BundleSettings, read_settings
+
+SETTINGS = "configs/settings.json"
+WEIGHTS = ("models/model.safetensors", "models/model.pt")
+MOST = 20  # edits that are told
+NOTHING = "$None"  # MONAI passes over an override that is None itself
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A bundle that can be run.
+
+    Args:
+        root: its folder, whose configs this package has written (with ``trust``: the sender's).
+        name: of the bundle.
+        settings: what it was made from; None with ``trust``.
+        checkpoint: its weights, or the folder of a run with an adapter; None where nothing was trained.
+        card: what the bundle says of its weights, unchecked; empty where it says nothing.
+        edited: configs that are not what the package writes from the settings, by key; they were not used.
+    """
+
+    root: Path
+    name: str
+    settings: BundleSettings | None
+    checkpoint: Path | None
+    card: dict[str, Any] = field(default_factory=dict)
+    edited: tuple[str, ...] = ()
+
+    def config(self, name: str) -> Path:
+        """Path of a config file; there need not be one."""
+        return self.root / "configs" / f"{name}.json"
+
+    @property
+    def prompted(self) -> bool:
+        """Whether it takes boxes or masks. Raises BundleError where its inference.json cannot be read."""
+        if self.settings is not None:
+            return self.settings.run.prompt.source != "none"
+        prompt = read_json(self.config("inference"), BundleError, "config").get("prompt", {})
+        if not isinstance(prompt, dict):
+            raise BundleError(f"{self.config('inference')}: expected an object under 'prompt'; ask for the bundle again")
+        return prompt.get("source") != "none"
+
+    def parser(self, name: str = "inference") -> ConfigParser:
+        """One of its configs, not yet evaluated."""
+        parser = ConfigParser()
+        parser.read_config(str(self.config(name)))
+        return parser
+
+    def network(self) -> Network:
+        """Its network with random weights."""
+        with own_errors():
+            network: Network = self.parser().get_parsed_content("network_def")
+        return network
+
+
+@contextmanager
+def open_bundle(path: str | Path, *, trust: bool = False) -> Iterator[Opened]:
+    """Open a bundle for as long as it is in use.
+
+    Args:
+        path: folder or ZIP of a bundle, or ``output_dir`` of a run.
+        trust: run the JSON of the bundle itself, which can do whatever its maker likes.
+
+    Raises:
+        BundleError: it is no bundle, is not what was packed, leads out of its folder, or holds weights that are more
+            than tensors; all problems at once.
+        ConfigError: its settings are not ones; all problems at once.
+    """
+    path = Path(path)
+    run = path if (path / RECORD).is_dir() else None
+    files = open_files(path / RECORD if run else path)
+    try:
+        if isinstance(files, Archive) or not trust:
+            raise_all(files.problems, BundleError, f"{files.place} is not what it shows; do not use it")
+        raise_all(files.changed(), BundleError, f"{files.place}: not the bundle that was packed; ask for it again")
+        with tempfile.TemporaryDirectory(prefix="samseg-") as scratch:
+            opened = _trusted(files, Path(scratch)) if trust else _rebuilt(files, Path(scratch))
+            if run is not None:
+                opened = replace(opened, checkpoint=run if (run / TENSORS).is_file() else opened.checkpoint)
+            yield opened
+    finally:
+        files.close()
+
+
+def _trusted(files: BundleFiles, scratch: Path) -> Opened:
+    LOG.warning("--trust: the JSON of %s itself is run, which can do whatever its maker likes", files.place)
+    root = files.unpack(scratch / "bundle") if isinstance(files, Archive) else files.place.absolute()
+    weights = next((root / name for name in WEIGHTS if name in files.sizes), None)
+    return Opened(root, name_of(files), None, weights, _card(files))
+
+
+def _rebuilt(files: BundleFiles, scratch: Path) -> Opened:
+    settings = settings_of(files)
+    root = write_bundle(settings, scratch / settings.name)
+    edited: list[str] = []
+    if SETTINGS not in files.sizes:
+        LOG.warning("%s has no settings.json (samseg-monai %s wrote none): its configs tell them", files.place, VERSION)
+    elif settings.engine != __version__:
+        LOG.warning("%s is from samseg-monai %s; %s builds its configs anew", files.place, settings.engine, __version__)
+    else:
+        built = {path.relative_to(root).as_posix() for path in (root / "configs").iterdir()} - {SETTINGS}
+        edited = [line for name in sorted(built & files.sizes.keys()) for line in differences(files, root, name)]
+    if edited:
+        LOG.warning(
+            "%s: edits of its configs are not used (--trust uses them):\n%s", files.place, "\n".join(edited[:MOST])
+        )
+    weights = next((files.bring(name, root) for name in WEIGHTS if name in files.sizes), None)
+    if weights is not None and weights.suffix == ".pt":
+        with weights.open("rb") as stream:
+            problems = [f"{weights.name}: {problem}" for problem in pickle_problems(stream)]
+        raise_all(problems, BundleError, f"{files.place}: its weights are more than tensors, and could run code")
+    return Opened(root, settings.name, settings, weights, _card(files), tuple(edited))
+
+
+def settings_of(files: BundleFiles) -> BundleSettings:
+    """Settings of a bundle, checked; of one that has none, those that its configs tell.
+
+    Raises:
+        BundleError: there are no configs, or they hold what settings cannot tell.
+        ConfigError: the settings are not ones; all problems at once.
+    """
+    if SETTINGS in files.sizes:
+        try:
+            return read_settings(files.json(SETTINGS), f"{files.place}: {SETTINGS}")
+        except ConfigError as error:
+            engine = engine_of(files)
+            if engine == __version__:
+                raise
+            raise ConfigError(f"{error}\nIt says that samseg-monai {engine} made it, this is {__version__}: use that") from error
+    configs = {n: files.json(f"configs/{n}.json") for n in ("inference", "train", "evaluate", "metadata")
+               if f"configs/{n}.json" in files.sizes}  # fmt: skip
+    if "inference" not in configs:
+        raise BundleError(f"{files.place}: no {SETTINGS} and no configs/inference.json; ask for the bundle again")
+    card = files.json("metrics/run_card.json") if "metrics/run_card.json" in files.sizes else {}
+    try:
+        found = old_settings(name_of(files), configs, configs.pop("metadata", {}), card)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise BundleError(f"{files.place}: not the configs of samseg-monai {VERSION}; ask for the bundle again") from error
+    return read_settings(found, f"{files.place}: configs of samseg-monai {VERSION}")
+
+
+def engine_of(files: BundleFiles) -> str:
+    """Version of samseg-monai that a bundle says it was made by."""
+    engine = files.json(SETTINGS).get("engine", __version__) if SETTINGS in files.sizes else VERSION
+    return engine if isinstance(engine, str) and re.fullmatch(r"[0-9][\w.+-]{0,63}", engine) else __version__
+
+
+def name_of(files: BundleFiles) -> str:
+    """Name of a bundle without settings: the recorded one, else that of its folder."""
+    name = files.read(NAME, 1000).decode("utf-8", "replace") if NAME in files.sizes else files.name
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name.strip()).lstrip("_.-")[:64] or "bundle"
+
+
+def _card(files: BundleFiles) -> dict[str, Any]:
+    return files.json(f"models/{CARD}") if f"models/{CARD}" in files.sizes else {}
+
+
+def differences(files: BundleFiles, root: Path, name: str) -> list[str]:
+    """How a file of a bundle differs from the one that this package has built at ``root``; empty for equal bytes."""
+    built = (root / name).read_bytes()
+    if files.sizes[name] == len(built) and files.read(name, len(built)) == built:
+        return []
+    if not name.endswith(".json"):
+        return [f"{name}: not what the package writes"]
+    try:
+        theirs = files.json(name)
+    except BundleError as error:
+        return [visible(" ".join(str(error).split()), 500)]
+    changes = list(_changes(json.loads(built), theirs, ""))
+    return [visible(f"{name}: {change}") for change in changes] or [f"{name}: the same values, written in another way"]
+
+
+def _changes(built: Any, theirs: Any, where: str) -> Iterator[str]:
+    if isinstance(built, dict) and isinstance(theirs, dict):
+        for key in {**built, **theirs}:
+            at = f"{where}::{key}" if where else str(key)
+            if key not in theirs:
+                yield f"{at}: taken out"
+            elif key not in built:
+                yield f"{at}: added, {_short(theirs[key])}"
+            else:
+                yield from _changes(built[key], theirs[key], at)
+    elif isinstance(built, list) and isinstance(theirs, list) and len(built) == len(theirs):
+        for index, pair in enumerate(zip(built, theirs, strict=True)):
+            yield from _changes(*pair, f"{where}::{index}")
+    elif built != theirs or type(built) is not type(theirs):
+        yield f"{where}: {_short(theirs)} in place of {_short(built)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise the error of ours behind whatever MONAI has wrapped it in: what a user has to read is its text alone."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, SamsegError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None or cause is error:
+            raise
+        raise cause from None
+
+
+def literal(value: Any, *, place: bool = True) -> Any:
+    """A text that MONAI would change as an expression that gives it.
+
+    MONAI writes every "#" of a config as "::", evaluates what begins with "$", follows "@" and "%".
+
+    Args:
+        value: anything; what is no text stays.
+        place: it is a path and never an expression. Else what begins with "$" or "@" is one, and stays.
+    """
+    if not isinstance(value, str) or not set(value) & set("#$@%") or value == NOTHING:
+        return value
+    if not place and value.startswith(("$", "@")):
+        return value
+    return "$'" + "".join(c if c.isalnum() or c in "/. _-" else f"\\U{ord(c):08x}" for c in value) + "'"
