@@ -30,6 +30,8 @@ def effective_settings(config: dict[str, Any], built: BundleSettings) -> dict[st
     for key in KEYS:
         if key in config and not (key == "prompt" and not isinstance(config[key], dict)):
             value["run"][key] = _taken(value["run"][key], config[key], key)
+    if "image_size" in own:
+        value["run"]["image_size"] = built.run.image_size
     if "slices::picker" in own:
         value["run"]["slices"]["picker"] = dump_settings(built)["run"]["slices"]["picker"]
     optimizer = config.get("train", {}).get("optimizer", {}) if isinstance(config.get("train"), dict) else {}
@@ -110,6 +112,8 @@ def custom_parts(config: dict[str, Any]) -> set[str]:
             found.add("network_def")
         elif target and not str(target).startswith(("monai.networks.nets.", "samseg_monai.networks.")):
             found.add("network_def")
+    if "network_def" in found:  # SAM's rules for it do not bind another network
+        found |= {"image_size"} & config.keys()
     return found
 
 
