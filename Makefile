@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup dev demo test lint docs pico bundles bench clean
+.PHONY: setup dev demo check test test-all lint docs pico bundles bench clean
 
 setup: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
@@ -21,10 +21,19 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 demo: setup
 	$(BIN)/samseg demo --output demo
 
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# what is quick enough to be run after every change
+check: lint
+	$(PYTEST) -m "not slow and not whole"
+
 # COVERAGE=1 measures branch coverage, too: tracing every line makes the tests half as slow again
 test: dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-	    $(if $(COVERAGE),--cov --cov-report term:skip-covered --cov-fail-under 90)
+	$(PYTEST) -m "not whole" $(if $(COVERAGE),--cov --cov-report term:skip-covered --cov-fail-under 90)
+
+# and what takes minutes by itself: both studies and SAM at their real sizes, every chain of killed trainings
+test-all: test
+	$(PYTEST) -m whole
 
 lint: dev
 	$(BIN)/ruff check .

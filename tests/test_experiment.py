@@ -110,7 +110,7 @@ def test_the_plan_expands_to_runs_with_the_first_seeds_first():
     for name, row in rows.items():
         assert ("training" in row) == (row["role"] != "zero-shot"), name
         assert set(row["folds"]) >= {0, 1, 2, 3} or row["role"] == "curve"
-    assert all(rows[name]["seeds"] == [0, 1, 2] for name in ("decoder_512", "decoder_1024", "lora_r4"))
+    assert all(rows[name]["seeds"] == [0, 1, 2] for name in ("decoder_512", "decoder_1024", "lora_r64"))
 
 
 def test_two_rates_are_tried_for_each_row_that_learns_and_see_no_test_slice():
@@ -405,7 +405,7 @@ def test_the_table_of_made_up_rows(finished):
                          ("testing", "best")]) for b in FOLDS["blocks"]]  # fmt: skip
     expected = stats.t.interval(0.95, 8, np.mean(by_block), stats.sem(by_block))
     assert [lines["lora_r16"]["blocks_loose"][k] for k in ("low", "high")] == pytest.approx(expected)
-    assert lines["lora_r4"]["seeds"] == 3 and 0 < lines["lora_r4"]["sd_of_seeds"] < 0.01
+    assert lines["lora_r64"]["seeds"] == 3 and 0 < lines["lora_r64"]["sd_of_seeds"] < 0.01
     assert lines["unet"]["dice_tight"] == lines["unet"]["dice_loose"]
     assert lines["inscribed_ellipse"]["dice_loose"] == pytest.approx(0.75)
     assert lines["lora_r16"]["minutes_per_run"] == 3 and lines["lora_r16"]["empty_loose"] == 0

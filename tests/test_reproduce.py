@@ -47,6 +47,7 @@ def official_layout(tmp_path_factory):
 
 
 @pytest.mark.timeout(2400)
+@pytest.mark.whole
 def test_honours_experiment_runs_at_its_real_size(brats, official_layout, tmp_path, monkeypatch, capsys):
     words = ["reproduce", "honours", "--brats", brats, "--weights", official_layout, "--output", tmp_path / "out"]
     # one of four scans: the others are three more passes of the same network

@@ -54,6 +54,7 @@ def weights(tmp_path_factory):
 
 
 @pytest.mark.timeout(1200)
+@pytest.mark.whole
 def test_sam_lst_experiment_runs_at_its_real_size(synapse, weights, tmp_path, monkeypatch, capsys):
     out, cache = tmp_path / "out", tmp_path / "bank"
     sam = weights / "vit_b_random.pth"

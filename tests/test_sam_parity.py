@@ -154,6 +154,7 @@ def test_from_picture_to_mask_equals_sam_predictor(pair):
 
 
 @torch.no_grad()
+@pytest.mark.whole
 def test_vit_b_at_1024_equals_the_registered_sam():
     """The real layout at its real size: 64 x 64 tokens, padded windows, a global block.
 
