@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # module -> names of the face; the block below is the same for editors, mypy and the API page
 _FACE = {
@@ -25,7 +25,7 @@ _FACE = {
     "training": ("SegmentationLoss", "OnLogitGrid"),
     "metrics": ("CaseScores", "LesionRules", "score_case", "score_lesions"),
     "data.slices": ("SliceDataset", "AllSlices", "EveryNth", "Foreground", "MaxArea", "RandomN"),
-    "bundles": ("build_bundle", "load_bundle", "pack_bundle"),
+    "bundles": ("build_bundle", "pack_bundle", "load_bundle", "LoadedBundle"),
     "export": ("export_network",),
     "errors": (
         "SamsegError", "AdapterError", "BundleError", "CacheError", "CheckpointError", "ConfigError", "DataError",
@@ -38,7 +38,7 @@ __all__ = ["__version__", *_MODULES]
 # ruff: noqa: F401
 if TYPE_CHECKING:
     from samseg_monai.adapters import DoRALinear, FeatureMap, GatedSide, LoRALinear, ResNetSide
-    from samseg_monai.bundles import build_bundle, load_bundle, pack_bundle
+    from samseg_monai.bundles import LoadedBundle, build_bundle, load_bundle, pack_bundle
     from samseg_monai.checkpoints import load_adapter, load_model, load_trained, read_card, save_adapter, save_model
     from samseg_monai.data.slices import AllSlices, EveryNth, Foreground, MaxArea, RandomN, SliceDataset
     from samseg_monai.errors import (
