@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import sys
+import warnings
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,9 @@ def guard() -> None:
             are listed.
     """
     sys.excepthook = _plain_errors
+    # LoadImaged tries every reader there is, and one that nobody asked for tells each time that its GPU codec is absent
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
     found = running()
     if found is None:
         return
