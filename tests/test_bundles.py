@@ -221,7 +221,7 @@ def test_evaluate_alone_stops_with_the_line_to_type(phantoms, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
     assert "inference.json','" in done.stderr and "evaluate.json']\"" in done.stderr
-    with pytest.raises(ConfigError, match="only changes inference.json"), own_errors():
+    with pytest.raises(ConfigError, match=r"only changes inference\.json"), own_errors():
         run(config_file=str(folder / "evaluate.json"), network_def="$None", output_dir=str(tmp_path))
 
 
