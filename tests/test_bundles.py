@@ -9,10 +9,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from monai.bundle import ConfigParser, create_workflow, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigParser, create_workflow, run, verify_metadata, verify_net_in_out
 
 from samseg_monai import bundles
 from samseg_monai.bundles.build import OVERLAYS, RECIPES, compose, render, write_bundle
+from samseg_monai.bundles.door import own_errors
 from samseg_monai.bundles.running import unknown_keys
 from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.errors import BundleError, CheckpointError, ConfigError
@@ -220,6 +221,8 @@ def test_evaluate_alone_stops_with_the_line_to_type(phantoms, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
     assert "inference.json','" in done.stderr and "evaluate.json']\"" in done.stderr
+    with pytest.raises(ConfigError, match=r"only changes inference\.json"), own_errors():
+        run(config_file=str(folder / "evaluate.json"), network_def="$None", output_dir=str(tmp_path))
 
 
 def test_prompts_of_a_training_are_those_of_its_prediction(phantoms, tmp_path):

@@ -130,7 +130,7 @@ def guard() -> None:
     found = running()
     if found is None:
         return
-    if "network_def" not in found.config:
+    if found.kind == "evaluate" and "_target_" not in found.config.get("evaluator", {}):
         folder = os.path.relpath(found.configs)
         files = f"['{folder}/inference.json','{folder}/evaluate.json']"
         raise ConfigError(f'evaluate.json only changes inference.json; give both, in this order: --config_file "{files}"')
