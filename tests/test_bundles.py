@@ -336,9 +336,10 @@ def test_unknown_recipe_lists_those_there_are(tmp_path):
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_overlays_change_only_what_exists(bundle):
     configs = root_of(bundle) / "configs"
-    for overlay in (o for o in OVERLAYS if (configs / f"{o}.json").is_file()):
-        trains = (configs / "train.json").is_file() and overlay != "multi_gpu_evaluate"
-        parser = ConfigParser(ConfigParser.load_config_files(files_of(bundle, "train" if trains else "evaluate")))
+    kinds = [kind for kind in ("train", "inference", "evaluate") if (configs / f"{kind}.json").is_file()]
+    pairs = [(overlay, kind) for overlay in OVERLAYS for kind in kinds if overlay in ("demo", f"multi_gpu_{kind}")]
+    for overlay, kind in (pair for pair in pairs if (configs / f"{pair[0]}.json").is_file()):
+        parser = ConfigParser(ConfigParser.load_config_files(files_of(bundle, kind)))
         keys = list(read_json(configs / f"{overlay}.json"))
         parents = [key.removeprefix("+").rpartition("::")[0] for key in keys]
         assert [p for p in parents if p and p not in parser] == []
