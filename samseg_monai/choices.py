@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 MOST_BYTES, MOST_LEVELS = 1_000_000, 30
 TOO_MUCH = "all of it"
@@ -118,12 +119,29 @@ class _Net(Model):
     """The crop's side is the box's longer one, moved out by this fraction of it at either end."""
     crop_size: Side = 128
     """Side of the crop in pixels."""
+    _levels: ClassVar[dict[str, int]] = {}  # lists of a value for each level -> how many fewer they have
+
+    @property
+    def factor(self) -> int:
+        """What it sees is halved, and so on: the side in pixels is a multiple of this."""
+        return math.prod(getattr(self, "strides", [16]))
+
+    @model_validator(mode="after")
+    def _fit(self) -> _Net:
+        """Lists of a value for each level are as long as MONAI takes them."""
+        lengths = {name: len(getattr(self, name)) + more for name, more in self._levels.items() if getattr(self, name)}
+        if len(set(lengths.values())) > 1:
+            have = ", ".join(f"{name} {len(getattr(self, name))}" for name in lengths)
+            fix = ", ".join(name if not more else f"{name} {more} fewer" for name, more in self._levels.items())
+            raise ValueError(f"lists of as many values as there are levels ({fix}), got {have}")
+        return self
 
 
 class UNet(_Net):
     name: Literal["UNet"]
     channels: Channels = [32, 64, 128, 256]
     strides: Steps = [2, 2, 2]
+    _levels: ClassVar[dict[str, int]] = {"channels": 0, "strides": 1}
     num_res_units: Annotated[int, Field(ge=0, le=8)] = 2
 
 
@@ -142,6 +160,7 @@ class AttentionUnet(_Net):
     name: Literal["AttentionUnet"]
     channels: Channels = [32, 64, 128, 256]
     strides: Steps = [2, 2, 2]
+    _levels: ClassVar[dict[str, int]] = {"channels": 0, "strides": 1}
     dropout: Fraction = 0.0
 
 
@@ -154,18 +173,31 @@ class UNETR(_Net):
 
 
 class SwinUNETR(_Net):
+    """MONAI's Swin UNETR with its window of 7 tokens."""
+
     name: Literal["SwinUNETR"]
     depths: Annotated[list[Annotated[int, Field(ge=1, le=24)]], Field(min_length=4, max_length=4)] = [2, 2, 2, 2]
     num_heads: Annotated[list[Annotated[int, Field(ge=1, le=64)]], Field(min_length=4, max_length=4)] = [3, 6, 12, 24]
     feature_size: Annotated[int, Field(ge=12, le=768, multiple_of=12)] = 24
 
+    @property
+    def factor(self) -> int:
+        return 32
+
 
 class SegResNet(_Net):
+    """MONAI's encoder and decoder of residual blocks, without the variational branch."""
+
     name: Literal["SegResNet"]
     init_filters: Annotated[int, Field(ge=8, le=512, multiple_of=8)] = 8
     blocks_down: Steps = [1, 2, 2, 4]
     blocks_up: Steps = [1, 1, 1]
     dropout_prob: Fraction | None = None
+    _levels: ClassVar[dict[str, int]] = {"blocks_down": 0, "blocks_up": 1}
+
+    @property
+    def factor(self) -> int:
+        return 2 ** (len(self.blocks_down) - 1)
 
 
 class DynUNet(_Net):
@@ -177,6 +209,7 @@ class DynUNet(_Net):
     upsample_kernel_size: Steps = [2, 2, 2]
     filters: Channels | None = None
     res_block: bool = False
+    _levels: ClassVar[dict[str, int]] = {"kernel_size": 0, "strides": 0, "filters": 0, "upsample_kernel_size": 1}
 
 
 class Ellipse(Model):

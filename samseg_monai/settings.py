@@ -324,8 +324,24 @@ def _misfits(settings: BundleSettings) -> Iterator[str]:
         yield f"run::prompt::loosen: got {run.prompt.loosen}; the smaller number comes first"
     if strategy.network is not None and strategy.network.name == "BoxEllipse" and several:
         yield f"strategy::network: the ellipse is for one class, there are {len(task.classes)}"
+    yield from _network_misfits(strategy.network, len(task.scans), run.image_size)
     if not (run.loss.dice or run.loss.ce or run.loss.focal):
         yield "run::loss: give dice, ce or focal a weight above 0"
+
+
+def _network_misfits(net: Network | None, scans: int, image_size: int) -> Iterator[str]:
+    """Sizes and channels that MONAI's network would refuse when it is built or first called."""
+    if net is None or net.name == "BoxEllipse":
+        return
+    key, side = (
+        ("strategy::network::crop_size", net.crop_size) if net.boxes == "crop" else ("run::image_size", image_size)
+    )
+    least = 2 * net.factor if net.name == "SwinUNETR" else net.factor  # its norm needs two pixels at the lowest level
+    if side % net.factor or side < least:
+        yield f"{key}: got {side}; this {net.name} needs a multiple of {net.factor}, at least {least}"
+    inputs = scans + (net.boxes == "channel")
+    if net.name == "VNet" and 16 % inputs:
+        yield f"strategy::network: VNet takes 1, 2, 4, 8 or 16 channels; scans and the channel of boxes make {inputs}"
 
 
 def _mentions(text: str, name: str) -> bool:

@@ -234,7 +234,7 @@ def test_prompts_of_a_training_are_those_of_its_prediction(phantoms, tmp_path):
     assert read_json(record / "configs" / "settings.json")["run"]["sam_variant"] == "tiny"
     (record / "configs" / "metadata.json").write_text(json.dumps(metadata | {"network_data_format": {}}))
     run_workflow([root_of(LORA) / "configs" / "evaluate.json"], overrides)
-    with pytest.raises(BundleError, match=r"metadata.json: channels are"):
+    with pytest.raises(BundleError, match=r"metadata.json: network_data_format::inputs: taken out"):
         bundles.pack_bundle(tmp_path, tmp_path / "x.zip", sam_checkpoint="random")
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
+from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.networks.nets import UNet
 from torch import nn
 
+from samseg_monai.bundles.build import compose, render_config
 from samseg_monai.checkpoints import load_adapter, load_trained, read_card, save_adapter, save_model
+from samseg_monai.choices import Network
 from samseg_monai.errors import AdapterError, CheckpointError, ConfigError
 from samseg_monai.export.limits import obstacles
 from samseg_monai.networks import EMPTY_LOGIT, BoxEllipse, PlainSegmenter, SamSegmenter
+from samseg_monai.settings import dump_settings, read_settings
 from samseg_monai.strategies import LoRA, Scratch, ZeroShot
 from samseg_monai.training.owned import count_trainable
 from samseg_monai.transforms import EllipseFromPromptd
@@ -165,6 +171,67 @@ def test_a_network_that_returns_something_else_is_named(image):
 
     with pytest.raises(ConfigError, match=r"Several must return logits \(2, 3, 32, 32\), got a list"):
         plain(Several())(image)
+
+
+NETWORKS = {
+    "UNet": {"channels": [4, 8], "strides": [2], "num_res_units": 1},
+    "BasicUNetPlusPlus": {"features": [4] * 6},
+    "VNet": {},
+    "AttentionUnet": {"channels": [4, 8], "strides": [2]},
+    "UNETR": {"feature_size": 4, "hidden_size": 12, "mlp_dim": 16, "num_heads": 2},
+    "SwinUNETR": {"feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
+    "SegResNet": {"blocks_down": [1, 1], "blocks_up": [1]},
+    "DynUNet": {"kernel_size": [3, 3, 3], "strides": [1, 2, 2], "upsample_kernel_size": [2, 2], "filters": [4, 4, 4]},
+    "BoxEllipse": {},
+}
+
+
+def settings_of(task, network, boxes, image_size=64):
+    value = dump_settings(compose(task, "unet"))
+    value["run"]["image_size"] = image_size
+    value["run"]["prompt"]["source"] = "none" if boxes == "none" else "label"
+    around = {"boxes": boxes, "crop_size": image_size} if network["name"] != "BoxEllipse" else {}
+    value["strategy"]["network"] = {**network, **around}
+    return read_settings({**value, "demo": None}, "test")
+
+
+@pytest.mark.parametrize("task", ["meningioma", "abdomen"])
+@pytest.mark.parametrize(
+    "name", [get_args(kind.model_fields["name"].annotation)[0] for kind in get_args(get_args(Network)[0])]
+)
+@torch.no_grad()
+def test_every_network_of_the_settings_is_built_and_answers(name, task):
+    """Through the bundle's train.json: with one class and several, without boxes and with each way to take them."""
+    if (name, task) == ("BoxEllipse", "abdomen"):
+        return  # for one class only
+    for boxes in ("given",) if name == "BoxEllipse" else ("none", "channel", "crop"):
+        network = {"name": name, **NETWORKS[name]}
+        if (name, task, boxes) == ("VNet", "meningioma", "channel"):
+            with pytest.raises(ConfigError, match=r"VNet takes 1, 2, 4, 8 or 16 channels; scans and .* make 5"):
+                settings_of(task, network, boxes)
+            continue
+        settings = settings_of(task, network, boxes)
+        network = ConfigParser({**render_config(settings, "train"), "device": "cpu"}).get_parsed_content("network_def")
+        scans, classes = len(settings.task.scans), len(settings.task.classes)
+        given = None if boxes == "none" else torch.tensor([[3.0, 4.0, 20.0, 30.0]] * 2)
+        logits = network.train()(torch.randn(2, scans, 48, 40), given)
+        assert type(network.net).__name__ == name and network.boxes == boxes
+        assert logits.shape == (2, 1 if classes == 1 else classes + 1, 48, 40) and logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("network", "image_size", "message"),
+    [
+        ({"name": "UNet"}, 60, "run::image_size: got 60; this UNet needs a multiple of 8"),
+        ({"name": "UNet", "strides": [2, 2]}, 64, r"levels \(channels, strides 1 fewer\), got channels 4, strides 2"),
+        ({"name": "SwinUNETR"}, 32, "got 32; this SwinUNETR needs a multiple of 32, at least 64"),
+        ({"name": "SegResNet", "blocks_up": [1]}, 64, "got blocks_down 4, blocks_up 1"),
+        ({"name": "DynUNet", "filters": [4]}, 64, "got kernel_size 4, strides 4, filters 1, upsample_kernel_size 3"),
+    ],
+)
+def test_a_network_that_monai_would_not_build_or_run_is_refused_by_the_settings(network, image_size, message):
+    with pytest.raises(ConfigError, match=message):
+        settings_of("abdomen", network, "none", image_size)
 
 
 def test_it_has_no_base_weights(tmp_path):

@@ -39,10 +39,8 @@ METHODS = [
 ]
 NETWORKS = [
     {"name": "UNet", "channels": [8, 16], "strides": [2], "boxes": "crop"},
-    *(
-        {"name": n}
-        for n in ("BasicUNetPlusPlus", "VNet", "AttentionUnet", "UNETR", "SwinUNETR", "SegResNet", "DynUNet")
-    ),
+    {"name": "VNet", "boxes": "channel"},
+    *({"name": n} for n in ("BasicUNetPlusPlus", "AttentionUnet", "UNETR", "SwinUNETR", "SegResNet", "DynUNet")),
 ]
 HOSTILE = ["$x", "@x", "%x", "_target_", "../", "\x1b[2J", "a\x1bb", "x\n", " $x", "/etc/passwd", "$open('x', 'w')"]
 

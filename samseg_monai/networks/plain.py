@@ -33,8 +33,8 @@ class PlainSegmenter(Segmenter):
     """A network that learns as a whole from a random start, with or without boxes.
 
     Args:
-        net: (B, S, side, side) to logits (B, C, side, side), C = ``channels_out``; MONAI's U-Net for example.
-            ``boxes`` changes what it sees.
+        net: (B, S, side, side) to logits (B, C, side, side), C = ``channels_out``, or a list of nothing else; MONAI's
+            U-Net for example. ``boxes`` changes what it sees.
         strategy: names it in tables; None is ``Scratch()``.
         image_size: side of the square that ``net`` sees; smaller slices are padded with zeros at the bottom and right,
             and the logits cut back.
@@ -158,6 +158,8 @@ class PlainSegmenter(Segmenter):
 
     def _run(self, image: Tensor, *further: Tensor) -> Tensor:
         logits = self.net(image, *further)
+        if isinstance(logits, (list, tuple)) and len(logits) == 1:  # so does BasicUNetPlusPlus answer
+            logits = logits[0]
         expected = (len(image), self.channels_out, *image.shape[-2:])
         shape = tuple(getattr(logits, "shape", ()))
         if shape != expected:
