@@ -15,8 +15,10 @@ from samseg_monai import bundles
 from samseg_monai.bundles.build import OVERLAYS, RECIPES, compose, render, write_bundle
 from samseg_monai.bundles.door import own_errors
 from samseg_monai.bundles.running import unknown_keys
+from samseg_monai.bundles.values import effective_settings
 from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.errors import BundleError, CheckpointError, ConfigError
+from samseg_monai.settings import read_settings
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1] / "bundles"
@@ -239,6 +241,15 @@ def test_prompts_of_a_training_are_those_of_its_prediction(phantoms, tmp_path):
     run_workflow([root_of(LORA) / "configs" / "evaluate.json"], overrides)
     with pytest.raises(BundleError, match=r"metadata.json: network_data_format::inputs: taken out"):
         bundles.pack_bundle(tmp_path, tmp_path / "x.zip", sam_checkpoint="random")
+
+
+def test_an_override_takes_a_setting_away():
+    configs = root_of(LORA) / "configs"
+    built = read_settings(read_json(configs / "settings.json"), "test")
+    given = {**read_json(configs / "inference.json"), "crop_size": "$None", "prompt": {"loosen": ["$None", 0.1]}}
+    found = effective_settings(given, built)
+    assert built.run.crop_size and found["run"]["crop_size"] is None and found["run"]["prompt"]["loosen"] == [None, 0.1]
+    assert given["crop_size"] == "$None"  # the config itself stays
 
 
 def test_a_component_given_whole_is_no_typo():
