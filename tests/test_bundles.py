@@ -9,10 +9,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from monai.bundle import ConfigParser, create_workflow, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigParser, create_workflow, run, verify_metadata, verify_net_in_out
 
 from samseg_monai import bundles
 from samseg_monai.bundles.build import OVERLAYS, RECIPES, compose, render, write_bundle
+from samseg_monai.bundles.door import own_errors
 from samseg_monai.bundles.running import unknown_keys
 from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.errors import BundleError, CheckpointError, ConfigError
@@ -220,6 +221,8 @@ def test_evaluate_alone_stops_with_the_line_to_type(phantoms, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
     assert "inference.json','" in done.stderr and "evaluate.json']\"" in done.stderr
+    with pytest.raises(ConfigError, match=r"only changes inference\.json"), own_errors():
+        run(config_file=str(folder / "evaluate.json"), network_def="$None", output_dir=str(tmp_path))
 
 
 def test_prompts_of_a_training_are_those_of_its_prediction(phantoms, tmp_path):
@@ -234,7 +237,7 @@ def test_prompts_of_a_training_are_those_of_its_prediction(phantoms, tmp_path):
     assert read_json(record / "configs" / "settings.json")["run"]["sam_variant"] == "tiny"
     (record / "configs" / "metadata.json").write_text(json.dumps(metadata | {"network_data_format": {}}))
     run_workflow([root_of(LORA) / "configs" / "evaluate.json"], overrides)
-    with pytest.raises(BundleError, match=r"metadata.json: channels are"):
+    with pytest.raises(BundleError, match=r"metadata.json: network_data_format::inputs: taken out"):
         bundles.pack_bundle(tmp_path, tmp_path / "x.zip", sam_checkpoint="random")
 
 
@@ -333,9 +336,10 @@ def test_unknown_recipe_lists_those_there_are(tmp_path):
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_overlays_change_only_what_exists(bundle):
     configs = root_of(bundle) / "configs"
-    for overlay in (o for o in OVERLAYS if (configs / f"{o}.json").is_file()):
-        trains = (configs / "train.json").is_file() and overlay != "multi_gpu_evaluate"
-        parser = ConfigParser(ConfigParser.load_config_files(files_of(bundle, "train" if trains else "evaluate")))
+    kinds = [kind for kind in ("train", "inference", "evaluate") if (configs / f"{kind}.json").is_file()]
+    pairs = [(overlay, kind) for overlay in OVERLAYS for kind in kinds if overlay in ("demo", f"multi_gpu_{kind}")]
+    for overlay, kind in (pair for pair in pairs if (configs / f"{pair[0]}.json").is_file()):
+        parser = ConfigParser(ConfigParser.load_config_files(files_of(bundle, kind)))
         keys = list(read_json(configs / f"{overlay}.json"))
         parents = [key.removeprefix("+").rpartition("::")[0] for key in keys]
         assert [p for p in parents if p and p not in parser] == []

@@ -22,7 +22,7 @@ from samseg_monai import __version__
 from samseg_monai.choices import Ladder
 from samseg_monai.errors import BundleError, ConfigError
 from samseg_monai.files import read_json
-from samseg_monai.settings import BundleSettings, dump_settings, merged, read_settings
+from samseg_monai.settings import BundleSettings, demonstrated, dump_settings, merged, read_settings
 
 RECIPES = Path(str(files("samseg_monai") / "recipes"))
 SETTINGS = "settings.json"
@@ -279,7 +279,7 @@ def _values(settings: BundleSettings) -> dict[str, Any]:
         "several": several,
         "boxes": settings.has_sam or settings.takes_boxes,  # low_res_training may be switched off again
         "embeddings": settings.has_sam and settings.frozen_encoder,
-        "stored": run.store_size is not None or ladder,
+        "stored": run.store_size is not None or ladder or (several and task.kind == "volumes"),
         "ladder": ladder,
         "trains": settings.trains,
         "recipe": settings.strategy,
@@ -295,15 +295,20 @@ def _values(settings: BundleSettings) -> dict[str, Any]:
 
 
 def _demo_keys(settings: BundleSettings) -> dict[str, Any]:
-    """Ids and values of the demo's overlay."""
+    """Ids and values of the demo's overlay.
+
+    It is laid over inference.json, too: a group that only train.json has must be whole, or MONAI does not find it there.
+    """
     demo = settings.demo.model_dump(mode="json", exclude_unset=True) if settings.demo else {}
+    whole = dump_settings(demonstrated(settings))["run"]
+    whole["slices"] |= {"picker": component(PICKERS, whole["slices"]["picker"]), "cache_dir": None}
     keys: dict[str, Any] = {}
 
     def collect(value: dict[str, Any], where: str) -> None:
         for key, item in value.items():
             name = f"{where}{key}"
-            if key == "picker":
-                keys[name] = component(PICKERS, item)
+            if not where and isinstance(item, dict) and key not in ("prompt", "embeddings"):
+                keys[name] = whole[key]
             elif isinstance(item, dict):
                 collect(item, f"{name}::")
             else:

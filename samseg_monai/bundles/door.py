@@ -28,12 +28,11 @@ from samseg_monai.bundles.record import NAME, RECORD
 from samseg_monai.checkpoints import CARD, TENSORS, Network
 from samseg_monai.errors import BundleError, ConfigError, SamsegError, raise_all
 from samseg_monai.files import read_json
-from samseg_monai.settings import BundleSettings, read_settings
+from samseg_monai.settings import NOTHING, BundleSettings, read_settings
 
 SETTINGS = "configs/settings.json"
 WEIGHTS = ("models/model.safetensors", "models/model.pt")
 MOST = 20  # edits that are told
-NOTHING = "$None"  # MONAI passes over an override that is None itself
 LOG = logging.getLogger(__name__)
 
 

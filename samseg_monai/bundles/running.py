@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import sys
+import warnings
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,10 +124,13 @@ def guard() -> None:
             are listed.
     """
     sys.excepthook = _plain_errors
+    # LoadImaged tries every reader there is, and one that nobody asked for tells each time that its GPU codec is absent
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
     found = running()
     if found is None:
         return
-    if "network_def" not in found.config:
+    if found.kind == "evaluate" and "_target_" not in found.config.get("evaluator", {}):
         folder = os.path.relpath(found.configs)
         files = f"['{folder}/inference.json','{folder}/evaluate.json']"
         raise ConfigError(f'evaluate.json only changes inference.json; give both, in this order: --config_file "{files}"')

@@ -9,7 +9,7 @@ from typing import Any
 
 from samseg_monai.bundles.build import METHODS, PICKERS, SIDES
 from samseg_monai.choices import Optimizer, Picker
-from samseg_monai.settings import PLACES, BundleSettings, RunSettings, dump_settings
+from samseg_monai.settings import NOTHING, PLACES, BundleSettings, RunSettings, dump_settings
 
 KEYS = tuple(RunSettings.model_fields)
 TASK_KEYS = ("scans", "classes", "mirrored_classes", "label_values")
@@ -25,6 +25,7 @@ def effective_settings(config: dict[str, Any], built: BundleSettings) -> dict[st
 
     Parts of a user's own (``custom_parts``) keep the value of ``built``.
     """
+    config = _with_nulls(config)
     value = {**copy.deepcopy(dump_settings(built)), "demo": None}
     own = custom_parts(config)
     for key in KEYS:
@@ -45,6 +46,13 @@ def effective_settings(config: dict[str, Any], built: BundleSettings) -> dict[st
         value["strategy"]["network"] = _network(value["strategy"]["network"], config["network_def"])
     _take_task(value["task"], config)
     return value
+
+
+def _with_nulls(value: Any) -> Any:
+    """A copy of a config with None for what an override has set to it."""
+    if isinstance(value, dict):
+        return {key: _with_nulls(item) for key, item in value.items()}
+    return [_with_nulls(item) for item in value] if isinstance(value, list) else None if value == NOTHING else value
 
 
 def _taken(before: Any, now: Any, name: str) -> Any:

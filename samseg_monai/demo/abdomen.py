@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from samseg_monai.demo.story import Story, write_results
+from samseg_monai.settings import NOTHING
 
 TASK = "abdomen"
 FOLDER = "demo_abdomen"
 CASES = 15
 VALIDATION = 2  # patients of the training part that choose the epoch
 LADDER = "ladder"
-NOTHING = "$None"  # MONAI passes over an override that is None itself
 # Both halves are trained as the ladder is, with its looks at the slices: what differs is the mix alone. The recipes
 # cnn_only and sam_only are the published ablations: they mirror left to right, and their mask heads stay random.
 HALVES: dict[str, dict[str, Any]] = {
@@ -107,7 +107,7 @@ def _write_report(story: Story, output: Path, runs: dict[str, Path], data: Path,
         {name: folder for name, folder in folders.items() if name != "zero_shot"},  # noise has no outline worth seeing
         load_datalist(datalist, data, "testing"),
         labels=labels_of(datalist),
-        classes=json.loads((configs / "evaluate.json").read_text(encoding="utf-8"))["classes"],
+        classes=json.loads((configs / "inference.json").read_text(encoding="utf-8"))["classes"],
         window=HU,
     )
     return write_results(
