@@ -239,7 +239,7 @@ def test_card_gives_the_transforms_with_the_values_of_the_run(made):
     assert [t["_target_"] for t in transforms] == [
         "Orientationd",
         "ResizeWithPadOrCropd",
-        "samseg_monai.transforms.ScaleInputd",
+        "NormalizeIntensityd",
         "Resized",
     ]
     assert transforms[1]["spatial_size"] == [32, 36, -1] and transforms[3]["spatial_size"] == 64
@@ -263,6 +263,7 @@ PARTS = {"ladder": ["encoder", "side", "decoder"], "side alone": ["side", "decod
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_parts_in_turn_are_the_network(name):
+    torch.manual_seed(1)  # logits near zero would be measured against the rounding of the larger sums before them
     network = lively(NETWORKS[name]())
     network.autocast = None  # parts are float32, as the network that exports are compared with
     size = (40, 33) if name == "rectangular" else None
