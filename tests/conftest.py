@@ -28,9 +28,20 @@ TINY = {
 }
 
 
+# files that train, predict through whole bundles, export, or run the pages' commands: ``make check`` leaves them out
+SLOW = """
+    audit_classes audit_geometry augmentation banked_slices bundles demo_abdomen demo_mobile docs door experiment export
+    foreign_layouts kill_resume pico planar processes realdata reproduce reproduce_sam_lst sam_parity site strategy_laws
+    tracking travel tutorial
+""".split()
+
+
 def pytest_collection_modifyitems(items):
-    """Begin with the files that take minutes, or one worker would be left alone with them at the end."""
-    long = ("test_reproduce.py", "test_docs.py", "test_reproduce_sam_lst.py", "test_bundles.py", "test_demo_abdomen.py")
+    """Mark what is slow, and begin with the files that take minutes, or one worker would be left alone with them."""
+    long = ("test_docs.py", "test_bundles.py", "test_export.py", "test_strategy_laws.py", "test_demo_abdomen.py")
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW:
+            item.add_marker("slow")
     items.sort(key=lambda item: long.index(item.path.name) if item.path.name in long else len(long))
 
 
