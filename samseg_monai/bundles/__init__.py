@@ -11,6 +11,7 @@ from samseg_monai.bundles.running import (
     guard,
     in_order,
     join_processes,
+    leave_processes,
     rank_device,
 )
 
@@ -24,6 +25,7 @@ __all__ = [
     "guard",
     "in_order",
     "join_processes",
+    "leave_processes",
     "load_bundle",
     "pack_bundle",
     "rank_device",

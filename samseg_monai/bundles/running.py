@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import inspect
 import logging
@@ -111,6 +112,31 @@ def join_processes() -> None:
         )
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(_end_at_once)  # now: what is registered later, such as a writer's last flush, runs before it
+
+
+def leave_processes() -> None:
+    """Leave the process group; call it last in ``finalize``.
+
+    Behind a ``DistributedDataParallel`` gloo's threads outlive that (torch 2.14), and a process that ends normally then
+    sometimes aborts ("terminate called without an active exception", pytorch issue 190489), though everything was
+    saved. So a process of ``torchrun`` on CPUs ends without C++'s destructors, when Python has done its own work.
+    """
+    backend = dist.get_backend()
+    dist.destroy_process_group()
+    if backend == "gloo" and "TORCHELASTIC_RUN_ID" in os.environ:
+        _ENDING.append(True)
+
+
+_ENDING: list[bool] = []  # filled where a process has finished its work
+
+
+def _end_at_once() -> None:
+    if _ENDING:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def guard() -> None:
