@@ -18,7 +18,7 @@ from typing import Any
 from measuring import machine
 
 from samseg_monai.bundles import build_bundle
-from samseg_monai.cli.workflow import run_workflow
+from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.data.datalists.folders import prepare_folders
 from samseg_monai.metrics import aggregate, read_rows
 

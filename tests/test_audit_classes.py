@@ -14,7 +14,7 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from samseg_monai.cli.workflow import run_workflow
+from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.data.datalists.label_maps import BTCV as LABELS
 from samseg_monai.data.datalists.label_maps import ORGANS, labels_in
 from samseg_monai.errors import DataError

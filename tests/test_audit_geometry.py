@@ -17,7 +17,7 @@ from scipy import ndimage
 from surface_distance import compute_surface_dice_at_tolerance, compute_surface_distances
 
 from samseg_monai.bundles import build_bundle
-from samseg_monai.cli.workflow import run_workflow
+from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.errors import DataError
 
 SCANS = ("t1n", "t1c", "t2w", "t2f")

@@ -12,7 +12,7 @@ import torch
 from monai.data import MetaTensor
 
 from samseg_monai.bundles import build_bundle
-from samseg_monai.cli.workflow import run_workflow
+from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.transforms import RemoveSmallComponentsd
 

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from scipy import stats
 
 from samseg_monai.bundles import build_bundle
 from samseg_monai.bundles.build import recipe_names
-from samseg_monai.cli.workflow import run_workflow
+from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.data.datalists import load_datalist
 from samseg_monai.errors import ConfigError, DataError, TrainingError
 from tests.conftest import TINY
@@ -543,3 +544,10 @@ def test_six_slices_are_shown_and_every_one_needs_its_prediction(tmp_path):
     assert path.is_file()
     with pytest.raises(DataError, match="m_9: 0 files"):
         figures.predictions_in([predicted], ["m_9"])
+
+
+@pytest.mark.parametrize("script", ["run.py", "table.py", "figures.py"])
+def test_each_script_starts_by_itself(script):
+    command = [sys.executable, str(plans.HERE / script), "--help"]
+    done = subprocess.run(command, cwd=plans.HERE.parents[1], capture_output=True, encoding="utf-8", errors="replace")
+    assert done.returncode == 0, done.stderr

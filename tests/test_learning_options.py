@@ -24,10 +24,10 @@ from torch.utils.data import Dataset
 
 from samseg_monai import bundles, cli, handlers
 from samseg_monai.adapters import DoRALinear
+from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.checkpoints import load_adapter, save_adapter
 from samseg_monai.cli.find_lr import overrides_of
 from samseg_monai.cli.range_test import range_test
-from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.errors import CheckpointError, ConfigError, TrainingError
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.spec import get_spec

@@ -19,7 +19,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from samseg_monai import bundles, cli
-from samseg_monai.cli.workflow import run_workflow
+from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.errors import ConfigError, DataError, SamsegError
 from samseg_monai.handlers import WorstCaseImage
 from samseg_monai.networks import SamSegmenter

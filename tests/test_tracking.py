@@ -25,7 +25,7 @@ from torchvision.io import decode_png
 from samseg_monai import handlers
 from samseg_monai import pictures as overlay
 from samseg_monai.bundles import build_bundle
-from samseg_monai.cli.workflow import run_workflow
+from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.errors import ConfigError, TrainingError
 from samseg_monai.handlers import tracking, validation
 from samseg_monai.handlers.tracking import MlflowRun, flat

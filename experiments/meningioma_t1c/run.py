@@ -19,7 +19,7 @@ import records
 import torch
 
 from samseg_monai.bundles import build_bundle
-from samseg_monai.cli.workflow import run_workflow
+from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.errors import SamsegError
 from samseg_monai.metrics import read_rows
 

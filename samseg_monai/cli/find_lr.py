@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.cli.predict import TRUST
-from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.errors import ConfigError
 
 # what a training does before its first step

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from samseg_monai.cli.workflow import run_workflow
+from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.errors import BundleError, ConfigError
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ import nibabel as nib
 import numpy as np
 import torch
 from safetensors.torch import load
+from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.data.brats import prepare_brats_men
 from samseg_monai.data.folders import prepare_folders
 
 from samseg_monai.bundles import build_bundle, pack_bundle
-from samseg_monai.cli.workflow import run_workflow
 from samseg_monai.demo.brain_phantoms import write_brats_cases
 
 MODEL, OWNED = "models/model.pt", "models/adapter.safetensors"
