@@ -18,9 +18,9 @@ from typing import Any
 from measuring import machine
 
 from samseg_monai.bundles import build_bundle
-from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.data.datalists.folders import prepare_folders
 from samseg_monai.metrics import aggregate, read_rows
+from samseg_monai.workflow import run_workflow
 
 RESULTS = Path(__file__).parents[1] / "results"
 LABELS = {"1": "anterior", "2": "posterior"}

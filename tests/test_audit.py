@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from samseg_monai.bundles.workflow import run_workflow
+from samseg_monai.workflow import run_workflow
 
 # those of several classes without prompts are audited in test_audit_classes.py
 BUNDLES = sorted((Path(__file__).parents[1] / "bundles").glob("meningioma_*"))

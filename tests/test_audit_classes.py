@@ -14,10 +14,10 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
-from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.data.datalists.label_maps import BTCV as LABELS
 from samseg_monai.data.datalists.label_maps import ORGANS, labels_in
 from samseg_monai.errors import DataError
+from samseg_monai.workflow import run_workflow
 from tests.audit_networks import Mixed
 
 LADDER, PAPER = (

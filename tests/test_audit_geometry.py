@@ -17,8 +17,8 @@ from scipy import ndimage
 from surface_distance import compute_surface_dice_at_tolerance, compute_surface_distances
 
 from samseg_monai.bundles import build_bundle
-from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.errors import DataError
+from samseg_monai.workflow import run_workflow
 
 SCANS = ("t1n", "t1c", "t2w", "t2f")
 SHAPE, SPACING_MM = (30, 26, 12), (0.9, 1.1, 2.5)  # right, anterior, superior; no two alike

@@ -17,10 +17,10 @@ from monai.transforms.compose import Randomizable
 from samseg_monai.bundles import build_bundle
 from samseg_monai.bundles.running import _ids as ids_of
 from samseg_monai.bundles.running import unknown_keys
-from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.data.slices.cache import describe
 from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.transforms import RandBiasFromMinimumd, RandMirroredd, left_right_axis, named_transforms
+from samseg_monai.workflow import run_workflow
 from tests.conftest import TINY
 from tests.test_docs import value as value_of
 

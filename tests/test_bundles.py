@@ -16,9 +16,9 @@ from samseg_monai.bundles.build import OVERLAYS, RECIPES, compose, render, write
 from samseg_monai.bundles.door import own_errors
 from samseg_monai.bundles.running import unknown_keys
 from samseg_monai.bundles.values import effective_settings
-from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.errors import BundleError, CheckpointError, ConfigError
 from samseg_monai.settings import read_settings
+from samseg_monai.workflow import run_workflow
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[1] / "bundles"

@@ -12,9 +12,9 @@ import torch
 from monai.data import MetaTensor
 
 from samseg_monai.bundles import build_bundle
-from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.transforms import RemoveSmallComponentsd
+from samseg_monai.workflow import run_workflow
 
 AFFINE = np.array([[0.0, 2, 0, 5], [-1, 0, 0, 0], [0, 0, 1.5, -3], [0, 0, 0, 1]])  # voxels of 3 mm^3, turned
 # a network that finds what is bright, and sizes at which nothing is resampled

@@ -15,9 +15,9 @@ from scipy import stats
 
 from samseg_monai.bundles import build_bundle
 from samseg_monai.bundles.build import recipe_names
-from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.data.datalists import load_datalist
 from samseg_monai.errors import ConfigError, DataError, TrainingError
+from samseg_monai.workflow import run_workflow
 from tests.conftest import TINY
 
 HERE = Path(__file__).parents[1] / "experiments" / "meningioma_t1c"

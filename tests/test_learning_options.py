@@ -24,7 +24,6 @@ from torch.utils.data import Dataset
 
 from samseg_monai import bundles, cli, handlers
 from samseg_monai.adapters import DoRALinear
-from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.checkpoints import load_adapter, save_adapter
 from samseg_monai.cli.find_lr import overrides_of
 from samseg_monai.cli.range_test import range_test
@@ -33,6 +32,7 @@ from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.spec import get_spec
 from samseg_monai.strategies import Ladder, LoRA
 from samseg_monai.training import parameter_groups, warmup_schedule
+from samseg_monai.workflow import run_workflow
 from tests.conftest import TINY
 from tests.test_strategy_laws import SmallSide, draw_batch
 

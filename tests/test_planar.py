@@ -19,13 +19,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from samseg_monai import bundles, cli
-from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.errors import ConfigError, DataError, SamsegError
 from samseg_monai.handlers import WorstCaseImage
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.pictures import REFERENCE
 from samseg_monai.transforms import SaveImagePngd, ScaleGreysd
 from samseg_monai.transforms.saving import overlay_picture
+from samseg_monai.workflow import run_workflow
 from tests.pictures import CLASSES, SIZE, make_pictures
 
 TINY = {"sam_variant": "tiny", "sam_checkpoint": "random", "image_size": 64}

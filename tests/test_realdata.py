@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from samseg_monai.bundles import build_bundle, pack_bundle
-from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.cli.predict import predict
 from samseg_monai.data.datalists.brats import prepare_brats_men
 from samseg_monai.data.datalists.folders import prepare_folders
 from samseg_monai.data.files.dicom import read_series
 from samseg_monai.errors import DataError
 from samseg_monai.metrics import read_rows
+from samseg_monai.workflow import run_workflow
 from tests.conftest import TINY
 
 pytestmark = pytest.mark.realdata

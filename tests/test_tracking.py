@@ -25,11 +25,11 @@ from torchvision.io import decode_png
 from samseg_monai import handlers
 from samseg_monai import pictures as overlay
 from samseg_monai.bundles import build_bundle
-from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.errors import ConfigError, TrainingError
 from samseg_monai.handlers import tracking, validation
 from samseg_monai.handlers.tracking import MlflowRun, flat
 from samseg_monai.metrics import CaseScores, mean_dice
+from samseg_monai.workflow import run_workflow
 from tests.conftest import TINY
 from tests.test_handlers import trainer
 

@@ -19,8 +19,8 @@ from samseg_monai.bundles import pack_bundle, verify_sums
 from samseg_monai.bundles.check import check_bundle
 from samseg_monai.bundles.record import write_record
 from samseg_monai.bundles.running import Running
-from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.errors import BundleError, SamsegError
+from samseg_monai.workflow import run_workflow
 from tests.commands import samseg
 from tests.conftest import TINY
 

@@ -19,9 +19,9 @@ import records
 import torch
 
 from samseg_monai.bundles import build_bundle
-from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.errors import SamsegError
 from samseg_monai.metrics import read_rows
+from samseg_monai.workflow import run_workflow
 
 MEASURES = ("dice", "hd95_px", "nsd_1px", "nsd_2px", "empty_prediction")
 

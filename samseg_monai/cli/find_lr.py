@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.cli.predict import TRUST
 from samseg_monai.errors import ConfigError
+from samseg_monai.workflow import run_workflow
 
 # what a training does before its first step
 BEFORE = (

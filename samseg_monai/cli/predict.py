@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from samseg_monai.bundles.workflow import run_workflow
 from samseg_monai.errors import BundleError, ConfigError
+from samseg_monai.workflow import run_workflow
 
 if TYPE_CHECKING:
     from samseg_monai.bundles.door import Opened

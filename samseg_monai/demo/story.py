@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from samseg_monai.bundles.workflow import run_workflow, shell_command
+from samseg_monai.workflow import run_workflow, shell_command
 
 if TYPE_CHECKING:
     from samseg_monai.report import OverlayCase, RunResult
