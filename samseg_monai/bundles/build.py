@@ -1,8 +1,8 @@
 """Make a bundle of its settings: every file of it is rendered from the engine's templates.
 
-A recipe is settings with a name: of a task (what is learnt, from which data) or of a strategy (how). Both may set values of
-the run (``run``; the strategy's count) and of the demo. A recipe that ``"extends"`` another of its kind takes over what
-it does not set itself. Keys that begin with ``//`` are comments.
+A recipe is settings with a name: of a task (what is learnt, from which data) or of a strategy (how). Both may set
+values of the run (``run``; the strategy's count) and of the demo. A recipe that ``"extends"`` another of its kind takes
+over what it does not set itself. Keys that begin with ``//`` are comments.
 """
 
 from __future__ import annotations
@@ -193,7 +193,9 @@ def _laid_out(value: Any, indent: int, before: int) -> str:
     if plain and indent + before + len(line) < WIDTH:
         return line
     pairs = value.items() if isinstance(value, dict) else (("", item) for item in value)
-    keys = [(f"{json.dumps(key, ensure_ascii=False)}: " if isinstance(value, dict) else "", item) for key, item in pairs]
+    keys = [
+        (f"{json.dumps(key, ensure_ascii=False)}: " if isinstance(value, dict) else "", item) for key, item in pairs
+    ]
     rows = [f"{key}{_laid_out(item, indent + 4, len(key))}" for key, item in keys]
     if plain and isinstance(value, dict):
         rows = _filled(rows, WIDTH - indent - 4)
@@ -289,7 +291,9 @@ def _values(settings: BundleSettings) -> dict[str, Any]:
         "picker": component(PICKERS, dumped["run"]["slices"]["picker"]),
         "demo_keys": _demo_keys(settings),
         "weights": KNOWN.get(run.sam_variant or "vit_b", KNOWN["vit_b"]),
-        "references": list(dict.fromkeys([*([KIRILLOV] if settings.has_sam else []), *task.references, *settings.strategy.references])),
+        "references": list(
+            dict.fromkeys([*([KIRILLOV] if settings.has_sam else []), *task.references, *settings.strategy.references])
+        ),
         **words(settings),
     }
 
@@ -297,7 +301,7 @@ def _values(settings: BundleSettings) -> dict[str, Any]:
 def _demo_keys(settings: BundleSettings) -> dict[str, Any]:
     """Ids and values of the demo's overlay.
 
-    It is laid over inference.json, too: a group that only train.json has must be whole, or MONAI does not find it there.
+    It is laid over inference.json, too: a group that only train.json has must be whole, or MONAI does not find it.
     """
     demo = settings.demo.model_dump(mode="json", exclude_unset=True) if settings.demo else {}
     whole = dump_settings(demonstrated(settings))["run"]
@@ -318,5 +322,3 @@ def _demo_keys(settings: BundleSettings) -> dict[str, Any]:
         collect(demo.get(part, {}), where)
     usable = settings.has_sam and settings.frozen_encoder
     return {key: value for key, value in keys.items() if usable or not key.startswith("embeddings::")}
-
-

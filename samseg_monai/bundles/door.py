@@ -67,7 +67,9 @@ class Opened:
             return self.settings.run.prompt.source != "none"
         prompt = read_json(self.config("inference"), BundleError, "config").get("prompt", {})
         if not isinstance(prompt, dict):
-            raise BundleError(f"{self.config('inference')}: expected an object under 'prompt'; ask for the bundle again")
+            raise BundleError(
+                f"{self.config('inference')}: expected an object under 'prompt'; ask for the bundle again"
+            )
         return prompt.get("source") != "none"
 
     def parser(self, name: str = "inference") -> ConfigParser:
@@ -156,7 +158,9 @@ def settings_of(files: BundleFiles) -> BundleSettings:
             engine = engine_of(files)
             if engine == __version__:
                 raise
-            raise ConfigError(f"{error}\nIt says that samseg-monai {engine} made it, this is {__version__}: use that") from error
+            raise ConfigError(
+                f"{error}\nIt says that samseg-monai {engine} made it, this is {__version__}: use that"
+            ) from error
     configs = {n: files.json(f"configs/{n}.json") for n in ("inference", "train", "evaluate", "metadata")
                if f"configs/{n}.json" in files.sizes}  # fmt: skip
     if "inference" not in configs:
@@ -165,7 +169,9 @@ def settings_of(files: BundleFiles) -> BundleSettings:
     try:
         found = old_settings(name_of(files), configs, configs.pop("metadata", {}), card)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise BundleError(f"{files.place}: not the configs of samseg-monai {VERSION}; ask for the bundle again") from error
+        raise BundleError(
+            f"{files.place}: not the configs of samseg-monai {VERSION}; ask for the bundle again"
+        ) from error
     return read_settings(found, f"{files.place}: configs of samseg-monai {VERSION}")
 
 

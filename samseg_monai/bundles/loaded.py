@@ -145,7 +145,10 @@ class LoadedBundle:
         parser = self._parser(source)
         if f"{source} engine" not in self._ready:
             parser.get_parsed_content("loaded")
-            self._ready[f"{source} engine"] = parser.get_parsed_content("evaluator"), parser.get_parsed_content("dataset")
+            self._ready[f"{source} engine"] = (
+                parser.get_parsed_content("evaluator"),
+                parser.get_parsed_content("dataset"),
+            )
         evaluator, dataset = self._ready[f"{source} engine"]
         dataset.data = cases
         folder = self._scratch / "predictions"
@@ -173,7 +176,13 @@ class LoadedBundle:
         if array.ndim not in (3, 4) or array.dtype.kind not in "buif":
             raise DataError(f"predict: got an array {array.shape} of {array.dtype}, expected numbers (X, Y, Z[, S])")
         wide = np.float64 if array.dtype.itemsize > 4 else np.float32
-        kind = np.uint8 if array.dtype == bool else array.dtype if array.dtype.kind in "ui" and wide == np.float32 else wide
+        kind = (
+            np.uint8
+            if array.dtype == bool
+            else array.dtype
+            if array.dtype.kind in "ui" and wide == np.float32
+            else wide
+        )
         path = folder / f"{CASE}.nii.gz"
         nib.save(nib.Nifti1Image(array.astype(kind), np.eye(4) if affine is None else affine), path)
         return path

@@ -17,13 +17,16 @@ from samseg_monai.bundles.archive import DAMAGED
 PICKLE_BYTES = 64 << 20  # a state dict's pickle holds names and shapes only
 MOST = 20  # findings of one kind; the rest tells nothing new
 # what torch.save writes for plain values and tensors (pickle protocol 2); GLOBAL is looked at by name
-OPCODES = set(
-    """
-    PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING EMPTY_DICT
-    EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS SETITEM SETITEMS BINPUT LONG_BINPUT BINGET
-    LONG_BINGET BINPERSID REDUCE BUILD""".split()
-)
-STORAGES = "BFloat16 Bool Byte Char ComplexDouble ComplexFloat Double Float Half Int Long Short".split()
+OPCODES = {
+    "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
+    "BINUNICODE", "SHORT_BINSTRING", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+    "APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "BINPERSID",
+    "REDUCE", "BUILD",
+}  # fmt: skip
+STORAGES = (
+    "BFloat16", "Bool", "Byte", "Char", "ComplexDouble", "ComplexFloat", "Double", "Float", "Half", "Int", "Long",
+    "Short",
+)  # fmt: skip
 GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"} | {
     f"torch {name}Storage" for name in STORAGES
 }

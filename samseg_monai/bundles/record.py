@@ -211,7 +211,9 @@ def _empty(target: Path, name: str) -> None:
     """Make the folder of a record, or empty it; the file that marks it is there at any moment, whatever interrupts."""
     marker = target / NAME
     if target.exists() and not marker.is_file() and not (target.is_dir() and not any(target.iterdir())):
-        raise BundleError(f"{target} is not the record of a run, and would be replaced by one; choose another output_dir")
+        raise BundleError(
+            f"{target} is not the record of a run, and would be replaced by one; choose another output_dir"
+        )
     target.mkdir(parents=True, exist_ok=True)
     marker.write_text(name + "\n", encoding="utf-8")
     for old in target.iterdir():
@@ -219,4 +221,3 @@ def _empty(target: Path, name: str) -> None:
             shutil.rmtree(old)
         elif old != marker:
             old.unlink()
-

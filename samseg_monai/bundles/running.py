@@ -8,8 +8,8 @@ import inspect
 import logging
 import os
 import sys
-import warnings
 import types
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,9 @@ def guard() -> None:
     if found.kind == "evaluate" and "_target_" not in found.config.get("evaluator", {}):
         folder = os.path.relpath(found.configs)
         files = f"['{folder}/inference.json','{folder}/evaluate.json']"
-        raise ConfigError(f'evaluate.json only changes inference.json; give both, in this order: --config_file "{files}"')
+        raise ConfigError(
+            f'evaluate.json only changes inference.json; give both, in this order: --config_file "{files}"'
+        )
     known: dict[str, Any] = {}
     for path in sorted(found.configs.glob("*.json")):
         if path.name not in ("metadata.json", SETTINGS):

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-
 from samseg_monai.bundles.build import METHODS, PICKERS, SIDES
 from samseg_monai.choices import Optimizer, Picker
 from samseg_monai.settings import NOTHING, PLACES, BundleSettings, RunSettings, dump_settings
@@ -58,7 +57,10 @@ def _with_nulls(value: Any) -> Any:
 def _taken(before: Any, now: Any, name: str) -> Any:
     """The value of a key: of a group each member but places; of a choice its class by name."""
     if isinstance(now, dict) and "_target_" in now:
-        return {"name": str(now["_target_"]).rpartition(".")[2], **{k: v for k, v in now.items() if not k.startswith("_")}}
+        return {
+            "name": str(now["_target_"]).rpartition(".")[2],
+            **{k: v for k, v in now.items() if not k.startswith("_")},
+        }
     if not isinstance(now, dict) or not isinstance(before, dict) or name == "loss::class_weights":
         return now
     members = {k: v for k, v in now.items() if f"{name}::{k}" not in PLACES}
@@ -116,9 +118,9 @@ def custom_parts(config: dict[str, Any]) -> set[str]:
     if isinstance(definition, dict):
         net = definition.get("net")
         target = net.get("_target_", "") if isinstance(net, dict) else ""
-        if not str(definition.get("_target_")).startswith("samseg_monai.networks."):
-            found.add("network_def")
-        elif target and not str(target).startswith(("monai.networks.nets.", "samseg_monai.networks.")):
+        if not str(definition.get("_target_")).startswith("samseg_monai.networks.") or (
+            target and not str(target).startswith(("monai.networks.nets.", "samseg_monai.networks."))
+        ):
             found.add("network_def")
     if "network_def" in found:  # SAM's rules for it do not bind another network
         found |= {"image_size"} & config.keys()
@@ -138,5 +140,3 @@ def differences(before: Any, now: Any, name: str = "") -> Iterator[tuple[str, An
         return
     for key, old, new in pairs:
         yield from differences(old, new, f"{name}::{key}" if name else str(key))
-
-

@@ -48,7 +48,9 @@ def _image(settings: BundleSettings, shown: list[str]) -> str:
         what = f"one {kind} ({shown[0]})"
     window = task.intensity.window
     clipped = f" of {window[0]:g} to {window[1]:g}" if window and settings.run.input_scale != "zscore" else ""
-    return f"{what}; {task.modality}; intensities{clipped} are scaled to {SCALES[settings.run.input_scale]} by the bundle"
+    return (
+        f"{what}; {task.modality}; intensities{clipped} are scaled to {SCALES[settings.run.input_scale]} by the bundle"
+    )
 
 
 def _coding(settings: BundleSettings) -> str:
@@ -71,7 +73,9 @@ def _method(settings: BundleSettings) -> str:
         where = "all blocks" if method.blocks is None else f"blocks {', '.join(map(str, method.blocks))}"
         kind = "DoRA" if method.dora else "LoRA"
         decoder = "learns, too" if method.decoder else "stays as it is"
-        return f"{sam} {kind} of rank {method.rank} in {', '.join(method.targets)} of {where}; the mask decoder {decoder}."
+        return (
+            f"{sam} {kind} of rank {method.rank} in {', '.join(method.targets)} of {where}; the mask decoder {decoder}."
+        )
     if isinstance(method, Ladder):
         width = f" of width {method.side.width}" if method.side else ""
         return f"{sam} Ladder{width}: mix {method.mix}, decoder {method.decoder}, masks {method.masks}."
