@@ -45,6 +45,14 @@ class TrainingError(SamsegError):
     """Training went wrong in a way that must not pass silently."""
 
 
+def own_cause(error: BaseException) -> SamsegError | None:
+    """The error of ours behind whatever a library has wrapped it in, perhaps ``error`` itself; None without one."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, SamsegError):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
 def raise_all(problems: Sequence[str], error: type[SamsegError], heading: str, *, most: int | None = None) -> None:
     """Raise one ``error`` that lists every problem, or return when there is none.
 

@@ -44,7 +44,6 @@ from samseg_monai.choices import (
 )
 from samseg_monai.errors import ConfigError, raise_all
 
-FORMAT = 1
 NOTHING = "$None"  # null in an override: MONAI passes over one that is None itself
 
 

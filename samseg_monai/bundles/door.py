@@ -21,16 +21,17 @@ from monai.bundle import ConfigParser
 
 from samseg_monai import __version__
 from samseg_monai.bundles.archive import Archive, BundleFiles, open_files, visible
+from samseg_monai.bundles.build import SETTINGS as FILE
 from samseg_monai.bundles.build import write_bundle
 from samseg_monai.bundles.old import VERSION, old_settings
 from samseg_monai.bundles.pickles import pickle_problems
 from samseg_monai.bundles.record import NAME, RECORD
 from samseg_monai.checkpoints import CARD, TENSORS, Network
-from samseg_monai.errors import BundleError, ConfigError, SamsegError, raise_all
+from samseg_monai.errors import BundleError, ConfigError, own_cause, raise_all
 from samseg_monai.files import read_json
 from samseg_monai.settings import NOTHING, BundleSettings, read_settings
 
-SETTINGS = "configs/settings.json"
+SETTINGS = f"configs/{FILE}"
 WEIGHTS = ("models/model.safetensors", "models/model.pt")
 MOST = 20  # edits that are told
 LOG = logging.getLogger(__name__)
@@ -234,9 +235,7 @@ def own_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, SamsegError):
-            cause = cause.__cause__ or cause.__context__
+        cause = own_cause(error)
         if cause is None or cause is error:
             raise
         raise cause from None

@@ -103,7 +103,8 @@ class LoadedBundle:
             if isinstance(boxes, (str, Path)):
                 places["boxes"] = Path(boxes)
             elif boxes is not None:
-                named = boxes if isinstance(boxes, Mapping) else {self._case(source, places): list(boxes)}
+                case = self._case(source, places) if isinstance(image, (str, Path)) else CASE
+                named = boxes if isinstance(boxes, Mapping) else {case: list(boxes)}
                 places["boxes"] = table = Path(folder) / "boxes.json"
                 write_json(table, named)
             return self._run(source, places)

@@ -16,10 +16,10 @@ from monai.bundle.utils import merge_kv
 from samseg_monai.bundles.build import CONFIGS, SETTINGS, config_text, write_bundle
 from samseg_monai.bundles.running import Running, running
 from samseg_monai.bundles.values import KEYS, TASK_KEYS, custom_parts, differences, effective_settings
-from samseg_monai.errors import BundleError, ConfigError
+from samseg_monai.errors import BundleError
 from samseg_monai.files import read_json, write_text
 from samseg_monai.sam.weights import RANDOM, sha256_of
-from samseg_monai.settings import PLACES, BundleSettings, read_settings
+from samseg_monai.settings import PLACES, read_settings
 
 logger = logging.getLogger(__name__)
 RECORD = "bundle"
@@ -31,12 +31,6 @@ LOCAL = {
     "prompts",
 }  # fmt: skip
 PUBLIC = {*KEYS, *TASK_KEYS, "strategy"}
-
-
-def read_record_settings(configs: Path) -> BundleSettings | None:
-    """Settings beside the configs of a bundle; None for one without them."""
-    path = configs / SETTINGS
-    return read_settings(read_json(path, ConfigError, "settings"), str(path)) if path.is_file() else None
 
 
 def overridden(found: Running) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from monai.utils import optional_import
 
 from samseg_monai.bundles.build import SETTINGS
 from samseg_monai.bundles.values import custom_parts, effective_settings
-from samseg_monai.errors import ConfigError, SamsegError, raise_all
+from samseg_monai.errors import ConfigError, own_cause, raise_all
 from samseg_monai.files import read_json
 from samseg_monai.settings import PLACES, BundleSettings, problems_of, read_settings
 
@@ -278,9 +278,7 @@ def unknown_keys(config: dict[str, Any], known: dict[str, Any]) -> list[str]:
 
 def _plain_errors(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
     """Print one of our errors without its traceback, wherever MONAI has wrapped it; leave others as they are."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, SamsegError):
-        cause = cause.__cause__ or cause.__context__
+    cause = own_cause(error)
     if cause is None:
         sys.__excepthook__(kind, error, trace)
     else:

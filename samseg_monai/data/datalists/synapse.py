@@ -53,7 +53,7 @@ def prepare_synapse(
     Args:
         src: folder with ``img`` and ``label``, or ``RawData`` or ``RawData/Training`` above it.
         output: datalist to write; its cases are called ``case0001`` as in the published lists.
-        label_coding: name of the coding that the files are in (``codings.ABDOMEN``).
+        label_coding: name of the coding that the files are in (``label_maps.ABDOMEN``).
         validation: patients taken out of the training cases, chosen by a hash of seed and id; 0 as published.
         allow_missing: go on without cases of the published lists that are not there.
         seed: of the choice of validation patients.
