@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.pictures import make_pictures
+from tests.helpers.pictures import make_pictures
 
 os.environ.setdefault("MONAI_FAIL_ON_DUPLICATE_CONFIG", "1")
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
