@@ -3,7 +3,7 @@
 import filecmp
 import json
 import os
-import subprocess
+import runpy
 import sys
 import tempfile
 from pathlib import Path
@@ -211,7 +211,7 @@ def test_places_that_would_be_taken_for_something_else_are_refused(place, said, 
     assert "output_dir" in str(error) and said in str(error)
 
 
-def test_evaluate_alone_stops_with_the_line_to_type(phantoms, tmp_path):
+def test_evaluate_alone_stops_with_the_line_to_type(phantoms, tmp_path, monkeypatch, capsys):
     folder = ROOT / LORA / "configs"
     words = [
         "--config_file",
@@ -221,10 +221,14 @@ def test_evaluate_alone_stops_with_the_line_to_type(phantoms, tmp_path):
         "--output_dir",
         str(tmp_path),
     ]
-    command = [sys.executable, "-m", "monai.bundle", "run", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
-    assert "inference.json','" in done.stderr and "evaluate.json']\"" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["monai.bundle", "run", *words])
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    with pytest.raises(RuntimeError) as stop:  # as in a process of its own, which would end so
+        runpy.run_module("monai.bundle", run_name="__main__")
+    sys.excepthook(stop.type, stop.value, stop.tb)
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert "inference.json','" in told and "evaluate.json']\"" in told
     with pytest.raises(ConfigError, match=r"only changes inference\.json"), own_errors():
         run(config_file=str(folder / "evaluate.json"), network_def="$None", output_dir=str(tmp_path))
 
