@@ -2,10 +2,11 @@
 
 import copy
 import json
+from typing import get_args
 
 import pytest
 
-from samseg_monai.choices import MOST_LEVELS
+from samseg_monai.choices import MOST_LEVELS, Method
 from samseg_monai.errors import ConfigError
 from samseg_monai.settings import (
     BundleSettings,
@@ -36,6 +37,22 @@ METHODS = [
     {"name": "lora", "rank": 8, "alpha": 3.0, "targets": ["q", "lin1"], "blocks": [0, 1]},
     {"name": "ladder", "side": {"name": "resnet", "width": 32}},
     {"name": "selective", "label": "norm", "patterns": ["<norm>", "*.bias"], "frozen": ["sam.prompt_encoder"]},
+]
+
+
+def least(kind):
+    """What a method needs at least: its name, and an example of each value without a default."""
+    needed = {name: field for name, field in kind.model_fields.items() if field.is_required()}
+    return {
+        name: get_args(field.annotation)[0] if name == "name" else field.examples[0] for name, field in needed.items()
+    }
+
+
+# and whichever there is beside them; scratch comes with the networks
+METHODS += [
+    method
+    for method in map(least, get_args(get_args(Method)[0]))
+    if method["name"] not in ("scratch", *(known["name"] for known in METHODS))
 ]
 NETWORKS = [
     {"name": "UNet", "channels": [8, 16], "strides": [2], "boxes": "crop"},
@@ -83,11 +100,14 @@ def put(value, path, new):
 )
 def test_nothing_that_is_run_or_names_a_place_gets_into_any_field(example):
     full = dump_settings(read_settings(example, "example"))
-    for path in list(places(full))[1:]:
+    everywhere = example in (EXAMPLES[0], EXAMPLES[-1])  # task, run and demo of the others are the same
+    paths = [path for path in places(full) if everywhere or path[:1] == ("strategy",)]
+    assert len(paths) > (100 if everywhere else 10)
+    for path in filter(None, paths):
         for text in HOSTILE:
             with pytest.raises(ConfigError):
                 read_settings(put(full, path, text), "hostile")
-    for path in places(full):
+    for path in paths:
         target = full
         for key in path:
             target = target[key]
@@ -132,7 +152,7 @@ def test_every_number_of_the_schema_has_a_range():
     assert free == [{"type": "integer"}] * 2
 
 
-@pytest.mark.parametrize("example", EXAMPLES[:5])
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_settings_survive_a_round_through_json(example):
     once = dump_settings(read_settings(example, "example"))
     again = dump_settings(read_settings(json.loads(json.dumps(once)), "again"))
