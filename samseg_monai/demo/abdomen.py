@@ -97,7 +97,8 @@ def _phantoms(story: Story, output: Path, cases: int, seed: int) -> Path:
 
 def _write_report(story: Story, output: Path, runs: dict[str, Path], data: Path, configs: Path) -> str:
     from samseg_monai.data.datalists import labels_of, load_datalist
-    from samseg_monai.report import RunResult, overlay_cases
+    from samseg_monai.report.montage import overlay_cases
+    from samseg_monai.report.runs import RunResult
 
     folders = {name: run / "evaluation" for name, run in runs.items()}
     results = [RunResult.load(folder, name=name, label=LABELS.get(name)) for name, folder in folders.items()]

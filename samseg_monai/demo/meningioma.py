@@ -137,7 +137,8 @@ def _drawn_boxes(folder: Path, seed: int) -> dict[str, Any]:
 
 def _write_report(story: Story, output: Path, runs: dict[str, Path], data: Path, sam: DemoModel) -> str:
     from samseg_monai.data.datalists import load_datalist
-    from samseg_monai.report import RunResult, overlay_cases
+    from samseg_monai.report.montage import overlay_cases
+    from samseg_monai.report.runs import RunResult
 
     folders = {name: run / "evaluation" for name, run in runs.items()}
     results = [
