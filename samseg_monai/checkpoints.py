@@ -6,6 +6,7 @@ An adapter is a folder with ``adapter.safetensors`` (the tensors a strategy owns
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -294,6 +295,7 @@ def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_che
     )
 
 
+@functools.cache  # the code that runs was read when the process began
 def git_commit(*, changes: bool = False) -> str | None:
     """Commit of the checkout this package runs from; None when it was installed or git is absent.
 

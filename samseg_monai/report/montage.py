@@ -87,7 +87,7 @@ class OverlayCase:
         """Square (in mm) part of the slice around everything drawn: top, bottom, left, right, in pixels."""
         height, width = self.image.shape
         rows, columns = np.nonzero(np.any([mask > 0 for mask in (self.reference, *self.predictions.values())], axis=0))
-        edges = [(columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)] if len(rows) else []
+        edges: list[Any] = [(columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)] if len(rows) else []
         edges += [] if self.box is None else [self.box]
         if not edges:
             return 0, height, 0, width
