@@ -6,7 +6,7 @@ MONAI's ``SliceInferer`` drops further inputs of the network, and prompts are su
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class SliceVolumeInferer(Inferer):
         self.slice_transforms = slice_transforms if isinstance(slice_transforms, Compose) else Compose(slice_transforms)
         if batch_size < 1 or max_boxes < 1:
             raise ConfigError(f"batch_size and max_boxes must be at least 1, got {batch_size} and {max_boxes}")
-        members = list(_members(self.slice_transforms))
+        members = self.slice_transforms.flatten().transforms  # a Compose that chooses at random stays whole
         problems = [f"{type(t).__name__} is random" for t in members if isinstance(t, RandomizableTrait)]
         problems += ["BoxFromPromptd is only for the training set" for t in members if isinstance(t, BoxFromPromptd)]
         raise_all(problems, ConfigError, "the inferer takes the deterministic slice transforms, without boxes")
@@ -288,12 +288,3 @@ def _run(
     inputs = [_stack(prepared)] if boxes is None else [_stack(prepared), boxes]
     logits = network(*inputs) if embedding is None else network(*inputs, embedding=embedding)
     return logits.as_subclass(torch.Tensor).float()
-
-
-def _members(compose: Compose) -> Iterator[Any]:
-    """The transforms in a Compose and its nested ones; a Compose that chooses at random is a transform itself."""
-    for transform in compose.transforms:
-        if type(transform) is Compose:
-            yield from _members(transform)
-        else:
-            yield transform

@@ -130,9 +130,7 @@ class CaseScores(Metric):
 
     def compute(self) -> float:
         """Gather all processes' rows; mean of ``value`` over classes, then cases (NaN when no case counts)."""
-        own = [row for rows in self._own.values() for row in rows]
-        gathered: Any = idist.all_gather(own) if idist.get_world_size() > 1 else [own]
-        self.rows = merge_rows(gathered)
+        self.rows = merge_rows(of_all_ranks([row for rows in self._own.values() for row in rows]))
         return aggregate(self.rows, columns=[self.value])[f"{self.value}_mean"]
 
     def completed(self, engine: Engine, name: str) -> None:
@@ -225,6 +223,12 @@ def regions_of(classes: Sequence[str], regions: str | Mapping[str, Sequence[str]
     ]
     raise_all(problems, ConfigError, f"regions must be lists of the classes {', '.join(classes)}")
     return {region: tuple(position[name] for name in parts) for region, parts in regions.items()}
+
+
+def of_all_ranks(own: list[Any]) -> list[list[Any]]:
+    """One list from each process."""
+    gathered: Any = idist.all_gather(own) if idist.get_world_size() > 1 else [own]
+    return gathered
 
 
 def merge_rows(gathered: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
