@@ -41,14 +41,18 @@ OF_NETWORK = ("base_sha256", "num_classes", "image_size", "scans", "scan_mode", 
 MUST_AGREE = ("strategy", "sam_variant", *OF_NETWORK, *BOX_FACTS)
 
 
-def card_facts(network: Network) -> dict[str, Any]:
-    """What must agree, as JSON values, and ``base_file``: the name (no folder) of the base weights' file, or None."""
+def card_facts(network: Any) -> dict[str, Any]:
+    """What must agree, as JSON values, and ``base_file``: the name (no folder) of the base weights' file.
+
+    None stands for what a network that is no segmenter of ours does not have.
+    """
+    strategy = getattr(network, "strategy", None)
     return {
-        "strategy": None if network.strategy is None else network.strategy.card(),
-        "sam_variant": network.spec.name,
-        **{key: getattr(network, key) for key in OF_NETWORK},
+        "strategy": None if strategy is None else strategy.card(),
+        "sam_variant": getattr(getattr(network, "spec", None), "name", None),
+        **{key: getattr(network, key, None) for key in OF_NETWORK},
         **(network.box_facts() if isinstance(network, PlainSegmenter) else {}),
-        "base_file": network.base_file,
+        "base_file": getattr(network, "base_file", None),
     }
 
 

@@ -86,7 +86,7 @@ class RunCard:
             "status": "running",
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "resumed_from_epoch": resumed or None,
-            **_of_network(self.network),
+            **self._of_network(),
             "prompt_source": self.prompt_source,
             "seed": self.seed,
             "settings": self.settings,
@@ -102,6 +102,19 @@ class RunCard:
             self._progress(engine)
         else:
             self._write()
+
+    def _of_network(self) -> dict[str, Any]:
+        """What the network says of itself, under the keys that tables read."""
+        if self.network is None:
+            return {}
+        strategy = getattr(self.network, "strategy", None)
+        return {
+            "sam_variant": getattr(getattr(self.network, "spec", None), "name", None),
+            "base_sha256": getattr(self.network, "base_sha256", None),
+            "image_size": getattr(self.network, "image_size", None),
+            "strategy": None if strategy is None else {"name": strategy.name, "arguments": strategy.arguments()},
+            "trainable_parameters": count_trainable(self.network),
+        }
 
     def _progress(self, engine: Any) -> None:
         # a run that is killed gets no chance to write its end
@@ -171,20 +184,6 @@ class RunCard:
     def _write(self) -> None:
         if idist.get_rank() == 0:
             write_json(self.path, plain(self.card))
-
-
-def _of_network(network: Any) -> dict[str, Any]:
-    """What the network says of itself, under the keys that tables read."""
-    if network is None:
-        return {}
-    strategy = getattr(network, "strategy", None)
-    return {
-        "sam_variant": getattr(getattr(network, "spec", None), "name", None),
-        "base_sha256": getattr(network, "base_sha256", None),
-        "image_size": getattr(network, "image_size", None),
-        "strategy": None if strategy is None else {"name": strategy.name, "arguments": strategy.arguments()},
-        "trainable_parameters": count_trainable(network),
-    }
 
 
 class CurveLog:

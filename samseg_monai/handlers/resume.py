@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from ignite.engine import Events
 from torch import nn
 
-from samseg_monai.checkpoints import OF_NETWORK
+from samseg_monai.checkpoints import OF_NETWORK, card_facts
 from samseg_monai.data.slices import SliceDataset
 from samseg_monai.errors import CheckpointError, ConfigError, TrainingError, raise_all
 from samseg_monai.files import StrPath, unwrap, write_whole
@@ -303,13 +303,8 @@ class ResumeSaver:
 
     def _card(self) -> dict[str, Any]:
         """What must agree for a resume to make sense, as plain values."""
-        network: Any = self.network
-        strategy = getattr(network, "strategy", None)
-        return plain({
-            **{key: getattr(network, key, None) for key in OF_NETWORK},
-            "sam_variant": getattr(getattr(network, "spec", None), "name", None),
-            "strategy": None if strategy is None else strategy.card(),
-        })  # fmt: skip
+        facts = card_facts(self.network)
+        return plain({key: facts[key] for key in (*OF_NETWORK, "sam_variant", "strategy")})
 
 
 def _rates(optimizer: torch.optim.Optimizer) -> list[float]:

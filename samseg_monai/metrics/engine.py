@@ -19,7 +19,7 @@ from monai.data import MetaTensor
 
 from samseg_monai.errors import ConfigError, DataError, raise_all
 from samseg_monai.metrics.case import dice_of, score_case, score_columns
-from samseg_monai.metrics.lesions import lesion_columns, lesion_rules, score_lesions
+from samseg_monai.metrics.lesions import LESION_SCORES, lesion_rules, score_lesions
 from samseg_monai.metrics.rows import Row, aggregate, mean_of
 
 logger = logging.getLogger(__name__)
@@ -79,10 +79,10 @@ class CaseScores(Metric):
     ) -> None:
         self.lesions = lesion_rules(lesions)
         self.columns = score_columns(policy, surface=surface, unit=unit)
-        if self.lesions is not None and unit != "mm":
-            raise ConfigError(f"lesion-wise scores need sizes in mm, not in {unit}; set lesion_wise to false")
         if self.lesions is not None:
-            self.columns += lesion_columns(surface=surface)
+            if unit != "mm":
+                raise ConfigError(f"lesion-wise scores need sizes in mm, not in {unit}; set lesion_wise to false")
+            self.columns += LESION_SCORES if surface else LESION_SCORES[:1]
         self.value = self.columns[0] if value == "dice" else value
         if self.value not in self.columns:
             raise ConfigError(f"value {value!r} is not computed here; choose one of {', '.join(self.columns)}")
