@@ -284,11 +284,9 @@ class CollapseDetector:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters, for ResumeSaver."""
         return {"empty_runs": dict(self.empty_runs)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the counters up again."""
         self.empty_runs = {str(key): int(value) for key, value in state["empty_runs"].items()}
 
     def __call__(self, engine: Any) -> None:

@@ -44,7 +44,6 @@ def unscale_once(engine: Any) -> None:
 
 
 def optimised(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
-    """All parameters of all groups of an optimiser."""
     for group in optimizer.param_groups:
         yield from group["params"]
 

@@ -157,7 +157,6 @@ class MlflowRun:
         self._sent.update(new)
 
     def tag(self, key: str, value: str) -> None:
-        """Record or replace a tag."""
         self._client.set_tag(self.id, self._key(key), self._tag_text(value))
 
     def files(self, source: str | Path, folder: str | None = None) -> None:

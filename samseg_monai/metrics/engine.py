@@ -105,7 +105,6 @@ class CaseScores(Metric):
 
     @reinit__is_reduced
     def reset(self) -> None:
-        """Forget all cases."""
         self._own: dict[str, list[dict[str, Any]]] = {}
 
     @torch.no_grad()

@@ -77,7 +77,6 @@ class Quoted:
 
     @property
     def mark(self) -> str:
-        """What stands behind the method."""
         return "(quoted*)" if self.second_hand else "(quoted)"
 
 
@@ -158,7 +157,6 @@ class OrganLine:
 
     @property
     def cells(self) -> list[str]:
-        """What stands under ``HEAD``."""
         return [fixed(value, 2) for value in (self.dice, self.hd95, *(organ.dice for organ in self.organs.values()))]
 
     @property

@@ -197,7 +197,6 @@ class RunResult:
 
     @property
     def is_phantom(self) -> bool:
-        """Whether the card says that the cases are phantoms."""
         return bool(self.fact("phantoms")) or "phantom" in str(self.fact("dataset")).lower()
 
     @property
@@ -261,7 +260,6 @@ class RunResult:
 
     @property
     def classes(self) -> list[str]:
-        """Classes in the order of the CSV."""
         return list(dict.fromkeys(str(row["class"]) for row in self.rows))
 
     def fact(self, *paths: str) -> Any:
