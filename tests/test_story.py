@@ -89,7 +89,7 @@ def scored(tmp_path):
 def test_overlays_show_the_slice_with_most_organs_in_the_classes_of_the_network(scored):
     folder, items = scored
     run = RunResult.load(folder, name="ladder")
-    [case] = overlay_cases(run, {"ladder": folder}, items, labels=LABELS, classes=CLASSES, window=(-100, 100))
+    [case] = overlay_cases(run, [run], items, labels=LABELS, classes=CLASSES, window=(-100, 100))
     assert case.slice_index == 2 and case.box is None and case.spacing_mm == (2.0, 3.0)
     organs, found = np.zeros((6, 8)), case.predictions["ladder"]
     organs[1:3, 1:3], organs[3:5, 5:7] = 1, 2
@@ -113,7 +113,8 @@ def test_box_goes_with_its_pixels_into_the_picture(scored):
     prompt = np.zeros((6, 8, 3), np.uint8)
     prompt[1:4, 3:7, 2] = 1
     nib.save(nib.Nifti1Image(prompt, np.diag([2.0, 3, 4, 1])), folder / "predictions" / "a_prompt.nii.gz")
-    [case] = overlay_cases(RunResult.load(folder), {"ladder": folder}, items, labels=LABELS, classes=CLASSES)
+    run = RunResult.load(folder, name="ladder")
+    [case] = overlay_cases(run, [run], items, labels=LABELS, classes=CLASSES)
     rows, columns = np.nonzero(as_seen(prompt[..., 2]))
     assert case.box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
 
@@ -121,5 +122,6 @@ def test_box_goes_with_its_pixels_into_the_picture(scored):
 def test_label_that_the_datalist_does_not_know_is_refused(scored):
     folder, items = scored
     labels = {value: name for value, name in LABELS.items() if value != "9"}
+    run = RunResult.load(folder, name="ladder")
     with pytest.raises(DataError, match=r"\[9\]"):
-        overlay_cases(RunResult.load(folder), {"ladder": folder}, items, labels=labels, classes=CLASSES)
+        overlay_cases(run, [run], items, labels=labels, classes=CLASSES)

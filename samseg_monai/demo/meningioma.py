@@ -152,6 +152,6 @@ def _write_report(story: Story, output: Path, runs: dict[str, Path], data: Path,
         results,
         title=TITLE + sam.title,
         commands=story.commands,
-        montage=overlay_cases(results[2], folders, items, scan=1),
+        montage=overlay_cases(results[2], results[1:], items, scan=1),
         notes={"What this is": NOTE.format(sam=sam.text, unsaid=sam.unsaid)},
     )

@@ -19,7 +19,6 @@ from PIL import Image, ImageColor
 
 from samseg_monai import pictures
 from samseg_monai.errors import DataError, raise_all
-from samseg_monai.metrics import case_means, read_rows
 from samseg_monai.report.figures import looks
 from samseg_monai.report.runs import RunResult
 from samseg_monai.report.tables import dice_of_cases
@@ -125,7 +124,7 @@ def pick_cases(run: RunResult) -> dict[str, str]:
 
 def overlay_cases(
     chosen: RunResult,
-    runs: Mapping[str, Path],
+    runs: Sequence[RunResult],
     items: list[dict[str, Any]],
     *,
     scan: int = 0,
@@ -139,8 +138,8 @@ def overlay_cases(
 
     Args:
         chosen: run whose cases are picked.
-        runs: name of a run -> folder of its predictions (``<case>_seg.nii.gz`` and, where boxes were prompts,
-            ``<case>_prompt.nii.gz``).
+        runs: runs whose outlines are shown. Their folders hold ``predictions`` (``<case>_seg.nii.gz``); that of the
+            first one has the boxes, where there were some (``<case>_prompt.nii.gz``).
         items: test items with ``case``, ``image`` (file or list of files) and ``label``.
         scan: which of the image files to show.
         labels: what the values of the label files mean (``datalists.labels_of``); None: all above 0 is one class.
@@ -151,7 +150,7 @@ def overlay_cases(
         ConfigError, DataError: labels and classes do not fit each other, or a label file has other values.
     """
     by_case = {item["case"]: item for item in items}
-    scores = {name: case_means(read_rows(folder / "cases.csv"), "dice") for name, folder in runs.items()}
+    scores = {run.name: dice_of_cases(run) for run in runs}
     recode = None if labels is None else RecodeLabeld("label", labels, classes)
     found = []
     for case in dict.fromkeys(pick_cases(chosen).values()):
@@ -162,8 +161,8 @@ def overlay_cases(
         reference = np.asarray(label, dtype=np.uint8)
         fullness = [(len(np.unique(plane[plane > 0])), (plane > 0).sum()) for plane in np.moveaxis(reference, 2, 0)]
         k = fullness.index(max(fullness))
-        predictions = {n: _canonical(f / "predictions" / f"{case}_seg.nii.gz")[0] for n, f in runs.items()}
-        prompt = next(iter(runs.values())) / "predictions" / f"{case}_prompt.nii.gz"
+        predictions = {run.name: _canonical(run.folder / "predictions" / f"{case}_seg.nii.gz")[0] for run in runs}
+        prompt = runs[0].folder / "predictions" / f"{case}_prompt.nii.gz"
         box = torch.tensor([np.nan])
         if prompt.is_file():
             box = boxes_of(torch.from_numpy(pictures.as_seen(_canonical(prompt)[0][..., k]).copy()))
@@ -174,7 +173,7 @@ def overlay_cases(
                 reference=pictures.as_seen(reference[..., k]),
                 predictions={name: pictures.as_seen(volume[..., k]) for name, volume in predictions.items()},
                 box=None if box.isnan().any() else box.tolist(),
-                dice={name: scores[name].get(case, float("nan")) for name in runs},
+                dice={name: of_case.get(case, float("nan")) for name, of_case in scores.items()},
                 spacing_mm=spacing,
                 slice_index=k,
             )
