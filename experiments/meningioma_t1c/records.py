@@ -68,9 +68,10 @@ def is_trained(folder: Path, settings: Mapping[str, Any]) -> bool:
 def curves_of(path: Path) -> dict[str, dict[str, float]]:
     """Curve -> epoch -> value from a training's ``history.csv``; empty where nothing was trained."""
     curves: dict[str, dict[str, float]] = {}
-    for point in read_history(path)[0] if path.is_file() else ():
-        if point.name in CURVES:
-            curves.setdefault(point.name, {})[str(point.epoch)] = short(point.value)
+    points = read_history(path)[0] if path.is_file() else {}
+    for (epoch, name), (_, value) in points.items():
+        if name in CURVES:
+            curves.setdefault(name, {})[str(epoch)] = short(value)
     return curves
 
 

@@ -16,7 +16,9 @@ def report(
     title: Annotated[str, typer.Option(help="heading of the page")] = "samseg-monai report",
 ) -> None:
     """Make one page with table, figures and provenance of evaluated runs, and print the table."""
-    from samseg_monai.report import RunResult, table_text, write_report
+    from samseg_monai.report.page import write_report
+    from samseg_monai.report.runs import RunResult
+    from samseg_monai.report.tables import table_text
 
     results = [RunResult.load(folder) for folder in runs]
     write_report(output, title=title, runs=results)

@@ -72,7 +72,7 @@ def honours(
 
 
 def _report(output: Path, ranks: list[int], commands: list[str]) -> str:
-    from samseg_monai.report import RunResult
+    from samseg_monai.report.runs import RunResult
 
     zero_shot = output / "zero_shot" / "evaluation"
     runs = [

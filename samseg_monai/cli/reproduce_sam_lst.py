@@ -174,7 +174,7 @@ def _run(story: Story, name: str, plan: _Plan) -> None:
 
 
 def _report(plan: _Plan, names: Sequence[str], commands: Sequence[str]) -> str:
-    from samseg_monai.report import RunResult
+    from samseg_monai.report.runs import RunResult
 
     labels = {REPAIRED: "Ladder, repaired"}
     runs = [RunResult.load(plan.output / name / "evaluation", name=name, label=labels.get(name)) for name in names]

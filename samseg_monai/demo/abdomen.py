@@ -97,14 +97,14 @@ def _phantoms(story: Story, output: Path, cases: int, seed: int) -> Path:
 
 def _write_report(story: Story, output: Path, runs: dict[str, Path], data: Path, configs: Path) -> str:
     from samseg_monai.data.datalists import labels_of, load_datalist
-    from samseg_monai.report import RunResult, overlay_cases
+    from samseg_monai.report.montage import overlay_cases
+    from samseg_monai.report.runs import RunResult
 
-    folders = {name: run / "evaluation" for name, run in runs.items()}
-    results = [RunResult.load(folder, name=name, label=LABELS.get(name)) for name, folder in folders.items()]
+    results = [RunResult.load(run / "evaluation", name=name, label=LABELS.get(name)) for name, run in runs.items()]
     datalist = data / "datalist.json"
     montage = overlay_cases(
         results[-1],
-        {name: folder for name, folder in folders.items() if name != "zero_shot"},  # noise has no outline worth seeing
+        [run for run in results if run.name != "zero_shot"],  # noise has no outline worth seeing
         load_datalist(datalist, data, "testing"),
         labels=labels_of(datalist),
         classes=json.loads((configs / "inference.json").read_text(encoding="utf-8"))["classes"],

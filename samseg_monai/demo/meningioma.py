@@ -137,7 +137,8 @@ def _drawn_boxes(folder: Path, seed: int) -> dict[str, Any]:
 
 def _write_report(story: Story, output: Path, runs: dict[str, Path], data: Path, sam: DemoModel) -> str:
     from samseg_monai.data.datalists import load_datalist
-    from samseg_monai.report import RunResult, overlay_cases
+    from samseg_monai.report.montage import overlay_cases
+    from samseg_monai.report.runs import RunResult
 
     folders = {name: run / "evaluation" for name, run in runs.items()}
     results = [
@@ -151,6 +152,6 @@ def _write_report(story: Story, output: Path, runs: dict[str, Path], data: Path,
         results,
         title=TITLE + sam.title,
         commands=story.commands,
-        montage=overlay_cases(results[2], folders, items, scan=1),
+        montage=overlay_cases(results[2], results[1:], items, scan=1),
         notes={"What this is": NOTE.format(sam=sam.text, unsaid=sam.unsaid)},
     )

@@ -11,7 +11,8 @@ import typer
 from samseg_monai.workflow import run_workflow, shell_command
 
 if TYPE_CHECKING:
-    from samseg_monai.report import OverlayCase, RunResult
+    from samseg_monai.report.montage import OverlayCase
+    from samseg_monai.report.runs import RunResult
 
 ABSENT = object()
 
@@ -129,7 +130,9 @@ def write_results(
         BundleError: runs that cannot stand in one table.
     """
     from samseg_monai.files import write_json
-    from samseg_monai.report import organ_table, organs_json, organs_text, results_json, table_text, write_report
+    from samseg_monai.report.organs import organ_table, organs_json, organs_text
+    from samseg_monai.report.page import write_report
+    from samseg_monai.report.tables import results_json, table_text
 
     table = organ_table(runs) if organs else None
     write_json(output / "results.json", results_json(runs))

@@ -83,7 +83,7 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
         tensors.
     """
     path = Path(path).expanduser()
-    content = _unwrap(_read(path))
+    content = _unwrap(read_content(path))
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(f"{path} holds no state dict but {_describe(content)}: save the model's state_dict()")
     others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
@@ -96,7 +96,11 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
-def _read(path: Path) -> object:
+def read_content(path: Path) -> object:
+    """Whatever a file of safetensors or ``torch.save`` holds, read without running code from it.
+
+    Raises: WeightsError saying what the file really is.
+    """
     if not path.is_file():
         raise WeightsError(f"{path} does not exist")
     with path.open("rb") as stream:
