@@ -118,10 +118,10 @@ def write_results(
     notes: Mapping[str, str] | None = None,
     organs: bool = False,
 ) -> str:
-    """Write ``results.json`` and ``report.html``, and return the table as text.
+    """Write ``results.json``, ``results.csv`` and ``report.html``, and return the table as text.
 
     Args:
-        output: folder of both.
+        output: folder of them.
         runs: rows of the table.
         title, commands, montage, notes: as of ``write_report``.
         organs: the table is that of the eight organs, with quoted rows; it is written to ``organs.json``, too.
@@ -130,14 +130,14 @@ def write_results(
         BundleError: runs that cannot stand in one table.
     """
     from samseg_monai.files import write_json
+    from samseg_monai.report import tables
     from samseg_monai.report.organs import organ_table, organs_json, organs_text
     from samseg_monai.report.page import write_report
-    from samseg_monai.report.tables import results_json, table_text
 
     table = organ_table(runs) if organs else None
-    write_json(output / "results.json", results_json(runs))
+    tables.write_results(output / "results.json", runs)
     if table is not None:
         write_json(output / "organs.json", organs_json(table))
     page = output / "report.html"
     write_report(page, title=title, runs=runs, montage=montage, commands=commands, notes=notes, organs=table)
-    return table_text(runs) if table is None else organs_text(table)
+    return tables.table_text(runs) if table is None else organs_text(table)
