@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
-
-
-def visible(text: str, *, keep: str = "\n\t") -> str:
-    """``text`` with every character that a terminal would obey or nobody could see spelt out (``\\x1b``).
-
-    Names of cases, classes and files come from outside: an escape sequence in one must not move a cursor, rename a
-    window or turn letters around. Controls, formats (right-to-left overrides) and separators of lines are meant, but
-    for those in ``keep``.
-    """
-    return "".join(
-        c.encode("unicode_escape", "surrogatepass").decode("ascii")
-        if c not in keep and (unicodedata.category(c).startswith("C") or unicodedata.category(c) in ("Zl", "Zp"))
-        else c
-        for c in text
-    )
 
 
 class SamsegError(Exception):
     """Base of every error that this package raises on purpose; its text is all a user needs to see."""
-
-    def __str__(self) -> str:
-        return visible(super().__str__())
 
 
 class WeightsError(SamsegError):

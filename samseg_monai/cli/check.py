@@ -9,8 +9,6 @@ from typing import Annotated
 
 import typer
 
-from samseg_monai.errors import visible
-
 
 def check(
     bundle: Annotated[Path, typer.Argument(help="folder or ZIP of a bundle", exists=True)],
@@ -31,9 +29,9 @@ def check(
     if as_json:
         typer.echo(json.dumps(asdict(verdict), indent=2))
         raise typer.Exit({AS_BUILT: 0, EDITED: 1, ANOTHER_VERSION: 3}[verdict.answer])
-    typer.echo(f"{visible(verdict.name)}: {verdict.answer}")
-    for problem in verdict.problems:  # they hold names that the sender chose
-        typer.echo(f"  - {visible(problem)}")
+    typer.echo(f"{verdict.name}: {verdict.answer}")
+    for problem in verdict.problems:
+        typer.echo(f"  - {problem}")
     if verdict.sums:
         typer.echo(f"the sums of {verdict.sums} files fit: nothing was damaged; they do not tell who sent it")
     if verdict.answer == AS_BUILT:

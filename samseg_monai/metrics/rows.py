@@ -26,6 +26,7 @@ import csv
 import math
 import re
 import statistics
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from samseg_monai.errors import DataError, raise_all, visible
+from samseg_monai.errors import DataError, raise_all
 from samseg_monai.files import StrPath
 from samseg_monai.metrics.case import score_columns
 from samseg_monai.metrics.lesions import LESION_COUNTS, LESION_SCORES
@@ -229,12 +230,25 @@ def write_table(rows: Iterable[Row], path: StrPath, fields: Sequence[str]) -> Pa
     return path
 
 
+def spelt_out(text: str, *, keep: str = "") -> str:
+    """``text`` with every character that a terminal would obey or nobody could see as its escape (``\\x1b``).
+
+    Names of cases and classes come from outside: an escape sequence in one must not move a cursor, a right-to-left
+    override not turn letters around. Controls, formats and separators of lines are meant, but for those in ``keep``.
+    """
+    hidden = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+    return "".join(
+        c if c in keep or unicodedata.category(c) not in hidden else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
+
+
 def write_cell(value: Any) -> Any:
     """A cell for ``csv``: see ``write_table``."""
     if not isinstance(value, str):
         return value
     mark = _MARK if value.lstrip(_MARK)[:1] in _FORMULA else ""
-    return mark + visible(value.replace("\\", "\\\\"), keep="")
+    return mark + spelt_out(value.replace("\\", "\\\\"))
 
 
 def read_cell(text: str) -> str:

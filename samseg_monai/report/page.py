@@ -15,9 +15,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from samseg_monai.errors import visible
 from samseg_monai.files import StrPath, write_text
-from samseg_monai.metrics.rows import MIN_CASES, mean_of
+from samseg_monai.metrics.rows import MIN_CASES, mean_of, spelt_out
 from samseg_monai.report import figures, tables
 from samseg_monai.report import organs as organ_tables
 from samseg_monai.report.comparing import unequal
@@ -89,7 +88,7 @@ def write_report(
         held_out=all(run.held_out for run in runs),
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    write_text(output, visible(page))
+    write_text(output, spelt_out(page, keep="\n\t"))
     return Path(output)
 
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from samseg_monai.errors import BundleError, raise_all, visible
+from samseg_monai.errors import BundleError, raise_all
 from samseg_monai.files import StrPath, read_json
 from samseg_monai.metrics import read_history, read_rows
-from samseg_monai.metrics.rows import HISTORY_FILE
+from samseg_monai.metrics.rows import HISTORY_FILE, spelt_out
 from samseg_monai.sam.weights import RANDOM
 
 BOX_ELLIPSE = "box_ellipse"
@@ -188,7 +188,7 @@ class RunResult:
     @property
     def title(self) -> str:
         """Label of the run for people, e.g. ``LoRA, rank 4``; what nobody could see in a name is spelt out."""
-        return visible(self.label or self._title(), keep="")
+        return spelt_out(self.label or self._title())
 
     def _title(self) -> str:
         base = STRATEGIES.get(self.name, self.name.replace("_", " "))

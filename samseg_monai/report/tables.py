@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samseg_monai.errors import BundleError, visible
+from samseg_monai.errors import BundleError
 from samseg_monai.files import StrPath, write_json
 from samseg_monai.metrics import aggregate, case_means, paired_difference
-from samseg_monai.metrics.rows import MIN_CASES, NOT_DISTINGUISHABLE, TOO_FEW, holm, t_interval, write_table
+from samseg_monai.metrics.rows import MIN_CASES, NOT_DISTINGUISHABLE, TOO_FEW, holm, spelt_out, t_interval, write_table
 from samseg_monai.report.comparing import unequal
 from samseg_monai.report.runs import NOT_RECORDED, ZERO_SHOT, RunResult, check_runs, gate_text
 
@@ -277,7 +277,9 @@ def table_text(runs: Sequence[RunResult]) -> str:
     gates = "\n".join(f"{named(run)}: {gate_text(run.gate)}" for run in runs if run.gate is not None)
     said = [*(line for run in runs for line in run.warnings), *(one.text for one in unequal(runs)), *failures(runs)]
     alerts = "\n".join(textwrap.fill(f"! {line}.", WIDTH, subsequent_indent="  ") for line in said)
-    return visible("\n\n".join([*([alerts] if alerts else []), *blocks, *([gates] if gates else [])])) + "\n"
+    return (
+        spelt_out("\n\n".join([*([alerts] if alerts else []), *blocks, *([gates] if gates else [])]), keep="\n") + "\n"
+    )
 
 
 def _by_class(runs: Sequence[RunResult], lines: Sequence[Line], measure: str) -> str:
@@ -301,7 +303,7 @@ def grid(head: Sequence[str], body: Sequence[Sequence[str]], *, left: int = 1) -
 
     Characters that a terminal would obey are spelt out.
     """
-    head, body = ([visible(c, keep="") for c in head], [[visible(c, keep="") for c in row] for row in body])
+    head, body = ([spelt_out(c) for c in head], [[spelt_out(c) for c in row] for row in body])
     whole = [row for row in [head, *body] if len(row) == len(head)]
     widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
     rows = [head, ["-" * width for width in widths], *body]

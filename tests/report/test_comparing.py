@@ -246,7 +246,3 @@ def test_names_are_shown_as_they_are(base, tmp_path):
     (run.folder / "cases.csv").write_bytes(b"\x89PNG\xff\x00")
     with pytest.raises(Exception, match="is not a"):
         RunResult.load(run.folder)
-
-
-def test_an_error_shows_no_terminal_what_to_do():
-    assert str(BundleError("a\x1b[31mb\nc\u202e")) == "a\\x1b[31mb\nc\\u202e"
