@@ -13,8 +13,9 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from scipy.ndimage import find_objects, generate_binary_structure, label
 
+from samseg_monai.data.files.boxes import is_number
 from samseg_monai.errors import ConfigError, DataError, raise_all
-from samseg_monai.transforms.grids import on_grid_of
+from samseg_monai.transforms.grids import name_of, on_grid_of
 
 _UNKNOWN = 255  # no class: uint8 labels have at most 254 of them
 _CHUNK = 1 << 20  # voxels at a time: the integer copies of a whole CT would be eight times its label
@@ -32,7 +33,6 @@ class RecodeLabeld(MapTransform):
         labels: value -> name for every value that is legal in the files (``datalists.labels_of``). Several values may
             have one name; a name that is not among the classes becomes 0.
         classes: names of the classes in the order of the network's channels, without the background.
-        case_key: where the name of the case is found for messages.
         codings: other tables like ``labels`` by name; those in which a strange label would be legal are suggested.
         allow_missing_keys: skip keys that the case does not have.
     Returns: uint8 of the same shape; device, geometry and history of the label.
@@ -48,7 +48,6 @@ class RecodeLabeld(MapTransform):
         labels: Mapping[str, str],
         classes: Sequence[str],
         *,
-        case_key: str = "case",
         codings: Mapping[str, Mapping[Any, str]] | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
@@ -59,7 +58,6 @@ class RecodeLabeld(MapTransform):
             raise ConfigError(f'labels must be {{"0": "background", "1": "<name>", ...}}, got {labels!r}') from error
         _check_classes(classes, names)
         self.classes = tuple(classes)
-        self.case_key = case_key
         self.names = names
         self.codings = {coding: {0, *map(int, table)} for coding, table in (codings or {}).items()}
         # one slot more at both ends: values beyond the table are clipped into them
@@ -75,7 +73,7 @@ class RecodeLabeld(MapTransform):
             values = torch.as_tensor(d[key]).as_subclass(torch.Tensor).detach().cpu().numpy()
             flat = np.ascontiguousarray(values).reshape(-1)
             recoded = np.empty(flat.size, dtype=np.uint8)
-            where = f"{d.get(self.case_key, 'unnamed case')}: {key}"
+            where = f"{name_of(d)}: {key}"
             for start in range(0, flat.size, _CHUNK):
                 recoded[start : start + _CHUNK] = self._look_up(flat[start : start + _CHUNK], where)
             if (recoded == _UNKNOWN).any():
@@ -129,7 +127,6 @@ class RemoveSmallComponentsd(MapTransform):
         keys: segmentations (C, H, W, D) with an affine in mm: a map of whole numbers, 0 the background, or channels of
             0 and 1.
         min_mm3: smallest volume that stays, mm^3; None keeps everything.
-        case_key: where the name of the case is found for messages.
         allow_missing_keys: skip keys that the case does not have.
     Returns: shape, dtype, device, geometry and history of the segmentation.
     Raises:
@@ -137,20 +134,16 @@ class RemoveSmallComponentsd(MapTransform):
         DataError: for a segmentation without affine, of another shape, or with values that are not whole numbers.
     """
 
-    def __init__(
-        self, keys: KeysCollection, min_mm3: float | None, *, case_key: str = "case", allow_missing_keys: bool = False
-    ) -> None:
+    def __init__(self, keys: KeysCollection, min_mm3: float | None, *, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
-        number = isinstance(min_mm3, (int, float)) and not isinstance(min_mm3, bool) and 0 < min_mm3 < math.inf
-        if min_mm3 is not None and not number:
+        if min_mm3 is not None and not (is_number(min_mm3) and 0 < min_mm3 < math.inf):
             raise ConfigError(f"min_mm3 must be a positive volume in mm^3, got {min_mm3!r}; null keeps everything")
         self.min_mm3 = min_mm3
-        self.case_key = case_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d) if self.min_mm3 is not None else ():
-            volume, where = d[key], f"{d.get(self.case_key, 'unnamed case')}: {key}"
+            volume, where = d[key], f"{name_of(d)}: {key}"
             if not isinstance(volume, MetaTensor) or volume.ndim != 4:
                 raise DataError(
                     f"{where} must be a MetaTensor (C, H, W, D) with an affine, got {type(volume).__name__} of shape "

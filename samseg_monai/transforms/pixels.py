@@ -1,4 +1,4 @@
-"""Grey values of image files brought to a fixed range, and slices resized by cubic splines as others did."""
+"""Intensities brought to the range that a run asks for, and slices resized, by cubic splines as others did."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapTransform
+from monai.transforms import (
+    Compose,
+    MapTransform,
+    NormalizeIntensityd,
+    Resized,
+    ScaleIntensityRanged,
+    ScaleIntensityRangePercentilesd,
+)
 from scipy import ndimage
 
 from samseg_monai.errors import ConfigError
 from samseg_monai.transforms.grids import on_grid_of
 
 BYTE = 255.0
+TOPS = {"unit": 1.0, "sam": BYTE}
+SPLINES, MODES = [3, 0, 0], ["bilinear", "nearest", "nearest"]  # of image, label and prompt
 PERCENTILE = 99.5  # as in the task recipes of volumes: the brightest half percent is often an artefact
 
 
@@ -103,3 +112,84 @@ class SplineResized(MapTransform):
         ]
         result = np.moveaxis(np.asarray(resized), 1, -1)  # (C, D, h, w) -> (C, h, w, D)
         return torch.from_numpy(np.ascontiguousarray(result.reshape(*result.shape[:3], *array.shape[3:])))
+
+
+class ScaleInputd(MapTransform):
+    """Intensities as ``scale`` names them: z-scores of each channel, 0 to 1, or 0 to 255 for SAM's own normalisation.
+
+    Args:
+        keys: images, channel-first.
+        scale: "zscore", "unit" or "sam".
+        window: for "unit" and "sam": the two intensities (CT: in HU) that become 0 and the top.
+        percentiles: without a window: the two percentiles of each channel that become 0 and the top. With neither the
+            greys of an image of 8 bits are kept (``ScaleGreysd``).
+        nonzero: for "zscore": mean and deviation over voxels that are not 0.
+
+    Attributes:
+        described: the transforms behind it, as components of a config.
+
+    Raises:
+        ConfigError: there is no such scale.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        scale: str,
+        *,
+        window: Sequence[float] | None = None,
+        percentiles: Sequence[float] | None = None,
+        nonzero: bool = False,
+    ) -> None:
+        super().__init__(keys)
+        if scale != "zscore" and scale not in TOPS:
+            raise ConfigError(f"input_scale: got {scale!r}; choose one of 'zscore', 'unit', 'sam'")
+        given, top = {"keys": keys}, TOPS.get(scale, 1.0)
+        span = {"b_min": 0.0, "b_max": top, "clip": True}
+        kind: Any
+        if scale == "zscore":
+            kind, given = NormalizeIntensityd, {**given, "nonzero": nonzero, "channel_wise": True}
+        elif window is not None:
+            kind, given = ScaleIntensityRanged, {**given, "a_min": window[0], "a_max": window[1], **span}
+        elif percentiles is not None:
+            lower, upper = percentiles
+            kind, given = ScaleIntensityRangePercentilesd, {**given, "lower": lower, "upper": upper, **span}
+            given["channel_wise"] = True
+        else:
+            kind, given = ScaleGreysd, {**given, "top": top}
+        self.described = [{"_target_": kind.__name__, **given}]
+        self.transform = kind(**given)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return dict(self.transform(data))
+
+
+def stored_slices(keys: Sequence[str], size: int | None) -> Compose:
+    """Slices of ``size`` pixels, as a protocol stores them before they are enlarged again; None leaves them alone.
+
+    Args:
+        keys: image, label and prompt, in this order; absent ones are passed over.
+        size: longer side in pixels.
+    """
+    given = {"keys": list(keys), "size": size, "order": SPLINES[: len(keys)], "allow_missing_keys": True}
+    return _described("samseg_monai.transforms.SplineResized", SplineResized, given) if size else Compose([])
+
+
+def resized_slices(keys: Sequence[str], size: int, *, spline: bool = False) -> Compose:
+    """The longer side of each slice brought to ``size``: bilinearly, or by splines where slices were stored so.
+
+    Args:
+        keys: image, label and prompt, in this order; absent ones are passed over.
+        size: longer side in pixels.
+        spline: see ``SplineResized``; it cannot be inverted.
+    """
+    if spline:
+        return stored_slices(keys, size)
+    given = {"keys": list(keys), "spatial_size": size, "size_mode": "longest", "mode": MODES[: len(keys)]}
+    return _described("Resized", Resized, {**given, "allow_missing_keys": True})
+
+
+def _described(name: str, kind: Any, given: dict[str, Any]) -> Compose:
+    compose = Compose([kind(**given)])
+    setattr(compose, "described", [{"_target_": name, **given}])  # noqa: B010 as components of a config
+    return compose
