@@ -3,7 +3,7 @@ check that files share a grid, labels recoded to classes, mirroring that knows t
 removed, predicted images written.
 
 Volumes are channel-first (C, H, W, D), slices (C, H, W). The first spatial axis is y (H), the second is x (W) of the
-network input.
+network input. ``allow_missing_keys`` is MONAI's: keys that a case does not have are passed over.
 """
 
 from __future__ import annotations

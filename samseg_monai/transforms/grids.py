@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
@@ -30,6 +29,20 @@ def name_of(d: Mapping[Hashable, Any]) -> str:
     return str(d.get("case", "unnamed case"))
 
 
+class EachKeyd(MapTransform):
+    """A dictionary transform that changes a case for one of its keys after the other."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            self._change(d, key)
+        return d
+
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        """Change ``d``, a copy of the case, as ``d[key]`` asks for."""
+        raise NotImplementedError
+
+
 class CheckSameGridd(MapTransform):
     """Refuse a case whose ``keys`` are not on the grid of its "image", as a coarse mask made on another image.
 
@@ -37,12 +50,8 @@ class CheckSameGridd(MapTransform):
 
     Args:
         keys: arrays to check, channel-first.
-        allow_missing_keys: skip keys that the case does not have.
     Raises: DataError naming the case and both grids, all differing keys at once.
     """
-
-    def __init__(self, keys: KeysCollection, *, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)

@@ -19,7 +19,7 @@ from monai.transforms import (
 from scipy import ndimage
 
 from samseg_monai.errors import ConfigError
-from samseg_monai.transforms.grids import on_grid_of
+from samseg_monai.transforms.grids import EachKeyd, on_grid_of
 
 BYTE = 255.0
 TOPS = {"unit": 1.0, "sam": BYTE}
@@ -40,13 +40,12 @@ def bytes_of(image: np.ndarray) -> np.ndarray:
     return np.clip((values - low) / max(high - low, 1e-6), 0, 1).astype(np.float32) * np.float32(BYTE)
 
 
-class ScaleGreysd(MapTransform):
+class ScaleGreysd(EachKeyd):
     """Bring images to 0 to ``top``: those of 8 bits keep their greys, others are stretched as ``bytes_of`` says.
 
     Args:
         keys: images of any shape.
         top: what 255 becomes; 255 for SAM's own mean and deviation, 1 for inputs from 0 to 1.
-        allow_missing_keys: skip keys that the case does not have.
     Returns: float32 with geometry and history of the image.
     Raises: ConfigError unless ``top`` is positive.
     """
@@ -57,12 +56,9 @@ class ScaleGreysd(MapTransform):
             raise ConfigError(f"top must be positive, got {top!r}")
         self.top = float(top)
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            plain = torch.as_tensor(d[key]).as_subclass(torch.Tensor).detach().cpu().numpy()
-            d[key] = on_grid_of(d[key], torch.from_numpy(bytes_of(plain) * np.float32(self.top / BYTE)))
-        return d
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        plain = torch.as_tensor(d[key]).as_subclass(torch.Tensor).detach().cpu().numpy()
+        d[key] = on_grid_of(d[key], torch.from_numpy(bytes_of(plain) * np.float32(self.top / BYTE)))
 
 
 class SplineResized(MapTransform):
@@ -76,7 +72,6 @@ class SplineResized(MapTransform):
         keys: (C, H, W) slices or (C, H, W, D) volumes, whose slices are resized one by one.
         size: longer side afterwards, in pixels.
         order: of the spline for each key, 0 (nearest) to 5; one number for all.
-        allow_missing_keys: skip absent keys.
 
     Raises:
         ConfigError: ``size`` below 2, a wrong number of orders or an order that there is none of.

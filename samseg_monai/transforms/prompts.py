@@ -20,7 +20,7 @@ from monai.transforms import Compose, LoadImaged, MapTransform, RandomizableTran
 from samseg_monai.data.files.boxes import is_number, volume_boxes
 from samseg_monai.errors import ConfigError, PromptError, raise_all
 from samseg_monai.transforms.boxes import Rectangle, boxes_of, clip_boxes, inscribed, move_boxes, rectangles
-from samseg_monai.transforms.grids import CheckSameGridd, name_of, on_grid_of
+from samseg_monai.transforms.grids import CheckSameGridd, EachKeyd, name_of, on_grid_of
 
 Random = np.random.RandomState | np.random.Generator
 
@@ -279,7 +279,7 @@ def _given(d: Mapping[Hashable, Any]) -> torch.Tensor:
     return clip_boxes(moved, (image.shape[1], image.shape[2]), name_of(d))
 
 
-class BoxFromPromptd(MapTransform):
+class BoxFromPromptd(EachKeyd):
     """Slice-level, the last of the slice transforms: put the box of "prompt" (1, H, W) under "boxes".
 
     Args:
@@ -292,14 +292,11 @@ class BoxFromPromptd(MapTransform):
         super().__init__("prompt", allow_missing_keys)
         self.per_component, self.max_boxes = per_component, max_boxes
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d["boxes"] = boxes_of(d[key], per_component=self.per_component, max_boxes=self.max_boxes)
-        return d
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        d["boxes"] = boxes_of(d[key], per_component=self.per_component, max_boxes=self.max_boxes)
 
 
-class EllipseFromPromptd(MapTransform):
+class EllipseFromPromptd(EachKeyd):
     """The ellipse inscribed in the box of every slice: how good is the box alone, without any network?
 
     Args:
@@ -311,17 +308,14 @@ class EllipseFromPromptd(MapTransform):
         super().__init__(prompt_key)
         self.key = key
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for prompt_key in self.key_iterator(d):
-            prompt = d[prompt_key].as_subclass(torch.Tensor)
-            planes = [prompt] if prompt.ndim == 3 else prompt.unbind(-1)
-            ellipses = [inscribed(boxes_of(plane)[None], plane.shape[-2:]) for plane in planes]
-            d[self.key] = on_grid_of(d[prompt_key], torch.stack(ellipses, dim=-1).reshape(prompt.shape))
-        return d
+    def _change(self, d: dict[Hashable, Any], prompt_key: Hashable) -> None:
+        prompt = d[prompt_key].as_subclass(torch.Tensor)
+        planes = [prompt] if prompt.ndim == 3 else prompt.unbind(-1)
+        ellipses = [inscribed(boxes_of(plane)[None], plane.shape[-2:]) for plane in planes]
+        d[self.key] = on_grid_of(d[prompt_key], torch.stack(ellipses, dim=-1).reshape(prompt.shape))
 
 
-class EllipseFromBoxesd(MapTransform):
+class EllipseFromBoxesd(EachKeyd):
     """The ellipses inscribed in the "boxes" (N, 4) of an image, all together, as ``EllipseFromPromptd`` of volumes.
 
     Args:
@@ -333,10 +327,7 @@ class EllipseFromBoxesd(MapTransform):
         super().__init__(image_key)
         self.key = key
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for image_key in self.key_iterator(d):
-            image = d[image_key]
-            ellipse = inscribed(torch.as_tensor(d["boxes"]), image.shape[1:3])
-            d[self.key] = on_grid_of(image, ellipse.reshape(1, *image.shape[1:]))
-        return d
+    def _change(self, d: dict[Hashable, Any], image_key: Hashable) -> None:
+        image = d[image_key]
+        ellipse = inscribed(torch.as_tensor(d["boxes"]), image.shape[1:3])
+        d[self.key] = on_grid_of(image, ellipse.reshape(1, *image.shape[1:]))
