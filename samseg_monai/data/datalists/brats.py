@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from samseg_monai.data import BRATS_SCANS
 from samseg_monai.data.datalists import patient_of
@@ -38,9 +39,7 @@ def prepare_brats_men(
     fractions: Sequence[float] = DEFAULT_FRACTIONS,
     split_file: str | Path | None = None,
     seed: int = 0,
-    skip_bad: bool = False,
-    num_threads: int = 4,
-    progress: bool = True,
+    **reading: Any,
 ) -> Summary:
     """Check every case below ``src`` completely and write a datalist with paths relative to ``src``.
 
@@ -52,9 +51,7 @@ def prepare_brats_men(
         fractions: of patients for training, validation, testing; ignored with a split file.
         split_file: JSON with lists of case or patient ids under the section names; another datalist works too.
         seed: of the split.
-        skip_bad: leave bad cases out and list them, instead of stopping.
-        num_threads: cases read at the same time (each needs about 0.2 GB at the size of BraTS).
-        progress: show a bar.
+        reading: ``skip_bad``, ``num_threads``, ``progress``, see ``checks.read_all``; a case needs about 0.2 GB.
 
     Raises:
         ConfigError: unknown label coding.
@@ -64,7 +61,7 @@ def prepare_brats_men(
     labels, src = labels_in(label_coding, BRATS), Path(src)
     checks = [_find_files(folder, scans) for folder in _case_folders(src)]
     read = partial(check_files, label="seg", legal={0, *BRATS[label_coding]}, hint=partial(_hint, label_coding))
-    good, problems = read_all(checks, read, src, skip_bad=skip_bad, num_threads=num_threads, progress=progress)
+    good, problems = read_all(checks, read, src, **reading)
     patients = {check.case: patient_of(check.case) for check in checks}
     usable = {check.case: patients[check.case] for check in good}
     split, unused, made_by = choose_split(usable, patients, split_file, fractions, seed)

@@ -167,9 +167,9 @@ def read_all(
     src: Path,
     *,
     judge: Callable[[Sequence[Check]], Sequence[str]] = lambda checks: (),
-    skip_bad: bool,
-    num_threads: int,
-    progress: bool,
+    skip_bad: bool = False,
+    num_threads: int = 2,
+    progress: bool = True,
 ) -> tuple[list[Check], list[str]]:
     """Read cases at the same time (unpacking and hashing release the interpreter lock) and set the bad ones aside.
 
@@ -178,7 +178,7 @@ def read_all(
         read: adds what the files of a case tell.
         src: folder, for the message.
         judge: asked when all are read: the problems of the data set that belong to no case; they are never left out.
-        skip_bad: leave bad cases out, instead of stopping.
+        skip_bad: leave bad cases out and list them, instead of stopping.
         num_threads: cases read at the same time.
         progress: show a bar.
 

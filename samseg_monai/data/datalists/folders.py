@@ -36,9 +36,7 @@ def prepare_folders(
     fractions: Sequence[float] = DEFAULT_FRACTIONS,
     by_name: bool = False,
     seed: int = 0,
-    skip_bad: bool = False,
-    num_threads: int = 2,
-    progress: bool = True,
+    **reading: Any,
 ) -> Summary:
     """Check every pair of image and label completely and write a datalist with paths relative to ``src``.
 
@@ -52,7 +50,7 @@ def prepare_folders(
         fractions: of the volumes, without ``counts``; see ``by_name``.
         by_name: take them in the order of their names, not in one drawn with ``seed``.
         seed: of the drawn order.
-        skip_bad, num_threads, progress: as of ``brats.prepare_brats_men``.
+        reading: ``skip_bad``, ``num_threads``, ``progress``, see ``checks.read_all``.
 
     Raises:
         ConfigError: nobody says what the labels mean, or two say it; unknown label coding.
@@ -63,12 +61,12 @@ def prepare_folders(
     folder = _read_folder(src)
     table = _table_of(labels, label_coding, folder)
     values = {int(value): text for value, text in table.items()}
-    if not skip_bad:  # a split that cannot be made is told before the reading
+    if not reading.get("skip_bad"):  # a split that cannot be made is told before the reading
         _split(list(folder.cases), counts, fractions, by_name=by_name, seed=seed)
     hint = "; name every value with --labels, or is the mask stored as grey values"
     read = partial(check_files, label="label", legal=values, hint=lambda check, strange: hint)
     checks = list(folder.cases.values())
-    good, problems = read_all(checks, read, src, skip_bad=skip_bad, num_threads=num_threads, progress=progress)
+    good, problems = read_all(checks, read, src, **reading)
     split, made_by = _split([check.case for check in good], counts, fractions, by_name=by_name, seed=seed)
     voxels = [check.voxels_per_label for check in good]
     warnings = [*folder.notes, *duplicates(good), *absent_labels(voxels, values)]

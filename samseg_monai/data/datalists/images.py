@@ -61,9 +61,7 @@ def prepare_images(
     split_file: str | Path | None = None,
     fractions: Sequence[float] = DEFAULT_FRACTIONS,
     seed: int = 0,
-    skip_bad: bool = False,
-    num_threads: int = 2,
-    progress: bool = True,
+    **reading: Any,
 ) -> Summary:
     """Check every pair of image and mask and write a datalist; ``dataset_dir`` is the folder that holds both folders.
 
@@ -76,8 +74,8 @@ def prepare_images(
         spacing: pixel size in mm; without it the files' own, and without either distances are in pixels.
         match: take only cases whose name matches this pattern of the shell, such as ``meningioma_*``.
         name: of the data set; default that of the folder.
-        split_file, fractions, seed, skip_bad, num_threads, progress: as of ``brats.prepare_brats_men``, with groups in
-            place of patients.
+        split_file, fractions, seed: as of ``brats.prepare_brats_men``, with groups in place of patients.
+        reading: ``skip_bad``, ``num_threads``, ``progress``, see ``checks.read_all``.
 
     Raises:
         ConfigError: a regular expression that is none, a spacing that is no size, no labels.
@@ -92,9 +90,7 @@ def prepare_images(
     checks, unpaired = _find_pairs(*folders, match)
     group_of = _groups(checks, group)
     read, judge = partial(_read_pair, legal=values, spacing=spacing), partial(_judge, spacing=spacing)
-    good, left_out = read_all(
-        checks, read, folders[0], judge=judge, skip_bad=skip_bad, num_threads=num_threads, progress=progress
-    )
+    good, left_out = read_all(checks, read, folders[0], judge=judge, **reading)
     of = {check.case: check for check in good}
     usable, what = {case: group_of[case] for case in of}, "image" if group is None else "group"
     split, unused, made_by = choose_split(usable, group_of, split_file, fractions, seed, what=what)

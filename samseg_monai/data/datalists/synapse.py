@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from samseg_monai.data.datalists.checks import CaseCheck, Summary, check_files, read_all, write_checked
 from samseg_monai.data.datalists.label_maps import (
@@ -36,9 +37,7 @@ def prepare_synapse(
     validation: int = 0,
     allow_missing: bool = False,
     seed: int = 0,
-    skip_bad: bool = False,
-    num_threads: int = 2,
-    progress: bool = True,
+    **reading: Any,
 ) -> Summary:
     """Check every published case completely and write a datalist with paths relative to ``src``.
 
@@ -49,7 +48,7 @@ def prepare_synapse(
         validation: patients taken out of the training cases, chosen by a hash of seed and id; 0 as published.
         allow_missing: go on without cases of the published lists that are not there.
         seed: of the choice of validation patients.
-        skip_bad, num_threads, progress: as of ``brats.prepare_brats_men``; a case needs up to 0.5 GB.
+        reading: ``skip_bad``, ``num_threads``, ``progress``, see ``checks.read_all``; a case needs up to 0.5 GB.
 
     Raises:
         ConfigError: unknown label coding, or more validation patients than would leave one to train with.
@@ -69,9 +68,7 @@ def prepare_synapse(
 
     others = [] if allow_missing else [text + fix for text in absent]
     read = partial(check_files, label="label", legal={0, *ABDOMEN[label_coding]}, hint=partial(_hint, label_coding))
-    good, problems = read_all(
-        checks, read, src, judge=lambda _: others, skip_bad=skip_bad, num_threads=num_threads, progress=progress
-    )
+    good, problems = read_all(checks, read, src, judge=lambda _: others, **reading)
     _refuse_narrower_coding(good, src, label_coding)
     voxels = [check.voxels_per_label for check in good]
     odd = [*implausible_sizes(voxels, label_coding), *absent_labels(voxels, ABDOMEN[label_coding])]

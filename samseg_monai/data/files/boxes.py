@@ -21,26 +21,20 @@ IMAGE_BOXES = '{"NAME": [[x0, y0, x1, y1], ...]}'
 VOLUME_BOXES = '{"CASE": [{"slice": 12, "box": [30, 40, 55, 70]}]}'
 
 
-def read_boxes(
-    path: str | Path, sizes: Mapping[str, Sequence[int]] | None = None, *, names: Sequence[str] | None = None
-) -> dict[str, list[list[float]]]:
-    """Read and check the box file of a set of images.
+def read_boxes(path: str | Path, sizes: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[list[float]]]:
+    """Read and check the box file of a set of images: case -> boxes of four floats, at least one box each.
 
     Args:
         path: JSON file.
         sizes: case -> (rows, columns); boxes of these must lie at least partly in the image.
-        names: all cases that the file may name; None accepts every name.
-
-    Returns: case -> boxes of four floats, at least one box each.
 
     Raises:
-        PromptError: the file cannot be read; every name that is not in ``names`` and every box that ``box_problem``
-            finds fault with, all at once.
+        PromptError: the file cannot be read; every box that ``box_problem`` finds fault with, all at once.
     """
     table = read_table(path)
-    problems = [f"{name}: there is no such image" for name in table if names is not None and name not in names]
-    for name, boxes in table.items():
-        problems += [f"{name}: {text}" for text in box_problems(boxes, (sizes or {}).get(name))]
+    problems = [
+        f"{name}: {text}" for name, boxes in table.items() for text in box_problems(boxes, (sizes or {}).get(name))
+    ]
     raise_all(problems, PromptError, f"boxes {path}: expected {IMAGE_BOXES}, in pixels of the stored image")
     return {name: as_floats(boxes) for name, boxes in table.items()}
 
