@@ -25,11 +25,11 @@ from samseg_monai.transforms.grids import CheckSameGridd, EachKeyd, name_of, on_
 Random = np.random.RandomState | np.random.Generator
 
 
-class _FromLabeld(RandomizableTransform, MapTransform):
+class _FromLabeld(RandomizableTransform, EachKeyd):
     """What simulated prompts share: their law, and where draws come from."""
 
     def __init__(self, source: str, loosen: Any, seed: int | None, per_component: bool, problems: list[str]) -> None:
-        MapTransform.__init__(self, "label")
+        EachKeyd.__init__(self, "label")
         RandomizableTransform.__init__(self, prob=1.0)
         if not isinstance(loosen, Sequence) or len(loosen) != 2 or not all(map(is_number, loosen)):
             problems = [*problems, f"loosen is a pair of numbers (low, high), got {loosen!r}"]
@@ -40,6 +40,9 @@ class _FromLabeld(RandomizableTransform, MapTransform):
         raise_all(problems, ConfigError, "prompts cannot be drawn from labels")
         self.source, self.seed, self.per_component = source, seed, per_component
         self.loosen = (float(loosen[0]), float(loosen[1]))
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return super().__call__(data) if self.source == "label" else dict(data)
 
     def _random(self, d: Mapping[Hashable, Any], *numbers: int) -> Random:
         if self.seed is None:
@@ -76,18 +79,15 @@ class SimulatedPromptd(_FromLabeld):
     ) -> None:
         super().__init__(source, loosen, seed, per_component, [])
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d) if self.source == "label" else ():
-            mask = (d[key].as_subclass(torch.Tensor) > 0).any(dim=0).cpu()  # (C, H, W[, D]) -> (H, W[, D])
-            prompt = torch.zeros(mask.shape, dtype=torch.uint8)
-            if mask.ndim == 2:
-                self._fill(prompt, mask, self.R)
-            else:
-                for z in mask.flatten(0, 1).any(dim=0).nonzero()[:, 0].tolist():
-                    self._fill(prompt[..., z], mask[..., z], self._random(d, z))
-            d["prompt"] = on_grid_of(d[key], prompt[None])
-        return d
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        mask = (d[key].as_subclass(torch.Tensor) > 0).any(dim=0).cpu()  # (C, H, W[, D]) -> (H, W[, D])
+        prompt = torch.zeros(mask.shape, dtype=torch.uint8)
+        if mask.ndim == 2:
+            self._fill(prompt, mask, self.R)
+        else:
+            for z in mask.flatten(0, 1).any(dim=0).nonzero()[:, 0].tolist():
+                self._fill(prompt[..., z], mask[..., z], self._random(d, z))
+        d["prompt"] = on_grid_of(d[key], prompt[None])
 
     def _fill(self, prompt: torch.Tensor, mask: torch.Tensor, random: Random) -> None:
         height, width = mask.shape
@@ -144,31 +144,26 @@ class SimulatedBoxesd(_FromLabeld):
         super().__init__(source, loosen, seed, per_component, problems)
         self.tight, self.shift, self.max_boxes = float(tight), float(shift), max_boxes
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        if self.source != "label":
-            return d
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
         if isinstance(d.get("boxes"), (list, tuple)):
             raise PromptError(
                 f"{name_of(d)}: boxes are given, but are to be drawn from 'label'; set prompt::source to 'json' or "
                 "prompt::boxes to null"
             )
-        for key in self.key_iterator(d):
-            label = torch.as_tensor(d[key]).as_subclass(torch.Tensor)
-            if label.ndim == 4 and label.shape[-1] == 1:
-                label = label[..., 0]
-            if label.ndim != 3:
-                raise PromptError(
-                    f"{name_of(d)}: boxes are for 2-D images, but {key} has shape {tuple(d[key].shape)}; volumes take "
-                    "prompt masks"
-                )
-            mask = (label > 0).any(dim=0).cpu()  # (C, H, W) -> (H, W)
-            random = self._random(d)
-            drawn = [self._draw(r, mask.shape, random) for r in rectangles(mask, per_component=self.per_component)]
-            rows = self.max_boxes if self.per_component and self.max_boxes else max(1, len(drawn))
-            drawn += [[torch.nan] * 4] * rows
-            d["boxes"] = torch.tensor(drawn[:rows], dtype=torch.float32)
-        return d
+        label = torch.as_tensor(d[key]).as_subclass(torch.Tensor)
+        if label.ndim == 4 and label.shape[-1] == 1:
+            label = label[..., 0]
+        if label.ndim != 3:
+            raise PromptError(
+                f"{name_of(d)}: boxes are for 2-D images, but {key} has shape {tuple(d[key].shape)}; volumes take "
+                "prompt masks"
+            )
+        mask = (label > 0).any(dim=0).cpu()  # (C, H, W) -> (H, W)
+        random = self._random(d)
+        drawn = [self._draw(r, mask.shape, random) for r in rectangles(mask, per_component=self.per_component)]
+        rows = self.max_boxes if self.per_component and self.max_boxes else max(1, len(drawn))
+        drawn += [[torch.nan] * 4] * rows
+        d["boxes"] = torch.tensor(drawn[:rows], dtype=torch.float32)
 
     def _draw(self, rectangle: Rectangle, size: Sequence[int], random: Random) -> list[float]:
         # every box takes the same number of draws, so that one of them does not change the next
@@ -185,7 +180,7 @@ class SimulatedBoxesd(_FromLabeld):
         return np.clip(box, 0, (width, height, width, height)).tolist()
 
 
-class GivenPromptd(MapTransform):
+class GivenPromptd(EachKeyd):
     """The "prompt" that a person or another network gives, straight after loading, before any reorientation.
 
     It is uint8, one channel, 0 or 1, with geometry and history of "image" (C, H, W, D).
@@ -205,21 +200,21 @@ class GivenPromptd(MapTransform):
         self.load = Compose([LoadImaged("prompt", ensure_channel_first=True), CheckSameGridd("prompt")])
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
         if self.source == "mask":
-            return dict(self.load(d))
-        for key in self.key_iterator(d) if self.source in ("json", "image") else ():
-            shape = tuple(d[key].shape[1:])
-            prompt = torch.full(shape, self.source == "image", dtype=torch.uint8)
-            if self.source == "json":
-                boxes = d.pop("boxes", None)
-                if not isinstance(boxes, (list, tuple)):
-                    raise PromptError(f"{name_of(d)}: 'boxes' must be a list of boxes (it may be empty), got {boxes!r}")
-                heading = f"{name_of(d)}: bad boxes for an image of {shape} voxels"
-                for i0, j0, i1, j1, k0, k1 in volume_boxes(boxes, shape, heading):
-                    prompt[i0 : i1 + 1, j0 : j1 + 1, k0 : k1 + 1] = 1
-            d["prompt"] = on_grid_of(d[key], prompt[None])
-        return d
+            return dict(self.load(data))
+        return super().__call__(data) if self.source in ("json", "image") else dict(data)
+
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        shape = tuple(d[key].shape[1:])
+        prompt = torch.full(shape, self.source == "image", dtype=torch.uint8)
+        if self.source == "json":
+            boxes = d.pop("boxes", None)
+            if not isinstance(boxes, (list, tuple)):
+                raise PromptError(f"{name_of(d)}: 'boxes' must be a list of boxes (it may be empty), got {boxes!r}")
+            heading = f"{name_of(d)}: bad boxes for an image of {shape} voxels"
+            for i0, j0, i1, j1, k0, k1 in volume_boxes(boxes, shape, heading):
+                prompt[i0 : i1 + 1, j0 : j1 + 1, k0 : k1 + 1] = 1
+        d["prompt"] = on_grid_of(d[key], prompt[None])
 
 
 class FinalBoxesd(MapTransform):
