@@ -225,10 +225,8 @@ def _group_files(sources: Sequence[Path], scans: Sequence[str]) -> CaseList:
 
 def _group_folder(folder: Path, scans: Sequence[str], found: CaseList) -> None:
     """Images of ``folder`` if it has any, else those of its sub-folders."""
-    if _group_content(folder, scans, found) or _group_scans(folder, scans, found):
-        return
-    for sub in _folders(folder):
-        if _group_content(sub, scans, found) or _group_scans(sub, scans, found):
+    for sub in [] if _group_one(folder, scans, found) else _folders(folder):
+        if _group_one(sub, scans, found):
             continue
         if nested := [path.name for path in _folders(sub) if holds_series(path)]:
             found.bad[sub.name] = (
@@ -239,12 +237,17 @@ def _group_folder(folder: Path, scans: Sequence[str], found: CaseList) -> None:
             LOG.warning("ignored %s: no image in it", sub)
 
 
-def _group_content(folder: Path, scans: Sequence[str], found: CaseList) -> bool:
-    """Add the files of ``folder`` itself, or the DICOM series that they are; False when there is no image."""
-    files, case = _images(folder), _name_of(folder)
-    images = [path.name for path in files if not str(stem_of(path)).endswith(("_seg", "-seg"))]
+def _group_one(folder: Path, scans: Sequence[str], found: CaseList) -> bool:
+    """Add the files of ``folder`` itself, the DICOM series that they are, or the series named after the scans in its
+    sub-folders; False when there is no image."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and stem_of(path) is not None)
+    case = Path(os.path.abspath(folder)).name  # it may have been given as . or ..
+    below = {path.name: path for path in _folders(folder) if holds_series(path)}
     series = holds_series(folder)
+    if not files and not series:
+        return _group_scans(case, below, scans, found)
     _group_named(files, scans, found)
+    images = [path.name for path in files if not str(stem_of(path)).endswith(("_seg", "-seg"))]
     if series and images:
         found.bad[case] = f"holds DICOM files beside {images[0]}; put the DICOM series into a folder of its own"
     elif series and len(scans) > 1:
@@ -254,40 +257,28 @@ def _group_content(folder: Path, scans: Sequence[str], found: CaseList) -> bool:
         )
     elif series:
         found.add(case, [folder])
-    if files or series:
-        for path in filter(holds_series, _folders(folder)):
-            LOG.warning("ignored %s: a DICOM series below %s, which holds images itself", path, folder)
-    return bool(files) or series
+    for path in below.values():
+        LOG.warning("ignored %s: a DICOM series below %s, which holds images itself", path, folder)
+    return True
 
 
-def _group_scans(folder: Path, scans: Sequence[str], found: CaseList) -> bool:
-    """Add ``folder`` as a case whose sub-folders are DICOM series named after the scans; False when they are not."""
-    series = {path.name: path for path in _folders(folder) if holds_series(path)}
+def _group_scans(case: str, series: Mapping[str, Path], scans: Sequence[str], found: CaseList) -> bool:
+    """Add a case whose sub-folders are DICOM ``series`` named after the scans; False when they are not."""
     named = [scan for scan in scans if scan in series]
     # A lone scan's name among other folders is a case that happens to be called so.
     if not named or (len(scans) == 1 and len(series) > 1):
         return False
-    case = _name_of(folder)
     if missing := [scan for scan in scans if scan not in series]:
         found.bad[case] = f"no folder of DICOM files for {', '.join(missing)} beside {named[0]}"
     else:
         found.add(case, [series[scan] for scan in scans])
     if unused := sorted(set(series) - set(scans)):
-        LOG.info("ignored in %s: %s, which the network does not use", folder, ", ".join(unused))
+        LOG.info("ignored in %s: %s, which the network does not use", case, ", ".join(unused))
     return True
 
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _name_of(folder: Path) -> str:
-    """Name of a folder that may have been given as ``.`` or ``..``."""
-    return Path(os.path.abspath(folder)).name
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file() and stem_of(path) is not None)
 
 
 def _group_named(paths: Iterable[Path], scans: Sequence[str], found: CaseList, *, listed: bool = False) -> None:
