@@ -21,7 +21,7 @@ from samseg_monai.data import IMAGES
 from samseg_monai.data.datalists.label_maps import CODINGS, labels_in
 from samseg_monai.data.datalists.splits import SECTIONS, in_two_sections
 from samseg_monai.data.files.boxes import read_boxes
-from samseg_monai.data.files.volumes import IMAGE_SUFFIXES, stem_of
+from samseg_monai.data.files.volumes import image_stem, stem_of
 from samseg_monai.errors import DataError, raise_all
 from samseg_monai.files import read_json, write_json
 
@@ -193,10 +193,7 @@ def _complete(item: Any, kind: str | None) -> Any:
     if not isinstance(item, dict) or not item.get("image"):
         return item
     image = item["image"]
-    stems = [
-        stem_of(str(f)) or stem_of(str(f), IMAGE_SUFFIXES) or str(f)
-        for f in ([image] if isinstance(image, str) else image)
-    ]
+    stems = [stem_of(str(f)) or image_stem(str(f)) or str(f) for f in ([image] if isinstance(image, str) else image)]
     case = stems[0]
     while not all(stem.startswith(case) for stem in stems):
         case = re.sub(r"[-_]?[^-_]*$", "", case)  # drop the last word: where names differ is the scan

@@ -27,7 +27,7 @@ from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
 from PIL import Image
 
 from samseg_monai.data.files.dicom import is_dicom, open_dicom
-from samseg_monai.data.files.volumes import IMAGE_SUFFIXES, Volume, content_of, parse_nifti, stem_of
+from samseg_monai.data.files.volumes import Volume, content_of, image_stem, parse_nifti
 from samseg_monai.errors import ConfigError, DataError
 
 GREY = ("image",)
@@ -67,7 +67,7 @@ class Picture(Volume):
 
 def case_of(path: Path) -> str | None:
     """Name of the case that ``path`` is an image of; None when it is no image. DICOM files need no suffix."""
-    return stem_of(path, IMAGE_SUFFIXES) or (path.name if is_dicom(path) else None)
+    return image_stem(path) or (path.name if is_dicom(path) else None)
 
 
 def checked_spacing(spacing: float | None) -> float | None:

@@ -68,6 +68,11 @@ def stem_of(path: str | Path, suffixes: Sequence[str] = SUFFIXES) -> str | None:
     return None
 
 
+def image_stem(path: str | Path) -> str | None:
+    """``stem_of`` a 2-D image: PNG, JPEG, TIFF, BMP, DICOM with a suffix, or NIfTI."""
+    return stem_of(path, IMAGE_SUFFIXES)
+
+
 def read_volume(path: str | Path) -> Volume:
     """Read a NIfTI, MHA or NRRD file to its last byte.
 
@@ -183,27 +188,35 @@ def _header_notes(image: nib.Nifti1Image) -> list[str]:
     return notes
 
 
-def _parse_itk(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Array and affine of an MHA or NRRD file, unless its header names another file as the one with its voxels."""
-    damage = ""
+def named_file(content: bytes) -> str | None:
+    """What the header of an MHA or NRRD file names as the file with its voxels; None where they follow the header.
+
+    Raises:
+        ValueError: neither of the two formats, or a header without an end.
+    """
     if content.startswith(b"NRRD"):
         header, *data = re.split(rb"\n\r?\n", content, maxsplit=1)
-        named = re.search(rb"(?im)^\s*data *file\s*:\s*(.*)$", header)
-        if not named and not data:
-            damage = "its header has no end"
+        found = re.search(rb"(?im)^\s*data *file\s*:\s*(.*)$", header)
+        if not found and not data:
+            raise ValueError("its header has no end")
     else:
         before, key, rest = content.partition(b"ElementDataFile")
-        named = re.match(rb"[ \t]*[=:][ \t]*(.*)", rest)
-        if not key or not named or before.rpartition(b"\n")[2].strip():
-            damage = "neither an MHA nor a NRRD file"
-        elif named[1].strip().upper() == b"LOCAL":
-            named = None
-    if damage:
-        raise DataError(f"{path.name}: truncated or damaged file ({damage}); copy it again")
-    if named:
-        name = named[1].decode("utf-8", "replace").strip()
+        found = re.match(rb"[ \t]*[=:][ \t]*(.*)", rest)
+        if not key or not found or before.rpartition(b"\n")[2].strip():
+            raise ValueError("neither an MHA nor a NRRD file")
+        if found[1].strip().upper() == b"LOCAL":
+            return None
+    return found[1].decode("utf-8", "replace").strip() if found else None
+
+
+def _parse_itk(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        named = named_file(content)
+    except ValueError as error:
+        raise DataError(f"{path.name}: truncated or damaged file ({error}); copy it again") from error
+    if named is not None:
         raise DataError(
-            f"{path.name}: its header names another file ({name!r}) that would be read in its place; save header and "
+            f"{path.name}: its header names another file ({named!r}) that would be read in its place; save header and "
             "voxels as one file"
         )
     try:
