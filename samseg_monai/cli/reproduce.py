@@ -49,7 +49,7 @@ def honours(
     unknown = [f"--scan {name}: choose from {', '.join(BRATS_SCANS)}" for name in scans if name not in BRATS_SCANS]
     raise_all(unknown, ConfigError, "These scans are not BraTS's")
     datalist = output / "datalist.json"
-    prepare_brats_men(brats, datalist, fractions=(0.772, 0.114, 0.114), split_file=split_file, seed=seed)
+    prepare_brats_men(brats, datalist, fractions=(0.772, 0.114, 0.114), split_file=split_file, seed=seed, num_threads=4)
     configs = {n: build_bundle("meningioma", n, output / "bundles") / "configs" for n in ("zero_shot", "lora")}
     shared: dict[str, Any] = {
         "dataset_dir": str(brats), "datalist": str(datalist), "sam_checkpoint": weights, "seed": seed,
