@@ -78,6 +78,9 @@ def test_a_report_evaluates_what_was_trained_since(trained, pictures, tmp_path, 
     os.utime(run / "adapter.safetensors", (late, late))
     assert samseg(monkeypatch, *words, "nowhere") == 1
     assert "nowhere" in capsys.readouterr().err and "scan_kept" in table.read_text()
+    other = make_pictures(tmp_path / "other", count=8)
+    assert samseg(monkeypatch, *words, other) == 1
+    assert "not the datalist" in capsys.readouterr().err and "scan_kept" in table.read_text()
     assert samseg(monkeypatch, *words, pictures) == 0
     assert [row["dice"] for row in rows(table)] == [row["dice"] for row in csv.DictReader(io.StringIO(before))]
     assert "Dice" in page.read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from samseg_monai.errors import BundleError, DataError
 from samseg_monai.workflow import run_workflow
 
 EVALUATION = "evaluation"
@@ -59,7 +60,28 @@ def _evaluated(folder: Path, given: dict[str, Any]) -> Path:
         return done.parent
     typer.echo(f"{folder}: not evaluated since its training ended; now its test cases are", err=True)
     with open_bundle(folder) as opened:
+        if opened.settings is not None:
+            data = Path(given.get("dataset_dir", f"data/{opened.settings.task.dataset}"))
+            _same_data(folder, data / "datalist.json")
         places = {"output_dir": os.path.abspath(folder), "results_dir": os.path.abspath(done.parent)}
         places |= {} if opened.checkpoint is None else {"checkpoint": os.path.abspath(opened.checkpoint)}
         run_workflow([opened.config("evaluate")], {**places, **given}, echo=False)
     return done.parent
+
+
+def _same_data(folder: Path, datalist: Path) -> None:
+    """Raise DataError where a run was trained with another datalist than the one that would be evaluated."""
+    from samseg_monai.files import hash_file, read_json
+    from samseg_monai.report.runs import CARD_FILE
+
+    card = folder / CARD_FILE
+    known = read_json(card, BundleError, "run card").get("data_hash") if card.is_file() else None
+    if not datalist.is_file():
+        raise DataError(
+            f"{datalist}: no such file; give the folder of the data that {folder} was trained on: --dataset-dir"
+        )
+    if known is not None and known != hash_file(datalist):
+        raise DataError(
+            f"{datalist}: not the datalist that {folder} was trained on, so that its test cases may have "
+            "been learnt; give the right --dataset-dir, or evaluate it by its evaluate.json and report that folder"
+        )
