@@ -32,7 +32,7 @@ TINY = {
 SLOW = {
     "audit_classes", "audit_geometry", "augmentation", "banked_slices", "bundles", "demo_abdomen", "demo_mobile",
     "docs", "door", "experiment", "export", "foreign_layouts", "kill_resume", "pico", "planar", "processes",
-    "realdata", "reproduce", "reproduce_sam_lst", "sam_parity", "site", "strategy_laws", "tracking", "travel",
+    "own_data", "realdata", "reproduce", "reproduce_sam_lst", "sam_parity", "site", "strategy_laws", "tracking", "travel",
     "tutorial",
 }  # fmt: skip
 
