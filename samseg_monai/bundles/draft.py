@@ -189,8 +189,8 @@ def _intensity(measured: Measured, modality: str) -> Choice:
     window = _window(measured, modality)
     if window and measured.inside:
         why = (
-            f"99 % of the labelled voxels of {measured.read} cases lie from {measured.inside[0]:g} to "
-            f"{measured.inside[1]:g}; half as much again at either end keeps what is around them"
+            f"99 % of the labelled voxels lie from {measured.inside[0]:.0f} to {measured.inside[1]:.0f} (training "
+            f"cases read: {measured.read}); half as much again at either end keeps what is around them"
         )
         return Choice("intensity", {"window": window}, why)
     if not measured.images and measured.zeros >= _BRAIN_ONLY:
