@@ -22,6 +22,7 @@ from samseg_monai.cli.info import info
 from samseg_monai.cli.predict import predict
 from samseg_monai.cli.report import report
 from samseg_monai.cli.reproduce import reproduce_app
+from samseg_monai.cli.task import task_app
 from samseg_monai.demo.command import demo
 from samseg_monai.errors import SamsegError
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.add_typer(prepare_app, name="prepare")
 app.command(name="bbox")(bbox)
 app.add_typer(phantom_app, name="phantom")
+app.add_typer(task_app, name="task")
 app.add_typer(bundle_app, name="bundle")
 app.command(name="predict")(predict)
 bundle_app.command(name="check")(check)
