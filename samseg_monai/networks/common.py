@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -128,6 +128,37 @@ def empty_logits(like: Tensor, count: int, num_classes: int, size: Sequence[int]
     logits = torch.full((count, channels, *size), EMPTY_LOGIT, dtype=torch.float32, device=like.device)
     logits[:, :-num_classes] = -EMPTY_LOGIT
     return logits
+
+
+def whole_slice(image: Tensor) -> Tensor:
+    """A box (1, 1, 4) around all of a slice of (B, S, H, W)."""
+    return image.new_tensor([[[0, 0, image.shape[-1], image.shape[-2]]]])
+
+
+def where_boxes_are(
+    network: SamSegmenter | PlainSegmenter,
+    image: Tensor,
+    boxes: Tensor,
+    segment: Callable[[list[int], Tensor, Tensor], Sequence[Tensor]],
+) -> Tensor:
+    """Logits (B, C, H, W) of images (B, S, H, W), those without a box empty.
+
+    Args:
+        boxes: (B, 4) or (B, N, 4); a row with NaN is no box.
+        segment: numbers of n images, their boxes (n, N, 4) and which are given (n, N), some for each, to n (C, H, W).
+    """
+    boxes = boxes[:, None] if boxes.ndim == 2 else boxes
+    given = ~boxes.isnan().any(-1)
+    seen = given.any(1).nonzero()[:, 0].tolist()
+    empty = empty_logits(image, len(image), network.num_classes, image.shape[-2:])
+    if not seen:
+        # A batch without any box must still reach every owned tensor, or backward() and DDP would fail.
+        reach = torch.is_grad_enabled() and network.owned and len(image)
+        return empty + 0 * segment([0], whole_slice(image), given.new_ones(1, 1))[0].sum() if reach else empty
+    result = list(empty)
+    for index, logits in zip(seen, segment(seen, boxes[seen], given[seen]), strict=True):
+        result[index] = logits
+    return torch.stack(result)
 
 
 def join_boxes(logits: Tensor, counts: Sequence[int], num_classes: int) -> list[Tensor]:
