@@ -9,7 +9,7 @@ from torch import nn
 from samseg_monai.checkpoints import Network
 from samseg_monai.errors import BundleError, raise_all
 from samseg_monai.export.official import official_shapes
-from samseg_monai.networks import PlainSegmenter, SamSegmenter
+from samseg_monai.networks import SamSegmenter
 
 FORMATS = ("pth", "torch", "onnx")
 LEGACY = "ckpt_export"  # MONAI's command, not ours
@@ -21,8 +21,15 @@ def obstacles(network: Network) -> dict[str, list[str]]:
 
     The formats are those of ``samseg export`` (pth, torch, onnx) and, as ``ckpt_export``, MONAI's TorchScript command.
     """
-    parts = _against_parts(network)
-    return {"pth": _against_pth(network), "torch": parts, "onnx": parts + _absent(), LEGACY: _against_tracing(network)}
+    parts, tracing, absent = _against_parts(network), [], []
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        absent = [f"packages {', '.join(missing)} are not installed: pip install 'samseg-monai[onnx]'"]
+    if network.prompt != "none":
+        tracing = [
+            "box prompts: MONAI's ckpt_export traces a network with one random image, so boxes are no input of the "
+            "result, and which slices have a box is decided in Python, which tracing does not record"
+        ]
+    return {"pth": _against_pth(network), "torch": parts, "onnx": parts + absent, LEGACY: tracing}
 
 
 def refuse(network: Network, fmt: str) -> None:
@@ -67,7 +74,8 @@ def _against_pth(network: Network) -> list[str]:
 
 def _against_parts(network: Network) -> list[str]:
     if not isinstance(network, SamSegmenter):
-        return _against_box_ways(network)
+        boxes = f"boxes '{network.boxes}': only networks without boxes, or with SAM, have a part that takes them"
+        return [] if network.boxes == "none" else [boxes]
     reasons, taps = _against_best(network), tuple(getattr(network.side, "taps", ()))
     if taps:
         side = type(network.side).__name__
@@ -76,28 +84,5 @@ def _against_parts(network: Network) -> list[str]:
 
 
 def _against_best(network: SamSegmenter) -> list[str]:
-    if network.masks == "single":
-        return []
-    return ["masks 'best': the file would give the single mask, not the one of highest quality; set masks to 'single'"]
-
-
-def _against_box_ways(network: PlainSegmenter) -> list[str]:
-    if network.boxes == "none":
-        return []
-    return [f"boxes '{network.boxes}': only networks without boxes, or with SAM, have a part that takes them"]
-
-
-def _absent() -> list[str]:
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if not missing:
-        return []
-    return [f"packages {', '.join(missing)} are not installed: pip install 'samseg-monai[onnx]'"]
-
-
-def _against_tracing(network: Network) -> list[str]:
-    if network.prompt == "none":
-        return []
-    return [
-        "box prompts: MONAI's ckpt_export traces a network with one random image, so boxes are no input of the result, "
-        "and which slices have a box is decided in Python, which tracing does not record"
-    ]
+    best = "masks 'best': the file would give the single mask, not the one of highest quality; set masks to 'single'"
+    return [] if network.masks == "single" else [best]

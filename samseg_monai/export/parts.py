@@ -1,4 +1,4 @@
-"""A network cut into the parts that are exported: image encoder, side network and gate, mask decoder.
+"""A network cut into the parts that are exported (image encoder, side network and gate, mask decoder), and their files.
 
 The encoder is the costly part and does not depend on the prompt: cut apart, it runs once per slice, whatever the number
 of boxes. Every part takes batches of any length; encoder and side network take slices of any size up to the network's
@@ -8,16 +8,21 @@ square and pad them themselves.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
 from samseg_monai.checkpoints import Network
-from samseg_monai.errors import ConfigError
+from samseg_monai.errors import BundleError, ConfigError
 from samseg_monai.networks import PlainSegmenter, SamSegmenter
 from samseg_monai.networks.common import empty_logits
 from samseg_monai.networks.segmenter import LOW_RES
@@ -80,7 +85,8 @@ def parts_of(network: Network, size: tuple[int, int] | None = None) -> list[Part
     embedding: Shape = ("batch", views, network.spec.prompt_dim, *grid)
     found = []
     if network.side is None or getattr(network.side, "needs_embedding", True):
-        found.append(Part("encoder", EmbeddingPart(network, "image_encoder"), {"image": image}, {"embedding": embedding}, frame))
+        encoder = EmbeddingPart(network, "image_encoder")
+        found.append(Part("encoder", encoder, {"image": image}, {"embedding": embedding}, frame))
     if network.side is not None:
         inputs = {"image": image, "embedding": embedding} if found else {"image": image}
         found.append(Part("side", EmbeddingPart(network, "side"), inputs, {"mixed": embedding}, frame))
@@ -168,3 +174,84 @@ def _only(module: Any, *names: str) -> Any:
     found = copy.copy(module)
     found._modules = {name: child for name, child in module._modules.items() if name in names}
     return found
+
+
+def to_program(part: Part) -> ExportedProgram:
+    """Record a part with ``torch.export``, for all lengths of its free axes.
+
+    Raises:
+        BundleError: torch.export cannot record it (a side network of one's own may do what it does not know).
+    """
+    limits = {"height": part.frame[0], "width": part.frame[1]}
+    lengths = {"batch": 2, **{name: max(1, 3 * limit // 4) for name, limit in limits.items()}}
+    axes = {"batch": Dim("batch", min=1), **{name: Dim(name, min=1, max=limit) for name, limit in limits.items()}}
+    example = tuple(
+        torch.zeros([axis if isinstance(axis, int) else lengths[axis] for axis in shape])
+        for shape in part.inputs.values()
+    )
+    with torch.no_grad(), _told(part, "torch.export"):
+        return torch.export.export(part.module, example, dynamic_shapes=_free_axes(part, axes))
+
+
+def _free_axes(part: Part, axes: Mapping[str, Any]) -> tuple[dict[int, Any], ...]:
+    """Of every input the numbers of its free axes, and what stands in ``axes`` for them."""
+    return tuple({i: axes[a] for i, a in enumerate(shape) if isinstance(a, str)} for shape in part.inputs.values())
+
+
+def write_program(program: ExportedProgram, path: Path, facts: Mapping[str, str]) -> None:
+    """Save as .pt2; ``torch.export.load(path, extra_files=...)`` gives the facts back, one entry each."""
+    torch.export.save(program, path, extra_files=dict(facts))
+
+
+def read_program(path: Path) -> Call:
+    """Load a .pt2 as a module."""
+    return torch.export.load(path).module()
+
+
+def write_onnx(program: ExportedProgram, part: Part, path: Path, facts: Mapping[str, str]) -> None:
+    """Save as ONNX, with ``facts`` as its metadata. Above 1.5 GB the weights go into a second file beside it."""
+    with torch.no_grad(), _told(part, "torch.onnx.export"):
+        model = torch.onnx.export(
+            program,
+            dynamo=True,
+            input_names=list(part.inputs),
+            output_names=list(part.outputs),
+            dynamic_shapes=_free_axes(part, {name: name for name in ("batch", "height", "width")}),
+            verbose=False,
+        )
+        assert model is not None  # with dynamo=True
+        model.model.metadata_props.update(facts)
+        model.save(path)
+
+
+def read_onnx(path: Path) -> Call:
+    """Load an ONNX file for the CPU with onnxruntime, with torch's number of threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = session.run(None, {n: t.numpy() for n, t in zip(names, tensors, strict=True)})
+        return tuple(torch.from_numpy(output) for output in outputs)
+
+    return call
+
+
+@contextmanager
+def _told(part: Part, what: str) -> Iterator[None]:
+    """Turn what an exporter raises into one error that names the part, and keep its remarks for itself."""
+    noisy = logging.getLogger("torch.onnx")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BundleError(f"{part.name}: {what} cannot record {type(part.module).__name__}: {reason}") from error
+    finally:
+        noisy.setLevel(level)
