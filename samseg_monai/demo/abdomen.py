@@ -79,12 +79,7 @@ def _phantoms(story: Story, output: Path, cases: int, seed: int) -> Path:
     from samseg_monai.data.datalists.synapse import prepare_synapse
     from samseg_monai.demo.abdomen_phantoms import write_btcv_cases
 
-    data = output / "phantoms"
-    story.step(
-        f"phantoms: {cases} labelled, 1 unlabelled",
-        f"samseg phantom btcv --cases {cases} --unlabelled 1 --seed {seed} --output {data}",
-    )
-    write_btcv_cases(data, cases, seed=seed, unlabelled=1, progress=True)
+    data = story.phantoms("btcv", write_btcv_cases, output, cases, seed)
     datalist = data / "datalist.json"
     story.step(
         "datalist with the published split",

@@ -106,12 +106,7 @@ def _phantoms(story: Story, output: Path, cases: int, seed: int) -> Path:
     from samseg_monai.data.datalists.brats import prepare_brats_men
     from samseg_monai.demo.brain_phantoms import write_brats_cases
 
-    data = output / "phantoms"
-    story.step(
-        f"phantoms: {cases} labelled, 1 unlabelled",
-        f"samseg phantom brats --cases {cases} --unlabelled 1 --seed {seed} --output {data}",
-    )
-    write_brats_cases(data, cases, seed=seed, unlabelled=1, progress=True)
+    data = story.phantoms("brats", write_brats_cases, output, cases, seed)
     parts = ",".join(map(str, FRACTIONS))
     story.step(
         "datalist, split by patient",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,14 @@ class Story:
         """Tell what begins now; ``command`` is the shell line of a step that the caller does itself."""
         typer.echo(f"\n== {len(self.commands) + 1}. {what}", err=True)
         self.commands.append(command)
+
+    def phantoms(self, kind: str, write: Callable[..., Any], output: Path, cases: int, seed: int) -> Path:
+        """Tell and draw ``cases`` labelled phantoms and an unlabelled one by ``write``: ``samseg phantom KIND``."""
+        data = output / "phantoms"
+        told = f"samseg phantom {kind} --cases {cases} --unlabelled 1 --seed {seed} --output {data}"
+        self.step(f"phantoms: {cases} labelled, 1 unlabelled", told)
+        write(data, cases, seed=seed, unlabelled=1, progress=True)
+        return data
 
     def run(self, what: str, configs: Sequence[Path], overrides: dict[str, Any]) -> None:
         """Tell and run a workflow of a bundle; raises as ``run_workflow``."""
