@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from samseg_monai.cli.predict import TRUST
+from samseg_monai.cli.predict import Trust
 from samseg_monai.errors import ConfigError
 from samseg_monai.workflow import run_workflow
 
@@ -30,7 +30,7 @@ def find_lr(
     start_lr: Annotated[float, typer.Option(help="rate of the first step")] = 1e-6,
     end_lr: Annotated[float, typer.Option(help="rate of the last step, unless the loss diverges before")] = 1.0,
     steps: Annotated[int, typer.Option(help="optimiser steps", min=10)] = 100,
-    trust: Annotated[bool, typer.Option("--trust", help=TRUST)] = False,
+    trust: Trust = False,
 ) -> None:
     """Try learning rates on a bundle's training data and suggest one; --KEY VALUE overrides a value of the bundle.
 

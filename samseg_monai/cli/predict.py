@@ -14,7 +14,10 @@ from samseg_monai.workflow import run_workflow
 if TYPE_CHECKING:
     from samseg_monai.bundles.door import Opened
 
-TRUST = "run the JSON of the bundle itself, which can do whatever its maker likes"
+Trust = Annotated[
+    bool, typer.Option("--trust", help="run the JSON of the bundle itself, which can do whatever its maker likes")
+]
+BaseWeights = Annotated[str | None, typer.Option(help="base weights, if not found by name")]
 
 
 def predict(
@@ -30,7 +33,7 @@ def predict(
     prompts: Annotated[Path | None, typer.Option(help="coarse mask, or folder of <case>.nii.gz")] = None,
     sam_checkpoint: Annotated[str | None, typer.Option(help="base weights, if the bundle holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")] = None,
-    trust: Annotated[bool, typer.Option("--trust", help=TRUST)] = False,
+    trust: Trust = False,
 ) -> None:
     """Segment cases without labels; the result has exactly the grid and the affine of its image.
 
