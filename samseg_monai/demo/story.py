@@ -13,8 +13,6 @@ from samseg_monai.workflow import run_workflow, shell_command
 if TYPE_CHECKING:
     from samseg_monai.report import OverlayCase, RunResult
 
-ABSENT = object()
-
 
 class Story:
     """Steps of a demo or an experiment, told on stderr as they begin; ``commands`` are shell lines that do the same."""
@@ -88,6 +86,8 @@ def is_trained(overrides: Mapping[str, Any]) -> bool:
     Args:
         overrides: of the training's config, among them "output_dir", "datalist", "epochs" and "sam_checkpoint".
     """
+    from monai.bundle import ConfigParser
+
     from samseg_monai.handlers.provenance import file_hash, plain, read_json
     from samseg_monai.sam.weights import RANDOM, sha256_of
 
@@ -101,18 +101,8 @@ def is_trained(overrides: Mapping[str, Any]) -> bool:
         return False  # the training says what is wrong with them
     if card.get("base_sha256") != (RANDOM if weights == RANDOM else sha256_of(weights)):
         return False
-    pairs = ((recorded(card.get("settings", {}), key), plain(value)) for key, value in overrides.items())
-    return all(was in (ABSENT, now) for was, now in pairs)
-
-
-def recorded(settings: Mapping[str, Any], key: str) -> Any:
-    """Value at a MONAI id in the settings of a card, which holds no places and no wiring; else ``ABSENT``."""
-    value: Any = settings
-    for part in key.split("::"):
-        if not isinstance(value, Mapping) or part not in value:
-            return ABSENT
-        value = value[part]
-    return value
+    settings = ConfigParser(card.get("settings", {}))  # places and wiring are none: what is absent does not count
+    return all(settings.get(key, plain(value)) == plain(value) for key, value in overrides.items())
 
 
 def write_results(

@@ -120,10 +120,3 @@ def compare_predictor(network: SamSegmenter, sam: Sam, allowed: float) -> Differ
         maps.append(predictor.predict_torch(None, None, boxes, multimask_output=False, return_logits=True)[0])
     got = torch.cat(maps).mean(0, keepdim=True)
     return difference("SamPredictor", [(got, network(image, boxes))], allowed)
-
-
-@torch.no_grad()
-def compare_networks(network: SamSegmenter, other: SamSegmenter, what: str, allowed: float) -> Difference:
-    """Compare two networks on the same slices and boxes."""
-    batches = trials(network, parts_of(network))
-    return difference(what, [(other(**tensors), network(**tensors)) for tensors in batches], allowed)

@@ -108,21 +108,16 @@ def _samed_arguments(network: SamSegmenter, rank: int) -> list[str]:
             f"strategy: the file needs LoRA(rank={rank}, targets=['q', 'v'], decoder=True), "
             f"got {type(strategy).__name__}"
         ]
-    problems = []
-    if strategy.rank != rank:
-        problems.append(f"rank: the file needs rank={rank}, got {strategy.rank}")
-    if strategy.rank_stabilised or strategy.alpha not in (None, strategy.rank):
-        problems.append(
-            f"alpha: the file needs a scaling of 1, alpha={rank} or null without rank_stabilised, "
-            f"got alpha={strategy.alpha}, rank_stabilised={strategy.rank_stabilised}"
-        )
-    if sorted(strategy.targets) != list(_PARTS):
-        problems.append(f"targets: the file needs ['q', 'v'], got {list(strategy.targets)}")
-    if not strategy.decoder:
-        problems.append("decoder: the file needs decoder=True, got False")
-    if strategy.dora:
-        problems.append("dora: the file needs dora=False, got True")
-    return problems
+    scaled = strategy.alpha in (None, strategy.rank) and not strategy.rank_stabilised
+    needs = {
+        f"rank: the file needs rank={rank}, got {strategy.rank}": strategy.rank == rank,
+        f"alpha: the file needs a scaling of 1, alpha={rank} or null without rank_stabilised, "
+        f"got alpha={strategy.alpha}, rank_stabilised={strategy.rank_stabilised}": scaled,
+        f"targets: the file needs ['q', 'v'], got {list(strategy.targets)}": sorted(strategy.targets) == list(_PARTS),
+        "decoder: the file needs decoder=True, got False": strategy.decoder,
+        "dora: the file needs dora=False, got True": not strategy.dora,
+    }
+    return [problem for problem, fits in needs.items() if not fits]
 
 
 def _classes(network: SamSegmenter, tokens: Tensor | None) -> list[str]:

@@ -218,11 +218,9 @@ def build_sam(
     spec = get_spec(variant)
     if num_masks < 1:
         raise ConfigError(f"num_masks: got {num_masks}; SAM's decoder needs at least 1")
-    model = SamModel(
-        spec,
-        image_size=spec.image_size if image_size is None else image_size,
-        num_masks=num_masks,
-        rectangular=rectangular,
-        checkpointing=checkpointing,
-    )
-    return model.eval()
+    size = spec.image_size if image_size is None else image_size
+    if size <= 0 or size % spec.patch_size:
+        raise ConfigError(f"image_size: got {size}; SAM needs a positive multiple of its patch size {spec.patch_size}")
+    return SamModel(
+        spec, image_size=size, num_masks=num_masks, rectangular=rectangular, checkpointing=checkpointing
+    ).eval()

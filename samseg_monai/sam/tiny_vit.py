@@ -42,8 +42,6 @@ class TinyViTSpec(SamSpec):
 
     def encoder(self, *, image_size: int, checkpointing: bool = False) -> TinyViT:
         """Build the encoder; no tensor depends on ``image_size``."""
-        if image_size <= 0 or image_size % self.patch_size:
-            raise ConfigError(f"image_size: got {image_size}; SAM needs a positive multiple of {self.patch_size}")
         return TinyViT(self, image_size=image_size, checkpointing=checkpointing)
 
 

@@ -126,9 +126,6 @@ class ImageEncoder(ImageEncoderViT, Backbone):
         spec: sizes.
         image_size: side of the square the position tables cover, in pixels; a multiple of the patch size.
         checkpointing: recompute the blocks in the backward pass instead of storing their activations.
-
-    Raises:
-        ConfigError: image_size is not a positive multiple of the patch size.
     """
 
     # segment_anything has no type hints
@@ -141,10 +138,6 @@ class ImageEncoder(ImageEncoderViT, Backbone):
     stem = ("patch_embed.", "pos_embed")
 
     def __init__(self, spec: ViTSpec, *, image_size: int, checkpointing: bool = False) -> None:
-        if image_size <= 0 or image_size % spec.patch_size:
-            raise ConfigError(
-                f"image_size: got {image_size}; SAM needs a positive multiple of its patch size {spec.patch_size}"
-            )
         super().__init__(
             img_size=image_size,
             patch_size=spec.patch_size,
