@@ -52,23 +52,19 @@ def predict(
     places = {"dataset_dir": input, "output_dir": output, "predictions_dir": output}
     overrides: dict[str, Any] = {key: os.path.abspath(place) for key, place in places.items()}
     overrides |= {} if sam_checkpoint is None else {"sam_checkpoint": sam_checkpoint}
-    overrides |= {} if device is None else {"device": device_of(device)}
+    if device is not None:
+        import torch
+
+        try:
+            overrides["device"] = f"$torch.device({str(torch.device(device))!r})"
+        except RuntimeError as error:
+            raise ConfigError(f"--device: got {device!r}; give cpu, cuda or cuda:1") from error
     with open_bundle(bundle, trust=trust) as opened:
         overrides |= _prompt_overrides(opened, given)
         if opened.checkpoint is not None:  # the folder of predictions is no place to look for an adapter
             overrides["checkpoint"] = str(opened.checkpoint)
         run_workflow([opened.config("inference")], overrides, echo=False)
     typer.echo(f"segmentations: {overrides['predictions_dir']}")
-
-
-def device_of(name: str) -> str:
-    """The value of ``device`` for a name that a person gave. Raises ConfigError for what is no device."""
-    import torch
-
-    try:
-        return f"$torch.device({str(torch.device(name))!r})"
-    except RuntimeError as error:
-        raise ConfigError(f"--device: got {name!r}; give cpu, cuda or cuda:1") from error
 
 
 def _prompt_overrides(opened: Opened, prompts: dict[str, str]) -> dict[str, str]:

@@ -59,14 +59,9 @@ class Story:
     def pack_and_predict(
         self, run: Path, archive: Path, cases: Path, *, boxes: Path | None = None, weights: str | None = None
     ) -> None:
-        """Pack a run, unpack the ZIP as its receiver would, and segment unlabelled cases into "predictions" beside it.
+        """Pack ``run`` as ``archive`` and segment unlabelled ``cases`` with it, into "predictions" beside the ZIP.
 
-        Args:
-            run: output_dir of the training.
-            archive: ZIP to write.
-            cases: folder of unlabelled cases.
-            boxes: JSON of their prompts, if the bundle takes some.
-            weights: file of the base weights, if they are not those of the package.
+        ``boxes`` is the JSON of their prompts, ``weights`` the file of base weights that the package does not have.
         """
         from samseg_monai.bundles import pack_bundle
         from samseg_monai.cli.predict import predict
@@ -117,14 +112,8 @@ def write_results(
 ) -> str:
     """Write ``results.json`` and ``report.html``, and return the table as text.
 
-    Args:
-        output: folder of both.
-        runs: rows of the table.
-        title, commands, montage, notes: as of ``write_report``.
-        organs: the table is that of the eight organs, with quoted rows; it is written to ``organs.json``, too.
-
-    Raises:
-        BundleError: runs that cannot stand in one table.
+    With ``organs`` it is the table of the eight organs, with quoted rows, which ``organs.json`` holds, too. Raises
+    BundleError for runs that cannot stand in one table.
     """
     from samseg_monai.files import write_json
     from samseg_monai.report import organ_table, organs_json, organs_text, results_json, table_text, write_report

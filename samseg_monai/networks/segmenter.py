@@ -101,6 +101,7 @@ class SamSegmenter(Segmenter):
             rectangular=rectangular,
             checkpointing=checkpointing,
         )
+        self.spec, self.image_size = self.sam.spec, self.sam.image_size
         self.num_classes, self.scans, self.scan_mode = num_classes, scans, scan_mode
         self.input_scale, self.prompt, self.autocast = input_scale, prompt, autocast
         self.low_res_training, self.masks = low_res_training, masks
@@ -108,16 +109,6 @@ class SamSegmenter(Segmenter):
         self.side = None
         self.adopt(ZeroShot() if strategy is None else strategy)
         self.eval()
-
-    @property
-    def spec(self) -> SamSpec:
-        """Sizes of the SAM variant."""
-        return self.sam.spec
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square, in pixels."""
-        return self.sam.image_size
 
     def train(self, mode: bool = True) -> SamSegmenter:
         """As usual, but frozen layers with running statistics stay in evaluation mode."""

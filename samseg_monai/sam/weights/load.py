@@ -30,7 +30,7 @@ MASK_HEAD = re.compile(r"mask_decoder\.(mask_tokens|output_hypernetworks_mlps|io
 TOKENS = "mask_decoder.mask_tokens.weight"
 HYPER_NETWORK = re.compile(r"(mask_decoder\.output_hypernetworks_mlps\.)(\d+)(\..+)")
 ADAPTER = "lora_"
-LISTS = ("resized", "missing", "unexpected", "skipped", "ignored", "passed_over")  # of a report
+LISTS = ("resized", "skipped", "ignored", "passed_over")  # of a report
 FEW = 4  # problems shown of a file for another variant: none of the hundreds tells more than the heading
 
 
@@ -44,8 +44,6 @@ class LoadReport:
         loaded: number of the network's tensors that now hold the file's values.
         changed: how many of those had other values before; 0 means that the network already held this file.
         resized: position tables that were interpolated to the network's image size.
-        missing: the network's tensors that the file lacks (only with ``strict=False``).
-        unexpected: the file's tensors that the network lacks (only with ``strict=False``).
         skipped: tensors of the mask head left as built because the number of masks differs.
         ignored: adapter tensors, which no base file has.
         passed_over: the file's tensors that the image encoder knows by name and nobody uses (``unused_in_files``).
@@ -56,8 +54,6 @@ class LoadReport:
     loaded: int = 0
     changed: int = 0
     resized: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()
@@ -75,18 +71,19 @@ class LoadReport:
 class _Plan:
     """Decisions taken before the first tensor is touched, so that a refused file leaves the network as it was.
 
-    ``names`` are those of each list of the report, and of the tensors that do not fit (``mismatched``).
+    ``names`` are those of each list of the report, and of the tensors that do not fit, by what is wrong with them.
     """
 
     values: dict[str, torch.Tensor] = field(default_factory=dict)
-    names: dict[str, list[str]] = field(default_factory=lambda: {word: [] for word in (*LISTS, "mismatched")})
+    names: dict[str, list[str]] = field(
+        default_factory=lambda: {word: [] for word in (*LISTS, "shape", "missing", "unexpected")}
+    )
 
 
 def load_sam_weights(
     sam: nn.Module,
     path: str | Path,
     *,
-    strict: bool = True,
     ignore: Collection[str] = (),
     allow_new_masks: bool = False,
     tile_masks: bool = False,
@@ -99,7 +96,6 @@ def load_sam_weights(
     Args:
         sam: SAM with SAM's own names; device and dtype of its tensors are kept.
         path: weights file, or ``"random"``: nothing is read and the network stays as built.
-        strict: False reports missing and unexpected names instead of raising; other shapes raise in any case.
         ignore: names that a base file cannot have (adapter tensors); names with ``lora_`` always count as such. A
             leading ``sam.`` is dropped. Names that plain SAM has too (a trained decoder) are required all the same.
         allow_new_masks: True leaves the mask head (tokens, hyper-networks, IoU head) as built when the file was made
@@ -118,14 +114,13 @@ def load_sam_weights(
     _refuse_trained(path, state)
     owned = {name.removeprefix("sam.") for name in ignore}
     plan = _plan(sam, state, owned=owned - plain_names(sam), new_masks=allow_new_masks, tile=tile_masks)
-    _refuse(plan, sam, state, path=path, strict=strict)
+    _refuse(plan, sam, state, path)
     changed = copy_tensors(sam, plan.values)
     lists = {word: tuple(plan.names[word]) for word in LISTS}
     report = LoadReport(str(path), sha256_of(path), loaded=len(plan.values), changed=changed, **lists)
-    for word in ("missing", "unexpected", "skipped"):
-        if names := lists[word]:
-            modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in names)
-            logger.warning("%s: %s: %d tensors of %s", path, word, len(names), ", ".join(modules))
+    if skipped := lists["skipped"]:
+        modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in skipped)
+        logger.warning("%s: skipped: %d tensors of %s", path, len(skipped), ", ".join(modules))
     logger.info(report.summary())
     return report
 
@@ -162,7 +157,7 @@ def _plan(sam: nn.Module, state: Mapping[str, torch.Tensor], *, owned: set[str],
             plan.values[name] = resize_table(state[name], target.shape)
             plan.names["resized"].append(name)
         else:
-            plan.names["mismatched"].append(name)
+            plan.names["shape"].append(name)
     for name in state:
         if name in unused:
             plan.names["passed_over"].append(name)
@@ -206,24 +201,21 @@ def _refuse_trained(path: str | Path, state: Mapping[str, torch.Tensor]) -> None
         )
 
 
-def _refuse(plan: _Plan, sam: nn.Module, state: Mapping[str, torch.Tensor], *, path: str | Path, strict: bool) -> None:
+def _refuse(plan: _Plan, sam: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
     targets = sam.state_dict()
     problems = [
         f"{word}: {name}: file {_shape(state, name)}, network {_shape(targets, name)}"
-        for word, names in (("shape", "mismatched"), ("missing", "missing"), ("unexpected", "unexpected"))
-        if strict or word == "shape"
-        for name in plan.names[names]
+        for word in ("shape", "missing", "unexpected")
+        for name in plan.names[word]
     ]
     other = looks_like(state, targets)
     hint = ""  # the likely reason, so that nobody has to read two hundred shapes to find it
     if other:
         hint = f"; it looks like a file for {other}"
-    elif plan.names["mismatched"] and all(MASK_HEAD.match(name) for name in plan.names["mismatched"]):
+    elif plan.names["shape"] and all(MASK_HEAD.match(name) for name in plan.names["shape"]):
         hint = "; it was made for another number of masks: pass allow_new_masks=True to start the mask head anew"
     heading = f"{path} does not fit this SAM{hint}"
     raise_all(problems, WeightsError, heading, most=FEW if other else None)
-    if not plan.values:
-        raise WeightsError(f"{heading}: none of its {len(state)} tensors has a name that the network knows")
 
 
 def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> str:
