@@ -51,19 +51,13 @@ def default_spacing_mm(shape: Sequence[int]) -> tuple[float, float, float]:
 
 
 def make_case(seed: int | Sequence[int], shape: Sequence[int] = DEMO_SHAPE) -> dict[str, np.ndarray]:
-    """Draw one case.
+    """Draw one case of ``shape``, at least 40 x 32 x 16 voxels (else DataError); the same seed gives the same bytes.
 
-    Args:
-        seed: everything is drawn from it; the same seed and shape give the same bytes. The anatomy follows from the
-            seed alone: another grid samples the same organs, to about a voxel.
-        shape: voxels along the three axes, at least 40 x 32 x 16; they are as large as ``default_spacing_mm`` says.
+    The anatomy follows from the seed alone: another grid samples the same organs, to about a voxel.
 
     Returns:
         ``img``: (X, Y, Z) int16 HU; ``label``: (X, Y, Z) uint8 of 0 to 13, every organ present;
         ``affine``: (4, 4) float64 to RAS mm, axes L, A, S, with the middle of the field at the origin.
-
-    Raises:
-        DataError: the shape is too small.
     """
     shape = checked_shape(shape, SMALLEST_SHAPE)
     spacing = default_spacing_mm(shape)
@@ -87,13 +81,8 @@ def write_btcv_cases(
     """Write ``output/img/imgXXXX.nii.gz`` and ``output/label/labelXXXX.nii.gz``, as in BTCV's RawData/Training.
 
     The ids are the first ``cases`` of ``case_order()``, so that the published split applies. Unlabelled cases go to
-    ``output/unlabelled/img0041.nii.gz`` onwards. A case depends only on (seed, id) and the grid.
-
-    Returns:
-        The ids of the labelled cases, for example "0005", in the order of ``case_order()``.
-
-    Raises:
-        DataError: a count or the seed is out of range, or as ``make_case``.
+    ``output/unlabelled/img0041.nii.gz`` onwards. A case depends only on (seed, id) and the grid. Returns the ids of the
+    labelled cases, such as "0005". Raises DataError for counts or seeds out of range, and as ``make_case``.
     """
     problems = []
     order = case_order()

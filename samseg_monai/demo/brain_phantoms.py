@@ -49,18 +49,11 @@ def default_spacing_mm(shape: Sequence[int]) -> tuple[float, float, float]:
 
 
 def make_case(seed: int | Sequence[int], shape: Sequence[int] = DEMO_SHAPE) -> dict[str, np.ndarray]:
-    """Draw one case.
-
-    Args:
-        seed: everything is drawn from it; the same seed and shape give the same bytes.
-        shape: voxels along the three axes, at least 16 x 16 x 8; they are as large as ``default_spacing_mm`` says.
+    """Draw one case of ``shape``, at least 16 x 16 x 8 voxels (else DataError); the same seed gives the same bytes.
 
     Returns:
         ``t1n t1c t2w t2f``: (X, Y, Z) int16, 0 outside the brain and positive inside;
         ``seg``: (X, Y, Z) uint8 of 0 to 3; ``affine``: (4, 4) float64, to RAS mm, as BraTS stores it (axes L, P, S).
-
-    Raises:
-        DataError: the shape is too small.
     """
     shape = checked_shape(shape, SMALLEST_SHAPE)
     spacing = default_spacing_mm(shape)
@@ -95,13 +88,8 @@ def write_brats_cases(
     """Write ``cases`` labelled cases to ``output/<case>/`` and ``unlabelled`` more to ``output/unlabelled/<case>/``.
 
     Ids are BraTS-MEN-00000-000 onwards, unlabelled ones continue the count; case ``n`` depends only on (seed, n).
-    Files are ``<case>-{t1n,t1c,t2w,t2f,seg}.nii.gz``, int16 scans and a uint8 segmentation.
-
-    Returns:
-        The ids of the labelled cases.
-
-    Raises:
-        DataError: a count is negative, or as ``make_case``.
+    Files are ``<case>-{t1n,t1c,t2w,t2f,seg}.nii.gz``, int16 scans and a uint8 segmentation. Returns the ids of the
+    labelled cases. Raises DataError for negative counts, and as ``make_case``.
     """
     if cases < 0 or unlabelled < 0:
         raise DataError(f"numbers of cases must not be negative, got {cases} labelled and {unlabelled} unlabelled")

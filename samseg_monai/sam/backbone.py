@@ -20,19 +20,12 @@ TARGETS = ("q", "k", "v", "proj", "lin1", "lin2")
 
 @dataclass(frozen=True)
 class Rows:
-    """Where a target lies: which rows of the weight of which linear layer of a block.
+    """Where a target lies: which rows of the weight of which linear layer of a block."""
 
-    Args:
-        layer: path of the layer within the block.
-        part: which of the ``parts`` equal pieces of a group of rows.
-        parts: pieces of a group; 3 where query, key and value are one layer.
-        groups: how often the sequence of pieces repeats: 1 for [q, k, v], the number of heads for [q, k, v] per head.
-    """
-
-    layer: str
-    part: int = 0
-    parts: int = 1
-    groups: int = 1
+    layer: str  # path within the block
+    part: int = 0  # which of the pieces of a group of rows
+    parts: int = 1  # equal pieces of a group; 3 where query, key and value are one layer
+    groups: int = 1  # how often the pieces repeat: the number of heads for [q, k, v] per head
 
 
 @dataclass(frozen=True)

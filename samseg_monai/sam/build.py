@@ -61,20 +61,13 @@ class MaskDecoder(SamMaskDecoder):
         dense_prompt_embeddings: torch.Tensor,
         multimask_output: bool | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predict masks.
+        """Logits (B, M, 4 gh, 4 gw) and predicted mask qualities (B, M).
 
         Args:
-            image_embeddings: (B, C, gh, gw), or (1, C, gh, gw) for one image with B prompt rows.
+            image_embeddings: (B, C, gh, gw), or (1, C, gh, gw) for one image with B prompt rows; else ConfigError.
             image_pe: (1, C, gh, gw).
-            sparse_prompt_embeddings: (B, N, C).
-            dense_prompt_embeddings: (B, C, gh, gw).
+            sparse_prompt_embeddings, dense_prompt_embeddings: (B, N, C) and (B, C, gh, gw).
             multimask_output: False for the single mask, True for the masks behind it, None for all.
-
-        Returns:
-            Logits (B, M, 4 gh, 4 gw) and predicted mask qualities (B, M).
-
-        Raises:
-            ConfigError: the number of images is neither 1 nor that of the prompt rows.
         """
         rows = sparse_prompt_embeddings.shape[0]
         if image_embeddings.shape[0] not in (1, rows):

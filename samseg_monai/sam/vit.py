@@ -41,18 +41,10 @@ class ViTSpec(SamSpec):
 
 
 def relative_rows(table: torch.Tensor, size: int) -> torch.Tensor:
-    """Look up the embeddings of all offsets between ``size`` positions.
+    """Embeddings (size, size, d) of all offsets i - j between ``size`` positions, out of ``table`` (2 * n - 1, d).
 
-    Args:
-        table: (2 * n - 1, d) embeddings of the offsets -(n - 1) ... n - 1; its middle row is offset 0.
-        size: number of positions, at most n. Fewer than n positions use the middle of the table: offsets keep their
-            meaning, the table is not stretched.
-
-    Returns:
-        (size, size, d): entry (i, j) belongs to the offset i - j.
-
-    Raises:
-        ConfigError: the table has no row for the largest offset.
+    The middle row of the table is offset 0. Fewer than n positions use its middle: offsets keep their meaning, the
+    table is not stretched. ConfigError where it has no row for the largest offset.
     """
     centre = (table.shape[0] - 1) // 2
     if size - 1 > centre:
