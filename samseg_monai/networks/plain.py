@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from samseg_monai.errors import AdapterError, ConfigError, raise_all
 from samseg_monai.networks.common import (
     EMPTY_LOGIT,
-    check_boxes,
-    check_image,
     check_options,
     empty_logits,
     join_boxes,
+    plain_inputs,
     where_boxes_are,
     whole_slice,
 )
@@ -111,10 +110,7 @@ class PlainSegmenter(Segmenter):
         Raises:
             ConfigError: naming the shape that was got and the one expected.
         """
-        image = image.as_subclass(torch.Tensor).float()
-        check_image(self, image)
-        boxes = None if boxes is None else boxes.as_subclass(torch.Tensor).float()
-        check_boxes(self, image, boxes)
+        image, boxes = plain_inputs(self, image, boxes)
         if self.boxes == "none":
             return self._on_square(image)
         boxes = whole_slice(image).expand(len(image), -1, -1) if boxes is None else boxes

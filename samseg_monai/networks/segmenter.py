@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samseg_monai.adapters.lora import LoRALinear, merge_all
-from samseg_monai.errors import AdapterError
+from samseg_monai.errors import AdapterError, ConfigError
 from samseg_monai.files import unwrap
 from samseg_monai.networks.common import (
     best_mask,
-    check_inputs,
+    check_embedding,
     check_new_masks,
     check_options,
     join_boxes,
+    plain_inputs,
     tensors_hash,
     versions_of,
     where_boxes_are,
@@ -89,10 +90,9 @@ class SamSegmenter(Segmenter):
         masks: Literal["single", "best"] = "single",
     ) -> None:
         super().__init__()
-        check_options(
-            {"scan_mode": scan_mode, "input_scale": input_scale, "prompt": prompt, "autocast": autocast}, masks=masks,
-            num_classes=num_classes, scans=scans, low_res_training=low_res_training,
-        )  # fmt: skip
+        chosen: dict[str, str | None] = {"scan_mode": scan_mode, "input_scale": input_scale, "prompt": prompt}
+        chosen |= {"autocast": autocast, "masks": masks}
+        check_options(chosen, num_classes=num_classes, scans=scans, low_res_training=low_res_training)
         # 3 masks behind the single one for a single class: SAM's own layout, which its checkpoints fit
         self.sam = build_sam(
             sam_variant,
@@ -188,12 +188,15 @@ class SamSegmenter(Segmenter):
         Raises:
             ConfigError: naming the shape that was got and the one expected.
         """
-        # MetaTensor bookkeeping would be paid for in every layer
-        image = image.as_subclass(torch.Tensor).float()
-        boxes = None if boxes is None else boxes.as_subclass(torch.Tensor)
-        if embedding is not None and embedding.ndim == 5:
-            embedding = embedding.flatten(0, 1)
-        check_inputs(self, image, boxes, embedding)
+        image, boxes = plain_inputs(self, image, boxes)
+        if self.masks == "best" and self.training and self.owned:
+            raise ConfigError(
+                "masks: got 'best' in training, but the masks that it chooses from would not learn; train with "
+                "'single' and evaluate with either"
+            )
+        if embedding is not None:
+            embedding = embedding.flatten(0, 1) if embedding.ndim == 5 else embedding
+            check_embedding(self, image, embedding)
         if boxes is None:
             return self._segment(image, embedding)
 
