@@ -29,7 +29,6 @@ from samseg_monai.export import (
     FORMATS,
     Source,
     export_network,
-    limits,
     obstacles,
     official_state,
     parts_of,
@@ -399,7 +398,7 @@ def test_obstacles_are_listed_for_every_format():
 
 
 def test_absent_packages_are_named_with_the_extra_that_brings_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(limits, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(write, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(BundleError, match=r"onnxscript are not installed: pip install 'samseg-monai\[onnx\]'"):
         export_network(Source(SamSegmenter("tiny")), "onnx", tmp_path)
 
