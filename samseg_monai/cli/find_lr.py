@@ -44,16 +44,11 @@ def find_lr(
         raise ConfigError(f"find-lr: 0 < start-lr < end-lr needed, got {start_lr:g} and {end_lr:g}")
     test = {
         "_target_": "samseg_monai.cli.range_test.range_test",
-        "network": "@network",
+        **{name: f"@{name}" for name in ("network", "device", "output_dir", "lr", "accumulation_steps", "clip_norm")},
         "optimizer": "@train::optimizer",
         "loss": "@train::criterion",
         "loader": "@train::dataloader",
         "prepare_batch": "@train::trainer::prepare_batch",
-        "device": "@device",
-        "output_dir": "@output_dir",
-        "lr": "@lr",
-        "accumulation_steps": "@accumulation_steps",
-        "clip_norm": "@clip_norm",
         "start_lr": start_lr,
         "end_lr": end_lr,
         "steps": steps,

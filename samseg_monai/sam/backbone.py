@@ -30,28 +30,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class SamSpec(ABC):
-    """The numbers that every SAM has, and how its image encoder is built.
+    """The numbers that every SAM has, and how its image encoder is built."""
 
-    Args:
-        name: variant name, as used for ``sam_variant``.
-        image_size: side of the (padded, square) input that the published weights were made for, in pixels.
-        patch_size: stride of the image embedding, in pixels.
-        prompt_dim: channels of the image embedding, prompts and mask decoder.
-        decoder_mlp_dim: hidden width of the mask decoder's transformer.
-        decoder_heads: attention heads of the mask decoder's transformer.
-        mask_in_chans: hidden channels that encode a mask prompt.
-        iou_hidden_dim: hidden width of the head that predicts mask quality.
-    """
-
-    name: str
+    name: str  # as used for ``sam_variant``
     _: KW_ONLY
-    image_size: int = 1024
-    patch_size: int = 16
-    prompt_dim: int = 256
-    decoder_mlp_dim: int = 2048
-    decoder_heads: int = 8
-    mask_in_chans: int = 16
-    iou_hidden_dim: int = 256
+    image_size: int = 1024  # side in pixels of the padded square that the published weights were made for
+    patch_size: int = 16  # stride of the image embedding, in pixels
+    prompt_dim: int = 256  # channels of the image embedding, prompts and mask decoder
+    decoder_mlp_dim: int = 2048  # hidden width of the mask decoder's transformer
+    decoder_heads: int = 8  # of the mask decoder's transformer
+    mask_in_chans: int = 16  # hidden channels that encode a mask prompt
+    iou_hidden_dim: int = 256  # hidden width of the head that predicts mask quality
 
     @abstractmethod
     def encoder(self, *, image_size: int, checkpointing: bool = False) -> Backbone:

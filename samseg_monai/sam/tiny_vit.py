@@ -27,19 +27,12 @@ STRIDES = (2, 2, 1)  # of the merges between the four stages: SAM's embedding ha
 
 @dataclass(frozen=True)
 class TinyViTSpec(SamSpec):
-    """A SAM around a TinyViT.
+    """A SAM around a TinyViT: numbers of its four stages, the first of which has no attention."""
 
-    Args:
-        widths: channels of the four stages.
-        depths: blocks of the four stages.
-        num_heads: attention heads of the stages; the first has no attention.
-        windows: side of the attention windows of the stages, in tokens; the first has none.
-    """
-
-    widths: tuple[int, int, int, int]
-    depths: tuple[int, int, int, int]
+    widths: tuple[int, int, int, int]  # channels
+    depths: tuple[int, int, int, int]  # blocks
     num_heads: tuple[int, int, int, int]
-    windows: tuple[int, int, int, int]
+    windows: tuple[int, int, int, int]  # side of the attention windows, in tokens
 
     def encoder(self, *, image_size: int, checkpointing: bool = False) -> TinyViT:
         """Build the encoder; no tensor depends on ``image_size``."""

@@ -19,21 +19,13 @@ from samseg_monai.sam.backbone import Backbone, Rows, SamSpec
 
 @dataclass(frozen=True)
 class ViTSpec(SamSpec):
-    """A SAM around a ViT, as segment_anything's build_sam.py has it.
-
-    Args:
-        embed_dim: width of the encoder.
-        depth: number of transformer blocks.
-        num_heads: attention heads per block.
-        global_attn_indexes: blocks with global attention; the others attend within windows.
-        window_size: side of an attention window, in tokens.
-    """
+    """A SAM around a ViT, as segment_anything's build_sam.py has it."""
 
     embed_dim: int
-    depth: int
-    num_heads: int
-    global_attn_indexes: tuple[int, ...]
-    window_size: int = 14
+    depth: int  # number of transformer blocks
+    num_heads: int  # per block
+    global_attn_indexes: tuple[int, ...]  # blocks with global attention; the others attend within windows
+    window_size: int = 14  # side of an attention window, in tokens
 
     def encoder(self, *, image_size: int, checkpointing: bool = False) -> ImageEncoder:
         """Build the encoder with position tables for a square of ``image_size`` pixels."""
