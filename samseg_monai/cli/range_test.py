@@ -47,10 +47,9 @@ def range_test(
 ) -> float:
     """Run the test, write its table and curve, and leave network and optimiser as they were.
 
+    All but the schedule is of the training: the test is one, and the rate it suggests is that which warm-up leads to.
+
     Args:
-        network, optimizer, loss, loader, prepare_batch, accumulation_steps, clip_norm: of the training. Its schedule
-            is left out: the test is one, and the rate it suggests is that which warm-up leads to.
-        device: where to compute.
         output_dir: folder of ``lr_finder.csv`` and ``lr_finder.png``, made if need be.
         lr: the rate of the config, shown in the curve; groups of ``optimizer`` keep their ratio to it.
         start_lr, end_lr, steps: first and last rate and the number of steps between them.
