@@ -19,6 +19,7 @@ from samseg_monai.bundles import pack_bundle, verify_sums
 from samseg_monai.bundles.check import check_bundle
 from samseg_monai.bundles.record import write_record
 from samseg_monai.bundles.running import Running
+from samseg_monai.bundles.wheel import WHEEL, build_wheel
 from samseg_monai.errors import BundleError, SamsegError
 from samseg_monai.workflow import run_workflow
 from tests.commands import samseg
@@ -150,6 +151,24 @@ def test_packed_bundle_needs_no_pickle(run, archive, phantoms, tmp_path, monkeyp
         assert samseg(monkeypatch, *words) == 0
     [one], [other] = ([*(tmp_path / out).iterdir()] for out in "ab")
     assert one.read_bytes() == other.read_bytes() or np.array_equal(nib.load(one).dataobj, nib.load(other).dataobj)
+
+
+def test_packed_with_the_package_it_is_the_same_bundle_and_a_wheel(run, archive, phantoms, tmp_path, monkeypatch):
+    out = tmp_path / "with.zip"
+    words = ["bundle", "pack", run, "--output", out, "--sam-checkpoint", "random", "--with-package"]
+    assert samseg(monkeypatch, *words) == 0
+    with zipfile.ZipFile(out) as content, zipfile.ZipFile(archive) as other:
+        root = other.namelist()[0].partition("/")[0]
+        assert {*content.namelist()} - {*other.namelist()} == {f"{root}/{WHEEL}"}
+        assert f"\npip install {root}/{WHEEL}\n" in content.read(f"{root}/docs/README.md").decode()
+        assert "pip install" not in other.read(f"{root}/docs/README.md").decode().replace("pip install .", "")
+        assert content.read(f"{root}/{WHEEL}") == build_wheel()
+    assert check_bundle(out).problems == check_bundle(archive).problems
+    words = ["predict", out, "--input", phantoms / "unlabelled", "--output", tmp_path / "masks"]
+    assert samseg(monkeypatch, *words) == 0 and len([*(tmp_path / "masks").iterdir()]) == 1
+    trusted = pack_bundle(run, tmp_path / "as_it_is.zip", sam_checkpoint="random", pt=False, package=True, trust=True)
+    with zipfile.ZipFile(trusted) as content:
+        assert f"\npip install {root}/{WHEEL}\n" in content.read(f"{root}/docs/README.md").decode()
 
 
 def test_evaluation_elsewhere_and_offline_reproduces_the_card(unpacked, phantoms, offline, monkeypatch):

@@ -40,6 +40,9 @@ def pack(
     output: Annotated[Path, typer.Option(help="ZIP to write")],
     sam_checkpoint: Annotated[str | None, typer.Option(help="base weights, if not found by name")] = None,
     pt: Annotated[bool, typer.Option("--pt/--no-pt", help="write models/model.pt for MONAI's own loaders, too")] = True,
+    with_package: Annotated[
+        bool, typer.Option("--with-package", help="put a wheel of samseg-monai into it, for who has not installed it")
+    ] = False,
     trust: Annotated[bool, typer.Option("--trust", help=TRUST)] = False,
 ) -> None:
     """Pack a run as one ZIP that predicts and evaluates alone, offline.
@@ -50,7 +53,7 @@ def pack(
     from samseg_monai.bundles import pack_bundle
 
     try:
-        path = pack_bundle(run, output, sam_checkpoint=sam_checkpoint, pt=pt, trust=trust)
+        path = pack_bundle(run, output, sam_checkpoint=sam_checkpoint, pt=pt, package=with_package, trust=trust)
     except WeightsError as error:
         raise WeightsError(
             f"pack: {error}\nHere sam_checkpoint is --sam-checkpoint FILE: the file that the training was given"

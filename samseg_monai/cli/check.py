@@ -32,6 +32,8 @@ def check(
     typer.echo(f"{verdict.name}: {verdict.answer}")
     for problem in verdict.problems:
         typer.echo(f"  - {problem}")
+    for line in verdict.code:
+        typer.echo(line)
     if verdict.sums:
         typer.echo(f"the sums of {verdict.sums} files fit: nothing was damaged; they do not tell who sent it")
     if verdict.answer == AS_BUILT:
@@ -42,6 +44,7 @@ def check(
     else:
         typer.echo(
             f"its JSON is from samseg-monai {verdict.engine}, which others write otherwise: not judged.\n"
-            f"To do so: pip install samseg-monai=={verdict.engine} in an environment of its own, and samseg lint there"
+            f"To do so: install samseg-monai {verdict.engine} in an environment of its own, by pip install . in its "
+            "source folder, and run samseg bundle check there"
         )
         raise typer.Exit(3)
