@@ -12,7 +12,7 @@ from samseg_monai.handlers.resume import EpochSeeder, ResumeSaver
 from samseg_monai.handlers.steps import GradientClip, GradientFlow, NonFiniteGuard
 from samseg_monai.handlers.stopping import CollapseDetector, EarlyStop
 from samseg_monai.handlers.tracking import Tracking
-from samseg_monai.handlers.validation import SameBuffers, ValidationLoss, WorstCaseImage
+from samseg_monai.handlers.validation import SameBuffers, TensorBoard, ValidationLoss, WorstCaseImage
 
 __all__ = [
     "EMA",
@@ -29,6 +29,7 @@ __all__ = [
     "ResumeSaver",
     "RunCard",
     "SameBuffers",
+    "TensorBoard",
     "Tracking",
     "ValidationLoss",
     "WorstCaseImage",
