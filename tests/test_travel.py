@@ -15,8 +15,9 @@ import torch
 from monai.bundle import ConfigParser
 from safetensors.torch import load_file
 
+from samseg_monai import __version__
 from samseg_monai.bundles import pack_bundle, verify_sums
-from samseg_monai.bundles.check import check_bundle
+from samseg_monai.bundles.check import EDITED, check_bundle
 from samseg_monai.bundles.record import write_record
 from samseg_monai.bundles.running import Running
 from samseg_monai.bundles.wheel import WHEEL, build_wheel
@@ -111,13 +112,28 @@ def test_record_of_several_processes_is_a_bundle_for_one(name, tmp_path):
     effective = ConfigParser(ConfigParser.load_config_files(files))
     for key, value in own.items():
         effective[key] = value
-    write_record(Running(LORA, effective.get(), effective), tmp_path / "bundle")
+    write_record(Running(LORA, effective), tmp_path / "bundle")
     for file in ("train.json", "inference.json", "evaluate.json"):
         alone = ConfigParser(json.loads((LORA / file).read_text()))
         for key in own.keys() & {"crop_size", *WITHIN}:
             if key in alone:
                 alone[key] = own[key]
         assert json.loads((tmp_path / "bundle" / "configs" / file).read_text()) == alone.get(), file
+
+
+def test_a_run_with_a_strategy_of_its_own_is_named_by_that_strategy(run, tmp_path, monkeypatch, capsys):
+    mine = shutil.copytree(run, tmp_path / "mine")
+    own = {"strategy": {"_target_": "mine.Strategy", "rank": 2}}
+    effective = ConfigParser({**json.loads((LORA / "train.json").read_text()), **own})
+    write_record(Running(LORA, effective), mine / "bundle")
+    for words in (["bundle", "pack", mine, "--output", tmp_path / "x.zip"],
+                  ["predict", mine, "--input", tmp_path, "--output", tmp_path / "out"]):  # fmt: skip
+        assert samseg(monkeypatch, *words) == 1
+        told = capsys.readouterr().err
+        assert "parts of its own (strategy), which no settings describe; --trust" in told and "::" not in told
+    verdict = check_bundle(mine / "bundle")
+    assert (verdict.answer, verdict.engine) == (EDITED, __version__)
+    assert len(verdict.problems) == 1 and "parts of its own (strategy)" in verdict.problems[0]
 
 
 def test_archive_names_no_folder_of_the_machine_it_was_made_on(unpacked, run, phantoms):

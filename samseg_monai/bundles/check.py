@@ -22,7 +22,7 @@ from samseg_monai.bundles.door import SETTINGS, WEIGHTS, differences, engine_of,
 from samseg_monai.bundles.old import VERSION
 from samseg_monai.bundles.pack import RESULTS
 from samseg_monai.bundles.pickles import pickle_problems
-from samseg_monai.bundles.record import NAME, RECORD
+from samseg_monai.bundles.record import NAME, PARTS, RECORD
 from samseg_monai.bundles.wheel import WHEEL, wheel_problems
 from samseg_monai.checkpoints import CARD, TENSORS
 from samseg_monai.errors import BundleError, SamsegError
@@ -30,7 +30,7 @@ from samseg_monai.errors import BundleError, SamsegError
 AS_BUILT, EDITED, ANOTHER_VERSION = "as built", "edited", "made by another version"
 RUNS = "eval/"  # what a run leaves in the bundle's folder, where MONAI bundles have it
 MODELS = (*WEIGHTS, f"models/{TENSORS}", f"models/{CARD}")
-OWN = (SETTINGS, SUMS, NAME, WHEEL, *MODELS, *(f"metrics/{name}" for name in RESULTS))
+OWN = (SETTINGS, SUMS, NAME, PARTS, WHEEL, *MODELS, *(f"metrics/{name}" for name in RESULTS))
 _DATA = re.compile(
     r".*\.(nii|nii\.gz|mha|nrrd|png|csv|json|md|txt|html|pt|safetensors|bank|rows|lock|log|db|tmp|part)|"
     r"(.*/)?events\.out\.tfevents\.[\w.-]+"
@@ -70,14 +70,14 @@ def check_bundle(path: str | Path) -> Verdict:
         try:
             engine = engine_of(files)
             judged = SETTINGS in files.sizes and engine == __version__
-            if judged:
+            if judged or PARTS in files.sizes:
                 settings = settings_of(files)
                 name = settings.name
                 root = write_bundle(settings, Path(scratch) / "built", wheel=WHEEL in files.sizes)
                 built = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} - {SETTINGS}
                 problems += [line for file in sorted(built) for line in _against(files, root, file)]
         except SamsegError as error:
-            judged = True
+            judged = SETTINGS in files.sizes
             problems += [visible(line, 500) for line in str(error).splitlines()]
         problems += [line for file in sorted(files.sizes.keys() - built) for line in _own_file(files, file, judged)]
         problems += _record(files)
