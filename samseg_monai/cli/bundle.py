@@ -42,6 +42,9 @@ def pack(
     output: Annotated[Path, typer.Option(help="ZIP to write")],
     sam_checkpoint: BaseWeights = None,
     pt: Annotated[bool, typer.Option("--pt/--no-pt", help="write models/model.pt for MONAI's own loaders, too")] = True,
+    with_package: Annotated[
+        bool, typer.Option("--with-package", help="put a wheel of samseg-monai into it, for who has not installed it")
+    ] = False,
     trust: Trust = False,
 ) -> None:
     """Pack a run as one ZIP that predicts and evaluates alone, offline.
@@ -52,7 +55,7 @@ def pack(
     from samseg_monai.bundles import pack_bundle
 
     try:
-        path = pack_bundle(run, output, sam_checkpoint=sam_checkpoint, pt=pt, trust=trust)
+        path = pack_bundle(run, output, sam_checkpoint=sam_checkpoint, pt=pt, package=with_package, trust=trust)
     except WeightsError as error:
         raise WeightsError(
             f"pack: {error}\nHere sam_checkpoint is --sam-checkpoint FILE: the file that the training was given"
@@ -84,6 +87,8 @@ def check(
     typer.echo(f"{verdict.name}: {verdict.answer}")
     for problem in verdict.problems:
         typer.echo(f"  - {problem}")
+    for line in verdict.code:
+        typer.echo(line)
     if verdict.sums:
         typer.echo(f"the sums of {verdict.sums} files fit: nothing was damaged; they do not tell who sent it")
     if verdict.answer == AS_BUILT:
@@ -93,6 +98,7 @@ def check(
     else:
         typer.echo(
             f"its JSON is from samseg-monai {verdict.engine}, which others write otherwise: not judged.\n"
-            f"To do so: pip install samseg-monai=={verdict.engine} in an environment of its own, and samseg lint there"
+            f"To do so: install samseg-monai {verdict.engine} in an environment of its own, by pip install . in its "
+            "source folder, and run samseg bundle check there"
         )
     raise typer.Exit(code)
