@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import pickle
 from multiprocessing.reduction import ForkingPickler
@@ -27,11 +28,11 @@ from monai.transforms import (
 )
 from torch.utils.data import DataLoader as TorchDataLoader
 
-from samseg_monai.bundles.build import compose, render_config
+from samseg_monai.bundles.build import compose, render
 from samseg_monai.data.slices import AllSlices, EveryNth, Foreground, MaxArea, RandomN, SliceDataset
 from samseg_monai.data.slices.cache import describe, describe_item
 from samseg_monai.errors import ConfigError, DataError
-from samseg_monai.transforms import BoxFromPromptd, PromptFromLabeld
+from samseg_monai.transforms import BoxFromPromptd, SimulatedPromptd
 
 SIZE = (20, 24, 8)
 SCANS = ("t1n", "t1c", "t2w", "t2f")
@@ -62,7 +63,7 @@ def load_volumes() -> list:
         LoadImaged(["image", "label"], image_only=True),
         EnsureChannelFirstd(["image", "label"]),
         ResizeWithPadOrCropd(["image", "label"], spatial_size=(16, 20, -1)),
-        PromptFromLabeld(),
+        SimulatedPromptd(),
     ]
 
 
@@ -181,7 +182,7 @@ def test_draws_depend_on_seed_epoch_and_item_only(cases):
 
 
 def test_unseeded_prompts_of_slices_are_drawn_anew_in_every_epoch(cases):
-    slices = [PromptFromLabeld(loosen=(0.0, 0.9)), BoxFromPromptd()]
+    slices = [SimulatedPromptd(loosen=(0.0, 0.9)), BoxFromPromptd()]
     dataset = dataset_of(cases, slices, picker=MaxArea())
     drawn = set()
     for epoch in range(6):
@@ -212,7 +213,7 @@ def test_workers_and_collates_give_the_same_items(cases):
 
 
 def test_slices_of_unequal_shape_stay_under_their_boxes_in_a_batch():
-    config = render_config(compose("meningioma", "lora"), "train")
+    config = json.loads(render(compose("meningioma", "lora"))["configs/train.json"])
     collate = ConfigParser({"collate_fn": config["train"]["dataloader"]["collate_fn"]}).get_parsed_content("collate_fn")
     items = []
     for shape in ((64, 36), (36, 64), (64, 64)):
