@@ -47,16 +47,29 @@ class ResNetSide(Model):
     """Channels of the first stage; 64 is ResNet18."""
 
 
-class ZeroShot(Model):
+class _Way(Model):
+    """How SAM learns; the class of the same name in ``samseg_monai.strategies`` takes the other fields."""
+
+    @property
+    def frozen_encoder(self) -> bool:
+        """SAM's image encoder stays as it is and is needed, so that embeddings can be stored."""
+        return False
+
+
+class ZeroShot(_Way):
     """SAM as it is: nothing learns."""
 
     name: Literal["zero_shot"]
+
+    @property
+    def frozen_encoder(self) -> bool:
+        return True
 
 
 Target = Literal["q", "k", "v", "proj", "lin1", "lin2"]
 
 
-class LoRA(Model):
+class LoRA(_Way):
     """Low-rank updates in SAM's image encoder (LoRA; with ``dora`` DoRA; with ``decoder`` and rank 4 SAMed)."""
 
     name: Literal["lora"]
@@ -74,7 +87,7 @@ class LoRA(Model):
     """Learn the length of each adapted row beside its direction."""
 
 
-class Ladder(Model):
+class Ladder(_Way):
     """A network beside SAM's frozen encoder (SAM-LST), with its ablations."""
 
     name: Literal["ladder"]
@@ -84,8 +97,12 @@ class Ladder(Model):
     decoder: Literal["upscaling", "masks", "full"] = "masks"
     masks: Literal["random", "sam"] = "sam"
 
+    @property
+    def frozen_encoder(self) -> bool:
+        return self.mix != "side"
 
-class Selective(Model):
+
+class Selective(_Way):
     """Some of SAM's own tensors learn, named by patterns."""
 
     name: Literal["selective"]
@@ -94,8 +111,12 @@ class Selective(Model):
     patterns: Annotated[list[Pattern], Field(min_length=1, max_length=100)] = Field(examples=[["sam.mask_decoder"]])
     frozen: Annotated[list[Pattern], Field(max_length=100)] = []
 
+    @property
+    def frozen_encoder(self) -> bool:
+        return all(pattern.startswith(("sam.mask_decoder", "sam.prompt_encoder")) for pattern in self.patterns)
 
-class Scratch(Model):
+
+class Scratch(_Way):
     """A network without SAM, trained as a whole from a random start."""
 
     name: Literal["scratch"]

@@ -32,14 +32,12 @@ from samseg_monai.choices import (
     Prompt,
     Schedule,
     Seed,
-    Selective,
     Side,
     SliceSettings,
     Text,
     Two,
     Voxels,
     Workers,
-    ZeroShot,
     unsafe,
 )
 from samseg_monai.errors import ConfigError, raise_all
@@ -283,10 +281,7 @@ class BundleSettings(Model):
     @property
     def frozen_encoder(self) -> bool:
         """SAM's image encoder stays as it is, so that embeddings can be stored."""
-        method = self.strategy.method
-        if isinstance(method, Selective):
-            return all(pattern.startswith(("sam.mask_decoder", "sam.prompt_encoder")) for pattern in method.patterns)
-        return isinstance(method, (ZeroShot, Ladder)) and getattr(method, "mix", "gate") != "side"
+        return self.strategy.method.frozen_encoder
 
 
 def _misfits(settings: BundleSettings) -> Iterator[str]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.pictures import make_pictures
+from tests.helpers.pictures import make_pictures
 
 os.environ.setdefault("MONAI_FAIL_ON_DUPLICATE_CONFIG", "1")
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -30,10 +30,10 @@ TINY = {
 
 # files that train, predict through whole bundles, export, or run the pages' commands: ``make check`` leaves them out
 SLOW = {
-    "audit_classes", "audit_geometry", "augmentation", "banked_slices", "bundles", "demo_abdomen", "demo_mobile",
-    "docs", "door", "experiment", "export", "foreign_layouts", "kill_resume", "pico", "planar", "processes",
-    "realdata", "reproduce", "reproduce_sam_lst", "sam_parity", "site", "strategy_laws", "tracking", "travel",
-    "tutorial",
+    "audit_classes", "audit_geometry", "augmentation", "banked_slices", "bundles", "contributing", "demo_abdomen",
+    "demo_mobile", "docs", "door", "experiment", "export", "foreign_layouts", "kill_resume", "pico", "planar",
+    "processes", "realdata", "reproduce", "reproduce_sam_lst", "sam_parity", "site", "strategy_laws", "tracking",
+    "travel", "tutorial",
 }  # fmt: skip
 
 

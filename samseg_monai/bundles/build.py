@@ -14,12 +14,12 @@ import tempfile
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jinja2
 
 from samseg_monai import __version__
-from samseg_monai.choices import Ladder
+from samseg_monai.choices import Ladder, Method
 from samseg_monai.errors import BundleError, ConfigError
 from samseg_monai.files import read_json
 from samseg_monai.settings import BundleSettings, demonstrated, dump_settings, merged, read_settings
@@ -242,7 +242,8 @@ def component(package: str, value: dict[str, Any] | None, **more: Any) -> dict[s
     return {"_target_": f"{package}.{value['name']}", **more, **{k: v for k, v in value.items() if k != "name"}}
 
 
-METHODS = {"zero_shot": "ZeroShot", "lora": "LoRA", "ladder": "Ladder", "selective": "Selective", "scratch": "Scratch"}
+# name of a method -> its class, which samseg_monai.strategies has under the same name as choices
+METHODS = {get_args(kind.model_fields["name"].annotation)[0]: kind.__name__ for kind in get_args(get_args(Method)[0])}
 SIDES = {"resnet": "ResNetSide"}
 PICKERS = "samseg_monai.data.slices"
 
