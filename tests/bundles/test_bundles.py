@@ -19,7 +19,7 @@ from samseg_monai.bundles.values import effective_settings
 from samseg_monai.errors import BundleError, CheckpointError, ConfigError
 from samseg_monai.settings import read_settings
 from samseg_monai.workflow import run_workflow
-from tests.commands import samseg
+from tests.helpers.commands import samseg
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[2] / "bundles"
