@@ -152,11 +152,6 @@ def install_words(name: str, version: str, *, wheel: bool) -> str:
     return f"{told}\n\n```\npip install {name}/{wheel_name(version)}\n```"
 
 
-def render_config(settings: BundleSettings, name: str) -> dict[str, Any]:
-    """One config of the bundle (``train``, ``inference``, ``evaluate``, ``demo`` ...) as a JSON object."""
-    return _config(name, _values(settings))
-
-
 def _has(settings: BundleSettings, overlay: str) -> bool:
     return settings.demo is not None if overlay == "demo" else settings.trains
 

@@ -105,17 +105,14 @@ class LoadedBundle:
             if isinstance(boxes, (str, Path)):
                 places["boxes"] = Path(boxes)
             elif boxes is not None:
-                case = self._case(source, places) if isinstance(image, (str, Path)) else CASE
+                case = self._cases(source, places)[0]["case"] if isinstance(image, (str, Path)) else CASE
                 named = boxes if isinstance(boxes, Mapping) else {case: list(boxes)}
                 places["boxes"] = table = Path(folder) / "boxes.json"
                 write_json(table, named)
             return self._run(source, places)
 
-    def _case(self, source: str, places: Mapping[str, Any]) -> str:
-        """Name of the one case that there is."""
-        return str(self._cases(source, places)[0]["case"])
-
     def _cases(self, source: str, places: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The one case that there is."""
         parser = self._parser(source)
         for key, value in places.items():
             parser[key] = None if value is None else literal(str(Path(value).absolute()))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 import zipfile
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from samseg_monai import __version__, checkpoints
-from samseg_monai.bundles.archive import SUMS, open_files
+from samseg_monai.bundles.archive import SUMS
 from samseg_monai.bundles.build import install_words, write_bundle
 from samseg_monai.bundles.door import WEIGHTS, Opened, open_bundle
 from samseg_monai.bundles.record import RECORD
@@ -32,19 +31,6 @@ def write_sums(folder: Path) -> None:
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SUMS)
     lines = [f"{hash_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
-
-
-def verify_sums(path: str | Path) -> int:
-    """Check the files of a bundle against its ``SHA256SUMS`` and return their number (0: the bundle has no sums).
-
-    Sums show damage; whoever changes a file on purpose changes them, too.
-
-    Raises:
-        BundleError: files that are missing or were changed; all are listed.
-    """
-    with closing(open_files(path)) as files:
-        raise_all(files.changed(), BundleError, f"{path}: not the bundle that was packed; ask for it again")
-        return len(files.sums())
 
 
 def _check_run(run: Path) -> list[str]:
