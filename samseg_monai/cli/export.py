@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from samseg_monai.cli.predict import TRUST
-from samseg_monai.errors import ConfigError
+from samseg_monai.errors import ConfigError, visible_lines
 
 
 class Format(str, Enum):
@@ -42,7 +42,7 @@ def export(
 
     sides = None if size is None else _sides(size)
     source = read_source(bundle, sam_checkpoint=sam_checkpoint, trust=trust)
-    typer.echo(source.loaded)
+    typer.echo(visible_lines(source.loaded))
     if source.warning:
         typer.echo(f"note: {source.warning}")
     done = export_network(source, format.value, output, size=sides)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from samseg_monai.errors import visible_lines
+
 
 def report(
     runs: Annotated[
@@ -20,5 +22,5 @@ def report(
 
     results = [RunResult.load(folder) for folder in runs]
     write_report(output, title=title, runs=results)
-    typer.echo(table_text(results))
+    typer.echo(visible_lines(table_text(results)))
     typer.echo(f"report: {output}")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from samseg_monai.errors import WeightsError, raise_all
+from samseg_monai.errors import MOST_LINES, WeightsError, raise_all
 from samseg_monai.sam.backbone import Backbone
 from samseg_monai.sam.build import SamModel, build_sam
 from samseg_monai.sam.weights.find import RANDOM, sha256_of
@@ -245,7 +245,7 @@ def _refuse(plan: _Plan, sam: nn.Module, state: Mapping[str, torch.Tensor], *, p
         ]
     other = looks_like(state, sam.state_dict())
     heading = f"{path} does not fit this SAM{_hint(plan, other)}"
-    raise_all(problems, WeightsError, heading, most=FEW if other else None)
+    raise_all(problems, WeightsError, heading, most=FEW if other else MOST_LINES)
     if not plan.values:
         raise WeightsError(f"{heading}: none of its {len(state)} tensors has a name that the network knows")
 
