@@ -51,6 +51,7 @@ def predict(
     overrides |= {} if sam_checkpoint is None else {"sam_checkpoint": sam_checkpoint}
     overrides |= {} if device is None else {"device": device_of(device)}
     with open_bundle(bundle, trust=trust) as opened:
+        opened.check()
         overrides |= _prompt_overrides(opened, given)
         if opened.checkpoint is not None:  # the folder of predictions is no place to look for an adapter
             overrides["checkpoint"] = str(opened.checkpoint)
