@@ -25,7 +25,7 @@ from samseg_monai.transforms.float_boxes import (
     clip_boxes,
     move_boxes,
 )
-from samseg_monai.transforms.grids import CheckSameGridd
+from samseg_monai.transforms.grids import CheckSameGridd, CropOrPadd
 from samseg_monai.transforms.labels import RecodeLabeld, RemoveSmallComponentsd
 from samseg_monai.transforms.pixels import ScaleGreysd, SplineResized
 from samseg_monai.transforms.prompts import PromptFromBoxesd, PromptFromImaged, PromptFromLabeld
@@ -46,6 +46,7 @@ __all__ = [
     "BoxesFromImaged",
     "BoxesFromLabeld",
     "CheckSameGridd",
+    "CropOrPadd",
     "EllipseFromBoxesd",
     "EllipseFromPromptd",
     "FinalBoxesd",
