@@ -15,7 +15,7 @@ from samseg_monai.bundles.door import open_bundle
 from samseg_monai.errors import DataError, PromptError
 from samseg_monai.settings import dump_settings, merged, read_settings
 from tests.helpers.commands import samseg
-from tests.pictures import CLASSES, SIZE, discs
+from tests.helpers.pictures import CLASSES, SIZE, discs
 
 BOXES = [[4.5, 8, 20, 30.25], [33, 14, 43.5, 25]]  # one around each disc
 

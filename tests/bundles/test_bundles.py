@@ -19,8 +19,8 @@ from samseg_monai.bundles.values import effective_settings
 from samseg_monai.errors import BundleError, CheckpointError, ConfigError
 from samseg_monai.settings import read_settings
 from samseg_monai.workflow import run_workflow
-from tests.helpers.commands import samseg
 from tests.conftest import TINY
+from tests.helpers.commands import samseg
 
 ROOT = Path(__file__).parents[2] / "bundles"
 COMMITTED = sorted(p.name for p in ROOT.iterdir() if p.is_dir())
