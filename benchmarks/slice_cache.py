@@ -25,7 +25,7 @@ from monai.transforms import NormalizeIntensityd, ResizeWithPadOrCropd
 
 from samseg_monai.data.slices import MaxArea, SliceDataset
 from samseg_monai.files import write_json
-from samseg_monai.transforms import PromptFromLabeld
+from samseg_monai.transforms import SimulatedPromptd
 
 SIZE = (240, 240, 155)  # voxels, BraTS 2023
 SCANS = 4
@@ -64,7 +64,7 @@ def measure(cases: int) -> dict[str, Any]:
         MakeCase(),
         ResizeWithPadOrCropd(["image", "label"], spatial_size=CROP),
         NormalizeIntensityd("image", channel_wise=True),
-        PromptFromLabeld(loosen=(0.0, 0.3), seed=0),
+        SimulatedPromptd(loosen=(0.0, 0.3), seed=0),
     ]
     items = [{"case": f"case-{i}", "seed": i} for i in range(cases)]
     SliceDataset(items[:1], transforms, picker=MaxArea(), num_threads=1, progress=False)  # what is paid once only

@@ -6,62 +6,54 @@ An adapter is a folder with ``adapter.safetensors`` (the tensors a strategy owns
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-import pickle
 import subprocess
-import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from samseg_monai import __version__
-from samseg_monai.errors import CheckpointError, raise_all
-from samseg_monai.files import hash_file, read_json, write_whole
+from samseg_monai.errors import CheckpointError, WeightsError, raise_all
+from samseg_monai.files import StrPath, hash_file, read_json, write_whole
 from samseg_monai.networks import PlainSegmenter, SamSegmenter
 from samseg_monai.networks.common import tensor_differences
 from samseg_monai.networks.foreign import load_foreign
 from samseg_monai.sam.weights import RANDOM, name_of, sha256_of
+from samseg_monai.sam.weights.read import read_content
 from samseg_monai.training.owned import owned_state
 
 FORMAT_VERSION = 1
 TENSORS, CARD = "adapter.safetensors", "card.json"
 STAGED_CARD = ".card.json.tmp"  # a card whose tensors are about to be moved
 
-StrPath = str | os.PathLike[str]
 Network = SamSegmenter | PlainSegmenter
 
 BOX_FACTS = ("boxes", "crop_margin", "crop_size")  # of a network without SAM that takes boxes
+OF_NETWORK = ("base_sha256", "num_classes", "image_size", "scans", "scan_mode", "input_scale", "prompt")
 # What must be equal for an adapter to mean anything in another network.
-MUST_AGREE = (
-    "strategy",
-    "sam_variant",
-    "base_sha256",
-    "num_classes",
-    "image_size",
-    "scans",
-    "scan_mode",
-    "input_scale",
-    "prompt",
-    *BOX_FACTS,
-)
+MUST_AGREE = ("strategy", "sam_variant", *OF_NETWORK, *BOX_FACTS)
 
 
-def card_facts(network: Network) -> dict[str, Any]:
-    """What must agree, as JSON values, and ``base_file``: the name (no folder) of the base weights' file, or None."""
-    others = ("strategy", "sam_variant", *BOX_FACTS)
-    facts = {key: getattr(network, key) for key in MUST_AGREE if key not in others}
-    box_facts: Any = getattr(network, "box_facts", dict)
-    facts |= box_facts()
-    strategy = None if network.strategy is None else network.strategy.card()
-    named = {"base_file": getattr(network, "base_file", None)}
-    return {"strategy": strategy, "sam_variant": network.spec.name, **facts, **named}
+def card_facts(network: Any) -> dict[str, Any]:
+    """What must agree, as JSON values, and ``base_file``: the name (no folder) of the base weights' file.
+
+    None stands for what a network that is no segmenter of ours does not have.
+    """
+    strategy = getattr(network, "strategy", None)
+    return {
+        "strategy": None if strategy is None else strategy.card(),
+        "sam_variant": getattr(getattr(network, "spec", None), "name", None),
+        **{key: getattr(network, key, None) for key in OF_NETWORK},
+        **(network.box_facts() if isinstance(network, PlainSegmenter) else {}),
+        "base_file": getattr(network, "base_file", None),
+    }
 
 
 def card_differences(card: Mapping[str, Any], network: Network) -> list[str]:
@@ -195,7 +187,7 @@ def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file, though {CARD} is there; get both files again")
     if hash_file(path) != card.get("adapter_sha256"):
         raise CheckpointError(f"{path}: not the file that {CARD} describes (sha256 differs); get both files again")
-    state = _read_safe(path)
+    state = _read_state(path)
     mine = network.state_dict()
     expected = {name: mine[name] for name in network.owned}
     raise_all(tensor_differences(state, expected), CheckpointError, f"{path}: does not fit this network")
@@ -225,7 +217,7 @@ def load_model(network: nn.Module, path: StrPath) -> None:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; train first, or give the model of a run or bundle")
-    state = _read_safe(path) if path.suffix == ".safetensors" else _read_pickled(path)
+    state = _read_state(path)
     heading = f"{path}: does not fit this network"
     raise_all(tensor_differences(state, network.state_dict()), CheckpointError, heading)
     raise_all(_not_finite(state), CheckpointError, heading)
@@ -240,27 +232,11 @@ def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
     return [f"{name}: holds values that are not finite" for name in wrong]
 
 
-def _read_safe(path: Path) -> dict[str, Tensor]:
+def _read_state(path: Path) -> dict[str, Tensor]:
     try:
-        return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); get the file again") from error
-
-
-def _read_pickled(path: Path) -> dict[str, Tensor]:
-    if not zipfile.is_zipfile(path):  # what torch.save writes; the table of contents is at its end
-        raise CheckpointError(
-            f"{path}: cannot be read as a model ({path.stat().st_size:,} bytes, not or not wholly "
-            "written by torch.save); get the file again"
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read without running code from it; write the state dict with save_model"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a model ({error}); get the file again") from error
+        state = read_content(path)
+    except WeightsError as error:
+        raise CheckpointError(f"{path}: cannot be read as a model ({error})") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: not a bare state dict of tensors; write it with save_model")
     return state
@@ -306,6 +282,7 @@ def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_che
     )
 
 
+@functools.cache  # the code that runs was read when the process began
 def git_commit(*, changes: bool = False) -> str | None:
     """Commit of the checkout this package runs from; None when it was installed or git is absent.
 

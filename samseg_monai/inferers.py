@@ -6,7 +6,8 @@ MONAI's ``SliceInferer`` drops further inputs of the network, and prompts are su
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ SAME_GRID = {"Resize", "Lambda"}  # what may lie in the history of a slice that 
 Network = Callable[..., torch.Tensor]
 
 
+@dataclass(eq=False, repr=False)
 class SliceVolumeInferer(Inferer):
     """Run a slice network over volumes, with a box per slice if it is prompted.
 
@@ -68,34 +70,27 @@ class SliceVolumeInferer(Inferer):
         CacheError if the embeddings on disk are damaged, foreign, or find no room.
     """
 
-    def __init__(
-        self,
-        slice_transforms: Sequence[Callable[[Any], Any]] | Callable[[Any], Any] | None,
-        *,
-        batch_size: int = 8,
-        prompted: bool = True,
-        per_component: bool = False,
-        max_boxes: int = 8,
-        embedding_dir: str | Path | None = None,
-        direct: bool = False,
-        labels: bool = False,
-    ) -> None:
-        super().__init__()
-        self.slice_transforms = slice_transforms if isinstance(slice_transforms, Compose) else Compose(slice_transforms)
-        if batch_size < 1 or max_boxes < 1:
-            raise ConfigError(f"batch_size and max_boxes must be at least 1, got {batch_size} and {max_boxes}")
-        members = list(_members(self.slice_transforms))
+    slice_transforms: Any
+    _: KW_ONLY
+    batch_size: int = 8
+    prompted: bool = True
+    per_component: bool = False
+    max_boxes: int = 8
+    embedding_dir: str | Path | None = None
+    direct: bool = False
+    labels: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.slice_transforms, Compose):
+            self.slice_transforms = Compose(self.slice_transforms)
+        if self.batch_size < 1 or self.max_boxes < 1:
+            wrong = f"{self.batch_size} and {self.max_boxes}"
+            raise ConfigError(f"batch_size and max_boxes must be at least 1, got {wrong}")
+        members = self.slice_transforms.flatten().transforms  # a Compose that chooses at random stays whole
         problems = [f"{type(t).__name__} is random" for t in members if isinstance(t, RandomizableTrait)]
         problems += ["BoxFromPromptd is only for the training set" for t in members if isinstance(t, BoxFromPromptd)]
         raise_all(problems, ConfigError, "the inferer takes the deterministic slice transforms, without boxes")
         self._has_map_transforms = any(isinstance(t, MapTransform) for t in members)
-        self.batch_size = batch_size
-        self.prompted = prompted
-        self.per_component = per_component
-        self.max_boxes = max_boxes
-        self.embedding_dir = embedding_dir
-        self.direct = direct
-        self.labels = labels
         self._settings = describe(self.slice_transforms)
 
     def __call__(
@@ -288,12 +283,3 @@ def _run(
     inputs = [_stack(prepared)] if boxes is None else [_stack(prepared), boxes]
     logits = network(*inputs) if embedding is None else network(*inputs, embedding=embedding)
     return logits.as_subclass(torch.Tensor).float()
-
-
-def _members(compose: Compose) -> Iterator[Any]:
-    """The transforms in a Compose and its nested ones; a Compose that chooses at random is a transform itself."""
-    for transform in compose.transforms:
-        if type(transform) is Compose:
-            yield from _members(transform)
-        else:
-            yield transform

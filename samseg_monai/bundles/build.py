@@ -56,16 +56,17 @@ def read_recipe(kind: str, name: str) -> dict[str, Any]:
         raise BundleError(
             f"{kind}: no recipe {name!r}; there are {', '.join(recipe_names(kind))}, or give the path of a .json file"
         )
-    recipe = _without_comments(read_json(path, BundleError, f"{kind} recipe", "correct it"))
+    recipe = without_comments(read_json(path, BundleError, f"{kind} recipe", "correct it"))
     parent = recipe.pop("extends", None)
     recipe = recipe if parent is None else merged(read_recipe(kind, str(parent)), recipe)
     return {**recipe, "name": path.stem}
 
 
-def _without_comments(value: Any) -> Any:
+def without_comments(value: Any) -> Any:
+    """A recipe without the keys that begin with ``//``."""
     if isinstance(value, dict):
-        return {key: _without_comments(item) for key, item in value.items() if not key.startswith("//")}
-    return [_without_comments(item) for item in value] if isinstance(value, list) else value
+        return {key: without_comments(item) for key, item in value.items() if not key.startswith("//")}
+    return [without_comments(item) for item in value] if isinstance(value, list) else value
 
 
 def compose(task: str, strategy: str) -> BundleSettings:
@@ -74,9 +75,22 @@ def compose(task: str, strategy: str) -> BundleSettings:
     Raises:
         BundleError: unknown recipes; everything that is wrong or missing in them, at once.
     """
-    what, how = read_recipe("tasks", task), read_recipe("strategies", strategy)
+    return compose_recipes(
+        read_recipe("tasks", task), read_recipe("strategies", strategy), f"task {task} with strategy {strategy}"
+    )
+
+
+def compose_recipes(task: dict[str, Any], strategy: dict[str, Any], title: str) -> BundleSettings:
+    """The settings of two recipes as ``read_recipe`` gives them; ``title`` is how an error calls them.
+
+    Raises:
+        BundleError: everything that is wrong or missing in them, at once.
+    """
+    what, how = dict(task), dict(strategy)
     run = merged(what.pop("run", {}), how.pop("run", {}))
     demo = merged(what.pop("demo", {}), how.pop("demo", {}))
+    if demo:  # pages say so: a demo runs in minutes on two cores
+        demo = merged({"run": {"sam_variant": "pico"}}, demo)
     if how.get("network") is not None:  # tasks choose a SAM, which means nothing to such a network
         run["sam_variant"] = None
         demo["run"] = {key: value for key, value in demo.get("run", {}).items() if key != "sam_variant"}
@@ -89,7 +103,7 @@ def compose(task: str, strategy: str) -> BundleSettings:
         "demo": demo or None,
     }
     try:
-        return read_settings(value, f"task {task} with strategy {strategy}")
+        return read_settings(value, title)
     except ConfigError as error:
         raise BundleError(str(error)) from error
 

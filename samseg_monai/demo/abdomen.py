@@ -38,15 +38,9 @@ NOTES = {
 
 
 def tell(output: Path, *, cases: int, epochs: int | None, seed: int) -> tuple[list[str], str]:
-    """Run the whole story; see ``samseg demo``.
+    """Run the whole story (see ``samseg demo``); returns the shell lines that do the same, and the table as text.
 
-    Args:
-        output: folder for everything.
-        cases: labelled phantoms, 8 to 30, about 3 to train for 2 to test; 2 of those to train validate.
-        epochs: of each training; None takes those of the bundle's demo.json.
-        seed: of phantoms, split and training.
-    Returns: the shell lines that do the same, and the table as text.
-    Raises: DataError for more cases than there are published ids.
+    Of the ``cases`` (8 to 30, else DataError) 2 test for 3 that train, of which 2 in all validate.
     """
     from samseg_monai.bundles import build_bundle
 
@@ -79,12 +73,7 @@ def _phantoms(story: Story, output: Path, cases: int, seed: int) -> Path:
     from samseg_monai.data.datalists.synapse import prepare_synapse
     from samseg_monai.demo.abdomen_phantoms import write_btcv_cases
 
-    data = output / "phantoms"
-    story.step(
-        f"phantoms: {cases} labelled, 1 unlabelled",
-        f"samseg phantom btcv --cases {cases} --unlabelled 1 --seed {seed} --output {data}",
-    )
-    write_btcv_cases(data, cases, seed=seed, unlabelled=1, progress=True)
+    data = story.phantoms("btcv", write_btcv_cases, output, cases, seed)
     datalist = data / "datalist.json"
     story.step(
         "datalist with the published split",
@@ -97,14 +86,14 @@ def _phantoms(story: Story, output: Path, cases: int, seed: int) -> Path:
 
 def _write_report(story: Story, output: Path, runs: dict[str, Path], data: Path, configs: Path) -> str:
     from samseg_monai.data.datalists import labels_of, load_datalist
-    from samseg_monai.report import RunResult, overlay_cases
+    from samseg_monai.report.montage import overlay_cases
+    from samseg_monai.report.runs import RunResult
 
-    folders = {name: run / "evaluation" for name, run in runs.items()}
-    results = [RunResult.load(folder, name=name, label=LABELS.get(name)) for name, folder in folders.items()]
+    results = [RunResult.load(run / "evaluation", name=name, label=LABELS.get(name)) for name, run in runs.items()]
     datalist = data / "datalist.json"
     montage = overlay_cases(
         results[-1],
-        {name: folder for name, folder in folders.items() if name != "zero_shot"},  # noise has no outline worth seeing
+        [run for run in results if run.name != "zero_shot"],  # noise has no outline worth seeing
         load_datalist(datalist, data, "testing"),
         labels=labels_of(datalist),
         classes=json.loads((configs / "inference.json").read_text(encoding="utf-8"))["classes"],

@@ -6,11 +6,10 @@ written by rank 0 only; attach them on every rank nevertheless, since those that
 
 from __future__ import annotations
 
-from samseg_monai.handlers.keeping import EMA, BestAdapter, LastAdapter
+from samseg_monai.handlers.keeping import EMA, BestAdapter, CollapseDetector, EarlyStop, LastAdapter
 from samseg_monai.handlers.records import CaseTable, CurveLog, RunCard
 from samseg_monai.handlers.resume import EpochSeeder, ResumeSaver
 from samseg_monai.handlers.steps import GradientClip, GradientFlow, NonFiniteGuard
-from samseg_monai.handlers.stopping import CollapseDetector, EarlyStop
 from samseg_monai.handlers.tracking import Tracking
 from samseg_monai.handlers.validation import SameBuffers, TensorBoard, ValidationLoss, WorstCaseImage
 

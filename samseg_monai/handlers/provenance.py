@@ -6,7 +6,6 @@ the last part of it is kept.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -23,7 +22,6 @@ import torch
 
 import samseg_monai
 from samseg_monai import files
-from samseg_monai.checkpoints import git_commit
 from samseg_monai.errors import CheckpointError
 
 PACKAGES = ("torch", "monai", "numpy", "pytorch-ignite", "segment-anything")
@@ -93,12 +91,6 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[package] = None
     return found
-
-
-@functools.cache  # the code that runs was read when the process began
-def git_state() -> str | None:
-    """Commit of the package's own checkout, with ``+changes`` if it is not clean; None when installed without one."""
-    return git_commit(changes=True)
 
 
 def hardware() -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import logging
-import os
 import time
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,22 @@ import torch
 from ignite.engine import Events
 from monai.engines.utils import IterationEvents
 
-from samseg_monai.checkpoints import read_card
+from samseg_monai.checkpoints import git_commit, read_card
 from samseg_monai.errors import CheckpointError, TrainingError
-from samseg_monai.files import unwrap, write_json, write_whole
+from samseg_monai.files import StrPath, unwrap, write_json, write_whole
 from samseg_monai.handlers import provenance
+from samseg_monai.handlers.keeping import case_rows
 from samseg_monai.handlers.provenance import plain
-from samseg_monai.handlers.stopping import case_rows
 from samseg_monai.metrics import read_history, write_rows
+from samseg_monai.metrics.rows import Curves
 from samseg_monai.training.owned import count_trainable
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("epoch", "iteration", "name", "value")
-Rows = dict[tuple[int, str], tuple[int, float]]  # (epoch, name) -> iteration, value
 
 
+@dataclass(eq=False, repr=False)
 class RunCard:
     """Writes ``run_card.json``: what a run was, on what, with what result; at its start, and kept true to its end.
 
@@ -49,30 +50,21 @@ class RunCard:
         facts: more keys for the card's top level, e.g. ``{"dataset": "phantoms", "phantoms": true}``.
     """
 
-    def __init__(
-        self,
-        output_dir: str | os.PathLike[str],
-        *,
-        settings: Mapping[str, Any],
-        seed: int | None = None,
-        prompt_source: str | None = None,
-        network: Any = None,
-        evaluator: Any = None,
-        best: Any = None,
-        datalist: str | os.PathLike[str] | None = None,
-        cases_file: str | None = "cases.csv",
-        facts: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.path = Path(output_dir) / "run_card.json"
-        self.settings = dict(settings)
-        self.seed = seed
-        self.prompt_source = prompt_source
-        self.network = None if network is None else unwrap(network)
-        self.evaluator = evaluator
-        self.best = best
-        self.datalist = datalist
-        self.cases_file = cases_file
-        self.facts = dict(facts or {})
+    output_dir: StrPath
+    _: KW_ONLY
+    settings: Mapping[str, Any]
+    seed: int | None = None
+    prompt_source: str | None = None
+    network: Any = None
+    evaluator: Any = None
+    best: Any = None
+    datalist: StrPath | None = None
+    cases_file: str | None = "cases.csv"
+    facts: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.path = Path(self.output_dir) / "run_card.json"
+        self.network = None if self.network is None else unwrap(self.network)
         self.card: dict[str, Any] = {}
         self._began = 0.0
         self._before: dict[str, Any] = {}  # the card of the run that is resumed
@@ -90,18 +82,18 @@ class RunCard:
         resumed = engine.state.epoch if hasattr(engine, "optimizer") else 0
         self._before = provenance.read_json(self.path) if resumed else {}
         self.card = {
-            **self.facts,
+            **(self.facts or {}),
             "status": "running",
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "resumed_from_epoch": resumed or None,
-            **_of_network(self.network),
+            **self._of_network(),
             "prompt_source": self.prompt_source,
             "seed": self.seed,
             "settings": self.settings,
             "config_hash": provenance.config_hash(self.settings),
             "data_hash": None if self.datalist is None else provenance.file_hash(self.datalist),
             "versions": provenance.versions(),
-            "git_commit": provenance.git_state(),
+            "git_commit": git_commit(changes=True),
             "hardware": provenance.hardware(),
             "processes": idist.get_world_size(),
             "cases_file": self.cases_file,
@@ -110,6 +102,19 @@ class RunCard:
             self._progress(engine)
         else:
             self._write()
+
+    def _of_network(self) -> dict[str, Any]:
+        """What the network says of itself, under the keys that tables read."""
+        if self.network is None:
+            return {}
+        strategy = getattr(self.network, "strategy", None)
+        return {
+            "sam_variant": getattr(getattr(self.network, "spec", None), "name", None),
+            "base_sha256": getattr(self.network, "base_sha256", None),
+            "image_size": getattr(self.network, "image_size", None),
+            "strategy": None if strategy is None else {"name": strategy.name, "arguments": strategy.arguments()},
+            "trainable_parameters": count_trainable(self.network),
+        }
 
     def _progress(self, engine: Any) -> None:
         # a run that is killed gets no chance to write its end
@@ -181,20 +186,6 @@ class RunCard:
             write_json(self.path, plain(self.card))
 
 
-def _of_network(network: Any) -> dict[str, Any]:
-    """What the network says of itself, under the keys that tables read."""
-    if network is None:
-        return {}
-    strategy = getattr(network, "strategy", None)
-    return {
-        "sam_variant": getattr(getattr(network, "spec", None), "name", None),
-        "base_sha256": getattr(network, "base_sha256", None),
-        "image_size": getattr(network, "image_size", None),
-        "strategy": None if strategy is None else {"name": strategy.name, "arguments": strategy.arguments()},
-        "trainable_parameters": count_trainable(network),
-    }
-
-
 class CurveLog:
     """``history.csv`` with columns epoch, iteration, name, value: mean loss and rate per epoch, metrics per validation.
 
@@ -209,10 +200,10 @@ class CurveLog:
         evaluator: the validation's engine, whose scalar metrics are recorded under their own names.
     """
 
-    def __init__(self, output_dir: str | os.PathLike[str], *, evaluator: Any = None) -> None:
+    def __init__(self, output_dir: StrPath, *, evaluator: Any = None) -> None:
         self.path = Path(output_dir) / "history.csv"
         self.evaluator = evaluator
-        self._rows: Rows = {}
+        self._rows: Curves = {}
         self._trainer: Any = None
         self._begun = False
         self._loss_sum: torch.Tensor | None = None
@@ -295,14 +286,15 @@ class CurveLog:
             write_whole(self.path, write)
 
 
-def read_curves(path: Path) -> Rows:
+def read_curves(path: Path) -> Curves:
     """Rows of a ``history.csv``, none without one; lines that cannot be read are reported and left out."""
-    points, problems = read_history(path) if path.is_file() else ([], [])
+    rows, problems = read_history(path) if path.is_file() else ({}, [])
     for problem in problems:
         logger.warning("%s, %s: not a row of curves, left out", path.name, problem)
-    return {(p.epoch, p.name): (p.iteration, p.value) for p in points}
+    return rows
 
 
+@dataclass(eq=False, repr=False)
 class CaseTable:
     """Writes the per-case rows of one metric to a CSV and the evaluator's metrics to a JSON, after each evaluation.
 
@@ -314,22 +306,13 @@ class CaseTable:
         prompt_source, policy: recorded beside the numbers.
     """
 
-    def __init__(
-        self,
-        output_dir: str | os.PathLike[str],
-        *,
-        name: str | None = None,
-        filename: str = "cases.csv",
-        metrics_filename: str = "metrics.json",
-        prompt_source: str | None = None,
-        policy: str | None = None,
-    ) -> None:
-        self.folder = Path(output_dir)
-        self.name = name
-        self.filename = filename
-        self.metrics_filename = metrics_filename
-        self.prompt_source = prompt_source
-        self.policy = policy
+    output_dir: StrPath
+    _: KW_ONLY
+    name: str | None = None
+    filename: str = "cases.csv"
+    metrics_filename: str = "metrics.json"
+    prompt_source: str | None = None
+    policy: str | None = None
 
     def attach(self, engine: Any) -> None:
         """Attach to the evaluator."""
@@ -342,7 +325,8 @@ class CaseTable:
         if not rows:
             there = ", ".join(map(str, engine.state.metric_details)) or "none"
             raise TrainingError(f"CaseTable: no per-case rows under {self.name!r}; metric_details has {there}")
-        write_whole(self.folder / self.filename, lambda temporary: write_rows(rows, temporary))
+        folder = Path(self.output_dir)
+        write_whole(folder / self.filename, lambda temporary: write_rows(rows, temporary))
         content = {
             "metrics": engine.state.metrics,
             "cases": len({row["case"] for row in rows}),
@@ -351,4 +335,4 @@ class CaseTable:
             "policy": self.policy,
             "epoch": engine.state.epoch,
         }
-        write_json(self.folder / self.metrics_filename, plain(content))
+        write_json(folder / self.metrics_filename, plain(content))

@@ -7,7 +7,6 @@ second process out of the folder.
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import random
 import zlib
@@ -23,9 +22,10 @@ from filelock import FileLock, Timeout
 from ignite.engine import Events
 from torch import nn
 
+from samseg_monai.checkpoints import OF_NETWORK, card_facts
 from samseg_monai.data.slices import SliceDataset
 from samseg_monai.errors import CheckpointError, ConfigError, TrainingError, raise_all
-from samseg_monai.files import unwrap, write_whole
+from samseg_monai.files import StrPath, unwrap, write_whole
 from samseg_monai.handlers.provenance import plain
 from samseg_monai.training.owned import owned_state
 
@@ -33,12 +33,10 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".training.lock"
 PATIENCE = 20.0  # seconds; workers of a killed training keep its lock until they see, after 5 s, that it is gone
-# what makes a resume file that of another training
-_IDENTITY = ("base_sha256", "num_classes", "image_size", "scans", "scan_mode", "input_scale", "prompt")
 _KEYS = ("card", "epoch", "epoch_length", "network", "parts", "scaler", "random")
 
 
-def hold_folder(folder: str | os.PathLike[str]) -> FileLock | None:
+def hold_folder(folder: StrPath) -> FileLock | None:
     """Keep other processes from training into ``folder`` for as long as the result lives; a process that dies lets go.
 
     A training started by ``torchrun`` outlives a launcher that is killed, and would go on writing beside the next one.
@@ -140,7 +138,7 @@ class ResumeSaver:
 
     def __init__(
         self,
-        output_dir: str | os.PathLike[str],
+        output_dir: StrPath,
         network: nn.Module,
         *,
         optimizer: torch.optim.Optimizer,
@@ -305,12 +303,8 @@ class ResumeSaver:
 
     def _card(self) -> dict[str, Any]:
         """What must agree for a resume to make sense, as plain values."""
-        network = self.network
-        strategy = getattr(network, "strategy", None)
-        card = {key: getattr(network, key, None) for key in _IDENTITY}
-        card["sam_variant"] = getattr(getattr(network, "spec", None), "name", None)
-        card["strategy"] = None if strategy is None else strategy.card()
-        return plain(card)
+        facts = card_facts(self.network)
+        return plain({key: facts[key] for key in (*OF_NETWORK, "sam_variant", "strategy")})
 
 
 def _rates(optimizer: torch.optim.Optimizer) -> list[float]:

@@ -44,7 +44,6 @@ def unscale_once(engine: Any) -> None:
 
 
 def optimised(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
-    """All parameters of all groups of an optimiser."""
     for group in optimizer.param_groups:
         yield from group["params"]
 
@@ -205,7 +204,19 @@ class GradientFlow:
 
     def _report(self, engine: Any) -> None:
         learning = self._trainable()
-        self.rows = engine.state.gradient_flow = _group_rows(learning, self._norms)
+        groups: dict[str, list[str]] = {}
+        for name in learning:
+            groups.setdefault(_group(name), []).append(name)
+        self.rows = engine.state.gradient_flow = [
+            {
+                "group": group,
+                "tensors": len(names),
+                "parameters": sum(learning[name].numel() for name in names),
+                "gradient_norm": sum((self._norms.get(name) or 0.0) ** 2 for name in names) ** 0.5,
+                "silent": [name for name in names if not self._norms.get(name)],
+            }
+            for group, names in groups.items()
+        ]
         logger.info("Gradients after %d optimiser steps:\n%s", self.steps, _table(self.rows))
         taken = {id(parameter) for parameter in optimised(engine.optimizer)}
         problems = [] if learning else ["no tensor of the network is trainable"]
@@ -230,22 +241,6 @@ def _group(name: str) -> str:
             nested = index + 2 < len(parts) - 1 and parts[index + 2].isdigit()
             return ".".join(parts[: index + (3 if nested else 1)])
     return ".".join(parts[:-1][:3]) or name
-
-
-def _group_rows(learning: Mapping[str, nn.Parameter], norms: Mapping[str, float | None]) -> list[dict[str, Any]]:
-    groups: dict[str, list[str]] = {}
-    for name in learning:
-        groups.setdefault(_group(name), []).append(name)
-    return [
-        {
-            "group": group,
-            "tensors": len(names),
-            "parameters": sum(learning[name].numel() for name in names),
-            "gradient_norm": sum((norms.get(name) or 0.0) ** 2 for name in names) ** 0.5,
-            "silent": [name for name in names if not norms.get(name)],
-        }
-        for group, names in groups.items()
-    ]
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

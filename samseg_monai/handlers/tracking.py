@@ -107,18 +107,25 @@ class MlflowRun:
         self.errors: tuple[type[Exception], ...] = (MlflowException, OSError)
         self._limits: Any = validation
         self._sent: set[tuple[str, int]] = set()
-        path = Path(uri.removeprefix(SQLITE)).resolve() if uri.startswith(SQLITE) else None
+        place: str | None = None
+        alone: AbstractContextManager[Any] = nullcontext()
         try:
-            with _alone(path):
-                self._client = MlflowClient(tracking_uri=uri)
+            if uri.startswith(SQLITE):
+                path = Path(uri.removeprefix(SQLITE)).resolve()
                 # MLflow would put the files of a sqlite store into the working directory, wherever that is
-                place = None if path is None else path.with_name(f"{path.stem}-artifacts").as_uri()
+                place = path.with_name(f"{path.stem}-artifacts").as_uri()
+                # two processes that meet an empty file would both create its tables, and one would fail
+                path.parent.mkdir(parents=True, exist_ok=True)
+                alone = FileLock(path.with_name(f"{path.name}.lock"))
+            with alone:
+                self._client = MlflowClient(tracking_uri=uri)
                 experiment_id = self._experiment(experiment, uri, place)
             self.resumed = self._has(run_id)
             if self.resumed and run_id is not None:
                 self.id = run_id
                 self._client.update_run(run_id, status="RUNNING")
-                self._sent.update(self._stored())
+                for metric in self._client.get_run(run_id).data.metrics:
+                    self._sent.update((metric, p.step) for p in self._client.get_metric_history(run_id, metric))
             else:
                 shown_below = {"mlflow.parentRunId": parent} if self._has(parent) else {}
                 texts = {self._key(key): self._tag_text(value) for key, value in {**tags, **shown_below}.items()}
@@ -150,7 +157,6 @@ class MlflowRun:
         self._sent.update(new)
 
     def tag(self, key: str, value: str) -> None:
-        """Record or replace a tag."""
         self._client.set_tag(self.id, self._key(key), self._tag_text(value))
 
     def files(self, source: str | Path, folder: str | None = None) -> None:
@@ -181,10 +187,6 @@ class MlflowRun:
         except self.errors:
             return False
 
-    def _stored(self) -> Iterator[tuple[str, int]]:
-        for name in self._client.get_run(self.id).data.metrics:
-            yield from ((name, point.step) for point in self._client.get_metric_history(self.id, name))
-
     def _key(self, name: str) -> str:
         """A name that MLflow takes: letters, digits, ``_ - . : `` and blanks."""
         return re.sub(r"[^\w.\-: ]", "_", str(name))[: self._limits.MAX_ENTITY_KEY_LENGTH]
@@ -196,14 +198,6 @@ class MlflowRun:
 def _text(value: Any, limit: int) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _alone(path: Path | None) -> AbstractContextManager[Any]:
-    """Two processes that meet an empty sqlite file would both create its tables, and one would fail."""
-    if path is None:
-        return nullcontext()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path.with_name(f"{path.name}.lock"))
 
 
 class Tracking:

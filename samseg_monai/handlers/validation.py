@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from samseg_monai import pictures
 from samseg_monai.errors import ConfigError, TrainingError
 from samseg_monai.metrics import mean_dice
+from samseg_monai.metrics.engine import of_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class ValidationLoss:
 
     def _publish(self, engine: Any) -> None:
         """Mean over the slices of all processes; a case that several of them hold (padded samplers) counts once."""
-        merged = dict(pair for pairs in _of_all_ranks(list(self._cases.items())) for pair in pairs)
+        merged = dict(pair for pairs in of_all_ranks(list(self._cases.items())) for pair in pairs)
         count = sum(slices for _, slices in merged.values())
         if not count:
             logger.warning("%s: no validated slice has foreground or a prompt, so there is none", self.name)
@@ -213,7 +214,7 @@ class WorstCaseImage:
         self._worst = _Worst(dice, case, index, grey, first, second, aspect, volume)
 
     def _write(self, engine: Any) -> None:
-        cases = [worst for [worst] in _of_all_ranks([self._worst]) if worst is not None]
+        cases = [worst for [worst] in of_all_ranks([self._worst]) if worst is not None]
         self._worst = None
         if not cases or idist.get_rank() != 0:
             return
@@ -228,12 +229,6 @@ class WorstCaseImage:
             self._writer = SummaryWriter(self.log_dir)
         self._writer.add_image(TAG, picture, engine.state.epoch, dataformats="HWC")
         self._writer.flush()
-
-
-def _of_all_ranks(own: list[Any]) -> list[list[Any]]:
-    """One list from each process."""
-    gathered: Any = idist.all_gather(own) if idist.get_world_size() > 1 else [own]
-    return gathered
 
 
 def _bare(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from monai.data import MetaTensor
 
 from samseg_monai.errors import ConfigError, DataError, raise_all
 from samseg_monai.metrics.case import dice_of, score_case, score_columns
-from samseg_monai.metrics.lesions import lesion_columns, lesion_rules, score_lesions
+from samseg_monai.metrics.lesions import LESION_SCORES, lesion_rules, score_lesions
 from samseg_monai.metrics.rows import Row, aggregate, mean_of
 
 logger = logging.getLogger(__name__)
@@ -79,10 +79,10 @@ class CaseScores(Metric):
     ) -> None:
         self.lesions = lesion_rules(lesions)
         self.columns = score_columns(policy, surface=surface, unit=unit)
-        if self.lesions is not None and unit != "mm":
-            raise ConfigError(f"lesion-wise scores need sizes in mm, not in {unit}; set lesion_wise to false")
         if self.lesions is not None:
-            self.columns += lesion_columns(surface=surface)
+            if unit != "mm":
+                raise ConfigError(f"lesion-wise scores need sizes in mm, not in {unit}; set lesion_wise to false")
+            self.columns += LESION_SCORES if surface else LESION_SCORES[:1]
         self.value = self.columns[0] if value == "dice" else value
         if self.value not in self.columns:
             raise ConfigError(f"value {value!r} is not computed here; choose one of {', '.join(self.columns)}")
@@ -105,7 +105,6 @@ class CaseScores(Metric):
 
     @reinit__is_reduced
     def reset(self) -> None:
-        """Forget all cases."""
         self._own: dict[str, list[dict[str, Any]]] = {}
 
     @torch.no_grad()
@@ -130,9 +129,7 @@ class CaseScores(Metric):
 
     def compute(self) -> float:
         """Gather all processes' rows; mean of ``value`` over classes, then cases (NaN when no case counts)."""
-        own = [row for rows in self._own.values() for row in rows]
-        gathered: Any = idist.all_gather(own) if idist.get_world_size() > 1 else [own]
-        self.rows = merge_rows(gathered)
+        self.rows = merge_rows(of_all_ranks([row for rows in self._own.values() for row in rows]))
         return aggregate(self.rows, columns=[self.value])[f"{self.value}_mean"]
 
     def completed(self, engine: Engine, name: str) -> None:
@@ -225,6 +222,12 @@ def regions_of(classes: Sequence[str], regions: str | Mapping[str, Sequence[str]
     ]
     raise_all(problems, ConfigError, f"regions must be lists of the classes {', '.join(classes)}")
     return {region: tuple(position[name] for name in parts) for region, parts in regions.items()}
+
+
+def of_all_ranks(own: list[Any]) -> list[list[Any]]:
+    """One list from each process."""
+    gathered: Any = idist.all_gather(own) if idist.get_world_size() > 1 else [own]
+    return gathered
 
 
 def merge_rows(gathered: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:

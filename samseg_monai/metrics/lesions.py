@@ -83,11 +83,6 @@ def lesion_rules(lesions: bool | Mapping[str, Any] | None) -> LesionRules | None
     return LesionRules(**lesions)
 
 
-def lesion_columns(*, surface: bool = True) -> tuple[str, ...]:
-    """Names of the scores that ``score_lesions`` gives, without the counts."""
-    return LESION_SCORES if surface else LESION_SCORES[:1]
-
-
 def score_lesions(
     prediction: Mask,
     reference: Mask,
@@ -100,8 +95,7 @@ def score_lesions(
     takes them, ``surface=False`` leaves out HD95.
 
     Returns:
-        ``lesion_columns(surface=surface)`` (Dice in [0, 1], HD95 in mm), and the counts ``lesion_tp``, ``lesion_fn``
-        and ``lesion_fp`` as floats.
+        ``LESION_SCORES`` (Dice in [0, 1], HD95 in mm), and the counts ``LESION_COUNTS`` as floats.
 
     Raises:
         DataError: as of ``score_case``.
@@ -133,7 +127,7 @@ def score_lesions(
         hd95 = [*_distances(matches, parts, lesions, inner, spacing), rules.penalty_mm * (missed + false)]
         scores.append(math.fsum(hd95) / count if count else 0.0)
     counts = (len(matches) - missed, missed, false)
-    named = zip((*lesion_columns(surface=surface), *LESION_COUNTS), (*scores, *counts), strict=True)
+    named = zip((*LESION_SCORES[: len(scores)], *LESION_COUNTS), (*scores, *counts), strict=True)
     return {name: float(value) for name, value in named}
 
 

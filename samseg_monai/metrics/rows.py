@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -23,6 +23,7 @@ from samseg_monai.metrics.case import score_columns
 from samseg_monai.metrics.lesions import LESION_COUNTS, LESION_SCORES
 
 Row = Mapping[str, Any]
+Curves = dict[tuple[int, str], tuple[int, float]]  # epoch and name of a value -> iteration, value
 
 LABELS = ("case", "class")
 FLAGS = ("excluded", "empty_prediction", "empty_reference")
@@ -188,22 +189,14 @@ def read_rows(path: StrPath) -> list[dict[str, Any]]:
     return rows
 
 
-class Point(NamedTuple):
-    """One value of a training's curve."""
-
-    epoch: int
-    iteration: int
-    name: str
-    value: float
-
-
-def read_history(path: StrPath) -> tuple[list[Point], list[str]]:
+def read_history(path: StrPath) -> tuple[Curves, list[str]]:
     """Points of a training's ``history.csv`` in their order, and one line for each row of the file that is none."""
-    points, problems = [], []
+    points: Curves = {}
+    problems = []
     with open(path, newline="", encoding="utf-8") as stream:
         for line, row in enumerate(csv.DictReader(stream), start=2):
             try:
-                points.append(Point(int(row["epoch"]), int(row["iteration"]), row["name"], float(row["value"])))
+                points[int(row["epoch"]), row["name"]] = (int(row["iteration"]), float(row["value"]))
             except (KeyError, TypeError, ValueError) as error:
                 problems.append(f"line {line}: {type(error).__name__} {error}")
     return points, problems

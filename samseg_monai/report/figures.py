@@ -164,7 +164,7 @@ def dice_svg(runs: Sequence[RunResult]) -> str:
         figure = Figure(figsize=(max(6.4, (2.2 if len(runs) < 5 else 1.5) * len(runs)), 4.6), layout="constrained")
         axes = figure.subplots()
         for here, (first, second) in enumerate(pairwise(values)):
-            for case in first.keys() & second.keys():
+            for case in sorted(first.keys() & second.keys()):
                 x, y = [here + aside[case], here + 1 + aside[case]], [first[case], second[case]]
                 axes.plot(x, y, color=MUTED, alpha=0.3, lw=0.8)
         for index, (look, dice) in enumerate(zip(looks(names).values(), values, strict=True)):

@@ -1,7 +1,6 @@
 """Montage: slices of some cases, read from NIfTI files, with reference, box and the prediction of each strategy.
 
-Arrays come in RAS order, axis 0 = x growing from the patient's left to the right, axis 1 = y growing from back to
-front; `samseg_monai.pictures` draws them as radiologists see them. Pixels keep their aspect in mm.
+Arrays are as radiologists see them, as `samseg_monai.pictures.as_seen` turns them. Pixels keep their aspect in mm.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from PIL import Image, ImageColor
 
 from samseg_monai import pictures
 from samseg_monai.errors import DataError, raise_all
-from samseg_monai.metrics import case_means, read_rows
 from samseg_monai.report.figures import looks
 from samseg_monai.report.runs import RunResult
 from samseg_monai.report.tables import dice_of_cases
@@ -37,13 +35,12 @@ class OverlayCase:
 
     Args:
         case: its name.
-        image: (H, W) intensities of one scan; axis 0 = x (left to right), axis 1 = y (back to front), RAS.
+        image: (H, W) intensities of one scan, rows and columns as seen.
         reference: (H, W), foreground above 0; each value there is a class with an outline of its own.
         predictions: strategy -> (H, W), likewise; the keys are the names of the runs.
-        box: x0 y0 x1 y1 in pixels as `samseg_monai.transforms.boxes_of` gives it (x along axis 1, y along axis 0,
-            x1 and y1 exclusive), or None.
+        box: left, top, right, bottom edge in pixels, or None.
         dice: strategy -> Dice of the whole volume of the case.
-        spacing_mm: size of a pixel along axis 0 and axis 1.
+        spacing_mm: width and height of a pixel.
         slice_index: index of the slice in its volume, for the caption.
 
     Raises:
@@ -71,35 +68,26 @@ class OverlayCase:
     def picture(self, strategy: str | None = None, *, names: Sequence[str] = ()) -> np.ndarray:
         """(480, 480, 3) uint8: the whole slice with reference, box and a frame around what close-ups show; or, of one
         of the strategies ``names``, the close-up with its prediction in its colour over the reference."""
-        outlines = [(pictures.as_seen(np.asarray(self.reference)), pictures.BOTH)]
+        outlines = [(self.reference, pictures.BOTH)]
         how: dict[str, Any] = {"aspect": self.spacing_mm[1] / self.spacing_mm[0], "side": _SIDE, "line": 4}
-        if strategy is None:
-            how["frame"] = self._window()
-        else:
-            how["window"] = self._window()
-            seen = pictures.as_seen(np.asarray(self.predictions[strategy]))
-            outlines.append((seen, ImageColor.getrgb(looks(names)[strategy].overlay)[:3]))
-        drawn = pictures.draw(pictures.as_seen(np.asarray(self.image, float)), outlines, box=self._edges(), **how)
+        how["frame" if strategy is None else "window"] = self._window()
+        if strategy is not None:
+            outlines.append((self.predictions[strategy], ImageColor.getrgb(looks(names)[strategy].overlay)[:3]))
+        drawn = pictures.draw(self.image, outlines, box=self.box, **how)
         # a black square with the picture in its middle: panels side by side line up whatever the shape of the slice
         down, across = (max(drawn.shape) - length for length in drawn.shape[:2])
         square = np.pad(drawn, ((down // 2, down - down // 2), (across // 2, across - across // 2), (0, 0)))
         if strategy is None:
             return pictures.named(square, "RLAP")
-        return square if outlines[1][0].any() else pictures.noted(square, "empty prediction", outlines[1][1])
-
-    def _edges(self) -> tuple[float, float, float, float] | None:
-        """Left, top, right, bottom of the box as seen; None where there is none (None or NaN)."""
-        if self.box is None or not np.isfinite(np.asarray(self.box, dtype=float)).all():
-            return None
-        return display_box(self.box, np.shape(self.image))
+        _, (prediction, colour) = outlines
+        return square if prediction.any() else pictures.noted(square, "empty prediction", colour)
 
     def _window(self) -> pictures.Window:
-        """Square (in mm) part of the picture around everything drawn: top, bottom, left, right, in pixels as seen."""
-        masks = [np.asarray(mask) > 0 for mask in (self.reference, *self.predictions.values())]
-        rows, columns = np.nonzero(pictures.as_seen(np.any(masks, axis=0)))
-        edges = [(columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)] if len(rows) else []
-        edges += [box] if (box := self._edges()) else []
-        width, height = np.shape(self.image)  # of the picture: its columns run along axis 0
+        """Square (in mm) part of the slice around everything drawn: top, bottom, left, right, in pixels."""
+        height, width = self.image.shape
+        rows, columns = np.nonzero(np.any([mask > 0 for mask in (self.reference, *self.predictions.values())], axis=0))
+        edges: list[Any] = [(columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)] if len(rows) else []
+        edges += [] if self.box is None else [self.box]
         if not edges:
             return 0, height, 0, width
         (left, top, _, _), (_, _, right, bottom) = np.min(edges, axis=0), np.max(edges, axis=0)
@@ -114,13 +102,6 @@ def _stretch(start: float, stop: float, length: float, limit: int) -> tuple[int,
     size = min(round(length), limit)
     first = min(max(round((start + stop) / 2 - size / 2), 0), limit - size)
     return first, first + size
-
-
-def display_box(box: Sequence[float], shape: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Box x0 y0 x1 y1 (x along axis 1) of an array of ``shape``: left, top, right, bottom edge in its picture."""
-    x0, y0, x1, y1 = box
-    height, width = shape
-    return height - y1, width - x1, height - y0, width - x0
 
 
 def image_tag(picture: np.ndarray, alt: str) -> dict[str, str]:
@@ -143,7 +124,7 @@ def pick_cases(run: RunResult) -> dict[str, str]:
 
 def overlay_cases(
     chosen: RunResult,
-    runs: Mapping[str, Path],
+    runs: Sequence[RunResult],
     items: list[dict[str, Any]],
     *,
     scan: int = 0,
@@ -157,8 +138,8 @@ def overlay_cases(
 
     Args:
         chosen: run whose cases are picked.
-        runs: name of a run -> folder of its predictions (``<case>_seg.nii.gz`` and, where boxes were prompts,
-            ``<case>_prompt.nii.gz``).
+        runs: runs whose outlines are shown. Their folders hold ``predictions`` (``<case>_seg.nii.gz``); that of the
+            first one has the boxes, where there were some (``<case>_prompt.nii.gz``).
         items: test items with ``case``, ``image`` (file or list of files) and ``label``.
         scan: which of the image files to show.
         labels: what the values of the label files mean (``datalists.labels_of``); None: all above 0 is one class.
@@ -169,27 +150,30 @@ def overlay_cases(
         ConfigError, DataError: labels and classes do not fit each other, or a label file has other values.
     """
     by_case = {item["case"]: item for item in items}
-    scores = {name: case_means(read_rows(folder / "cases.csv"), "dice") for name, folder in runs.items()}
+    scores = {run.name: dice_of_cases(run) for run in runs}
     recode = None if labels is None else RecodeLabeld("label", labels, classes)
     found = []
     for case in dict.fromkeys(pick_cases(chosen).values()):
         files = by_case[case]["image"]
-        image, spacing = _canonical(Path(files if isinstance(files, str) else files[scan]))
-        label = _canonical(Path(by_case[case]["label"]))[0]
+        image, spacing = _canonical(files if isinstance(files, str) else files[scan])
+        label = _canonical(by_case[case]["label"])[0]
         label = label > 0 if recode is None else recode({"case": case, "label": torch.from_numpy(label)})["label"]
         reference = np.asarray(label, dtype=np.uint8)
         fullness = [(len(np.unique(plane[plane > 0])), (plane > 0).sum()) for plane in np.moveaxis(reference, 2, 0)]
         k = fullness.index(max(fullness))
+        predictions = {run.name: _canonical(run.folder / "predictions" / f"{case}_seg.nii.gz")[0] for run in runs}
+        prompt = runs[0].folder / "predictions" / f"{case}_prompt.nii.gz"
+        box = torch.tensor([np.nan])
+        if prompt.is_file():
+            box = boxes_of(torch.from_numpy(pictures.as_seen(_canonical(prompt)[0][..., k]).copy()))
         found.append(
             OverlayCase(
                 case=case,
-                image=image[..., k] if window is None else np.clip(image[..., k], *window),
-                reference=reference[..., k],
-                predictions={
-                    n: _canonical(f / "predictions" / f"{case}_seg.nii.gz")[0][..., k] for n, f in runs.items()
-                },
-                box=_stored_box(next(iter(runs.values())) / "predictions" / f"{case}_prompt.nii.gz", k),
-                dice={name: scores[name].get(case, float("nan")) for name in runs},
+                image=pictures.as_seen(image[..., k] if window is None else np.clip(image[..., k], *window)),
+                reference=pictures.as_seen(reference[..., k]),
+                predictions={name: pictures.as_seen(volume[..., k]) for name, volume in predictions.items()},
+                box=None if box.isnan().any() else box.tolist(),
+                dice={name: of_case.get(case, float("nan")) for name, of_case in scores.items()},
                 spacing_mm=spacing,
                 slice_index=k,
             )
@@ -197,16 +181,8 @@ def overlay_cases(
     return found
 
 
-def _canonical(path: Path) -> tuple[np.ndarray, tuple[float, float]]:
-    """Return the volume in RAS order and the in-plane voxel sides in mm."""
+def _canonical(path: str | Path) -> tuple[np.ndarray, tuple[float, float]]:
+    """The volume in RAS order and the in-plane voxel sides in mm."""
     image = nib.as_closest_canonical(nib.load(path))
     zooms = image.header.get_zooms()
     return np.asarray(image.dataobj, dtype=np.float32), (float(zooms[0]), float(zooms[1]))
-
-
-def _stored_box(path: Path, k: int) -> list[float] | None:
-    """Box of the stored prompt in slice k; None where there was no prompt, or none in this slice."""
-    if not path.is_file():
-        return None
-    box = boxes_of(torch.from_numpy(np.ascontiguousarray(_canonical(path)[0][..., k])))
-    return None if box.isnan().any() else box.tolist()

@@ -77,7 +77,6 @@ class Quoted:
 
     @property
     def mark(self) -> str:
-        """What stands behind the method."""
         return "(quoted*)" if self.second_hand else "(quoted)"
 
 
@@ -109,6 +108,8 @@ PUBLISHED = (
     Quoted("UNETR++ (3D)", "87.2", None, "Shaker et al. 2022, arXiv:2212.04497, abstract"),
     Quoted("NexToU (3D)", "87.84", None, "as quoted in NexToU issue 4, where a user gets about 83", second_hand=True),
 )  # fmt: skip
+# what was read there
+SOURCES = {row.source: "; ".join(r.method for r in PUBLISHED if r.source == row.source) for row in PUBLISHED}
 
 
 class Rules(NamedTuple):
@@ -139,26 +140,20 @@ class Organ(NamedTuple):
 
 @dataclass(frozen=True)
 class OrganLine:
-    """One run under one set of rules; ``organs`` in the papers' order, ``cases`` in the CSV."""
+    """One run under one set of rules; ``organs`` in the papers' order, ``cases`` in the CSV.
+
+    ``dice`` (in %) and ``hd95`` (in the unit of the rules) are means over the organs where a case counts.
+    """
 
     run: RunResult
     rules: Rules
     organs: Mapping[str, Organ]
     cases: int
-
-    @property
-    def dice(self) -> float:
-        """Mean over organs, those where a case counts, of their mean Dice, in %."""
-        return mean_of([organ.dice for organ in self.organs.values() if organ.n])
-
-    @property
-    def hd95(self) -> float:
-        """Likewise of HD95, in the unit of the rules."""
-        return mean_of([organ.hd95 for organ in self.organs.values() if organ.n])
+    dice: float
+    hd95: float
 
     @property
     def cells(self) -> list[str]:
-        """What stands under ``HEAD``."""
         return [fixed(value, 2) for value in (self.dice, self.hd95, *(organ.dice for organ in self.organs.values()))]
 
     @property
@@ -175,10 +170,9 @@ class OrganLine:
 
 @dataclass(frozen=True)
 class OrganTable:
-    """Lines of the runs, two for each (published rules, then honest ones), and rows quoted from papers."""
+    """Lines of the runs, two for each (published rules, then honest ones), to stand above those of ``PUBLISHED``."""
 
     lines: Sequence[OrganLine]
-    quoted: Sequence[Quoted] = PUBLISHED
 
     def groups(self) -> Iterator[tuple[RunResult, str, list[OrganLine], list[str]]]:
         """Run, what it is on one line, its lines, and remarks: its gate, organs that not every case counts for."""
@@ -193,10 +187,6 @@ class OrganTable:
         """What a reader must know before comparing runs with quoted rows."""
         stand_ins = any(line.run.is_pico or line.run.is_phantom for line in self.lines)
         return [*([NOT_COMPARABLE] if stand_ins else []), SECOND_HAND]
-
-    def sources(self) -> dict[str, str]:
-        """Source -> methods quoted from it, in the order of the rows."""
-        return {row.source: "; ".join(r.method for r in self.quoted if r.source == row.source) for row in self.quoted}
 
 
 def organ_table(runs: Sequence[RunResult]) -> OrganTable:
@@ -223,8 +213,8 @@ def organs_text(table: OrganTable) -> str:
     body: list[Sequence[str]] = []
     for _, heading, lines, remarks in table.groups():
         body += [[heading], *([f"  {line.rules.short}", *line.cells] for line in lines), *([f"  {r}"] for r in remarks)]
-    body += [[QUOTED], *([f"  {row.method} {row.mark}", *row.cells] for row in table.quoted)]
-    sources = [f"  {methods}: {source}" for source, methods in table.sources().items()]
+    body += [[QUOTED], *([f"  {row.method} {row.mark}", *row.cells] for row in PUBLISHED)]
+    sources = [f"  {methods}: {source}" for source, methods in SOURCES.items()]
     below = [RULES_TEXT, *table.caveats(), "Sources of the quoted rows:", *sources]
     wrapped = [textwrap.fill(text, WIDTH, subsequent_indent="    ", break_on_hyphens=False) for text in below]
     return grid(["method", *HEAD], body) + "\n\n" + "\n".join(wrapped) + "\n"
@@ -258,7 +248,7 @@ def organs_json(table: OrganTable) -> dict[str, Any]:
             "hd95_voxel": None if row.hd95 is None else float(row.hd95),
             "organs": {name: float(row.organs[name]) if name in row.organs else None for name in ORGANS},
         }
-        for row in table.quoted
+        for row in PUBLISHED
     ]
     return {"organs": list(ORGANS), "runs": runs, "quoted": quoted}
 
@@ -296,4 +286,5 @@ def _line(run: RunResult, rules: Rules, rows: Sequence[Mapping[str, Any]]) -> Or
         pairs = [pair for row in counted if all(map(math.isfinite, pair := (row[rules.dice], row[rules.hd95])))]
         dice, hd95 = (mean_of([pair[i] for pair in pairs]) for i in (0, 1))
         organs[name] = Organ(100 * dice, hd95, len(pairs))
-    return OrganLine(run, rules, organs, len({row["case"] for row in rows}))
+    means = (mean_of([organ[i] for organ in organs.values() if organ.n]) for i in (0, 1))
+    return OrganLine(run, rules, organs, len({row["case"] for row in rows}), *means)

@@ -168,9 +168,9 @@ class RunResult:
         if curves_path is not None and name != BOX_ELLIPSE:
             points, problems = read_history(curves_path)
             raise_all(problems, BundleError, f"{curves_path} cannot be read; train again to write it")
-            for point in points:
-                if math.isfinite(point.value):
-                    curves.setdefault(point.name, {})[point.epoch] = point.value
+            for (epoch, curve), (_, value) in points.items():
+                if math.isfinite(value):
+                    curves.setdefault(curve, {})[epoch] = value
             training_card = curves_path.parent / CARD_FILE
             if training_card.is_file() and training_card.resolve() != card_path.resolve():
                 training = _json(training_card)
@@ -204,7 +204,6 @@ class RunResult:
 
     @property
     def is_phantom(self) -> bool:
-        """Whether the card says that the cases are phantoms."""
         return bool(self.fact("phantoms")) or "phantom" in str(self.fact("dataset")).lower()
 
     @property
@@ -268,7 +267,6 @@ class RunResult:
 
     @property
     def classes(self) -> list[str]:
-        """Classes in the order of the CSV."""
         return list(dict.fromkeys(str(row["class"]) for row in self.rows))
 
     def fact(self, *paths: str) -> Any:

@@ -60,12 +60,10 @@ class Line:
 
     @property
     def n(self) -> int:
-        """Cases that count."""
         return int(self.numbers["n"])
 
     @property
     def excluded(self) -> int:
-        """Rows that do not."""
         return int(self.numbers["n_excluded"])
 
 
@@ -83,11 +81,9 @@ class Difference:
     verdict: str
 
     def text(self) -> str:
-        """The mean with its sign."""
         return fixed(self.mean, digits(self.measure), "+").replace("-", "\u2212")
 
     def interval(self) -> str:
-        """``low to high`` with their signs."""
         return interval(self.low, self.high, digits(self.measure), "+").replace("-", "\u2212")
 
 
@@ -158,12 +154,10 @@ def results_json(runs: Sequence[RunResult]) -> dict[str, dict[str, Any]]:
     result: dict[str, dict[str, Any]] = {}
     for line in table_lines(runs):
         run = line.run
-        kinds = ("mean", "std", "median")
-        entry: dict[str, Any] = {
-            key: or_none(line.numbers[key]) for name in measures([run]) for key in (f"{name}_{kind}" for kind in kinds)
-        }
-        entry |= {f"{dice_column(run)}_ci95": [or_none(line.low), or_none(line.high)]}
-        entry |= {"n": line.n, "excluded": line.excluded}
+        keys = [f"{name}_{kind}" for name in measures([run]) for kind in ("mean", "std", "median")]
+        entry: dict[str, Any] = {key: or_none(line.numbers[key]) for key in keys}
+        entry |= {f"{dice_column(run)}_ci95": [or_none(line.low), or_none(line.high)], "n": line.n}
+        entry["excluded"] = line.excluded
         if run.name in result:
             result[run.name].setdefault("classes", {})[line.klass] = entry
             continue
@@ -174,8 +168,8 @@ def results_json(runs: Sequence[RunResult]) -> dict[str, dict[str, Any]]:
             **({} if run.gate is None else {"gate": run.gate}),
         }
     for one in differences(runs):
-        entry = {"mean": or_none(one.mean), "ci95": [or_none(one.low), or_none(one.high)]}
-        entry |= {"n": one.n, "verdict": one.verdict}
+        interval = [or_none(one.low), or_none(one.high)]
+        entry = {"mean": or_none(one.mean), "ci95": interval, "n": one.n, "verdict": one.verdict}
         result[one.run.name].setdefault("minus_zero_shot", {})[one.measure] = entry
     return result
 
@@ -252,7 +246,6 @@ def interval(low: float, high: float, digits: int = 3, sign: str = "-") -> str:
 
 
 def count_text(count: int | None) -> str:
-    """Number of parameters with thousands separators."""
     return NOT_RECORDED if count is None else f"{count:,}"
 
 
@@ -267,7 +260,6 @@ def digits(measure: str) -> int:
 
 
 def headings(names: Sequence[str]) -> list[str]:
-    """What measures are called."""
     return [MEASURES[name][0] for name in names]
 
 
@@ -278,12 +270,10 @@ def named(run: RunResult) -> str:
 
 
 def classes_of(runs: Sequence[RunResult]) -> list[str]:
-    """Classes of all runs, in the order of their CSVs."""
     return list(dict.fromkeys(name for run in runs for name in run.classes))
 
 
 def other_measures(runs: Sequence[RunResult]) -> list[str]:
-    """Measures of the table but Dice."""
     return [name for name in measures(runs) if not name.startswith("dice")]
 
 

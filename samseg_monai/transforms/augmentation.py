@@ -85,14 +85,13 @@ class RandMirroredd(RandFlipd):
     left-right axis is mirrored: a patient upside down, or front to back, is none that a scanner shows.
 
     Args:
-        keys: arrays on one grid, channel-first: image, label, prompt; all are mirrored together.
+        keys: arrays on one grid, channel-first: image, label, prompt; all are mirrored together. "label" holds classes,
+            whole numbers of any dtype.
         axis: spatial axis between left and right, see ``left_right_axis``.
         classes: names behind the label values 1 to K.
         pairs: [left, right] names of classes that change places. None means that nobody has said: refused if a class
             is named left or right. An empty list says that there are none.
-        label_keys: those of ``keys`` that hold label values; each must be whole numbers of any dtype.
         prob: of a slice to be mirrored.
-        allow_missing_keys: skip absent keys.
     Raises:
         ConfigError: at construction, for an axis that is none of a slice, unknown names, a class in two pairs, or sides
             among the classes that nobody has paired; all at once.
@@ -106,13 +105,11 @@ class RandMirroredd(RandFlipd):
         classes: Sequence[str] = (),
         pairs: Sequence[Sequence[str]] | None = None,
         *,
-        label_keys: Sequence[str] = ("label",),
         prob: float = 0.5,
         allow_missing_keys: bool = False,
     ) -> None:
         _check(axis, classes, pairs)
         super().__init__(keys, prob=prob, spatial_axis=axis, allow_missing_keys=allow_missing_keys)
-        self.label_keys = tuple(label_keys)
         self.table = torch.arange(len(classes) + 1)
         for pair in pairs or ():
             one, other = (list(classes).index(name) + 1 for name in pair)
@@ -130,15 +127,14 @@ class RandMirroredd(RandFlipd):
         return self._exchange(super().inverse(data), done)
 
     def _exchange(self, d: dict[Hashable, Any], keys: Sequence[Hashable]) -> dict[Hashable, Any]:
-        for key in keys if self.exchanges else ():
-            if key in self.label_keys:
-                values = torch.as_tensor(d[key]).as_subclass(torch.Tensor)
-                if values.numel() and not 0 <= float(values.min()) <= float(values.max()) < len(self.table):
-                    raise DataError(
-                        f"{key} has values {float(values.min()):g} to {float(values.max()):g}, classes are 0 to "
-                        f"{len(self.table) - 1}: recode labels before they are mirrored"
-                    )
-                d[key] = on_grid_of(d[key], self.table[values.long()].to(values.dtype))
+        if self.exchanges and "label" in keys:
+            values = torch.as_tensor(d["label"]).as_subclass(torch.Tensor)
+            if values.numel() and not 0 <= float(values.min()) <= float(values.max()) < len(self.table):
+                raise DataError(
+                    f"label has values {float(values.min()):g} to {float(values.max()):g}, classes are 0 to "
+                    f"{len(self.table) - 1}: recode labels before they are mirrored"
+                )
+            d["label"] = on_grid_of(d["label"], self.table[values.long()].to(values.dtype))
         return d
 
 

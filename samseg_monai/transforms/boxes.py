@@ -1,23 +1,24 @@
-"""From a prompt mask to boxes: computed last, after all geometry, so that no box has to be transformed.
+"""Boxes as numbers: around a mask, moved and cut off along with their image, and the ellipse in them.
 
-Boxes are x0 y0 x1 y1 in pixels of the slice (x along the last axis); a box that covers the pixels a to b, both
-included, reads (a, b + 1), so that its width is the number of pixels. NaN stands for "no box".
+Boxes are x0 y0 x1 y1 in pixel edges of a slice (x along the last axis, W): one that covers the pixels a to b, both
+included, reads (a, b + 1), so that its width is the number of pixels. A row of NaN is no box. An edge is half a pixel
+from a pixel's centre, to which affines refer, so that edge = index + 0.5.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
 import torch
-from monai.transforms import MapTransform
 
-from samseg_monai.errors import PromptError
-from samseg_monai.transforms.grids import on_grid_of
+from samseg_monai.errors import PromptError, raise_all
 
 Rectangle = tuple[int, int, int, int]
+_PARALLEL = 1e-6  # of a pixel's side: what an affine may be off the axes by rounding
+_DUST = 1e-3  # pixels: what rounding may put beyond the border
 
 
 def rectangles(mask: torch.Tensor, *, per_component: bool = False) -> list[Rectangle]:
@@ -67,58 +68,45 @@ def boxes_of(prompt: torch.Tensor, *, per_component: bool = False, max_boxes: in
     return boxes if per_component else boxes[0]
 
 
-class BoxFromPromptd(MapTransform):
-    """Slice-level, the last of the slice transforms: put the box of the prompt slice under ``box_key``.
+def move_boxes(boxes: torch.Tensor, before: Any, after: Any) -> torch.Tensor:
+    """Boxes on one grid as boxes on another grid over the same picture.
 
     Args:
-        prompt_key: prompt slice, (1, H, W).
-        box_key: where the boxes go, see ``boxes_of``.
-        per_component: one box per connected component.
-        max_boxes: rows when ``per_component``; the same for every slice, so that batches collate.
-        allow_missing_keys: leave a slice without a prompt as it is.
+        boxes: (N, 4) in pixel edges of the grid whose affine is ``before``; rows with NaN stay NaN.
+        before, after: affines (4, 4) from indices (i along H, j along W, k) to a common space.
+    Returns: float32 (N, 4) in pixel edges of the grid of ``after``; not clipped.
+    Raises: PromptError if the two grids are turned by other than right angles.
     """
-
-    def __init__(
-        self,
-        prompt_key: str = "prompt",
-        box_key: str = "boxes",
-        *,
-        per_component: bool = False,
-        max_boxes: int = 8,
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(prompt_key, allow_missing_keys)
-        self.box_key = box_key
-        self.per_component = per_component
-        self.max_boxes = max_boxes
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[self.box_key] = boxes_of(d[key], per_component=self.per_component, max_boxes=self.max_boxes)
-        return d
+    source, target = (np.asarray(torch.as_tensor(a).cpu(), dtype=np.float64) for a in (before, after))
+    matrix = np.linalg.solve(target, source)
+    plane = np.abs(matrix[:2, :2])
+    if plane.min(axis=0).max() > _PARALLEL * plane.max():
+        raise PromptError(f"boxes cannot follow a rotation other than by right angles, got {matrix[:2, :2].tolist()}")
+    x0, y0, x1, y1 = np.asarray(boxes.detach().cpu(), dtype=np.float64).T
+    moved = []
+    for y, x in ((y0, x0), (y1, x1)):
+        index = np.stack([y - 0.5, x - 0.5, np.zeros_like(x), np.ones_like(x)])
+        moved.append((matrix @ index)[:2] + 0.5)
+    low, high = np.minimum(*moved), np.maximum(*moved)
+    return torch.from_numpy(np.stack([low[1], low[0], high[1], high[0]], axis=1).astype(np.float32))
 
 
-class EllipseFromPromptd(MapTransform):
-    """The ellipse inscribed in the box of every slice: how good is the box alone, without any network?
+def clip_boxes(boxes: torch.Tensor, size: tuple[int, int], case: str = "unnamed case") -> torch.Tensor:
+    """Boxes cut off at the border of an image of ``size`` (H, W).
 
-    Args:
-        prompt_key: prompt volume (1, H, W, D) or slice (1, H, W).
-        key: where the float32 mask of 0 and 1 goes; same shape, metadata and history as the prompt.
+    Raises: PromptError naming the case and every box of which nothing is left.
     """
-
-    def __init__(self, prompt_key: str = "prompt", key: str = "ellipse") -> None:
-        super().__init__(prompt_key)
-        self.key = key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for prompt_key in self.key_iterator(d):
-            prompt = d[prompt_key].as_subclass(torch.Tensor)
-            planes = [prompt] if prompt.ndim == 3 else prompt.unbind(-1)
-            ellipses = [inscribed(boxes_of(plane)[None], plane.shape[-2:]) for plane in planes]
-            d[self.key] = on_grid_of(d[prompt_key], torch.stack(ellipses, dim=-1).reshape(prompt.shape))
-        return d
+    height, width = size
+    high = boxes.new_tensor([width, height, width, height])
+    clipped = torch.minimum(boxes.clamp(min=0), high)  # NaN stays NaN in both
+    lost = (clipped[:, 2] - clipped[:, 0] <= _DUST) | (clipped[:, 3] - clipped[:, 1] <= _DUST)
+    problems = [
+        f"box {n} lies outside: {[round(v, 2) for v in boxes[n].tolist()]} as x0, y0, x1, y1 in pixels of the image "
+        "that the network is given, after crops"
+        for n in lost.nonzero()[:, 0].tolist()
+    ]
+    raise_all(problems, PromptError, f"{case}: nothing is left of boxes in an image of {width} x {height} pixels")
+    return clipped
 
 
 def inscribed(boxes: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

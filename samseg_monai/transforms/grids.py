@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, ResizeWithPadOrCropd
 from monai.utils import fall_back_tuple
@@ -49,46 +48,47 @@ class CropOrPadd(ResizeWithPadOrCropd):
         return super().__call__(data, lazy)
 
 
+def name_of(d: Mapping[Hashable, Any]) -> str:
+    """Name of a case, for messages and seeds."""
+    return str(d.get("case", "unnamed case"))
+
+
+class EachKeyd(MapTransform):
+    """A dictionary transform that changes a case for one of its keys after the other."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            self._change(d, key)
+        return d
+
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        """Change ``d``, a copy of the case, as ``d[key]`` asks for."""
+        raise NotImplementedError
+
+
 class CheckSameGridd(MapTransform):
-    """Refuse a case whose ``keys`` are not on the grid of ``reference_key``, as a coarse mask made on another image.
+    """Refuse a case whose ``keys`` are not on the grid of its "image", as a coarse mask made on another image.
 
     Shapes are compared without the channel, affines (where both have one) within 0.001 mm per entry.
 
     Args:
         keys: arrays to check, channel-first.
-        reference_key: array they are compared with, channel-first.
-        case_key: where the name of the case is found for the message.
-        allow_missing_keys: skip keys that the case does not have.
     Raises: DataError naming the case and both grids, all differing keys at once.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        reference_key: str = "image",
-        *,
-        case_key: str = "case",
-        allow_missing_keys: bool = False,
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.reference_key = reference_key
-        self.case_key = case_key
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        reference = d[self.reference_key]
+        image = d["image"]
         problems = []
         for key in self.key_iterator(d):
-            shape, expected = tuple(d[key].shape[1:]), tuple(reference.shape[1:])
+            shape, expected = tuple(d[key].shape[1:]), tuple(image.shape[1:])
             if shape != expected:
-                problems.append(f"{key} has shape {shape}, {self.reference_key} has {expected}")
-            elif isinstance(d[key], MetaTensor) and isinstance(reference, MetaTensor):
-                affine, wanted = (np.asarray(torch.as_tensor(x.affine).cpu()) for x in (d[key], reference))
+                problems.append(f"{key} has shape {shape}, image has {expected}")
+            elif isinstance(d[key], MetaTensor) and isinstance(image, MetaTensor):
+                affine, wanted = (np.asarray(torch.as_tensor(x.affine).cpu()) for x in (d[key], image))
                 if affine.shape != wanted.shape or not np.allclose(affine, wanted, rtol=0, atol=AFFINE_TOLERANCE):
-                    problems.append(
-                        f"{key} has affine {np.round(affine, 4).tolist()}, "
-                        f"{self.reference_key} has {np.round(wanted, 4).tolist()}"
-                    )
-        case = d.get(self.case_key, "unnamed case")
-        raise_all(problems, DataError, f"{case}: not on the grid of {self.reference_key}; resample it first")
+                    grids = [np.round(x, 4).tolist() for x in (affine, wanted)]
+                    problems.append(f"{key} has affine {grids[0]}, image has {grids[1]}")
+        raise_all(problems, DataError, f"{name_of(d)}: not on the grid of image; resample it first")
         return d

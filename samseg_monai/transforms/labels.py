@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
 from scipy.ndimage import find_objects, generate_binary_structure, label
 
+from samseg_monai.data.files.boxes import is_number
 from samseg_monai.errors import ConfigError, DataError, raise_all
-from samseg_monai.transforms.grids import on_grid_of
+from samseg_monai.transforms.grids import EachKeyd, name_of, on_grid_of
 
 _UNKNOWN = 255  # no class: uint8 labels have at most 254 of them
 _CHUNK = 1 << 20  # voxels at a time: the integer copies of a whole CT would be eight times its label
@@ -22,7 +22,7 @@ _ALL_NEIGHBOURS = generate_binary_structure(3, 3)
 SPACING_DECIMALS = 5  # of mm: columns of an affine have noise (1.0000001), which must not decide what is small
 
 
-class RecodeLabeld(MapTransform):
+class RecodeLabeld(EachKeyd):
     """Map the values of label files to 0 (everything else) and 1 to K (position of the name in ``classes`` + 1).
 
     Files keep the coding they came in; what their values mean is read from the datalist.
@@ -32,9 +32,7 @@ class RecodeLabeld(MapTransform):
         labels: value -> name for every value that is legal in the files (``datalists.labels_of``). Several values may
             have one name; a name that is not among the classes becomes 0.
         classes: names of the classes in the order of the network's channels, without the background.
-        case_key: where the name of the case is found for messages.
         codings: other tables like ``labels`` by name; those in which a strange label would be legal are suggested.
-        allow_missing_keys: skip keys that the case does not have.
     Returns: uint8 of the same shape; device, geometry and history of the label.
     Raises:
         ConfigError: at construction, for classes without a value in ``labels`` (all at once), classes named twice, more
@@ -48,7 +46,6 @@ class RecodeLabeld(MapTransform):
         labels: Mapping[str, str],
         classes: Sequence[str],
         *,
-        case_key: str = "case",
         codings: Mapping[str, Mapping[Any, str]] | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
@@ -59,7 +56,6 @@ class RecodeLabeld(MapTransform):
             raise ConfigError(f'labels must be {{"0": "background", "1": "<name>", ...}}, got {labels!r}') from error
         _check_classes(classes, names)
         self.classes = tuple(classes)
-        self.case_key = case_key
         self.names = names
         self.codings = {coding: {0, *map(int, table)} for coding, table in (codings or {}).items()}
         # one slot more at both ends: values beyond the table are clipped into them
@@ -69,19 +65,16 @@ class RecodeLabeld(MapTransform):
             table[value - self.lowest] = self.classes.index(name) + 1 if name in self.classes else 0
         self.table = table
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            values = torch.as_tensor(d[key]).as_subclass(torch.Tensor).detach().cpu().numpy()
-            flat = np.ascontiguousarray(values).reshape(-1)
-            recoded = np.empty(flat.size, dtype=np.uint8)
-            where = f"{d.get(self.case_key, 'unnamed case')}: {key}"
-            for start in range(0, flat.size, _CHUNK):
-                recoded[start : start + _CHUNK] = self._look_up(flat[start : start + _CHUNK], where)
-            if (recoded == _UNKNOWN).any():
-                self._refuse({int(value) for value in np.unique(flat)}, where)
-            d[key] = on_grid_of(d[key], torch.from_numpy(recoded.reshape(values.shape)))
-        return d
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        values = torch.as_tensor(d[key]).as_subclass(torch.Tensor).detach().cpu().numpy()
+        flat = np.ascontiguousarray(values).reshape(-1)
+        recoded = np.empty(flat.size, dtype=np.uint8)
+        where = f"{name_of(d)}: {key}"
+        for start in range(0, flat.size, _CHUNK):
+            recoded[start : start + _CHUNK] = self._look_up(flat[start : start + _CHUNK], where)
+        if (recoded == _UNKNOWN).any():
+            self._refuse({int(value) for value in np.unique(flat)}, where)
+        d[key] = on_grid_of(d[key], torch.from_numpy(recoded.reshape(values.shape)))
 
     def _look_up(self, values: np.ndarray, where: str) -> np.ndarray:
         if values.dtype.kind == "f":
@@ -115,7 +108,7 @@ def _check_classes(classes: Sequence[str], names: Mapping[int, str]) -> None:
     raise_all(problems, ConfigError, f"classes do not fit the labels of the datalist ({', '.join(known)})")
 
 
-class RemoveSmallComponentsd(MapTransform):
+class RemoveSmallComponentsd(EachKeyd):
     """Set components that are smaller than ``min_mm3`` to 0; one of exactly ``min_mm3`` stays.
 
     MONAI's ``RemoveSmallObjectsd`` needs scikit-image, takes each value of a map of labels for one object however far
@@ -129,40 +122,34 @@ class RemoveSmallComponentsd(MapTransform):
         keys: segmentations (C, H, W, D) with an affine in mm: a map of whole numbers, 0 the background, or channels of
             0 and 1.
         min_mm3: smallest volume that stays, mm^3; None keeps everything.
-        case_key: where the name of the case is found for messages.
-        allow_missing_keys: skip keys that the case does not have.
     Returns: shape, dtype, device, geometry and history of the segmentation.
     Raises:
         ConfigError: at construction, for a volume that is not a positive number.
         DataError: for a segmentation without affine, of another shape, or with values that are not whole numbers.
     """
 
-    def __init__(
-        self, keys: KeysCollection, min_mm3: float | None, *, case_key: str = "case", allow_missing_keys: bool = False
-    ) -> None:
+    def __init__(self, keys: KeysCollection, min_mm3: float | None, *, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
-        number = isinstance(min_mm3, (int, float)) and not isinstance(min_mm3, bool) and 0 < min_mm3 < math.inf
-        if min_mm3 is not None and not number:
+        if min_mm3 is not None and not (is_number(min_mm3) and 0 < min_mm3 < math.inf):
             raise ConfigError(f"min_mm3 must be a positive volume in mm^3, got {min_mm3!r}; null keeps everything")
         self.min_mm3 = min_mm3
-        self.case_key = case_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d) if self.min_mm3 is not None else ():
-            volume, where = d[key], f"{d.get(self.case_key, 'unnamed case')}: {key}"
-            if not isinstance(volume, MetaTensor) or volume.ndim != 4:
-                raise DataError(
-                    f"{where} must be a MetaTensor (C, H, W, D) with an affine, got {type(volume).__name__} of shape "
-                    f"{tuple(volume.shape)}; load it with LoadImaged"
-                )
-            voxel_mm3 = float(np.prod(np.round(volume.pixdim.double().cpu().numpy(), SPACING_DECIMALS)))
-            labels = volume.as_tensor().detach().cpu().clone().numpy()
-            for channel in labels:
-                for box in find_objects((channel != 0).view(np.uint8)):
-                    self._clear(channel[box], voxel_mm3, where)
-            d[key] = on_grid_of(volume, torch.from_numpy(labels))
-        return d
+        return dict(data) if self.min_mm3 is None else super().__call__(data)
+
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        volume, where = d[key], f"{name_of(d)}: {key}"
+        if not isinstance(volume, MetaTensor) or volume.ndim != 4:
+            raise DataError(
+                f"{where} must be a MetaTensor (C, H, W, D) with an affine, got {type(volume).__name__} of shape "
+                f"{tuple(volume.shape)}; load it with LoadImaged"
+            )
+        voxel_mm3 = float(np.prod(np.round(volume.pixdim.double().cpu().numpy(), SPACING_DECIMALS)))
+        labels = volume.as_tensor().detach().cpu().clone().numpy()
+        for channel in labels:
+            for box in find_objects((channel != 0).view(np.uint8)):
+                self._clear(channel[box], voxel_mm3, where)
+        d[key] = on_grid_of(volume, torch.from_numpy(labels))
 
     def _clear(self, labels: np.ndarray, voxel_mm3: float, where: str) -> None:
         """Clear the small components of one channel (H, W, D) in place."""

@@ -1,4 +1,4 @@
-"""Grey values of image files brought to a fixed range, and slices resized by cubic splines as others did."""
+"""Intensities brought to the range that a run asks for, and slices resized, by cubic splines as others did."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapTransform
+from monai.transforms import (
+    Compose,
+    MapTransform,
+    NormalizeIntensityd,
+    Resized,
+    ScaleIntensityRanged,
+    ScaleIntensityRangePercentilesd,
+)
 from scipy import ndimage
 
 from samseg_monai.errors import ConfigError
-from samseg_monai.transforms.grids import on_grid_of
+from samseg_monai.transforms.grids import EachKeyd, on_grid_of
 
 BYTE = 255.0
+TOPS = {"unit": 1.0, "sam": BYTE}
+SPLINES, MODES = [3, 0, 0], ["bilinear", "nearest", "nearest"]  # of image, label and prompt
 PERCENTILE = 99.5  # as in the task recipes of volumes: the brightest half percent is often an artefact
 
 
@@ -31,13 +40,12 @@ def bytes_of(image: np.ndarray) -> np.ndarray:
     return np.clip((values - low) / max(high - low, 1e-6), 0, 1).astype(np.float32) * np.float32(BYTE)
 
 
-class ScaleGreysd(MapTransform):
+class ScaleGreysd(EachKeyd):
     """Bring images to 0 to ``top``: those of 8 bits keep their greys, others are stretched as ``bytes_of`` says.
 
     Args:
         keys: images of any shape.
         top: what 255 becomes; 255 for SAM's own mean and deviation, 1 for inputs from 0 to 1.
-        allow_missing_keys: skip keys that the case does not have.
     Returns: float32 with geometry and history of the image.
     Raises: ConfigError unless ``top`` is positive.
     """
@@ -48,12 +56,9 @@ class ScaleGreysd(MapTransform):
             raise ConfigError(f"top must be positive, got {top!r}")
         self.top = float(top)
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            plain = torch.as_tensor(d[key]).as_subclass(torch.Tensor).detach().cpu().numpy()
-            d[key] = on_grid_of(d[key], torch.from_numpy(bytes_of(plain) * np.float32(self.top / BYTE)))
-        return d
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        plain = torch.as_tensor(d[key]).as_subclass(torch.Tensor).detach().cpu().numpy()
+        d[key] = on_grid_of(d[key], torch.from_numpy(bytes_of(plain) * np.float32(self.top / BYTE)))
 
 
 class SplineResized(MapTransform):
@@ -67,7 +72,6 @@ class SplineResized(MapTransform):
         keys: (C, H, W) slices or (C, H, W, D) volumes, whose slices are resized one by one.
         size: longer side afterwards, in pixels.
         order: of the spline for each key, 0 (nearest) to 5; one number for all.
-        allow_missing_keys: skip absent keys.
 
     Raises:
         ConfigError: ``size`` below 2, a wrong number of orders or an order that there is none of.
@@ -103,3 +107,84 @@ class SplineResized(MapTransform):
         ]
         result = np.moveaxis(np.asarray(resized), 1, -1)  # (C, D, h, w) -> (C, h, w, D)
         return torch.from_numpy(np.ascontiguousarray(result.reshape(*result.shape[:3], *array.shape[3:])))
+
+
+class ScaleInputd(MapTransform):
+    """Intensities as ``scale`` names them: z-scores of each channel, 0 to 1, or 0 to 255 for SAM's own normalisation.
+
+    Args:
+        keys: images, channel-first.
+        scale: "zscore", "unit" or "sam".
+        window: for "unit" and "sam": the two intensities (CT: in HU) that become 0 and the top.
+        percentiles: without a window: the two percentiles of each channel that become 0 and the top. With neither the
+            greys of an image of 8 bits are kept (``ScaleGreysd``).
+        nonzero: for "zscore": mean and deviation over voxels that are not 0.
+
+    Attributes:
+        described: the transforms behind it, as components of a config.
+
+    Raises:
+        ConfigError: there is no such scale.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        scale: str,
+        *,
+        window: Sequence[float] | None = None,
+        percentiles: Sequence[float] | None = None,
+        nonzero: bool = False,
+    ) -> None:
+        super().__init__(keys)
+        if scale != "zscore" and scale not in TOPS:
+            raise ConfigError(f"input_scale: got {scale!r}; choose one of 'zscore', 'unit', 'sam'")
+        given, top = {"keys": keys}, TOPS.get(scale, 1.0)
+        span = {"b_min": 0.0, "b_max": top, "clip": True}
+        kind: Any
+        if scale == "zscore":
+            kind, given = NormalizeIntensityd, {**given, "nonzero": nonzero, "channel_wise": True}
+        elif window is not None:
+            kind, given = ScaleIntensityRanged, {**given, "a_min": window[0], "a_max": window[1], **span}
+        elif percentiles is not None:
+            lower, upper = percentiles
+            kind, given = ScaleIntensityRangePercentilesd, {**given, "lower": lower, "upper": upper, **span}
+            given["channel_wise"] = True
+        else:
+            kind, given = ScaleGreysd, {**given, "top": top}
+        self.described = [{"_target_": kind.__name__, **given}]
+        self.transform = kind(**given)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return dict(self.transform(data))
+
+
+def stored_slices(keys: Sequence[str], size: int | None) -> Compose:
+    """Slices of ``size`` pixels, as a protocol stores them before they are enlarged again; None leaves them alone.
+
+    Args:
+        keys: image, label and prompt, in this order; absent ones are passed over.
+        size: longer side in pixels.
+    """
+    given = {"keys": list(keys), "size": size, "order": SPLINES[: len(keys)], "allow_missing_keys": True}
+    return _described("samseg_monai.transforms.SplineResized", SplineResized, given) if size else Compose([])
+
+
+def resized_slices(keys: Sequence[str], size: int, *, spline: bool = False) -> Compose:
+    """The longer side of each slice brought to ``size``: bilinearly, or by splines where slices were stored so.
+
+    Args:
+        keys: image, label and prompt, in this order; absent ones are passed over.
+        size: longer side in pixels.
+        spline: see ``SplineResized``; it cannot be inverted.
+    """
+    if spline:
+        return stored_slices(keys, size)
+    given = {"keys": list(keys), "spatial_size": size, "size_mode": "longest", "mode": MODES[: len(keys)]}
+    return _described("Resized", Resized, {**given, "allow_missing_keys": True})
+
+
+def _described(name: str, kind: Any, given: dict[str, Any]) -> Compose:
+    compose = Compose([kind(**given)])
+    setattr(compose, "described", [{"_target_": name, **given}])  # noqa: B010 as components of a config
+    return compose

@@ -1,7 +1,9 @@
-"""Where prompts come from: each source becomes one mask volume that travels through the same transforms as the image.
+"""Where prompts come from: simulated from the label, or given by a person or another network.
 
-Sources: ``label`` (simulated from the ground truth), ``json`` (boxes given by a person), ``image`` (the whole slice),
-``mask`` (a coarse segmentation file: ``LoadImaged`` on the prompt key, then ``CheckSameGridd``).
+Of volumes each source becomes one mask volume that travels through the same transforms as the image, and boxes are
+computed last, so that none has to be transformed. Of 2-D images, volumes of one slice (C, H, W, 1), boxes stay numbers
+from file or label to the network, never a mask and never rounded: they follow any resize, crop, flip or exchange of
+axes that MONAI writes into the affine. Entries are called "image", "label", "prompt", "boxes" and "case" (its name).
 """
 
 from __future__ import annotations
@@ -12,76 +14,82 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import MapTransform, RandomizableTransform
+from monai.data import MetaTensor
+from monai.transforms import Compose, LoadImaged, MapTransform, RandomizableTransform
 
-from samseg_monai.data.files.boxes import volume_boxes
-from samseg_monai.errors import ConfigError, PromptError
-from samseg_monai.transforms.boxes import rectangles
-from samseg_monai.transforms.grids import on_grid_of
+from samseg_monai.data.files.boxes import is_number, volume_boxes
+from samseg_monai.errors import ConfigError, PromptError, raise_all
+from samseg_monai.transforms.boxes import Rectangle, boxes_of, clip_boxes, inscribed, move_boxes, rectangles
+from samseg_monai.transforms.grids import CheckSameGridd, EachKeyd, name_of, on_grid_of
+
+Random = np.random.RandomState | np.random.Generator
 
 
-class PromptFromLabeld(RandomizableTransform, MapTransform):
+class _FromLabeld(RandomizableTransform, EachKeyd):
+    """What simulated prompts share: their law, and where draws come from."""
+
+    def __init__(self, source: str, loosen: Any, seed: int | None, per_component: bool, problems: list[str]) -> None:
+        EachKeyd.__init__(self, "label")
+        RandomizableTransform.__init__(self, prob=1.0)
+        if not isinstance(loosen, Sequence) or len(loosen) != 2 or not all(map(is_number, loosen)):
+            problems = [*problems, f"loosen is a pair of numbers (low, high), got {loosen!r}"]
+        elif not 0 <= loosen[0] <= loosen[1]:
+            problems = [*problems, f"loosen is a pair (low, high) with 0 <= low <= high, got {loosen!r}"]
+        if seed is not None and seed < 0:
+            problems = [*problems, f"seed must not be negative, got {seed}"]
+        raise_all(problems, ConfigError, "prompts cannot be drawn from labels")
+        self.source, self.seed, self.per_component = source, seed, per_component
+        self.loosen = (float(loosen[0]), float(loosen[1]))
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return super().__call__(data) if self.source == "label" else dict(data)
+
+    def _random(self, d: Mapping[Hashable, Any], *numbers: int) -> Random:
+        if self.seed is None:
+            return self.R
+        if "case" not in d:
+            raise PromptError(f"seeded prompts need the name of the case under 'case', got keys {list(d)}")
+        return np.random.default_rng((self.seed, zlib.crc32(name_of(d).encode()), *numbers))
+
+
+class SimulatedPromptd(_FromLabeld):
     """Simulate a person's box: per slice the filled rectangle around ``label > 0``, each side moved outward at random.
 
     With ``seed``, the draws of a volume depend on (seed, case name, slice number) alone: the order of cases, other
     slices and an in-plane crop do not change them. Slices, and volumes without ``seed``, draw from ``self.R``.
+    Of "label", a (C, H, W, D) volume or (C, H, W) slice, "prompt" is made: uint8, one channel, 0 or 1, geometry and
+    history of the label.
 
     Args:
-        label_key: (C, H, W, D) volume or (C, H, W) slice.
-        prompt_key: where the prompt goes: uint8, one channel, 0 or 1, geometry and history of the label.
+        source: with any other than "label" a case stays as it is.
         loosen: smallest and largest outward shift of a side, as a fraction of the box's length along that axis;
             0 <= low <= high. Shifts are rounded to pixels and clipped to the image. (0, 0) is the tight rectangle.
         seed: non-negative, see above.
-        case_key: where the name of the case is found; needed with ``seed``.
         per_component: a rectangle for every connected component of the slice (rectangles that touch become one prompt).
     Raises: ConfigError for a bad ``loosen`` or ``seed``; PromptError when ``seed`` is given and the case has no name.
     """
 
     def __init__(
         self,
-        label_key: str = "label",
-        prompt_key: str = "prompt",
+        source: str = "label",
         *,
         loosen: Sequence[float] = (0.0, 0.0),
         seed: int | None = None,
-        case_key: str = "case",
         per_component: bool = False,
     ) -> None:
-        MapTransform.__init__(self, label_key)
-        RandomizableTransform.__init__(self, prob=1.0)
-        if len(loosen) != 2 or not 0 <= loosen[0] <= loosen[1]:
-            raise ConfigError(f"loosen is a pair (low, high) with 0 <= low <= high, got {loosen!r}")
-        if seed is not None and seed < 0:
-            raise ConfigError(f"seed of PromptFromLabeld must not be negative, got {seed}")
-        self.prompt_key = prompt_key
-        self.loosen = (float(loosen[0]), float(loosen[1]))
-        self.seed = seed
-        self.case_key = case_key
-        self.per_component = per_component
+        super().__init__(source, loosen, seed, per_component, [])
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            mask = (d[key].as_subclass(torch.Tensor) > 0).any(dim=0).cpu()  # (C, H, W[, D]) -> (H, W[, D])
-            prompt = torch.zeros(mask.shape, dtype=torch.uint8)
-            if mask.ndim == 2:
-                self._fill(prompt, mask, self.R)
-            else:
-                for z in mask.flatten(0, 1).any(dim=0).nonzero()[:, 0].tolist():
-                    self._fill(prompt[..., z], mask[..., z], self._random(d, z))
-            d[self.prompt_key] = on_grid_of(d[key], prompt[None])
-        return d
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        mask = (d[key].as_subclass(torch.Tensor) > 0).any(dim=0).cpu()  # (C, H, W[, D]) -> (H, W[, D])
+        prompt = torch.zeros(mask.shape, dtype=torch.uint8)
+        if mask.ndim == 2:
+            self._fill(prompt, mask, self.R)
+        else:
+            for z in mask.flatten(0, 1).any(dim=0).nonzero()[:, 0].tolist():
+                self._fill(prompt[..., z], mask[..., z], self._random(d, z))
+        d["prompt"] = on_grid_of(d[key], prompt[None])
 
-    def _random(self, d: Mapping[Hashable, Any], z: int) -> np.random.RandomState | np.random.Generator:
-        if self.seed is None:
-            return self.R
-        if self.case_key not in d:
-            raise PromptError(f"seeded prompts need the name of the case under {self.case_key!r}, got keys {list(d)}")
-        return np.random.default_rng((self.seed, zlib.crc32(str(d[self.case_key]).encode()), z))
-
-    def _fill(
-        self, prompt: torch.Tensor, mask: torch.Tensor, random: np.random.RandomState | np.random.Generator
-    ) -> None:
+    def _fill(self, prompt: torch.Tensor, mask: torch.Tensor, random: Random) -> None:
         height, width = mask.shape
         for x0, y0, x1, y1 in rectangles(mask, per_component=self.per_component):
             left, top, right, bottom = random.uniform(*self.loosen, size=4)
@@ -90,65 +98,231 @@ class PromptFromLabeld(RandomizableTransform, MapTransform):
             prompt[y0:y1, x0:x1] = 1
 
 
-class PromptFromImaged(MapTransform):
-    """The whole of every slice is the prompt; for networks that want a box when nobody gave one.
+class SimulatedBoxesd(_FromLabeld):
+    """Boxes around ``label > 0``: tight, or with each side moved outward at random, shifted, and clipped to the image.
+
+    With ``seed`` the boxes of an image depend on (seed, case name) and its label alone, else they come from ``self.R``.
+    The law is relative to the tight box, so that it is the same at every size of the image. Of "label", a slice
+    (C, H, W) or volume of one slice (C, H, W, 1), "boxes" are made: float32 (N, 4); one row of NaN for an empty label.
 
     Args:
-        image_key: (C, H, W, D) or (C, H, W).
-        prompt_key: where the prompt goes: uint8 ones, one channel, geometry and history of the image.
-    """
-
-    def __init__(self, image_key: str = "image", prompt_key: str = "prompt") -> None:
-        super().__init__(image_key)
-        self.prompt_key = prompt_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            d[self.prompt_key] = on_grid_of(d[key], torch.ones((1, *d[key].shape[1:]), dtype=torch.uint8))
-        return d
-
-
-class PromptFromBoxesd(MapTransform):
-    """Rasterise boxes that a person gave. Runs straight after loading, before any reorientation.
-
-    ``data[boxes_key]`` is a list of ``{"slice": k, "box": [i0, j0, i1, j1]}`` or ``{"slices": [k0, k1], "box": ...}``:
-    voxel indices along axes 0, 1 and (slices) 2 of the stored array, from 0, all ends included. An empty list is a case
-    without prompts. The list is taken out of the case: it would not collate, and "boxes" names the slices' boxes later.
-
-    Args:
-        image_key: (C, H, W, D), whose grid the boxes refer to.
-        prompt_key: where the prompt goes: uint8, one channel, 0 or 1, geometry and history of the image.
-        boxes_key: where the list is found.
-        case_key: where the name of the case is found for the message.
-    Raises: PromptError naming the case and every bad box at once.
+        source: with any other than "label" a case stays as it is.
+        loosen: smallest and largest outward shift of a side, each drawn on its own, as a fraction of the tight box's
+            length along that axis; 0 <= low <= high.
+        tight: fraction of boxes that are the tight rectangle instead, 0 to 1.
+        shift: the whole loosened box is moved along each axis by up to this fraction of its side, 0 to 0.5.
+        seed: non-negative, see above.
+        per_component: a box per 8-connected component, largest first.
+        max_boxes: with ``per_component``, rows of the result: the largest are kept and NaN fills up, so that batches
+            collate. None gives as many rows as there are boxes.
+    Raises: ConfigError listing all settings that are out of range; PromptError for a label of several slices, when
+        ``seed`` is given and the case has no name, or when a person's boxes are there already.
     """
 
     def __init__(
         self,
-        image_key: str = "image",
-        prompt_key: str = "prompt",
-        boxes_key: str = "boxes",
+        source: str = "label",
         *,
-        case_key: str = "case",
+        loosen: Sequence[float] = (0.0, 0.0),
+        tight: float = 0.0,
+        shift: float = 0.0,
+        seed: int | None = None,
+        per_component: bool = False,
+        max_boxes: int | None = None,
     ) -> None:
-        super().__init__(image_key)
-        self.prompt_key = prompt_key
-        self.boxes_key = boxes_key
-        self.case_key = case_key
+        problems = []
+        for name, value, most, what in (("tight", tight, 1, "the fraction of tight boxes"),
+                                        ("shift", shift, 0.5, "a fraction of the box's side")):  # fmt: skip
+            if not is_number(value):
+                problems.append(f"{name} must be a number, got {value!r}")
+            elif not 0 <= value <= most:
+                problems.append(f"{name} is {what}, 0 to {most}, got {value!r}")
+        if shift and isinstance(loosen, Sequence) and any(is_number(side) and side > 1 for side in loosen):
+            problems.append(f"loosen of more than 1 together with shift may move boxes off the image, got {loosen!r}")
+        if max_boxes is not None and max_boxes < 1:
+            problems.append(f"max_boxes must be at least 1, got {max_boxes}")
+        super().__init__(source, loosen, seed, per_component, problems)
+        self.tight, self.shift, self.max_boxes = float(tight), float(shift), max_boxes
+
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        if isinstance(d.get("boxes"), (list, tuple)):
+            raise PromptError(
+                f"{name_of(d)}: boxes are given, but are to be drawn from 'label'; set prompt::source to 'json' or "
+                "prompt::boxes to null"
+            )
+        label = torch.as_tensor(d[key]).as_subclass(torch.Tensor)
+        if label.ndim == 4 and label.shape[-1] == 1:
+            label = label[..., 0]
+        if label.ndim != 3:
+            raise PromptError(
+                f"{name_of(d)}: boxes are for 2-D images, but {key} has shape {tuple(d[key].shape)}; volumes take "
+                "prompt masks"
+            )
+        mask = (label > 0).any(dim=0).cpu()  # (C, H, W) -> (H, W)
+        random = self._random(d)
+        drawn = [self._draw(r, mask.shape, random) for r in rectangles(mask, per_component=self.per_component)]
+        rows = self.max_boxes if self.per_component and self.max_boxes else max(1, len(drawn))
+        drawn += [[torch.nan] * 4] * rows
+        d["boxes"] = torch.tensor(drawn[:rows], dtype=torch.float32)
+
+    def _draw(self, rectangle: Rectangle, size: Sequence[int], random: Random) -> list[float]:
+        # every box takes the same number of draws, so that one of them does not change the next
+        chance = random.uniform()
+        outward = random.uniform(*self.loosen, size=4)
+        moved = random.uniform(-self.shift, self.shift, size=2)
+        tight = np.array(rectangle, dtype=np.float64)
+        if chance < self.tight:
+            return tight.tolist()
+        side = np.tile(tight[2:] - tight[:2], 2)  # width, height, width, height
+        box = tight + outward * side * (-1, -1, 1, 1)
+        box += np.tile(moved * (box[2:] - box[:2]), 2)
+        height, width = size
+        return np.clip(box, 0, (width, height, width, height)).tolist()
+
+
+class GivenPromptd(EachKeyd):
+    """The "prompt" that a person or another network gives, straight after loading, before any reorientation.
+
+    It is uint8, one channel, 0 or 1, with geometry and history of "image" (C, H, W, D).
+
+    Args:
+        source: "json": "boxes", a list of ``{"slice": k, "box": [i0, j0, i1, j1]}`` or ``{"slices": [k0, k1], "box":
+            ...}``, in voxel indices along axes 0, 1 and (slices) 2 of the stored array, from 0, all ends included; an
+            empty list is a case without prompts. The list is taken out of the case: it would not collate, and "boxes"
+            names the slices' boxes later. "mask": a file under "prompt", on the image's grid. "image": the whole of
+            each slice. Anything else leaves the case as it is.
+    Raises: PromptError naming the case and every bad box at once; DataError for a mask on another grid.
+    """
+
+    def __init__(self, source: str) -> None:
+        super().__init__("image")
+        self.source = source
+        self.load = Compose([LoadImaged("prompt", ensure_channel_first=True), CheckSameGridd("prompt")])
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        if self.source == "mask":
+            return dict(self.load(data))
+        return super().__call__(data) if self.source in ("json", "image") else dict(data)
+
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        shape = tuple(d[key].shape[1:])
+        prompt = torch.full(shape, self.source == "image", dtype=torch.uint8)
+        if self.source == "json":
+            boxes = d.pop("boxes", None)
+            if not isinstance(boxes, (list, tuple)):
+                raise PromptError(f"{name_of(d)}: 'boxes' must be a list of boxes (it may be empty), got {boxes!r}")
+            heading = f"{name_of(d)}: bad boxes for an image of {shape} voxels"
+            for i0, j0, i1, j1, k0, k1 in volume_boxes(boxes, shape, heading):
+                prompt[i0 : i1 + 1, j0 : j1 + 1, k0 : k1 + 1] = 1
+        d["prompt"] = on_grid_of(d[key], prompt[None])
+
+
+class FinalBoxesd(MapTransform):
+    """The "boxes" of a 2-D image as the network gets them, float32 (N, 4).
+
+    Args:
+        source: "json": those that a person gave in pixels of the stored image, a list of [x0, y0, x1, y1], moved to the
+            image as it is now and clipped to it. "image": the whole image is one box. "none": there are none. With any
+            other they must be there already.
+        shrink: each side is moved inwards by this fraction of the box's length along its axis, at least 0 and less than
+            0.5, against boxes that are known to be drawn too large; the middle of a box stays.
+    Raises: ConfigError for another ``shrink``; PromptError, naming the case: no boxes, no numbers, or a box that lies
+        wholly outside.
+    """
+
+    def __init__(self, source: str, shrink: float = 0.0) -> None:
+        super().__init__("boxes")
+        if not is_number(shrink) or not 0 <= shrink < 0.5:
+            raise ConfigError(f"shrink must be at least 0 and less than 0.5, got {shrink!r}")
+        self.source, self.shrink = source, float(shrink)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        case = d.get(self.case_key, "unnamed case")
-        boxes = d.pop(self.boxes_key, None)
-        if not isinstance(boxes, (list, tuple)):
-            raise PromptError(f"{case}: {self.boxes_key!r} must be a list of boxes (it may be empty), got {boxes!r}")
-        for key in self.key_iterator(d):
-            shape = tuple(d[key].shape[1:])
-            prompt = torch.zeros(shape, dtype=torch.uint8)
-            for i0, j0, i1, j1, k0, k1 in volume_boxes(
-                boxes, shape, f"{case}: bad boxes for an image of {shape} voxels"
-            ):
-                prompt[i0 : i1 + 1, j0 : j1 + 1, k0 : k1 + 1] = 1
-            d[self.prompt_key] = on_grid_of(d[key], prompt[None])
-        return d
+        if self.source == "none":
+            return d
+        boxes = d.get("boxes")
+        if self.source == "json":
+            boxes = _given(d)
+        elif self.source == "image":
+            height, width = d["image"].shape[1:3]
+            boxes = torch.tensor([[0, 0, width, height]], dtype=torch.float32)
+        if not isinstance(boxes, torch.Tensor):
+            raise PromptError(
+                f"{name_of(d)}: there are no boxes; prompt::source of 2-D images is label, json (with a file of "
+                "boxes), image or none"
+            )
+        low, high = boxes[:, :2], boxes[:, 2:]
+        inwards = self.shrink * (high - low)
+        return {**d, "boxes": torch.cat([low + inwards, high - inwards], dim=1)}
+
+
+def _given(d: Mapping[Hashable, Any]) -> torch.Tensor:
+    """The list of boxes in a case on the image as it is now, whose file's affine is its ``original_affine``."""
+    given, image = d.get("boxes"), d["image"]
+    try:
+        boxes = torch.as_tensor(given, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        boxes = torch.empty(0)
+    if boxes.ndim != 2 or boxes.shape[-1] != 4 or not len(boxes) or not boxes.isfinite().all():
+        raise PromptError(
+            f"{name_of(d)}: 'boxes' must be a list of boxes [x0, y0, x1, y1] in pixels, got {given!r}; set "
+            "prompt::boxes to a file that has this case"
+        )
+    if not isinstance(image, MetaTensor) or "original_affine" not in image.meta:
+        raise PromptError(f"{name_of(d)}: image has no affine of its file; load it with LoadImaged")
+    moved = move_boxes(boxes, image.meta["original_affine"], image.affine)
+    return clip_boxes(moved, (image.shape[1], image.shape[2]), name_of(d))
+
+
+class BoxFromPromptd(EachKeyd):
+    """Slice-level, the last of the slice transforms: put the box of "prompt" (1, H, W) under "boxes".
+
+    Args:
+        per_component: one box per connected component, see ``boxes_of``.
+        max_boxes: rows when ``per_component``; the same for every slice, so that batches collate.
+        allow_missing_keys: leave a slice without a prompt as it is.
+    """
+
+    def __init__(self, *, per_component: bool = False, max_boxes: int = 8, allow_missing_keys: bool = False) -> None:
+        super().__init__("prompt", allow_missing_keys)
+        self.per_component, self.max_boxes = per_component, max_boxes
+
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        d["boxes"] = boxes_of(d[key], per_component=self.per_component, max_boxes=self.max_boxes)
+
+
+class EllipseFromPromptd(EachKeyd):
+    """The ellipse inscribed in the box of every slice: how good is the box alone, without any network?
+
+    Args:
+        prompt_key: prompt volume (1, H, W, D) or slice (1, H, W).
+        key: where the float32 mask of 0 and 1 goes; same shape, metadata and history as the prompt.
+    """
+
+    def __init__(self, prompt_key: str = "prompt", key: str = "ellipse") -> None:
+        super().__init__(prompt_key)
+        self.key = key
+
+    def _change(self, d: dict[Hashable, Any], prompt_key: Hashable) -> None:
+        prompt = d[prompt_key].as_subclass(torch.Tensor)
+        planes = [prompt] if prompt.ndim == 3 else prompt.unbind(-1)
+        ellipses = [inscribed(boxes_of(plane)[None], plane.shape[-2:]) for plane in planes]
+        d[self.key] = on_grid_of(d[prompt_key], torch.stack(ellipses, dim=-1).reshape(prompt.shape))
+
+
+class EllipseFromBoxesd(EachKeyd):
+    """The ellipses inscribed in the "boxes" (N, 4) of an image, all together, as ``EllipseFromPromptd`` of volumes.
+
+    Args:
+        image_key: (C, H, W, 1) or (C, H, W), whose grid the boxes refer to; rows of NaN give nothing.
+        key: where the float32 mask of 0 and 1 goes, (1, H, W, 1) or (1, H, W), with geometry and history of the image.
+    """
+
+    def __init__(self, image_key: str = "image", key: str = "ellipse") -> None:
+        super().__init__(image_key)
+        self.key = key
+
+    def _change(self, d: dict[Hashable, Any], image_key: Hashable) -> None:
+        image = d[image_key]
+        ellipse = inscribed(torch.as_tensor(d["boxes"]), image.shape[1:3])
+        d[self.key] = on_grid_of(image, ellipse.reshape(1, *image.shape[1:]))

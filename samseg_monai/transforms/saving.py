@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import LoadImage, MapTransform
+from monai.transforms import LoadImage
 from PIL import Image, ImageDraw
 
 from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.files import file_name
 from samseg_monai.pictures import outline_of
-from samseg_monai.transforms.float_boxes import move_boxes
+from samseg_monai.transforms.boxes import move_boxes
+from samseg_monai.transforms.grids import EachKeyd
 from samseg_monai.transforms.pixels import bytes_of
 
 BACKGROUND = "background"  # as datalists name it
@@ -30,11 +30,11 @@ CLASSES = ((230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66))
 _PIXELS_PER_LINE = 400  # of the longer side: an outline is one pixel wide in small images, three in 1200 pixels
 
 
-class SaveImagePngd(MapTransform):
+class SaveImagePngd(EachKeyd):
     """Write ``<case>_seg.png`` with the values of the data's own labels, and ``<case>_overlay.png``.
 
-    The overlay is the stored image with the outline of each class and the boxes that the network was given. Items pass
-    unchanged.
+    The overlay is the stored image with the outline of each class and the boxes that the network was given: "boxes"
+    (N, 4), if there are any, on the grid of "image", a MetaTensor with its file's name. Items pass unchanged.
 
     Args:
         keys: the prediction on the grid of the file, MetaTensor (1, H, W, 1): 0, and 1 to the number of classes.
@@ -42,9 +42,6 @@ class SaveImagePngd(MapTransform):
         output_dir: folder, made if need be.
         labels: what values mean in label files (``datalists.labels_of``): class k is written as the smallest value of
             its name, all else as that of the background, or 0. None writes 0 to K.
-        image_key: the network's image, a MetaTensor with its file's name; tells where the boxes lie.
-        boxes_key: boxes (N, 4) on the grid of that image; an item without has none in its picture.
-        case_key: the name of the case.
         reader: how the stored image is read, as of ``LoadImage``.
         overlay: False leaves the picture out.
     Raises: ConfigError for a class without a value that a PNG can hold (0 to 65535); DataError for a prediction of
@@ -58,43 +55,35 @@ class SaveImagePngd(MapTransform):
         output_dir: str | os.PathLike[str],
         *,
         labels: Mapping[str, str] | None = None,
-        image_key: str = "image",
-        boxes_key: str = "boxes",
-        case_key: str = "case",
         reader: str | None = None,
         overlay: bool = True,
     ) -> None:
         super().__init__(keys)
         self.folder = Path(output_dir)
         self.table = _table(classes, labels)
-        self.image_key, self.boxes_key, self.case_key = image_key, boxes_key, case_key
         self.overlay = overlay
         self.load = LoadImage(reader=reader, image_only=True, ensure_channel_first=True)
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        d = dict(data)
-        for key in self.key_iterator(d):
-            pred, case = d[key], str(d[self.case_key])
-            plain = torch.as_tensor(pred).as_subclass(torch.Tensor).detach().cpu()
-            numbers = plain.round().long()
-            if plain.ndim != 4 or plain.shape[0] != 1 or plain.shape[-1] != 1 or not bool((numbers == plain).all()):
-                raise DataError(f"{case}: an image of whole numbers (1, H, W, 1) is written, got {tuple(plain.shape)}")
-            if "/" in case or "\\" in case:
-                raise DataError(f"{case!r} is no name of a file; rename the case in the datalist")
-            if int(numbers.min()) < 0 or int(numbers.max()) >= len(self.table):
-                raise DataError(f"{case}: {key} has values beyond the {len(self.table) - 1} classes")
-            plane = numbers[0, ..., 0].numpy()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(self.table[plane]).save(self.folder / f"{case}_seg.png")
-            if self.overlay:
-                picture = self._picture(d, plane, pred)
-                picture.save(self.folder / f"{case}_overlay.png")
-        return d
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        pred, case = d[key], str(d["case"])
+        plain = torch.as_tensor(pred).as_subclass(torch.Tensor).detach().cpu()
+        numbers = plain.round().long()
+        if plain.ndim != 4 or plain.shape[0] != 1 or plain.shape[-1] != 1 or not bool((numbers == plain).all()):
+            raise DataError(f"{case}: an image of whole numbers (1, H, W, 1) is written, got {tuple(plain.shape)}")
+        if "/" in case or "\\" in case:
+            raise DataError(f"{case!r} is no name of a file; rename the case in the datalist")
+        if int(numbers.min()) < 0 or int(numbers.max()) >= len(self.table):
+            raise DataError(f"{case}: {key} has values beyond the {len(self.table) - 1} classes")
+        plane = numbers[0, ..., 0].numpy()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(self.table[plane]).save(self.folder / f"{case}_seg.png")
+        if self.overlay:
+            self._picture(d, plane, pred).save(self.folder / f"{case}_overlay.png")
 
     def _picture(self, d: Mapping[Hashable, Any], plane: np.ndarray, pred: Any) -> Image.Image:
-        image = d[self.image_key]
+        image = d["image"]
         stored = np.asarray(self.load(image.meta["filename_or_obj"]))  # (C, H, W, 1)
-        boxes = d.get(self.boxes_key)
+        boxes = d.get("boxes")
         if boxes is not None:
             affine = pred.affine if isinstance(pred, MetaTensor) else torch.eye(4)
             boxes = move_boxes(torch.as_tensor(boxes).as_subclass(torch.Tensor), image.affine, affine)
@@ -141,24 +130,15 @@ def _table(classes: Sequence[str], labels: Mapping[str, str] | None) -> np.ndarr
     return np.asarray(values, dtype=np.uint8 if max(values) <= 255 else np.uint16)
 
 
-class NameAfterCased(MapTransform):
+class NameAfterCased(EachKeyd):
     """Let ``SaveImaged`` call a file ``<case>_<postfix>``: a case of several scans has no one file to be named after.
 
     Args:
         keys: entries to be saved; MetaTensors.
-        case_key: entry with the case's name.
-        allow_missing_keys: skip absent entries.
     """
 
-    def __init__(self, keys: KeysCollection, *, case_key: str = "case", allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.case_key = case_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        items = dict(data)
-        for key in self.key_iterator(items):
-            item = items[key].clone() if isinstance(items[key], MetaTensor) else MetaTensor(items[key])
-            # with a suffix: MONAI cuts off what looks like one, and names may hold dots, as those of DICOM folders do
-            item.meta["filename_or_obj"] = f"{file_name(str(items[self.case_key]))}.nii.gz"
-            items[key] = item
-        return items
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        item = d[key].clone() if isinstance(d[key], MetaTensor) else MetaTensor(d[key])
+        # with a suffix: MONAI cuts off what looks like one, and names may hold dots, as those of DICOM folders do
+        item.meta["filename_or_obj"] = f"{file_name(str(d['case']))}.nii.gz"
+        d[key] = item

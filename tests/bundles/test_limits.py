@@ -21,7 +21,7 @@ from samseg_monai.bundles.tensors import WithoutValues, described_tensors
 from samseg_monai.checkpoints import load_model
 from samseg_monai.errors import BundleError, DataError, SamsegError, log_visibly, raise_all
 from samseg_monai.files import read_json
-from samseg_monai.report import RunResult
+from samseg_monai.report.runs import RunResult
 from samseg_monai.sam.weights import read_state
 from samseg_monai.settings import merged, read_settings
 from samseg_monai.transforms import CropOrPadd

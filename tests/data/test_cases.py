@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk
 
 from samseg_monai.data import BRATS_SCANS as SCANS
-from samseg_monai.data.files.cases import Found, find_cases
+from samseg_monai.data.files.cases import CaseList, find_cases
 from samseg_monai.data.files.volumes import read_volume
 from samseg_monai.demo.brain_phantoms import write_brats_cases
 from samseg_monai.errors import DataError, PromptError
@@ -244,7 +244,7 @@ def test_other_formats_under_these_names_are_refused(tmp_path, volume):
 
 
 def test_names_of_cases_are_names_of_files():
-    found = Found()
+    found = CaseList()
     for case in ("../../etc/x", "a\x1b[2J", "nul", "", "plain case.1"):
         found.add(case, [Path("image")])
     assert list(found.files) == ["_.._etc_x", "a_[2J", "_nul", "_", "plain case.1"]

@@ -1,4 +1,4 @@
-"""Datalists are read, checked, split and hashed without surprises."""
+"""Datalists are read, checked and split without surprises."""
 
 import json
 from collections import Counter
@@ -10,7 +10,6 @@ import SimpleITK as sitk
 
 from samseg_monai.data.datalists import (
     check_datalist,
-    datalist_hash,
     load_datalist,
     patient_of,
     read_datalist,
@@ -135,21 +134,6 @@ def test_every_section_with_a_fraction_gets_a_patient():
         split_by_patient({"a": "a", "b": "b"})
     with pytest.raises(DataError, match="with sum 1"):
         split_by_patient(patients, (0.5, 0.1, 0.1))
-
-
-def test_hash_follows_data_and_split_but_not_layout(tmp_path):
-    first = {**datalist(training=["P-001-000"], testing=["P-002-000"]), "hashes": {"P-001-000": "1", "P-002-000": "2"}}
-    write_datalist(first, tmp_path / "d.json")
-    (tmp_path / "other.json").write_text(json.dumps(dict(reversed(first.items()))))
-    assert datalist_hash(tmp_path / "d.json") == datalist_hash(tmp_path / "other.json")
-    assert datalist_hash(first) != datalist_hash({**first, "hashes": {"P-001-000": "1", "P-002-000": "3"}})
-    swapped = {**first, "training": first["testing"], "testing": first["training"]}
-    assert datalist_hash(first) != datalist_hash(swapped)
-
-
-def test_hash_of_a_file_equals_the_hash_of_what_was_read_from_it(tmp_path):
-    write_datalist(datalist(training=["P-001-000"]), tmp_path / "d.json")
-    assert datalist_hash(tmp_path / "d.json") == datalist_hash(read_datalist(tmp_path / "d.json"))
 
 
 def test_scans_are_picked_by_name_and_in_order(tmp_path):

@@ -32,7 +32,7 @@ from samseg_monai.bundles.build import compose, render
 from samseg_monai.data.slices import AllSlices, EveryNth, Foreground, MaxArea, RandomN, SliceDataset
 from samseg_monai.data.slices.cache import describe, describe_item
 from samseg_monai.errors import ConfigError, DataError
-from samseg_monai.transforms import BoxFromPromptd, PromptFromLabeld
+from samseg_monai.transforms import BoxFromPromptd, SimulatedPromptd
 
 SIZE = (20, 24, 8)
 SCANS = ("t1n", "t1c", "t2w", "t2f")
@@ -63,7 +63,7 @@ def load_volumes() -> list:
         LoadImaged(["image", "label"], image_only=True),
         EnsureChannelFirstd(["image", "label"]),
         ResizeWithPadOrCropd(["image", "label"], spatial_size=(16, 20, -1)),
-        PromptFromLabeld(),
+        SimulatedPromptd(),
     ]
 
 
@@ -182,7 +182,7 @@ def test_draws_depend_on_seed_epoch_and_item_only(cases):
 
 
 def test_unseeded_prompts_of_slices_are_drawn_anew_in_every_epoch(cases):
-    slices = [PromptFromLabeld(loosen=(0.0, 0.9)), BoxFromPromptd()]
+    slices = [SimulatedPromptd(loosen=(0.0, 0.9)), BoxFromPromptd()]
     dataset = dataset_of(cases, slices, picker=MaxArea())
     drawn = set()
     for epoch in range(6):

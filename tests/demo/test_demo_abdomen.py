@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from samseg_monai import bundles, cli
 from samseg_monai.demo import abdomen_phantoms
-from samseg_monai.report import ORGANS
+from samseg_monai.report.organs import ORGANS
 
 SHAPE = (40, 32, 16)
 RUNS = ["zero_shot", "sam_only", "cnn_only", "ladder"]

@@ -11,8 +11,10 @@ from PIL import ImageColor
 from samseg_monai.demo.story import is_trained
 from samseg_monai.errors import DataError
 from samseg_monai.handlers.provenance import file_hash
-from samseg_monai.report import RunResult, overlay_cases
+from samseg_monai.pictures import as_seen
 from samseg_monai.report.figures import looks
+from samseg_monai.report.montage import overlay_cases
+from samseg_monai.report.runs import RunResult
 from samseg_monai.sam.weights import sha256_of
 
 LABELS = {"0": "background", "4": "liver", "7": "spleen", "9": "vein"}
@@ -87,10 +89,12 @@ def scored(tmp_path):
 def test_overlays_show_the_slice_with_most_organs_in_the_classes_of_the_network(scored):
     folder, items = scored
     run = RunResult.load(folder, name="ladder")
-    [case] = overlay_cases(run, {"ladder": folder}, items, labels=LABELS, classes=CLASSES, window=(-100, 100))
+    [case] = overlay_cases(run, [run], items, labels=LABELS, classes=CLASSES, window=(-100, 100))
     assert case.slice_index == 2 and case.box is None and case.spacing_mm == (2.0, 3.0)
-    assert case.reference[1, 1] == 1 and case.reference[3, 5] == 2 and set(np.unique(case.reference)) == {0, 1, 2}
-    assert case.predictions["ladder"][1, 1] == 2
+    organs, found = np.zeros((6, 8)), case.predictions["ladder"]
+    organs[1:3, 1:3], organs[3:5, 5:7] = 1, 2
+    assert (case.reference == as_seen(organs)).all()
+    assert (found == np.choose(case.reference, (0, 2, 1))).all()
     assert case.dice == {"ladder": 0.5}
     assert case.image.min() == -100 and case.image.max() == 100
     joined = replace(case, predictions={"ladder": case.predictions["ladder"] > 0})
@@ -104,8 +108,20 @@ def test_overlays_show_the_slice_with_most_organs_in_the_classes_of_the_network(
     assert (several == colour).all(axis=2).sum() > (one == colour).all(axis=2).sum()
 
 
+def test_box_goes_with_its_pixels_into_the_picture(scored):
+    folder, items = scored
+    prompt = np.zeros((6, 8, 3), np.uint8)
+    prompt[1:4, 3:7, 2] = 1
+    nib.save(nib.Nifti1Image(prompt, np.diag([2.0, 3, 4, 1])), folder / "predictions" / "a_prompt.nii.gz")
+    run = RunResult.load(folder, name="ladder")
+    [case] = overlay_cases(run, [run], items, labels=LABELS, classes=CLASSES)
+    rows, columns = np.nonzero(as_seen(prompt[..., 2]))
+    assert case.box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
 def test_label_that_the_datalist_does_not_know_is_refused(scored):
     folder, items = scored
     labels = {value: name for value, name in LABELS.items() if value != "9"}
+    run = RunResult.load(folder, name="ladder")
     with pytest.raises(DataError, match=r"\[9\]"):
-        overlay_cases(RunResult.load(folder), {"ladder": folder}, items, labels=labels, classes=CLASSES)
+        overlay_cases(run, [run], items, labels=labels, classes=CLASSES)

@@ -24,7 +24,8 @@ from samseg_monai.metrics import (
     score_lesions,
     write_rows,
 )
-from samseg_monai.report import RunResult, results_json, table_text
+from samseg_monai.report.runs import RunResult
+from samseg_monai.report.tables import results_json, table_text
 
 MM = (1.0, 1.0, 1.0)
 SHAPE = (40, 36, 24)

@@ -38,7 +38,7 @@ from samseg_monai import networks
 from samseg_monai.data.slices import AllSlices, SliceDataset
 from samseg_monai.errors import CacheError, ConfigError, PromptError
 from samseg_monai.inferers import EMPTY_LOGIT, SliceVolumeInferer
-from samseg_monai.transforms import BoxFromPromptd, PromptFromLabeld
+from samseg_monai.transforms import BoxFromPromptd, SimulatedPromptd
 
 KEYS = ["image", "prompt"]
 
@@ -246,7 +246,7 @@ def test_prediction_carries_metadata_and_history_of_the_input(volumes):
         (RandFlipd(KEYS), "RandFlipd is random"),
         (Compose([RandFlipd(KEYS)]), "RandFlipd is random"),
         (OneOf([resize(), resize(32)]), "OneOf is random"),
-        (PromptFromLabeld(seed=1), "PromptFromLabeld is random"),
+        (SimulatedPromptd(seed=1), "SimulatedPromptd is random"),
         (BoxFromPromptd(), "BoxFromPromptd is only for the training set"),
     ],
     ids=lambda value: type(value).__name__,
@@ -320,7 +320,7 @@ def test_evaluator_brings_predictions_back_to_the_files_grid_and_misses_what_was
             EnsureChannelFirstd([*cropped, "reference"]),
             Orientationd(cropped, axcodes="RAS", labels=None),
             ResizeWithPadOrCropd(cropped, spatial_size=(24, 20, -1)),
-            PromptFromLabeld(loosen=(0.0, 0.3), seed=0),
+            SimulatedPromptd(loosen=(0.0, 0.3), seed=0),
         ]
     )
     resize_by_two = Resized(KEYS, spatial_size=48, size_mode="longest", mode="nearest")

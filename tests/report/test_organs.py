@@ -11,18 +11,11 @@ import pytest
 
 from samseg_monai.errors import BundleError
 from samseg_monai.metrics import write_rows
-from samseg_monai.report import (
-    PUBLISHED,
-    OverlayCase,
-    RunResult,
-    headline,
-    organ_table,
-    organs_json,
-    organs_text,
-    results_json,
-    table_text,
-    write_report,
-)
+from samseg_monai.report.montage import OverlayCase
+from samseg_monai.report.organs import PUBLISHED, organ_table, organs_json, organs_text
+from samseg_monai.report.page import headline, write_report
+from samseg_monai.report.runs import RunResult
+from samseg_monai.report.tables import results_json, table_text
 
 CLASSES = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
 COLUMNS = ["aorta", "gallbladder", "left kidney", "right kidney", "liver", "pancreas", "spleen", "stomach"]

@@ -20,21 +20,11 @@ from PIL import Image, ImageColor
 from samseg_monai.errors import BundleError, DataError
 from samseg_monai.metrics import paired_difference, write_rows
 from samseg_monai.pictures import as_seen
-from samseg_monai.report import (
-    OverlayCase,
-    RunResult,
-    curves_svg,
-    dice_svg,
-    differences,
-    display_box,
-    pick_cases,
-    results_json,
-    table_text,
-    write_report,
-)
-from samseg_monai.report.figures import looks
-from samseg_monai.report.runs import prompt_text
-from samseg_monai.report.tables import measures
+from samseg_monai.report.figures import curves_svg, dice_svg, looks
+from samseg_monai.report.montage import OverlayCase, pick_cases
+from samseg_monai.report.page import write_report
+from samseg_monai.report.runs import RunResult, prompt_text
+from samseg_monai.report.tables import differences, measures, results_json, table_text
 
 CASES = [f"case{i:02d}" for i in range(9)]
 DICE = {"zero_shot": 0.60, "lora": 0.75, "box_ellipse": 0.60}
@@ -379,14 +369,6 @@ def test_pictures_are_radiological():
     volume[3, 5] = 1  # the patient's right, front
     assert as_seen(volume).shape == (6, 4)
     assert as_seen(volume)[0, 0] == 1  # top left for the viewer
-
-
-def test_box_goes_with_its_pixels_into_the_as_seen():
-    mask = np.zeros((8, 10))
-    mask[2:5, 6:9] = 1  # y 2..4, x 6..8
-    left, top, right, bottom = display_box((6, 2, 9, 5), mask.shape)
-    rows, columns = np.nonzero(as_seen(mask))
-    assert (left, top, right, bottom) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
 
 
 def test_best_median_and_worst_are_ranked_by_dice_without_excluded_cases(runs):

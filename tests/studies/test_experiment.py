@@ -367,8 +367,8 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(runner, monkeypatch):
 def test_a_training_keeps_its_last_adapter_beside_the_best(phantoms, tmp_path, monkeypatch):
     """With a metric that falls from epoch to epoch the best adapter is the first epoch's, the other the last one's."""
     root = build_bundle("meningioma", "lora", tmp_path / "bundles")
-    falling = iter([0.9, 0.5])
-    monkeypatch.setattr("samseg_monai.handlers.keeping.metric_value", lambda *_: next(falling))
+    falling = {1: 0.9, 2: 0.5}
+    monkeypatch.setattr("samseg_monai.handlers.keeping.metric_value", lambda engine, *_: falling[engine.state.epoch])
     overrides = {**TINY, "dataset_dir": str(phantoms), "output_dir": str(tmp_path / "run"), "strategy::rank": 2}
     training = {"epochs": 2, "val_interval": 1, "keep_last": True}
     run_workflow([root / "configs" / "train.json"], {**overrides, **training})

@@ -350,4 +350,4 @@ class TestLoadTrained:
 
 def test_the_commit_is_unknown_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert git_commit() is None
+    assert git_commit.__wrapped__() is None

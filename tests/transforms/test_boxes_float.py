@@ -20,12 +20,10 @@ from torch import nn
 from samseg_monai.errors import ConfigError, PromptError
 from samseg_monai.inferers import SliceVolumeInferer
 from samseg_monai.transforms import (
-    BoxesFromGivend,
-    BoxesFromImaged,
-    BoxesFromLabeld,
     EllipseFromBoxesd,
     EllipseFromPromptd,
-    ShrinkBoxesd,
+    FinalBoxesd,
+    SimulatedBoxesd,
     SplineResized,
 )
 
@@ -65,17 +63,17 @@ def test_boxes_follow_the_image_as_a_filled_rectangle_does(move):
     box = [11.0, 8.0, 26.0, 19.0]
     d = Compose(transforms)(case([box]))
     expected = torch.tensor([by_hand(*box)])
-    found = BoxesFromGivend()(d)["boxes"]
+    found = FinalBoxesd("json")(d)["boxes"]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    drawn = BoxesFromLabeld()({k: v for k, v in d.items() if k != "boxes"} | {"label": d["label"] > 0.5})["boxes"]
+    drawn = SimulatedBoxesd()({k: v for k, v in d.items() if k != "boxes"} | {"label": d["label"] > 0.5})["boxes"]
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
 
 
 def test_fractions_of_pixels_survive_and_what_sticks_out_is_clipped():
     boxes = [[10.25, 7.5, 20.125, 12.875], [-3.5, 20.5, 12.0, 44.0]]
     d = Compose([Resized(KEYS, (15, 20, 1))])({**case([]), "boxes": boxes})
-    found = BoxesFromGivend()(d)["boxes"]
+    found = FinalBoxesd("json")(d)["boxes"]
     expected = torch.tensor([[5.125, 3.75, 10.0625, 6.4375], [0.0, 10.25, 6.0, 15.0]])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -83,19 +81,19 @@ def test_fractions_of_pixels_survive_and_what_sticks_out_is_clipped():
 def test_a_box_outside_of_the_crop_is_an_error_that_names_case_and_box():
     d = CenterSpatialCropd(KEYS, (10, 10, -1))(case([[16, 12, 20, 14], [1, 1, 4, 4]]))
     with pytest.raises(PromptError, match=r"a: nothing is left.*\n.*box 1 lies outside"):
-        BoxesFromGivend()(d)
+        FinalBoxesd("json")(d)
 
 
 def test_a_rotation_by_other_angles_is_refused():
     d = Rotated("image", (0.0, 0.0, 0.3), keep_size=True)(case([[16, 12, 20, 14]]))
     with pytest.raises(PromptError, match="right angles"):
-        BoxesFromGivend()(d)
+        FinalBoxesd("json")(d)
 
 
 @pytest.mark.parametrize("given", [None, [], [[1, 2, 3]], [[1, 2, 3, float("nan")]], "boxes"])
 def test_boxes_that_are_none_are_refused(given):
     with pytest.raises(PromptError, match="a: 'boxes' must be a list"):
-        BoxesFromGivend()({**case([]), "boxes": given})
+        FinalBoxesd("json")({**case([]), "boxes": given})
 
 
 class Recorder(nn.Module):
@@ -139,8 +137,8 @@ def test_boxes_of_another_shape_are_refused():
         SliceVolumeInferer([])(torch.rand(1, 1, *SIZE, 1), Recorder(), boxes=torch.zeros(1, 4))
 
 
-def drawn(seed: int | None = None, **law) -> BoxesFromLabeld:
-    return BoxesFromLabeld(loosen=law.pop("loosen", (0.0, 0.3)), seed=seed, **law)
+def drawn(seed: int | None = None, **law) -> SimulatedBoxesd:
+    return SimulatedBoxesd(loosen=law.pop("loosen", (0.0, 0.3)), seed=seed, **law)
 
 
 def unboxed(boxes: list[list[float]], name: str = "a") -> dict:
@@ -187,12 +185,12 @@ def test_seeded_boxes_depend_on_seed_and_case_and_not_on_resolution():
 def test_components_get_a_box_each_and_batches_get_equal_rows():
     d = unboxed([[2, 2, 6, 6], [15, 10, 25, 15]])
     both = torch.tensor([[15.0, 10, 25, 15], [2, 2, 6, 6]])
-    assert torch.equal(BoxesFromLabeld(per_component=True)(d)["boxes"], both)
-    padded = BoxesFromLabeld(per_component=True, max_boxes=4)(d)["boxes"]
+    assert torch.equal(SimulatedBoxesd(per_component=True)(d)["boxes"], both)
+    padded = SimulatedBoxesd(per_component=True, max_boxes=4)(d)["boxes"]
     assert torch.equal(padded[:2], both) and padded[2:].isnan().all() and padded.shape == (4, 4)
-    assert torch.equal(BoxesFromLabeld(per_component=True, max_boxes=1)(d)["boxes"], both[:1])
-    assert torch.equal(BoxesFromLabeld(max_boxes=8)(d)["boxes"], torch.tensor([[2.0, 2, 25, 15]]))
-    assert BoxesFromLabeld()(unboxed([]))["boxes"].isnan().all()
+    assert torch.equal(SimulatedBoxesd(per_component=True, max_boxes=1)(d)["boxes"], both[:1])
+    assert torch.equal(SimulatedBoxesd(max_boxes=8)(d)["boxes"], torch.tensor([[2.0, 2, 25, 15]]))
+    assert SimulatedBoxesd()(unboxed([]))["boxes"].isnan().all()
 
 
 def test_boxes_stay_in_the_image():
@@ -204,37 +202,40 @@ def test_boxes_stay_in_the_image():
 
 
 def test_bad_laws_are_all_named_at_once():
-    with pytest.raises(ConfigError, match=r"(?s)loosen.*tight.*shift.*seed.*max_boxes"):
-        BoxesFromLabeld(loosen=(0.3, 0.1), tight=2, shift=0.6, seed=-1, max_boxes=0)
-    with pytest.raises(
-        ConfigError, match=r"(?s)tight must be a number, got 'a'.*shift must.*loosen is a pair.*got 0.3"
-    ):
-        BoxesFromLabeld(loosen=0.3, tight="a", shift=None)  # as a command line gives them
+    for law, *expected in (
+        ({"loosen": (0.3, 0.1), "tight": 2, "shift": 0.6, "seed": -1, "max_boxes": 0},
+         "loosen is a pair", "tight is", "shift is", "seed must", "max_boxes must"),
+        ({"loosen": 0.3, "tight": "a", "shift": None},  # as a command line gives them
+         "tight must be a number, got 'a'", "shift must be a number, got None", "loosen is a pair", "got 0.3"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError) as caught:
+            SimulatedBoxesd(**law)
+        assert all(text in str(caught.value) for text in expected)
     for loosen in ("01", (0.1, "x"), (0.1,)):
         with pytest.raises(ConfigError, match="loosen is a pair"):
-            BoxesFromLabeld(loosen=loosen)
+            SimulatedBoxesd(loosen=loosen)
     for fraction in ("a", None, 0.5):
         with pytest.raises(ConfigError, match="shrink must be"):
-            ShrinkBoxesd(fraction=fraction)
+            FinalBoxesd("label", shrink=fraction)
     with pytest.raises(ConfigError, match=r"less than 0\.5"):
-        ShrinkBoxesd(fraction=0.5)
+        FinalBoxesd("label", shrink=0.5)
     with pytest.raises(PromptError, match="2-D images"):
-        BoxesFromLabeld()({"case": "a", "label": torch.ones(1, 8, 8, 3)})
+        SimulatedBoxesd()({"case": "a", "label": torch.ones(1, 8, 8, 3)})
     with pytest.raises(PromptError, match="boxes are given"):
-        BoxesFromLabeld()(case([[1, 1, 4, 4]]))
+        SimulatedBoxesd()(case([[1, 1, 4, 4]]))
     with pytest.raises(PromptError, match="a: there are no boxes"):
-        ShrinkBoxesd()({"case": "a"})
+        FinalBoxesd("label")({"case": "a"})
 
 
 def test_shrinking_keeps_the_middle_and_nan():
     boxes = torch.tensor([[10.0, 10, 20, 30], [torch.nan] * 4])
-    shrunk = ShrinkBoxesd(fraction=0.1)({"boxes": boxes})["boxes"]
+    shrunk = FinalBoxesd("label", shrink=0.1)({"boxes": boxes})["boxes"]
     torch.testing.assert_close(shrunk[0], torch.tensor([11.0, 12, 19, 28]))
     assert shrunk[1].isnan().all()
 
 
 def test_the_whole_image_is_a_box():
-    assert BoxesFromImaged()(case([]))["boxes"].tolist() == [[0, 0, 40, 30]]
+    assert FinalBoxesd("image")(case([]))["boxes"].tolist() == [[0, 0, 40, 30]]
 
 
 def test_ellipse_in_whole_pixels_is_that_of_the_prompt_mask():

@@ -15,9 +15,8 @@ from samseg_monai.transforms import (
     BoxFromPromptd,
     CheckSameGridd,
     EllipseFromPromptd,
-    PromptFromBoxesd,
-    PromptFromImaged,
-    PromptFromLabeld,
+    GivenPromptd,
+    SimulatedPromptd,
     boxes_of,
 )
 
@@ -37,7 +36,7 @@ def volume_with(rectangle: tuple[int, int, int, int], size=(40, 50, 6), slices=(
 
 
 def prompt_of(label: torch.Tensor, case: str = "a", **settings) -> torch.Tensor:
-    return PromptFromLabeld(**settings)({"label": label, "case": case})["prompt"]
+    return SimulatedPromptd(**settings)({"label": label, "case": case})["prompt"]
 
 
 def test_tight_prompt_is_the_filled_rectangle_of_every_slice_with_label():
@@ -86,7 +85,7 @@ def test_seeded_draws_depend_on_case_and_slice_only():
     assert torch.equal(prompt_of(alone, **settings)[..., 3], everything[..., 3])  # other slices do not matter
     cropped = prompt_of(label[:, 10:, 20:90], **settings)
     assert torch.equal(cropped, everything[:, 10:, 20:90])  # nor does an in-plane crop
-    transform = PromptFromLabeld(**settings)
+    transform = SimulatedPromptd(**settings)
     transform({"label": label, "case": "b"})
     assert torch.equal(transform({"label": label, "case": "a"})["prompt"], everything)  # nor the cases before
     assert not torch.equal(prompt_of(label, case="b", **settings), everything)
@@ -97,7 +96,7 @@ def test_seeded_draws_depend_on_case_and_slice_only():
 def test_unseeded_draws_come_from_the_random_state_that_monai_sets():
     label = torch.zeros(1, 60, 60)
     label[0, 20:40, 20:40] = 1
-    transform = Compose([PromptFromLabeld(loosen=(0.0, 0.5))])
+    transform = Compose([SimulatedPromptd(loosen=(0.0, 0.5))])
 
     def draw(seed: int) -> torch.Tensor:
         transform.set_random_state(seed)
@@ -120,8 +119,8 @@ def test_prompt_keeps_geometry_and_history_of_the_label():
     label = MetaTensor(volume_with((5, 7, 12, 30)), affine=OBLIQUE)
     oriented = Orientationd(["label"], axcodes="RAS")({"label": label, "case": "a"})
     for made in (
-        PromptFromLabeld()(oriented)["prompt"],
-        PromptFromImaged("label")(oriented)["prompt"],
+        SimulatedPromptd()(oriented)["prompt"],
+        GivenPromptd("image")({"image": oriented["label"]})["prompt"],
         EllipseFromPromptd("label")(oriented)["ellipse"],
     ):
         assert made.shape == oriented["label"].shape
@@ -132,12 +131,12 @@ def test_prompt_keeps_geometry_and_history_of_the_label():
 @pytest.mark.parametrize("loosen", [(0.3, 0.1), (-0.1, 0.2), (0.1,), (0.0, float("nan"))])
 def test_impossible_loosening_is_refused(loosen):
     with pytest.raises(ConfigError, match="loosen is a pair"):
-        PromptFromLabeld(loosen=loosen)
+        SimulatedPromptd(loosen=loosen)
 
 
 def test_seeded_prompt_of_an_unnamed_case_is_refused():
     with pytest.raises(PromptError, match="'case'"):
-        PromptFromLabeld(seed=1)({"label": volume_with((1, 1, 3, 3))})
+        SimulatedPromptd(seed=1)({"label": volume_with((1, 1, 3, 3))})
 
 
 @pytest.mark.parametrize("size", [(60, 70), (64, 64), (138, 202), (53, 101)])
@@ -212,7 +211,9 @@ def boxes_case(boxes) -> dict:
 
 
 def test_given_boxes_are_filled_with_both_ends_included():
-    done = PromptFromBoxesd()(boxes_case([{"slice": 2, "box": [1, 3, 4, 8]}, {"slices": [3, 4], "box": [0, 0, 9, 11]}]))
+    done = GivenPromptd("json")(
+        boxes_case([{"slice": 2, "box": [1, 3, 4, 8]}, {"slices": [3, 4], "box": [0, 0, 9, 11]}])
+    )
     expected = torch.zeros(1, 10, 12, 5, dtype=torch.uint8)
     expected[0, 1:5, 3:9, 2] = 1
     expected[0, :, :, 3:] = 1
@@ -226,7 +227,7 @@ def test_given_boxes_follow_the_image_through_reorientation_and_crop():
     case = boxes_case([{"slice": 2, "box": [3, 4, 6, 8]}])
     case["image"][:, 3:7, 4:9, 2] = 5.0
     chain = [
-        PromptFromBoxesd(),
+        GivenPromptd("json"),
         Orientationd(["image", "prompt"], axcodes="RAS", labels=None),
         ResizeWithPadOrCropd(["image", "prompt"], spatial_size=(8, 14, -1)),
     ]
@@ -249,20 +250,20 @@ def test_all_bad_boxes_are_named_at_once_with_their_case():
         "box",
     ]
     with pytest.raises(PromptError) as caught:
-        PromptFromBoxesd()(boxes_case([good, *bad]))
+        GivenPromptd("json")(boxes_case([good, *bad]))
     message = str(caught.value)
     assert "P7" in message and "9 problems" in message and "boxes[0]" not in message
     assert all(f"boxes[{number}] " in message for number in range(1, 10))
 
 
 def test_missing_list_of_boxes_is_refused_but_an_empty_one_is_not():
-    assert PromptFromBoxesd()(boxes_case([]))["prompt"].sum() == 0
+    assert GivenPromptd("json")(boxes_case([]))["prompt"].sum() == 0
     with pytest.raises(PromptError, match=r"P7.*must be a list"):
-        PromptFromBoxesd()(boxes_case(None))
+        GivenPromptd("json")(boxes_case(None))
 
 
 def test_prompt_from_image_covers_every_slice():
-    done = PromptFromImaged()({"image": torch.zeros(4, 6, 7, 3)})
+    done = GivenPromptd("image")({"image": torch.zeros(4, 6, 7, 3)})
     assert done["prompt"].shape == (1, 6, 7, 3) and done["prompt"].all() and done["prompt"].dtype == torch.uint8
 
 
@@ -282,5 +283,5 @@ def test_same_grid_passes_and_another_grid_is_named():
 
 
 def test_transforms_survive_pickling():
-    for transform in (PromptFromLabeld(seed=3), BoxFromPromptd(), CheckSameGridd("prompt"), EllipseFromPromptd()):
+    for transform in (SimulatedPromptd(seed=3), BoxFromPromptd(), CheckSameGridd("prompt"), EllipseFromPromptd()):
         assert type(pickle.loads(pickle.dumps(transform))) is type(transform)

@@ -9,8 +9,6 @@ name). Files are never rewritten: ``RecodeLabeld`` maps their numbers to classes
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
 from collections import Counter
@@ -20,7 +18,7 @@ from typing import Any
 
 from samseg_monai.data import IMAGES
 from samseg_monai.data.datalists.label_maps import CODINGS, labels_in
-from samseg_monai.data.datalists.splits import SECTIONS
+from samseg_monai.data.datalists.splits import SECTIONS, in_two_sections
 from samseg_monai.data.files.boxes import read_boxes
 from samseg_monai.data.files.dicom import is_dicom
 from samseg_monai.data.files.volumes import IMAGE_SUFFIXES, SUFFIXES, image_stem, refuse_foreign, stem_of
@@ -82,12 +80,8 @@ def check_datalist(datalist: Mapping[str, Any], *, name: str = "datalist") -> No
             seen[item["case"]] += 1
             homes.setdefault(item.get("patient") or patient_of(item["case"]), []).append(section)
     problems += [f"case {case} is listed {count} times" for case, count in seen.items() if count > 1]
-    problems += [
-        f"patient {patient} is in {' and '.join(dict.fromkeys(sections))}: scores would be too good; keep all time "
-        "points of a patient together"
-        for patient, sections in homes.items()
-        if len(set(sections)) > 1
-    ]
+    fix = ": scores would be too good; keep all time points of a patient together"
+    problems += [problem + fix for problem in in_two_sections(homes, "patient")]
     raise_all(problems, DataError, f"{name}: not a usable datalist")
 
 
@@ -178,16 +172,6 @@ def labels_of(path: str | Path) -> dict[str, str]:
             '"1": "<name>", ...}, or let \'samseg prepare\' make the datalist'
         )
     return dict(labels)
-
-
-def datalist_hash(datalist: Mapping[str, Any] | str | Path) -> str:
-    """sha256 over sections, scans, label coding and content hashes: equal when equal data are split equally."""
-    if isinstance(datalist, (str, Path)):
-        datalist = read_datalist(datalist)
-    kept = {key: datalist.get(key) for key in (*SECTIONS, "scans", "label_coding", "hashes")}
-    if datalist.get("kind") == IMAGES:  # not part of the images' files, so not of their hashes
-        kept["spacing_mm"] = datalist.get("spacing_mm")
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _with_boxes(

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from samseg_monai.data import BRATS_SCANS
 from samseg_monai.data.datalists import patient_of
-from samseg_monai.data.datalists.checks import CaseCheck, Summary, check_all, check_files, split_off_bad, write_checked
+from samseg_monai.data.datalists.checks import CaseCheck, Summary, check_files, read_all, write_checked
 from samseg_monai.data.datalists.label_maps import BRATS, labels_in
 from samseg_monai.data.datalists.splits import DEFAULT_FRACTIONS, choose_split
 from samseg_monai.data.files.volumes import stem_of
@@ -37,9 +39,7 @@ def prepare_brats_men(
     fractions: Sequence[float] = DEFAULT_FRACTIONS,
     split_file: str | Path | None = None,
     seed: int = 0,
-    skip_bad: bool = False,
-    num_threads: int = 4,
-    progress: bool = True,
+    **reading: Any,
 ) -> Summary:
     """Check every case below ``src`` completely and write a datalist with paths relative to ``src``.
 
@@ -51,9 +51,7 @@ def prepare_brats_men(
         fractions: of patients for training, validation, testing; ignored with a split file.
         split_file: JSON with lists of case or patient ids under the section names; another datalist works too.
         seed: of the split.
-        skip_bad: leave bad cases out and list them, instead of stopping.
-        num_threads: cases read at the same time (each needs about 0.2 GB at the size of BraTS).
-        progress: show a bar.
+        reading: ``skip_bad``, ``num_threads``, ``progress``, see ``checks.read_all``; a case needs about 0.2 GB.
 
     Raises:
         ConfigError: unknown label coding.
@@ -61,21 +59,16 @@ def prepare_brats_men(
             unknown cases or puts a patient into two sections.
     """
     labels, src = labels_in(label_coding, BRATS), Path(src)
-
-    def check(folder: Path) -> CaseCheck:
-        return _check_case(folder, scans, label_coding)
-
-    checks = check_all(check, _case_folders(src), num_threads=num_threads, progress=progress)
-    good, problems = split_off_bad(checks, src, skip_bad=skip_bad)
+    checks = [_find_files(folder, scans) for folder in _case_folders(src)]
+    read = partial(check_files, label="seg", legal={0, *BRATS[label_coding]}, hint=partial(_hint, label_coding))
+    good, problems = read_all(checks, read, src, **reading)
     patients = {check.case: patient_of(check.case) for check in checks}
-    of = {check.case: check for check in good}
-    split, unused, made_by = choose_split({c: patients[c] for c in of}, patients, split_file, fractions, seed)
-    sections = {section: [of[case] for case in cases] for section, cases in split.items()}
-    warnings = [f"{check.case}: {warning}" for check in good for warning in check.warnings] + unused
+    usable = {check.case: patients[check.case] for check in good}
+    split, unused, made_by = choose_split(usable, patients, split_file, fractions, seed)
     header = {"name": "BraTS-MEN", "modality": "MRI", "scans": list(scans), "labels": labels}
     header |= {"label_coding": label_coding, "split": made_by}
     return write_checked(
-        output, src, sections, header=header, label="seg", patient=patient_of, warnings=warnings, left_out=problems
+        output, src, good, split, header=header, label="seg", patient=patient_of, warnings=unused, left_out=problems
     )
 
 
@@ -100,8 +93,7 @@ def _case_folders(src: Path) -> list[Path]:
     return cases
 
 
-def _check_case(folder: Path, scans: Sequence[str], label_coding: str) -> CaseCheck:
-    """Read all files of a case to the last byte and collect everything that is wrong with them."""
+def _find_files(folder: Path, scans: Sequence[str]) -> CaseCheck:
     check = CaseCheck(folder.name)
     for name in (*scans, "seg"):
         paths = [folder / f"{folder.name}-{name}{suffix}" for suffix in (".nii.gz", ".nii")]
@@ -109,12 +101,11 @@ def _check_case(folder: Path, scans: Sequence[str], label_coding: str) -> CaseCh
             check.files[name] = found
     if missing := [name for name in (*scans, "seg") if name not in check.files]:
         check.problems.append(f"no file for {', '.join(missing)} (expected {folder.name}-{missing[0]}.nii.gz)")
-
-    def hint(strange: list[int]) -> str:
-        return _HINTS.get((label_coding, strange[0]), "") if len(strange) == 1 else ""
-
-    check_files(check, label="seg", legal={0, *BRATS[label_coding]}, hint=hint)
     return check
+
+
+def _hint(label_coding: str, check: CaseCheck, strange: list[int]) -> str:
+    return _HINTS.get((label_coding, strange[0]), "") if len(strange) == 1 else ""
 
 
 def _looks_like_case(folder: Path) -> bool:

@@ -20,13 +20,12 @@ from samseg_monai.data.files.volumes import Volume, grid_difference, is_phantom,
 from samseg_monai.errors import DataError, raise_all
 
 LOG = logging.getLogger(__name__)
-Job = TypeVar("Job")
 Check = TypeVar("Check", bound="CaseCheck")
 
 
 @dataclass
 class CaseCheck:
-    """Result of ``check_files``; ``problems`` forbid the use of the case, ``warnings`` do not.
+    """What is known of a case, by its names and then by its files; ``problems`` forbid its use, ``warnings`` do not.
 
     ``files`` maps scan or label to its path, ``sha256`` is that of the lines ``<name> <sha256 of the file>``,
     ``label_dtype`` how the label's numbers are stored.
@@ -42,44 +41,53 @@ class CaseCheck:
     label_dtype: str = ""
     sha256: str = ""
 
+    def take(self, kind: str, paths: Sequence[Path], *, absent: str, several: str) -> None:
+        """Note the one file of a kind, or as a problem why there is not one."""
+        if len(paths) == 1:
+            self.files[kind] = paths[0]
+        else:
+            self.problems.append(several if paths else absent)
+
+
+Hint = Callable[[CaseCheck, list[int]], str]
+
 
 @dataclass
 class Summary:
     """What a maker of datalists found and wrote; counts are of cases unless named otherwise.
 
-    ``patients`` is None where the data do not tell which cases share a patient (or images a group); ``labels`` names
-    the labels. ``things`` is what a case is (volumes or images), ``unit`` that of distances; ``extra`` are further
-    facts, one a line.
+    ``header`` is that of the datalist; ``patients`` is None where the data do not tell which cases share a patient (or
+    images a group); ``extra`` are further facts, one a line.
     """
 
     datalist: Path
+    header: Mapping[str, Any]
     sections: dict[str, int]
     patients: int | None
     shapes: dict[str, int]
     spacings_mm: dict[str, int]
     voxels_per_label: dict[str, int]
     cases_per_label: dict[str, int]
-    labels: dict[str, str]
     warnings: list[str]
     left_out: list[str]
-    things: str
-    unit: str
-    extra: list[str]
+    extra: Sequence[str]
 
     def lines(self) -> list[str]:
         """The summary as text, one fact a line."""
-        images, voxels = self.things == IMAGES, sum(self.voxels_per_label.values()) or 1
+        images, voxels = self.header.get("kind") == IMAGES, sum(self.voxels_per_label.values()) or 1
         cases, pixel, groups = ("images", "pixel", "groups") if images else ("cases", "voxel", "patients")
         members = f"{cases} of {self.patients} {groups}"
         if self.patients is None:
-            members = f"{self.things}, it is not known which share a patient"
-        unknown = "pixel size: not known, so that distances are in pixels"
+            members = f"{'images' if images else 'volumes'}, it is not known which share a patient"
+        spacings = f"spacings in mm: {_commonest(self.spacings_mm)}"
+        if self.header.get("distance_unit") == "px":
+            spacings = "pixel size: not known, so that distances are in pixels"
         return [
             f"{sum(self.sections.values())} {members}: " + ", ".join(f"{n} {s}" for s, n in self.sections.items()),
             f"shapes: {_commonest(self.shapes)}",
-            f"spacings in mm: {_commonest(self.spacings_mm)}" if self.unit == "mm" else unknown,
+            spacings,
             *(
-                f"label {label} {self.labels.get(label, '')}".rstrip()
+                f"label {label} {self.header['labels'].get(label, '')}".rstrip()
                 + f": {n} {pixel}s ({100 * n / voxels:.3f} %), in {self.cases_per_label[label]} {cases}"
                 for label, n in self.voxels_per_label.items()
             ),
@@ -96,13 +104,11 @@ def _commonest(counts: Mapping[str, int], shown: int = 6) -> str:
     return listed + (f" and {len(counts) - shown} others" if len(counts) > shown else "")
 
 
-def check_files(
-    check: CaseCheck, *, label: str, legal: Collection[int], hint: Callable[[list[int]], str] = lambda strange: ""
-) -> None:
+def check_files(check: CaseCheck, *, label: str, legal: Collection[int], hint: Hint) -> None:
     """Read ``check.files`` completely and add to ``check`` all that is known and everything that is wrong.
 
     The first file gives the grid of all; ``label`` names the label among them, ``legal`` are its values, ``hint`` makes
-    an advice of those that are not (sorted).
+    an advice of the case and of those that are not (sorted).
     """
     hashes = []
     first: Volume | None = None
@@ -129,9 +135,7 @@ def check_files(
     check.sha256 = hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def check_label(
-    array: np.ndarray, name: str, check: CaseCheck, *, legal: Collection[int], hint: Callable[[list[int]], str]
-) -> None:
+def check_label(array: np.ndarray, name: str, check: CaseCheck, *, legal: Collection[int], hint: Hint) -> None:
     """Count the values of a label and add to ``check`` what is wrong with them; ``hint`` as in ``check_files``."""
     if not np.isfinite(array).all():
         check.problems.append(f"{name}: labels are NaN or infinite")
@@ -146,7 +150,7 @@ def check_label(
     check.voxels_per_label = {int(v): int(n) for v, n in zip(values, counts, strict=True)}
     strange = sorted(set(check.voxels_per_label) - set(legal))
     if strange:
-        check.problems.append(f"{name}: labels {_ranges(strange)} are outside {_ranges(legal)}{hint(strange)}")
+        check.problems.append(f"{name}: labels {_ranges(strange)} are outside {_ranges(legal)}{hint(check, strange)}")
     elif list(check.voxels_per_label) == [0]:
         check.warnings.append(f"{name}: the mask is empty: no training slice, and no Dice in an evaluation")
 
@@ -157,20 +161,35 @@ def _ranges(values: Collection[int]) -> str:
     return str(listed) if len(listed) <= 20 else f"[{listed[0]} to {listed[-1]}]"
 
 
-def check_all(check: Callable[[Job], Check], jobs: Sequence[Job], *, num_threads: int, progress: bool) -> list[Check]:
-    """Check cases at the same time, in their order; unpacking and hashing release the interpreter lock."""
-    with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
-        return list(tqdm(pool.map(check, jobs), total=len(jobs), desc="checking cases", disable=not progress))
-
-
-def split_off_bad(
-    checks: Sequence[Check], src: Path, *, skip_bad: bool, others: Sequence[str] = ()
+def read_all(
+    checks: Sequence[Check],
+    read: Callable[[Check], None],
+    src: Path,
+    *,
+    judge: Callable[[Sequence[Check]], Sequence[str]] = lambda checks: (),
+    skip_bad: bool = False,
+    num_threads: int = 2,
+    progress: bool = True,
 ) -> tuple[list[Check], list[str]]:
-    """Good cases, and the problems of the bad ones as lines ``<case>: <problem>``.
+    """Read cases at the same time (unpacking and hashing release the interpreter lock) and set the bad ones aside.
 
-    ``others`` are problems of the data set that belong to no case; they are never left out.
-    Raises: DataError for all problems at once, unless ``skip_bad`` and some case is good.
+    Args:
+        checks: what the names of files tell of each case.
+        read: adds what the files of a case tell.
+        src: folder, for the message.
+        judge: asked when all are read: the problems of the data set that belong to no case; they are never left out.
+        skip_bad: leave bad cases out and list them, instead of stopping.
+        num_threads: cases read at the same time.
+        progress: show a bar.
+
+    Returns: good cases, and the problems of the bad ones as lines ``<case>: <problem>``.
+
+    Raises:
+        DataError: all problems at once, unless ``skip_bad`` and some case is good.
     """
+    with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
+        list(tqdm(pool.map(read, checks), total=len(checks), desc="checking cases", disable=not progress))
+    others = judge(checks)
     good = [check for check in checks if not check.problems]
     problems = [f"{check.case}: {problem}" for check in checks for problem in check.problems]
     if others or not skip_bad or not good:
@@ -180,15 +199,12 @@ def split_off_bad(
     return good, problems
 
 
-def case_notes(checks: Sequence[CaseCheck]) -> list[str]:
+def _notes(checks: Sequence[CaseCheck]) -> list[str]:
     """Warnings of all cases, and one line for labels stored as fractions, which a strict reader would refuse."""
     kinds = Counter(check.label_dtype for check in checks if check.label_dtype.startswith("float"))
-    return [
-        *(f"{check.case}: {warning}" for check in checks for warning in check.warnings),
-        *(
-            f"{count} labels are stored as {kind} and hold whole numbers only: they are read as integers"
-            for kind, count in sorted(kinds.items())
-        ),
+    return [f"{check.case}: {warning}" for check in checks for warning in check.warnings] + [
+        f"{count} labels are stored as {kind} and hold whole numbers only: they are read as integers"
+        for kind, count in sorted(kinds.items())
     ]
 
 
@@ -203,12 +219,13 @@ def duplicates(checks: Sequence[Check], what: Callable[[Check], str] = lambda ch
 def write_checked(
     output: str | Path,
     src: Path,
-    sections: Mapping[str, Sequence[CaseCheck]],
+    good: Sequence[CaseCheck],
+    split: Mapping[str, Sequence[str]],
     *,
     header: Mapping[str, Any],
     label: str = "label",
     patient: Callable[[str], str] | None,
-    warnings: list[str],
+    warnings: Sequence[str],
     left_out: list[str],
     extra: Sequence[str] = (),
 ) -> Summary:
@@ -217,13 +234,15 @@ def write_checked(
     Args:
         output: datalist to write.
         src: folder that its paths are relative to.
-        sections: section -> cases.
+        good: usable cases.
+        split: section -> names of those that are used.
         header: what stands above the sections: ``labels`` and ``scans`` at least.
         label: which of a case's files the label is; the others are its image.
         patient: case -> patient; None where nobody knows: each case is its own.
-        warnings, left_out, extra: to be shown; see ``Summary``.
+        warnings, left_out, extra: to be shown; see ``Summary``. Warnings of the cases come before these.
     """
-    checks = [check for members in sections.values() for check in members]
+    of = {check.case: check for check in good}
+    checks = [of[case] for cases in split.values() for case in cases]
     images = header.get("kind") == IMAGES
 
     def item(check: CaseCheck) -> dict[str, Any]:
@@ -238,33 +257,31 @@ def write_checked(
     datalist = {
         **header,
         "phantoms": drawn and not images,
-        **{section: [item(check) for check in members] for section, members in sections.items()},
+        **{section: [item(of[case]) for case in cases] for section, cases in split.items()},
         "hashes": {check.case: check.sha256 for check in checks},
     }
     write_datalist(datalist, output)
+    warnings = [*_notes(good), *warnings]
     for text in warnings:
         LOG.warning("%s", text)
     return Summary(
         datalist=Path(output),
-        sections={section: len(members) for section, members in sections.items()},
+        header=header,
+        sections={section: len(cases) for section, cases in split.items()},
         patients=None if patient is None else len({patient(check.case) for check in checks}),
-        labels=dict(header["labels"]),
         warnings=warnings,
         left_out=left_out,
-        unit=header.get("distance_unit", "mm"),
-        extra=list(extra),
-        things="images" if images else "volumes",
+        extra=extra,
         **_counts(checks),
     )
 
 
 def _counts(checks: Sequence[CaseCheck]) -> dict[str, dict[str, int]]:
-    voxels: Counter[int] = Counter()
-    for check in checks:
-        voxels.update(check.voxels_per_label)
+    voxels = sum((Counter(check.voxels_per_label) for check in checks), Counter())
+    cases = Counter(value for check in checks for value in check.voxels_per_label)
     return {
         "shapes": dict(Counter("x".join(map(str, check.shape)) for check in checks).most_common()),
         "spacings_mm": dict(Counter("x".join(f"{s:g}" for s in check.spacing_mm) for check in checks).most_common()),
         "voxels_per_label": {str(value): voxels[value] for value in sorted(voxels)},
-        "cases_per_label": {str(v): sum(v in check.voxels_per_label for check in checks) for v in sorted(voxels)},
+        "cases_per_label": {str(value): cases[value] for value in sorted(voxels)},
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from monai.transforms import CenterSpatialCrop
 from nibabel.orientations import apply_orientation, io_orientation
 from tqdm import tqdm
 
@@ -60,11 +61,12 @@ class CropReport:
 
 @dataclass(frozen=True)
 class _Extent:
-    """Of one brain: ends (inclusive) and the side of the centre crop that holds it, along both axes; voxel counts."""
+    """Of one brain, along both axes: ends (inclusive) and the side of the centre crop that holds it; voxel counts."""
 
     case: str
-    ends: np.ndarray  # (2 ends, 2 axes)
-    sides: tuple[int, int]
+    low: np.ndarray
+    high: np.ndarray
+    sides: np.ndarray
     tumour: int
     brain_lost: int
     tumour_lost: int
@@ -99,12 +101,13 @@ def smallest_crop(
         measured = list(tqdm(pool.map(attempt, items), "measuring brains", len(items), disable=not progress))
     raise_all([m for m in measured if isinstance(m, str)], DataError, f"{datalist}: training cases cannot be measured")
     rows = [m for m in measured if not isinstance(m, str)]
-    largest = [rows[int(np.argmax([row.sides[axis] for row in rows]))] for axis in (0, 1)]
-    low, high = np.min([row.ends[0] for row in rows], 0).tolist(), np.max([row.ends[1] for row in rows], 0).tolist()
+    sides = np.array([row.sides for row in rows])
+    first, second = (rows[index].case for index in sides.argmax(axis=0))
+    low, high = np.min([row.low for row in rows], 0).tolist(), np.max([row.high for row in rows], 0).tolist()
     return CropReport(
         cases=len(rows),
-        centre_crop=(largest[0].sides[0], largest[1].sides[1]),
-        decided_by=(largest[0].case, largest[1].case),
+        centre_crop=(int(sides[:, 0].max()), int(sides[:, 1].max())),
+        decided_by=(first, second),
         tight_box=(*low, *high),
         asked_crop=asked,
         brain_voxels_lost={row.case: row.brain_lost for row in rows if row.brain_lost},
@@ -124,14 +127,16 @@ def _measure(item: dict[str, Any], crop: tuple[int, int]) -> _Extent:
     tumour = _in_ras(item["label"]) > 0 if item.get("label") else np.zeros_like(brain)
     if tumour.shape != brain.shape:
         raise DataError(f"label has shape {tumour.shape}, scans have {brain.shape}")
-    plane = brain.any(axis=2)
-    ends = np.array([np.flatnonzero(plane.any(axis=1 - axis))[[0, -1]] for axis in (0, 1)]).T
-    kept = tuple(_window(n, side) for n, side in zip(brain.shape, crop, strict=False))
-    first, second = (_needed(ends[:, axis].tolist(), brain.shape[axis]) for axis in (0, 1))
+    plane, size = brain.any(axis=2), np.array(brain.shape[:2])
+    low, high = np.array([np.flatnonzero(plane.any(axis=1 - axis))[[0, -1]] for axis in (0, 1)]).T
+    # a side s begins at size // 2 - s // 2, which must not lie behind low, and ends behind high
+    sides = np.clip(np.maximum(2 * (size // 2 - low), 2 * (high - size // 2) + 1), 1, size)
+    kept = CenterSpatialCrop((*crop, -1)).compute_slices(brain.shape)
     return _Extent(
         case=item["case"],
-        ends=ends,
-        sides=(first, second),
+        low=low,
+        high=high,
+        sides=sides,
         tumour=int(tumour.sum()),
         brain_lost=int(brain.sum() - brain[kept].sum()),
         tumour_lost=int(tumour.sum() - tumour[kept].sum()),
@@ -141,15 +146,3 @@ def _measure(item: dict[str, Any], crop: tuple[int, int]) -> _Extent:
 def _in_ras(file: str) -> np.ndarray:
     volume = read_volume(file)
     return apply_orientation(volume.array, io_orientation(volume.affine))
-
-
-def _window(size: int, side: int) -> slice:
-    start = max(0, size // 2 - side // 2)
-    return slice(start, start + min(side, size))
-
-
-def _needed(ends: list[int], size: int) -> int:
-    """Smallest side whose centre window of ``size`` holds both ends, inclusive."""
-    low, high = ends
-    windows = ((side, _window(size, side)) for side in range(1, size))
-    return next((side for side, window in windows if window.start <= low and high < window.stop), size)

@@ -11,26 +11,12 @@ from __future__ import annotations
 import os.path
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from samseg_monai.data.datalists.checks import (
-    CaseCheck,
-    Summary,
-    case_notes,
-    check_all,
-    check_files,
-    duplicates,
-    split_off_bad,
-    write_checked,
-)  # fmt: skip
-from samseg_monai.data.datalists.label_maps import (
-    BACKGROUND,
-    OWN_CODING,
-    absent_labels,
-    implausible_sizes,
-    labels_in,
-)  # fmt: skip
+from samseg_monai.data.datalists.checks import CaseCheck, Summary, check_files, duplicates, read_all, write_checked
+from samseg_monai.data.datalists.label_maps import BACKGROUND, OWN_CODING, absent_labels, implausible_sizes, labels_in
 from samseg_monai.data.datalists.splits import DEFAULT_FRACTIONS, section_counts, split_by_patient, split_in_order
 from samseg_monai.data.files.volumes import stem_of
 from samseg_monai.errors import ConfigError, DataError
@@ -50,9 +36,7 @@ def prepare_folders(
     fractions: Sequence[float] = DEFAULT_FRACTIONS,
     by_name: bool = False,
     seed: int = 0,
-    skip_bad: bool = False,
-    num_threads: int = 2,
-    progress: bool = True,
+    **reading: Any,
 ) -> Summary:
     """Check every pair of image and label completely and write a datalist with paths relative to ``src``.
 
@@ -66,7 +50,7 @@ def prepare_folders(
         fractions: of the volumes, without ``counts``; see ``by_name``.
         by_name: take them in the order of their names, not in one drawn with ``seed``.
         seed: of the drawn order.
-        skip_bad, num_threads, progress: as of ``brats.prepare_brats_men``.
+        reading: ``skip_bad``, ``num_threads``, ``progress``, see ``checks.read_all``.
 
     Raises:
         ConfigError: nobody says what the labels mean, or two say it; unknown label coding.
@@ -77,23 +61,19 @@ def prepare_folders(
     folder = _read_folder(src)
     table = _table_of(labels, label_coding, folder)
     values = {int(value): text for value, text in table.items()}
-    if not skip_bad:  # a split that cannot be made is told before the reading
-        _split(list(folder.files), counts, fractions, by_name=by_name, seed=seed)
-
-    def check(case: str) -> CaseCheck:
-        return _check_case(case, folder, values)
-
-    checks = check_all(check, list(folder.files), num_threads=num_threads, progress=progress)
-    good, problems = split_off_bad(checks, src, skip_bad=skip_bad)
-    of = {check.case: check for check in good}
-    split, made_by = _split(list(of), counts, fractions, by_name=by_name, seed=seed)
-    sections = {section: [of[case] for case in cases] for section, cases in split.items()}
-    warnings = [*case_notes(good), *folder.notes, *duplicates(good)]
+    if not reading.get("skip_bad"):  # a split that cannot be made is told before the reading
+        _split(list(folder.cases), counts, fractions, by_name=by_name, seed=seed)
+    hint = "; name every value with --labels, or is the mask stored as grey values"
+    read = partial(check_files, label="label", legal=values, hint=lambda check, strange: hint)
+    checks = list(folder.cases.values())
+    good, problems = read_all(checks, read, src, **reading)
+    split, made_by = _split([check.case for check in good], counts, fractions, by_name=by_name, seed=seed)
     voxels = [check.voxels_per_label for check in good]
-    warnings += absent_labels(voxels, values) + (implausible_sizes(voxels, label_coding) if label_coding else [])
+    warnings = [*folder.notes, *duplicates(good), *absent_labels(voxels, values)]
+    warnings += implausible_sizes(voxels, label_coding) if label_coding else []
     header = {"name": name or folder.name, "modality": folder.modality, "scans": ["image"], "labels": table}
     header |= {"label_coding": label_coding or OWN_CODING, "split": made_by}
-    return write_checked(output, src, sections, header=header, patient=None, warnings=warnings, left_out=problems)
+    return write_checked(output, src, good, split, header=header, patient=None, warnings=warnings, left_out=problems)
 
 
 def _table_of(labels: Mapping[str, str] | None, label_coding: str | None, folder: _Folder) -> dict[str, str]:
@@ -108,13 +88,6 @@ def _table_of(labels: Mapping[str, str] | None, label_coding: str | None, folder
             "--label-coding, or a dataset.json with labels"
         )
     return {"0": BACKGROUND, **table}
-
-
-def _check_case(case: str, folder: _Folder, values: Mapping[int, str]) -> CaseCheck:
-    check = CaseCheck(case, files=dict(folder.files[case]), problems=list(folder.problems.get(case, ())))
-    hint = "; name every value with --labels, or is the mask stored as grey values"
-    check_files(check, label="label", legal=values, hint=lambda strange: hint)
-    return check
 
 
 def _split(
@@ -135,55 +108,50 @@ def _split(
 class _Folder:
     """What a folder holds and says, by names and ``dataset.json`` alone.
 
-    ``files``: case -> ``image`` and ``label``, those of them that are named; ``problems``: case -> what is wrong with
-    its names; ``labels``: value -> name, None where nobody says; ``notes``: what was seen and not used.
+    ``cases`` by name, sorted; ``labels``: value -> name, None where nobody says; ``notes``: what was seen and not used.
     """
 
-    files: dict[str, dict[str, Path]] = field(default_factory=dict)
-    problems: dict[str, list[str]] = field(default_factory=dict)
-    name: str = ""
-    modality: str = ""
-    labels: dict[str, str] | None = None
+    name: str
+    modality: str
+    labels: dict[str, str] | None
+    cases: dict[str, CaseCheck]
     notes: list[str] = field(default_factory=list)
 
 
-def _read_folder(src: str | Path) -> _Folder:
+def _read_folder(src: Path) -> _Folder:
     """Find the cases of a Decathlon folder (those of its ``training`` list, if it has one) or of two plain folders.
 
     Raises:
         DataError: no such layout, no volume in it, or a ``dataset.json`` that cannot be read.
     """
-    src = Path(src)
     pair = _pair_of(src)
     if pair is None:
         raise DataError(f"{src} holds no folders imagesTr and labelsTr, nor images and labels{_hint(src)}")
     path = src / "dataset.json"
     table = read_json(path, DataError, "dataset") if path.is_file() else {}
-    folder = _Folder(name=str(table.get("name") or src.resolve().name))
-    modality = table.get("modality") or table.get("channel_names") or ""
-    folder.modality = ", ".join(map(str, modality.values())) if isinstance(modality, dict) else str(modality)
-    if table.get("labels"):
-        folder.labels = _labels(table["labels"], path)
+    present = {kind: _files_by_stem(src / sub) for kind, sub in zip(("image", "label"), pair, strict=True)}
     listed = table.get("training")
-    present = {kind: _files_by_stem(src / sub, folder) for kind, sub in zip(("image", "label"), pair, strict=True)}
-    if isinstance(listed, list) and listed:
-        _take_listed(listed, src, folder)
-        unlisted = sorted(set(present["image"]) - set(folder.files))
-        if unlisted:
-            shown = ", ".join(unlisted[:5]) + (" ..." if len(unlisted) > 5 else "")
-            folder.notes.append(f"{len(unlisted)} images are not in the training list of dataset.json: {shown}")
-    else:
-        for case in sorted({*present["image"], *present["label"]}):
-            folder.files[case] = {kind: files[case] for kind, files in present.items() if case in files}
-            lacking = [sub for sub, files in zip(pair, present.values(), strict=True) if case not in files]
-            folder.problems.setdefault(case, []).extend(f"no file of this name in {sub}" for sub in lacking)
-    unlabelled = [path for path in _images(src / "imagesTs") if stem_of(path)]
-    if unlabelled:
-        folder.notes.append(f"{len(unlabelled)} images in imagesTs have no label: 'samseg predict' takes them")
-    if not folder.files:
+    if not isinstance(listed, list) or not listed:
+        listed = None
+    cases = _paired(present, pair) if listed is None else _listed(listed, src)
+    for files, sub in zip(present.values(), pair, strict=True):
+        for case, paths in files.items():
+            if case in cases and len(paths) > 1:
+                cases[case].problems.append(f"{' and '.join(path.name for path in paths)} in {sub}: keep one")
+    if not cases:
         raise DataError(f"{src}: no volume in {pair[0]} (expected files such as {pair[0]}/case_001.nii.gz)")
-    folder.files = dict(sorted(folder.files.items()))
-    folder.problems = {case: texts for case, texts in folder.problems.items() if texts and case in folder.files}
+    modality = table.get("modality") or table.get("channel_names") or ""
+    folder = _Folder(
+        name=str(table.get("name") or src.resolve().name),
+        modality=", ".join(map(str, modality.values())) if isinstance(modality, dict) else str(modality),
+        labels=_labels(table["labels"], path) if table.get("labels") else None,
+        cases=dict(sorted(cases.items())),
+    )
+    if unlisted := sorted(set(present["image"]) - set(cases)) if listed else []:
+        shown = ", ".join(unlisted[:5]) + (" ..." if len(unlisted) > 5 else "")
+        folder.notes.append(f"{len(unlisted)} images are not in the training list of dataset.json: {shown}")
+    if unlabelled := sum(map(len, _files_by_stem(src / "imagesTs").values())):
+        folder.notes.append(f"{unlabelled} images in imagesTs have no label: 'samseg predict' takes them")
     return folder
 
 
@@ -211,33 +179,37 @@ def _labels(stored: Any, path: Path) -> dict[str, str]:
         raise DataError(f'{path}: labels must be {{"0": "background", "1": "<name>", ...}}, got {stored!r}') from error
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-
-
-def _files_by_stem(folder: Path, found: _Folder) -> dict[str, Path]:
-    files: dict[str, Path] = {}
-    for path in _images(folder):
-        stem = stem_of(path)
-        if stem in files:
-            found.problems.setdefault(stem, []).append(f"{files[stem].name} and {path.name} in {folder.name}: keep one")
-        elif stem:
-            files[stem] = path
+def _files_by_stem(folder: Path) -> dict[str, list[Path]]:
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.is_file() and (stem := stem_of(path)):
+            files.setdefault(stem, []).append(path)
     return files
 
 
-def _take_listed(listed: list[Any], src: Path, folder: _Folder) -> None:
+def _paired(present: Mapping[str, Mapping[str, list[Path]]], pair: tuple[str, str]) -> dict[str, CaseCheck]:
+    cases = {case: CaseCheck(case) for files in present.values() for case in files}
+    for (kind, files), sub in zip(present.items(), pair, strict=True):
+        for case, check in cases.items():
+            if case in files:
+                check.files[kind] = files[case][0]
+            else:
+                check.problems.append(f"no file of this name in {sub}")
+    return cases
+
+
+def _listed(listed: Sequence[Any], src: Path) -> dict[str, CaseCheck]:
+    cases: dict[str, CaseCheck] = {}
     for number, entry in enumerate(listed):
         names = {kind: entry.get(kind) if isinstance(entry, dict) else None for kind in ("image", "label")}
-        case = stem_of(str(names.get("image") or "")) or f"training[{number}]"
-        if case in folder.files:
-            folder.problems.setdefault(case, []).append("is listed twice in dataset.json")
-        folder.files[case] = {}
+        case = stem_of(str(names["image"] or "")) or f"training[{number}]"
+        if case in cases:
+            cases[case].problems.append("is listed twice in dataset.json")
+        check = cases.setdefault(case, CaseCheck(case))
         for kind, name in names.items():
             inside = os.path.normpath(str(name or ""))
             if not isinstance(name, str) or os.path.isabs(inside) or inside.startswith(".."):
-                folder.problems.setdefault(case, []).append(
-                    f"its {kind} in dataset.json is no file below {src}: {name!r}"
-                )
+                check.problems.append(f"its {kind} in dataset.json is no file below {src}: {name!r}")
             else:
-                folder.files[case][kind] = src / inside
+                check.files[kind] = src / inside
+    return cases

@@ -20,16 +20,7 @@ from typing import Any
 import numpy as np
 
 from samseg_monai.data import IMAGES
-from samseg_monai.data.datalists.checks import (
-    CaseCheck,
-    Summary,
-    case_notes,
-    check_all,
-    check_label,
-    duplicates,
-    split_off_bad,
-    write_checked,
-)  # fmt: skip
+from samseg_monai.data.datalists.checks import CaseCheck, Summary, check_label, duplicates, read_all, write_checked
 from samseg_monai.data.datalists.label_maps import BACKGROUND, OWN_CODING, absent_labels
 from samseg_monai.data.datalists.splits import DEFAULT_FRACTIONS, choose_split
 from samseg_monai.data.files.cases import MASK_ENDINGS, list_images
@@ -39,18 +30,8 @@ from samseg_monai.errors import ConfigError, DataError
 
 
 @dataclass
-class _Pairs:
-    """``files``: case -> ``image`` and ``label``, those of them there are; ``problems``: case -> what its names show;
-    ``notes``: what was seen and not used."""
-
-    files: dict[str, dict[str, Path]] = field(default_factory=dict)
-    problems: dict[str, list[str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass
 class ImageCheck(CaseCheck):
-    """Result of ``check_pair``; ``shape`` and ``spacing_mm`` are (rows, columns).
+    """What is known of a pair of image and mask; ``shape`` and ``spacing_mm`` are (rows, columns).
 
     ``image_sha256`` is of the image alone, ``scans`` the names of its channels, ``dtype``, ``low`` and ``high`` say
     which numbers it holds, ``grey_rgb`` whether its three channels are equal; ``own_spacing`` whether it states its
@@ -80,9 +61,7 @@ def prepare_images(
     split_file: str | Path | None = None,
     fractions: Sequence[float] = DEFAULT_FRACTIONS,
     seed: int = 0,
-    skip_bad: bool = False,
-    num_threads: int = 2,
-    progress: bool = True,
+    **reading: Any,
 ) -> Summary:
     """Check every pair of image and mask and write a datalist; ``dataset_dir`` is the folder that holds both folders.
 
@@ -95,8 +74,8 @@ def prepare_images(
         spacing: pixel size in mm; without it the files' own, and without either distances are in pixels.
         match: take only cases whose name matches this pattern of the shell, such as ``meningioma_*``.
         name: of the data set; default that of the folder.
-        split_file, fractions, seed, skip_bad, num_threads, progress: as of ``brats.prepare_brats_men``, with groups in
-            place of patients.
+        split_file, fractions, seed: as of ``brats.prepare_brats_men``, with groups in place of patients.
+        reading: ``skip_bad``, ``num_threads``, ``progress``, see ``checks.read_all``.
 
     Raises:
         ConfigError: a regular expression that is none, a spacing that is no size, no labels.
@@ -108,24 +87,21 @@ def prepare_images(
     spacing, table = checked_spacing(spacing), {"0": BACKGROUND, **labels}
     values = {int(value): text for value, text in table.items()}
     root, folders = _common_folder(Path(images), Path(masks))
-    pairs = _find_pairs(*folders, match)
-    group_of = _groups(list(pairs.files), group, pairs.problems)
-    check = partial(_check_pair, pairs=pairs, legal=values, spacing=spacing)
-    checks = check_all(check, list(pairs.files), num_threads=num_threads, progress=progress)
-    _check_channels(checks)
-    good, left_out = split_off_bad(checks, folders[0], skip_bad=skip_bad, others=_unit_problems(checks, spacing))
+    checks, unpaired = _find_pairs(*folders, match)
+    group_of = _groups(checks, group)
+    read, judge = partial(_read_pair, legal=values, spacing=spacing), partial(_judge, spacing=spacing)
+    good, left_out = read_all(checks, read, folders[0], judge=judge, **reading)
     of = {check.case: check for check in good}
     usable, what = {case: group_of[case] for case in of}, "image" if group is None else "group"
     split, unused, made_by = choose_split(usable, group_of, split_file, fractions, seed, what=what)
-    sections = {section: [of[case] for case in cases] for section, cases in split.items()}
-    used = [check for members in sections.values() for check in members]
+    used = [of[case] for cases in split.values() for case in cases]
     header = _header(used, name or root.name, table, spacing) | {"split": {**made_by, "group": group}}
-    warnings = [*_notes(good, spacing), *pairs.notes, *duplicates(good, lambda check: check.image_sha256)]
+    warnings = [*_notes(good, spacing), *unpaired, *duplicates(good, lambda check: check.image_sha256)]
     warnings += [*absent_labels([check.voxels_per_label for check in good], values), *unused]
     extra = [_values(used), f"dataset_dir (paths are relative to it): {root}"]
     patient = None if group is None else group_of.__getitem__
     return write_checked(
-        output, root, sections, header=header, patient=patient, warnings=warnings, left_out=left_out, extra=extra
+        output, root, good, split, header=header, patient=patient, warnings=warnings, left_out=left_out, extra=extra
     )
 
 
@@ -160,47 +136,40 @@ def _common_folder(images: Path, masks: Path) -> tuple[Path, tuple[Path, Path]]:
     return root, both
 
 
-def _groups(cases: Sequence[str], group: str | None, problems: dict[str, list[str]]) -> dict[str, str]:
+def _groups(checks: Sequence[ImageCheck], group: str | None) -> dict[str, str]:
     """Group of each case; without a regular expression each is its own."""
     if group is None:
-        return {case: case for case in cases}
+        return {check.case: check.case for check in checks}
     try:
         pattern = re.compile(group)
     except re.error as error:
         raise ConfigError(f"--group {group!r} is not a regular expression ({error})") from error
     groups = {}
-    for case in cases:
-        found = pattern.search(case)
+    for check in checks:
+        found = pattern.search(check.case)
         text = (found[1] if pattern.groups else found[0]) if found else None
         if not text:
-            problems[case].append(f"its name does not tell its group: nothing in it matches --group {group!r}")
-        groups[case] = text or case
+            check.problems.append(f"its name does not tell its group: nothing in it matches --group {group!r}")
+        groups[check.case] = text or check.case
     return groups
 
 
-def _check_channels(checks: Sequence[ImageCheck]) -> None:
-    """A network takes grey or colour: of a mixed set the fewer are refused."""
+def _judge(checks: Sequence[ImageCheck], spacing: float | None) -> list[str]:
+    """What the images are together: of a mixed set the fewer, in grey or colour, are refused, and no unit is mixed."""
     kinds = Counter(check.scans for check in checks if check.scans)
-    if len(kinds) < 2:
-        return
     kept = RGB if kinds[RGB] > kinds[GREY] else GREY
+    colour, other = ("grey", "RGB") if kept == RGB else ("RGB", "grey")
     for check in checks:
         if check.scans and check.scans != kept:
-            what = ("is in grey", "RGB") if kept == RGB else ("is in RGB", "grey")
-            check.problems.append(
-                f"{check.files['image'].name}: {what[0]}, but {kinds[kept]} others are in {what[1]}; save all alike"
-            )
-
-
-def _unit_problems(checks: Sequence[ImageCheck], spacing: float | None) -> list[str]:
+            name = check.files["image"].name
+            check.problems.append(f"{name}: is in {colour}, but {kinds[kept]} others are in {other}; save all alike")
     usable = [check for check in checks if not check.problems]
-    stated = [check for check in usable if check.own_spacing]
-    if spacing is not None or len(stated) in (0, len(usable)):
+    stated, silent = ([check.case for check in usable if check.own_spacing is own] for own in (True, False))
+    if spacing is not None or not stated or not silent:
         return []
-    other = next(check for check in usable if not check.own_spacing)
     return [
-        f"{len(stated)} of {len(usable)} images state their pixel size (such as {stated[0].case}), the others do not "
-        f"(such as {other.case}): distances would mix mm and pixels; give --spacing"
+        f"{len(stated)} of {len(usable)} images state their pixel size (such as {stated[0]}), the others do not "
+        f"(such as {silent[0]}): distances would mix mm and pixels; give --spacing"
     ]
 
 
@@ -219,74 +188,67 @@ def _notes(checks: Sequence[ImageCheck], spacing: float | None) -> list[str]:
     for (role, note), files in named.items():
         others = f" and {len(files) - 1} other {role}{'s' * (len(files) > 2)}" if len(files) > 1 else ""
         lines.append(f"{files[0]}{others}: {note}")
-    return [*case_notes(checks), *lines]
+    return lines
 
 
-def _find_pairs(images: Path, masks: Path, match: str | None) -> _Pairs:
-    """Match images and masks by their names without suffix, where ``match`` is a pattern of the shell or None."""
-    found = _Pairs()
+def _find_pairs(images: Path, masks: Path, match: str | None) -> tuple[list[ImageCheck], list[str]]:
+    """Images and masks matched by their names without suffix, and what else lies there.
+
+    ``match`` is a pattern of the shell, or None.
+    """
+    notes: list[str] = []
     images_of: dict[str, list[Path]] = {}
     masks_of: dict[str, list[Path]] = {}
-    together = os.path.abspath(images) == os.path.abspath(masks)
-    for case, path in _listed(images, found):
-        is_mask = together and case.endswith(MASK_ENDINGS)
+    for case, path in _listed(images, notes):
+        is_mask = images == masks and case.endswith(MASK_ENDINGS)
         (masks_of if is_mask else images_of).setdefault(case, []).append(path)
-    if not together:
-        for case, path in _listed(masks, found):
-            masks_of.setdefault(case, []).append(path)
+    for case, path in _listed(masks, notes) if images != masks else []:
+        masks_of.setdefault(case, []).append(path)
     matched: dict[str, list[Path]] = {}
     for stem, paths in masks_of.items():
         ending = next((end for end in MASK_ENDINGS if stem.endswith(end) and stem not in (end, *images_of)), "")
         matched.setdefault(stem.removesuffix(ending), []).extend(paths)
+    checks = []
     for case in sorted({*images_of, *matched}):
+        check = ImageCheck(case)
         kinds = {"image": (images_of.get(case, []), images), "label": (matched.get(case, []), masks)}
+        for kind, (paths, folder) in kinds.items():
+            what, why = (
+                ("image", "differ by their suffix only") if kind == "image" else ("mask", "are masks of one image")
+            )
+            several = f"{' and '.join(path.name for path in paths)} in {folder.name} {why}: keep one"
+            check.take(kind, paths, absent=f"no {what} of this name in {folder.name}", several=several)
         names = [case, *(path.name for paths, _ in kinds.values() for path in paths)]
         if match is None or any(fnmatch.fnmatchcase(name, match) for name in names):
-            found.files[case] = {kind: paths[0] for kind, (paths, _) in kinds.items() if len(paths) == 1}
-            found.problems[case] = [
-                text for kind, (paths, folder) in kinds.items() if (text := _name_problem(kind, paths, folder))
-            ]
-    if not any("image" in files for files in found.files.values()):
+            checks.append(check)
+    if not any("image" in check.files for check in checks):
         which = f" whose name matches {match!r}" if match else ""
         raise DataError(f"{images}: no image{which} in it; expected PNG, JPEG, TIFF, BMP, DICOM or NIfTI files")
-    return found
+    return checks, notes
 
 
-def _listed(folder: Path, found: _Pairs) -> list[tuple[str, Path]]:
+def _listed(folder: Path, notes: list[str]) -> list[tuple[str, Path]]:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     images, others, folders = list_images(folder)
     for names, what in ((others, "are no images"), (folders, "are folders, which are not looked into")):
         if names:
             shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
-            found.notes.append(f"{len(names)} entries of {folder.name} {what}: {shown}")
+            notes.append(f"{len(names)} entries of {folder.name} {what}: {shown}")
     return images
 
 
-def _name_problem(kind: str, paths: list[Path], folder: Path) -> str:
-    if not paths:
-        return f"no {'image' if kind == 'image' else 'mask'} of this name in {folder.name}"
-    if len(paths) == 1:
-        return ""
-    names = " and ".join(path.name for path in paths)
-    if kind == "label":
-        return f"{names} in {folder.name} are masks of one image: keep one"
-    return f"{names} in {folder.name} differ by their suffix only: keep one"
-
-
-def _check_pair(case: str, pairs: _Pairs, legal: Collection[int], spacing: float | None) -> ImageCheck:
-    """Read image and mask of a case completely and collect all that is known and everything that is wrong."""
-    check = ImageCheck(case, files=dict(pairs.files[case]), problems=list(pairs.problems[case]))
+def _read_pair(check: ImageCheck, legal: Collection[int], spacing: float | None) -> None:
+    """Read image and mask completely and add all that is known and everything that is wrong."""
     pictures: dict[str, Picture] = {}
     for kind, path in check.files.items():
+        role = "mask" if kind == "label" else "image"
         try:
-            picture = read_image(path, spacing)
+            pictures[kind] = read_image(path, spacing)
         except DataError as error:
-            role = "mask " if kind == "label" else ""
-            check.problems.append(f"{role}{error}")
-            continue
-        pictures[kind] = picture
-        check.notes += [("mask" if kind == "label" else "image", path.name, note) for note in picture.notes]
+            check.problems.append(f"mask {error}" if kind == "label" else str(error))
+        else:
+            check.notes += [(role, path.name, note) for note in pictures[kind].notes]
     if "image" in pictures:
         _take_image(check, pictures["image"])
     if "label" in pictures:
@@ -295,7 +257,6 @@ def _check_pair(case: str, pairs: _Pairs, legal: Collection[int], spacing: float
         _compare(check, pictures["image"], pictures["label"], spacing)
     lines = "".join(f"{kind} {picture.sha256}\n" for kind, picture in pictures.items())
     check.sha256 = hashlib.sha256(lines.encode()).hexdigest()
-    return check
 
 
 def _take_image(check: ImageCheck, picture: Picture) -> None:
@@ -320,7 +281,7 @@ def _take_mask(check: ImageCheck, picture: Picture, legal: Collection[int]) -> N
         )
         return
 
-    def hint(strange: list[int]) -> str:
+    def hint(_: CaseCheck, strange: list[int]) -> str:
         shown = ", ".join(f"{value} ({check.voxels_per_label[value]} pixels)" for value in strange[:8])
         more = f" and {len(strange) - 8} other values" if len(strange) > 8 else ""
         lossy = "; JPEG is lossy and smears the values of a mask: save masks as PNG" if picture.kind == "JPEG" else ""

@@ -65,9 +65,9 @@ def labels_in(coding: str, among: Mapping[str, Mapping[int, str]] = CODINGS) -> 
     return {"0": BACKGROUND, **{str(value): name for value, name in among[coding].items()}}
 
 
-def fitting(values: Collection[int], among: Mapping[str, Mapping[int, str]] = ABDOMEN) -> list[str]:
-    """Names of the codings in which all ``values`` are legal; 0 is legal in every one."""
-    return [name for name, table in among.items() if set(values) <= {0, *table}]
+def fitting(values: Collection[int]) -> list[str]:
+    """Names of the codings of abdomens in which all ``values`` are legal; 0 is legal in every one."""
+    return [name for name, table in ABDOMEN.items() if set(values) <= {0, *table}]
 
 
 def coding_hint(values: Collection[int], coding: str) -> str:

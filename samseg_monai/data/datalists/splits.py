@@ -141,10 +141,12 @@ def _read_split(path: Path, patients: Mapping[str, str], what: str) -> dict[str,
                 problems.append(f"{section}: unknown case or {what} {name}")
             split[section] += [case for case in members if case not in split[section]]
             homes.setdefault(patients[members[0]] if members else name, []).append(section)
-    problems += [
-        f"{what} {patient} is in {' and '.join(dict.fromkeys(sections))}"
-        for patient, sections in homes.items()
-        if len(set(sections)) > 1
-    ]
+    problems += in_two_sections(homes, what)
     raise_all(problems, DataError, f"split file {path} does not fit the cases")
     return split
+
+
+def in_two_sections(homes: Mapping[str, Sequence[str]], what: str) -> list[str]:
+    """One sentence for each name whose sections in ``homes`` are not one and the same."""
+    found = {name: list(dict.fromkeys(sections)) for name, sections in homes.items()}
+    return [f"{what} {name} is in {' and '.join(sections)}" for name, sections in found.items() if len(sections) > 1]

@@ -7,18 +7,11 @@ are those of TransUNet's ``lists_Synapse``, which SAMed and SAM-LST use as well;
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from samseg_monai.data.datalists.checks import (
-    CaseCheck,
-    Summary,
-    case_notes,
-    check_all,
-    check_files,
-    split_off_bad,
-    write_checked,
-)  # fmt: skip
+from samseg_monai.data.datalists.checks import CaseCheck, Summary, check_files, read_all, write_checked
 from samseg_monai.data.datalists.label_maps import (
     ABDOMEN,
     BTCV_TESTING,
@@ -44,9 +37,7 @@ def prepare_synapse(
     validation: int = 0,
     allow_missing: bool = False,
     seed: int = 0,
-    skip_bad: bool = False,
-    num_threads: int = 2,
-    progress: bool = True,
+    **reading: Any,
 ) -> Summary:
     """Check every published case completely and write a datalist with paths relative to ``src``.
 
@@ -57,82 +48,71 @@ def prepare_synapse(
         validation: patients taken out of the training cases, chosen by a hash of seed and id; 0 as published.
         allow_missing: go on without cases of the published lists that are not there.
         seed: of the choice of validation patients.
-        skip_bad, num_threads, progress: as of ``brats.prepare_brats_men``; a case needs up to 0.5 GB.
+        reading: ``skip_bad``, ``num_threads``, ``progress``, see ``checks.read_all``; a case needs up to 0.5 GB.
 
     Raises:
         ConfigError: unknown label coding, or more validation patients than would leave one to train with.
         DataError: no such layout, or all missing and all bad cases at once, among them labels in another coding.
     """
-    labels = labels_in(label_coding, ABDOMEN)
-    src = Path(src)
+    labels, src = labels_in(label_coding, ABDOMEN), Path(src)
     cases = _find_cases(src)
     published = (*BTCV_TRAINING, *BTCV_TESTING)
     missing = sorted(set(published) - set(cases))
     strangers = sorted(set(cases) - set(published))
-    used = {case: cases[case] for case in published if case in cases}
-    if not used:
+    checks = [cases[case] for case in published if case in cases]
+    if not checks:
         raise DataError(f"{src}: none of the 30 published cases is there (found {', '.join(strangers)})")
-    _check_validation(validation, sum(case in BTCV_TRAINING for case in used))
-
-    def check(case: str) -> CaseCheck:
-        return _check_case(case, used[case], label_coding)
-
-    checks = check_all(check, list(used), num_threads=num_threads, progress=progress)
+    _check_validation(validation, sum(case in BTCV_TRAINING for case in cases))
     absent = [f"no files of the published cases {', '.join(missing)}"] if missing else []
     fix = "; copy them too, or go on without them with --allow-missing"
+
     others = [] if allow_missing else [text + fix for text in absent]
-    good, problems = split_off_bad(checks, src, skip_bad=skip_bad, others=others)
+    read = partial(check_files, label="label", legal={0, *ABDOMEN[label_coding]}, hint=partial(_hint, label_coding))
+    good, problems = read_all(checks, read, src, judge=lambda _: others, **reading)
     _refuse_narrower_coding(good, src, label_coding)
-    sections = _split(good, validation, seed)
-    unused = [f"case {case} is not one of the 30 published ones: not used" for case in strangers]
     voxels = [check.voxels_per_label for check in good]
     odd = [*implausible_sizes(voxels, label_coding), *absent_labels(voxels, ABDOMEN[label_coding])]
-    doubts = [f"{text}: is {label_coding} the coding of these files?" for text in odd]
-    warnings = [*case_notes(good), *unused, *absent, *doubts]
+    warnings = [
+        *(f"case {case} is not one of the 30 published ones: not used" for case in strangers),
+        *absent,
+        *(f"{text}: is {label_coding} the coding of these files?" for text in odd),
+    ]
     header = {"name": "Synapse", "modality": "CT", "scans": ["image"], "labels": labels, "label_coding": label_coding}
     header["split"] = {"by": "published 18/12", "validation": validation, "seed": seed}
-    return write_checked(output, src, sections, header=header, patient=str, warnings=warnings, left_out=problems)
+    split = _split([check.case for check in good], validation, seed)
+    return write_checked(output, src, good, split, header=header, patient=str, warnings=warnings, left_out=problems)
 
 
-def _find_cases(src: str | Path) -> dict[str, dict[str, list[Path]]]:
-    """Files by id (four digits) and kind (``image``, ``label``) in ``img`` and ``label`` at or below ``src``.
+def _find_cases(src: Path) -> dict[str, CaseCheck]:
+    """Cases by id (four digits), with their files in ``img`` and ``label`` at or below ``src``.
 
     Raises:
         DataError: no such folders, or no file named ``img<id>`` or ``label<id>`` in them.
     """
-    src = Path(src)
     roots = [src / sub for sub in _LAYOUTS if (src / sub / "img").is_dir() and (src / sub / "label").is_dir()]
     if not roots:
         raise DataError(f"{src} holds no folders img and label (looked in {', '.join(_LAYOUTS)}); give BTCV's RawData")
-    cases: dict[str, dict[str, list[Path]]] = {}
-    for kind, folder in (("image", "img"), ("label", "label")):
+    found: dict[str, dict[str, list[Path]]] = {}
+    for folder in ("img", "label"):
         for path in sorted((roots[0] / folder).iterdir()):
             match = re.fullmatch(rf"{folder}(\d{{4}})", stem_of(path) or "")
             if match and path.is_file():
-                cases.setdefault(match[1], {}).setdefault(kind, []).append(path)
-    if not cases:
+                found.setdefault(match[1], {}).setdefault(folder, []).append(path)
+    if not found:
         raise DataError(f"{roots[0]}: no file is named like img/img0001.nii.gz and label/label0001.nii.gz")
-    return dict(sorted(cases.items()))
+    cases = {case: CaseCheck(f"case{case}") for case in sorted(found)}
+    for case, check in cases.items():
+        for kind, folder in (("image", "img"), ("label", "label")):
+            absent = f"no file {folder}/{folder}{case}.nii.gz"
+            paths = found[case].get(folder, [])
+            several = f"several files: {', '.join(path.name for path in paths)}; keep one"
+            check.take(kind, paths, absent=absent, several=several)
+    return cases
 
 
-def _check_case(case: str, files: Mapping[str, list[Path]], label_coding: str) -> CaseCheck:
-    check = CaseCheck(f"case{case}")
-    for kind, folder in (("image", "img"), ("label", "label")):
-        paths = files.get(kind, [])
-        if len(paths) == 1:
-            check.files[kind] = paths[0]
-        elif paths:
-            check.problems.append(f"several files: {', '.join(path.name for path in paths)}; keep one")
-        else:
-            check.problems.append(f"no file {folder}/{folder}{case}.nii.gz")
-    legal = {0, *ABDOMEN[label_coding]}
-
-    def hint(strange: list[int]) -> str:
-        advice = coding_hint({*check.voxels_per_label}, label_coding)
-        return f"; {advice}" if advice else ""
-
-    check_files(check, label="label", legal=legal, hint=hint)
-    return check
+def _hint(label_coding: str, check: CaseCheck, strange: list[int]) -> str:
+    advice = coding_hint({*check.voxels_per_label}, label_coding)
+    return f"; {advice}" if advice else ""
 
 
 def _refuse_narrower_coding(checks: list[CaseCheck], src: Path, label_coding: str) -> None:
@@ -145,14 +125,14 @@ def _refuse_narrower_coding(checks: list[CaseCheck], src: Path, label_coding: st
         )
 
 
-def _split(checks: list[CaseCheck], validation: int, seed: int) -> dict[str, list[CaseCheck]]:
-    training = [check for check in checks if check.case.removeprefix("case") in BTCV_TRAINING]
+def _split(cases: list[str], validation: int, seed: int) -> dict[str, list[str]]:
+    training = [case for case in cases if case.removeprefix("case") in BTCV_TRAINING]
     _check_validation(validation, len(training))
-    chosen = set(shuffled((check.case for check in training), seed=seed)[:validation])
+    chosen = set(shuffled(training, seed=seed)[:validation])
     return {
-        "training": [check for check in training if check.case not in chosen],
-        "validation": [check for check in training if check.case in chosen],
-        "testing": [check for check in checks if check.case.removeprefix("case") in BTCV_TESTING],
+        "training": [case for case in training if case not in chosen],
+        "validation": [case for case in training if case in chosen],
+        "testing": [case for case in cases if case.removeprefix("case") in BTCV_TESTING],
     }
 
 

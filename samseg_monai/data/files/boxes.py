@@ -22,26 +22,20 @@ IMAGE_BOXES = '{"NAME": [[x0, y0, x1, y1], ...]}'
 VOLUME_BOXES = '{"CASE": [{"slice": 12, "box": [30, 40, 55, 70]}]}'
 
 
-def read_boxes(
-    path: str | Path, sizes: Mapping[str, Sequence[int]] | None = None, *, names: Sequence[str] | None = None
-) -> dict[str, list[list[float]]]:
-    """Read and check the box file of a set of images.
+def read_boxes(path: str | Path, sizes: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[list[float]]]:
+    """Read and check the box file of a set of images: case -> boxes of four floats, at least one box each.
 
     Args:
         path: JSON file.
         sizes: case -> (rows, columns); boxes of these must lie at least partly in the image.
-        names: all cases that the file may name; None accepts every name.
-
-    Returns: case -> boxes of four floats, at least one box each.
 
     Raises:
-        PromptError: the file cannot be read; every name that is not in ``names`` and every box that ``box_problem``
-            finds fault with, all at once.
+        PromptError: the file cannot be read; every box that ``box_problem`` finds fault with, all at once.
     """
     table = read_table(path)
-    problems = [f"{name}: there is no such image" for name in table if names is not None and name not in names]
-    for name, boxes in table.items():
-        problems += [f"{name}: {text}" for text in box_problems(boxes, (sizes or {}).get(name))]
+    problems = [
+        f"{name}: {text}" for name, boxes in table.items() for text in box_problems(boxes, (sizes or {}).get(name))
+    ]
     raise_all(problems, PromptError, f"boxes {path}: expected {IMAGE_BOXES}, in pixels of the stored image")
     return {name: as_floats(boxes) for name, boxes in table.items()}
 
@@ -62,7 +56,7 @@ def box_problems(boxes: Any, size: Sequence[int] | None = None) -> list[str]:
     """
     if not isinstance(boxes, list) or not boxes:
         return [f"expected a list of boxes [[x0, y0, x1, y1], ...], got {boxes!r}"]
-    if all(_is_number(value) for value in boxes):
+    if all(is_number(value) for value in boxes):
         return [f"expected a list of boxes, got the numbers {boxes}; put one more pair of brackets around them"]
     return [f"boxes[{n}] {problem}" for n, box in enumerate(boxes) if (problem := box_problem(box, size))]
 
@@ -70,7 +64,7 @@ def box_problems(boxes: Any, size: Sequence[int] | None = None) -> list[str]:
 def box_problem(box: Any, size: Sequence[int] | None = None) -> str:
     """What is wrong with one box: not four finite numbers, empty, reversed, outside, in fractions of the image in place
     of pixels, or too narrow for any network; empty if nothing is."""
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+    if not isinstance(box, list) or len(box) != 4 or not all(is_number(value) for value in box):
         return f"must be four numbers [x0, y0, x1, y1], got {box!r}"
     if not all(math.isfinite(value) for value in box):
         return f"has numbers that are not finite: {box}"
@@ -109,7 +103,7 @@ def _volume_box(entry: Any, shape: Sequence[int]) -> tuple[int, ...] | str:
         return f'must have "box" and one of "slice" and "slices", got {entry!r}'
     span, box = entry["slices"] if "slices" in entry else [entry["slice"]] * 2, entry["box"]
     for value, count in ((span, 2), (box, 4)):
-        whole = isinstance(value, (list, tuple)) and all(_is_number(n) and float(n).is_integer() for n in value)
+        whole = isinstance(value, (list, tuple)) and all(is_number(n) and float(n).is_integer() for n in value)
         if not whole or len(value) != count:
             return f"needs whole numbers: slice k or slices [k0, k1], box [i0, j0, i1, j1]; got {entry!r}"
     if not 0 <= span[0] <= span[1] < shape[2]:
@@ -120,5 +114,6 @@ def _volume_box(entry: Any, shape: Sequence[int]) -> tuple[int, ...] | str:
     return tuple(int(n) for n in (*box, *span))
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a number and no truth value: files and command lines also give texts."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

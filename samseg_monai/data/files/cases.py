@@ -35,6 +35,7 @@ from samseg_monai.files import file_name
 VOLUMES = "volumes"
 MASK_ENDINGS = ("_mask", "-mask", "_seg", "-seg")
 LOG = logging.getLogger(__name__)
+_AT_ONCE = 2  # cases read at the same time
 _LEFTOVERS = ("thumbs.db", "desktop.ini")  # of file managers; names with a dot in front are passed over, too
 
 
@@ -46,16 +47,39 @@ class CaseList:
         good: items ``{"case", "image": path or [one path per scan]}``, with ``"boxes"`` (list) or ``"prompt"`` (file)
             when prompts were given; sorted by case. A path is a file, or the folder of a DICOM series.
         bad: case -> why it cannot be predicted.
+        files: case -> one path per scan, or the single path that holds them all.
     """
 
     good: list[dict[str, Any]] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)
+    files: dict[str, list[Path]] = field(default_factory=dict)
+
+    def add(self, case: str, paths: list[Path]) -> None:
+        """Add a case; a second one of the same name would overwrite the first one's result, so it is refused."""
+        case = file_name(case)
+        if case in self.files:
+            name = f"{paths[0].parent.name}/{case}"
+            self.bad[name] = f"another case is called {case} too ({self.files[case][0]}); rename one"
+        else:
+            self.files[case] = paths
+
+    def sort(self, results: Mapping[str, dict[str, Any] | str]) -> None:
+        """Take what the check of each case gave, an item or a reason; DataError if no case is good."""
+        self.good = [result for result in results.values() if not isinstance(result, str)]
+        self.bad |= {case: result for case, result in results.items() if isinstance(result, str)}
+        for case, reason in sorted(self.bad.items()):
+            LOG.error("%s will be skipped: %s", case, reason)
+        if not self.good:
+            self.refuse("no case can be predicted")
 
     def finish(self) -> None:
         """Raise DataError naming every bad case; to be called last, when the good ones are done."""
-        problems = [f"{case}: {reason}" for case, reason in sorted(self.bad.items())]
         total = len(self.good) + len(self.bad)
-        raise_all(problems, DataError, f"{len(self.bad)} of {total} cases were not predicted, the others are done")
+        self.refuse(f"{len(self.bad)} of {total} cases were not predicted, the others are done")
+
+    def refuse(self, heading: str) -> None:
+        """Raise DataError naming every bad case, if there is one."""
+        raise_all([f"{case}: {reason}" for case, reason in sorted(self.bad.items())], DataError, heading)
 
 
 def find_cases(
@@ -65,7 +89,6 @@ def find_cases(
     boxes: str | Path | None = None,
     prompts: str | Path | None = None,
     kind: str = VOLUMES,
-    num_threads: int = 2,
 ) -> CaseList:
     """Find and check the cases of ``source``.
 
@@ -83,7 +106,6 @@ def find_cases(
             ``<case>_seg.nii.gz``, also in a sub-folder ``<case>/``.
         kind: ``volumes``, or ``images``: each 2-D image file is a case (but masks and overlays), boxes are
             those of ``boxes.read_boxes``, and there are no masks as prompts.
-        num_threads: cases read at the same time.
 
     Raises:
         DataError: nothing found, or no case at all is good.
@@ -97,41 +119,25 @@ def find_cases(
         raise PromptError("masks as prompts are for volumes; of 2-D images give boxes in pixels")
     table = None if boxes is None else read_table(boxes, IMAGE_BOXES if kind == IMAGES else VOLUME_BOXES)
     sources = [Path(source)] if isinstance(source, (str, Path)) else [Path(path) for path in source]
-    found = _group_images(sources) if kind == IMAGES else _group_files(sources, scans)
+    cases = _group_images(sources) if kind == IMAGES else _group_files(sources, scans)
     if prompts is not None and not Path(prompts).exists():
         raise PromptError(f"prompts {prompts}: no such file or folder")
-    if prompts is not None and Path(prompts).is_file() and len(found.files) > 1:
-        raise PromptError(f"prompts {prompts} is one file for {len(found.files)} cases; give a folder of <case>.nii.gz")
+    if prompts is not None and Path(prompts).is_file() and len(cases.files) > 1:
+        raise PromptError(f"prompts {prompts} is one file for {len(cases.files)} cases; give a folder of <case>.nii.gz")
 
-    def check(entry: tuple[str, list[Path]]) -> dict[str, Any] | str:
+    def check(case: str) -> dict[str, Any] | str:
         try:
             if kind == IMAGES:
-                return _check_image(entry[0], entry[1][0], scans, table)
-            return _check_volumes(*entry, scans, table, None if prompts is None else Path(prompts))
+                return _check_image(case, cases.files[case][0], scans, table)
+            return _check_volumes(case, cases.files[case], scans, table, None if prompts is None else Path(prompts))
         except (DataError, PromptError) as error:
             return str(error)
 
-    entries = sorted(found.files.items())
-    with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
-        results = list(pool.map(check, entries))
-    return _listed(found, dict(zip([case for case, _ in entries], results, strict=True)), table)
-
-
-def _listed(found: Found, results: Mapping[str, dict[str, Any] | str], boxes: Mapping[str, Any] | None) -> CaseList:
-    """Good and bad cases from what each one's check gave, an item or a reason; the bad ones are logged."""
-    cases = CaseList(bad=dict(found.bad))
-    for case, result in results.items():
-        if isinstance(result, str):
-            cases.bad[case] = result
-        else:
-            cases.good.append(result)
-    for case, reason in sorted(cases.bad.items()):
-        LOG.error("%s will be skipped: %s", case, reason)
-    for case in sorted(set(boxes or {}) - set(results) - set(found.bad)):
+    for case in sorted(set(table or {}) - set(cases.files) - set(cases.bad)):
         LOG.warning("boxes are given for %s, but there is no such case", case)
-    if not cases.good:
-        problems = [f"{case}: {reason}" for case, reason in sorted(cases.bad.items())]
-        raise_all(problems, DataError, "no case can be predicted")
+    names = sorted(cases.files)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        cases.sort(dict(zip(names, pool.map(check, names), strict=True)))
     return cases
 
 
@@ -193,33 +199,13 @@ def _mask_of(prompts: Path, case: str, image: Volume) -> Path:
     return path
 
 
-@dataclass
-class Found:
-    """``files``: case -> one path per scan, or the single path that holds them all; ``bad``: case -> reason.
-
-    A path is a file, or the folder of a DICOM series.
-    """
-
-    files: dict[str, list[Path]] = field(default_factory=dict)
-    bad: dict[str, str] = field(default_factory=dict)
-
-    def add(self, case: str, paths: list[Path]) -> None:
-        """Add a case; a second one of the same name would overwrite the first one's result, so it is refused."""
-        case = file_name(case)
-        if case in self.files:
-            name = f"{paths[0].parent.name}/{case}"
-            self.bad[name] = f"another case is called {case} too ({self.files[case][0]}); rename one"
-        else:
-            self.files[case] = paths
-
-
-def _group_files(sources: Sequence[Path], scans: Sequence[str]) -> Found:
+def _group_files(sources: Sequence[Path], scans: Sequence[str]) -> CaseList:
     """Volumes by their names, and by the first bytes of files whose names do not tell what they are.
 
     Files named ``<case>-<scan>`` or ``<case>_<scan>`` belong together. Where no file is named so, each file is a case
     of its own (one scan, or as many channels as there are scans). Files ending in ``seg`` are masks, not images.
     """
-    found = Found()
+    found = CaseList()
     loose = []
     for path in sources:
         if path.is_dir():
@@ -237,12 +223,10 @@ def _group_files(sources: Sequence[Path], scans: Sequence[str]) -> Found:
     return found
 
 
-def _group_folder(folder: Path, scans: Sequence[str], found: Found) -> None:
+def _group_folder(folder: Path, scans: Sequence[str], found: CaseList) -> None:
     """Images of ``folder`` if it has any, else those of its sub-folders."""
-    if _group_content(folder, scans, found) or _group_scans(folder, scans, found):
-        return
-    for sub in _folders(folder):
-        if _group_content(sub, scans, found) or _group_scans(sub, scans, found):
+    for sub in [] if _group_one(folder, scans, found) else _folders(folder):
+        if _group_one(sub, scans, found):
             continue
         if nested := [path.name for path in _folders(sub) if holds_series(path)]:
             found.bad[sub.name] = (
@@ -253,12 +237,17 @@ def _group_folder(folder: Path, scans: Sequence[str], found: Found) -> None:
             LOG.warning("ignored %s: no image in it", sub)
 
 
-def _group_content(folder: Path, scans: Sequence[str], found: Found) -> bool:
-    """Add the files of ``folder`` itself, or the DICOM series that they are; False when there is no image."""
-    files, case = _images(folder), _name_of(folder)
-    images = [path.name for path in files if not str(stem_of(path)).endswith(("_seg", "-seg"))]
+def _group_one(folder: Path, scans: Sequence[str], found: CaseList) -> bool:
+    """Add the files of ``folder`` itself, the DICOM series that they are, or the series named after the scans in its
+    sub-folders; False when there is no image."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and stem_of(path) is not None)
+    case = Path(os.path.abspath(folder)).name  # it may have been given as . or ..
+    below = {path.name: path for path in _folders(folder) if holds_series(path)}
     series = holds_series(folder)
+    if not files and not series:
+        return _group_scans(case, below, scans, found)
     _group_named(files, scans, found)
+    images = [path.name for path in files if not str(stem_of(path)).endswith(("_seg", "-seg"))]
     if series and images:
         found.bad[case] = f"holds DICOM files beside {images[0]}; put the DICOM series into a folder of its own"
     elif series and len(scans) > 1:
@@ -268,26 +257,23 @@ def _group_content(folder: Path, scans: Sequence[str], found: Found) -> bool:
         )
     elif series:
         found.add(case, [folder])
-    if files or series:
-        for path in filter(holds_series, _folders(folder)):
-            LOG.warning("ignored %s: a DICOM series below %s, which holds images itself", path, folder)
-    return bool(files) or series
+    for path in below.values():
+        LOG.warning("ignored %s: a DICOM series below %s, which holds images itself", path, folder)
+    return True
 
 
-def _group_scans(folder: Path, scans: Sequence[str], found: Found) -> bool:
-    """Add ``folder`` as a case whose sub-folders are DICOM series named after the scans; False when they are not."""
-    series = {path.name: path for path in _folders(folder) if holds_series(path)}
+def _group_scans(case: str, series: Mapping[str, Path], scans: Sequence[str], found: CaseList) -> bool:
+    """Add a case whose sub-folders are DICOM ``series`` named after the scans; False when they are not."""
     named = [scan for scan in scans if scan in series]
     # A lone scan's name among other folders is a case that happens to be called so.
     if not named or (len(scans) == 1 and len(series) > 1):
         return False
-    case = _name_of(folder)
     if missing := [scan for scan in scans if scan not in series]:
         found.bad[case] = f"no folder of DICOM files for {', '.join(missing)} beside {named[0]}"
     else:
         found.add(case, [series[scan] for scan in scans])
     if unused := sorted(set(series) - set(scans)):
-        LOG.info("ignored in %s: %s, which the network does not use", folder, ", ".join(unused))
+        LOG.info("ignored in %s: %s, which the network does not use", case, ", ".join(unused))
     return True
 
 
@@ -295,16 +281,7 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _name_of(folder: Path) -> str:
-    """Name of a folder that may have been given as ``.`` or ``..``."""
-    return Path(os.path.abspath(folder)).name
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file() and stem_of(path) is not None)
-
-
-def _group_named(paths: Iterable[Path], scans: Sequence[str], found: Found, *, listed: bool = False) -> None:
+def _group_named(paths: Iterable[Path], scans: Sequence[str], found: CaseList, *, listed: bool = False) -> None:
     named: dict[tuple[Path, str], dict[str, Path]] = {}
     single = []
     for path in paths:
@@ -333,12 +310,12 @@ def _group_named(paths: Iterable[Path], scans: Sequence[str], found: Found, *, l
         found.add(str(stem_of(path)), [path])
 
 
-def _group_images(sources: Sequence[Path]) -> Found:
+def _group_images(sources: Sequence[Path]) -> CaseList:
     """2-D images, each file a case; in folders, masks, overlays, sub-folders and other files are passed over.
 
     Files of one case, such as ``a.png`` and ``a.jpg``, are all bad: their results would overwrite each other.
     """
-    found = Found()
+    found = CaseList()
     named: dict[str, list[Path]] = {}
     for path in dict.fromkeys(sources):  # one file listed twice is one case
         if path.is_dir():

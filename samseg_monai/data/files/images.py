@@ -65,17 +65,6 @@ class Picture(Volume):
         return GREY if self.array.ndim == 3 else RGB
 
 
-@dataclass(frozen=True)
-class _Pixels:
-    """What a file holds: ``array`` (rows, columns) or (rows, columns, 3); the rest as of ``Picture``."""
-
-    array: np.ndarray
-    kind: str
-    spacing_mm: tuple[float, float] | None = None
-    affine: np.ndarray | None = None
-    notes: tuple[str, ...] = ()
-
-
 def case_of(path: Path) -> str | None:
     """Name of the case that ``path`` is an image of; None when it is no image. DICOM files need no suffix."""
     return image_stem(path) or (path.name if is_dicom(path) else None)
@@ -104,23 +93,17 @@ def read_image(path: str | Path, spacing: float | None = None) -> Picture:
     path, spacing = Path(path), checked_spacing(spacing)
     content = content_of(path)
     if path.name.lower().endswith((".nii", ".nii.gz")):
-        pixels = _parse_slice(path, content)
+        found = _parse_slice(path, content)
     elif content[128:132] == b"DICM" or path.suffix.lower() == ".dcm":
-        pixels = _parse_dicom(path, content)
+        found = _parse_dicom(path, content)
     else:
-        pixels = _parse_picture(path, content)
-    if pixels.array.size == 0:
-        raise DataError(f"{path.name}: has no pixels: shape {pixels.array.shape}")
-    sides = (spacing, spacing) if spacing is not None else pixels.spacing_mm or (1.0, 1.0)
-    return Picture(
-        array=np.expand_dims(pixels.array, 2),
-        affine=np.diag([*sides, 1.0, 1.0]),
-        sha256=hashlib.sha256(content).hexdigest(),
-        notes=pixels.notes,
-        kind=pixels.kind,
-        own_spacing_mm=pixels.spacing_mm,
-        stored_affine=pixels.affine,
-    )
+        found = _parse_picture(path, content)
+    array = found.pop("array")
+    if array.size == 0:
+        raise DataError(f"{path.name}: has no pixels: shape {array.shape}")
+    sides = (spacing, spacing) if spacing is not None else found.get("own_spacing_mm") or (1.0, 1.0)
+    affine, sha256 = np.diag([*sides, 1.0, 1.0]), hashlib.sha256(content).hexdigest()
+    return Picture(np.expand_dims(array, 2), affine, sha256, **found)
 
 
 def is_grey(array: np.ndarray) -> bool:
@@ -128,8 +111,9 @@ def is_grey(array: np.ndarray) -> bool:
     return bool((array[..., :1] == array[..., 1:]).all())
 
 
-def _parse_slice(path: Path, content: bytes) -> _Pixels:
-    """A NIfTI file of shape (n, m), (n, m, 1) or, in colour, (n, m, 1, 3): x is along columns, y along rows."""
+def _parse_slice(path: Path, content: bytes) -> dict[str, Any]:
+    """What a ``Picture`` holds, its array still (rows, columns[, 3]); a NIfTI file of shape (n, m), (n, m, 1) or, in
+    colour, (n, m, 1, 3): x is along columns, y along rows."""
     array, affine, _ = parse_nifti(path, content)  # its notes are about left and right, which a picture does not tell
     if array.dtype.kind not in "buif":
         raise DataError(f"{path.name}: holds {array.dtype} values, expected real numbers; save it in grey, or as PNG")
@@ -139,11 +123,11 @@ def _parse_slice(path: Path, content: bytes) -> _Pixels:
     array = array.reshape((*shape[:2], *shape[3:]) if shape[3:] == (3,) else shape[:2])
     sides = np.linalg.norm(affine[:3, :2], axis=0)
     spacing = (float(sides[1]), float(sides[0])) if np.isfinite(sides).all() and sides.min() > 0 else None
-    return _Pixels(np.swapaxes(array, 0, 1), "NIfTI", spacing, affine=affine)
+    return {"array": np.swapaxes(array, 0, 1), "kind": "NIfTI", "own_spacing_mm": spacing, "stored_affine": affine}
 
 
-def _parse_dicom(path: Path, content: bytes) -> _Pixels:
-    """A DICOM file of one frame, grey or RGB, in the units of its rescale slope and intercept."""
+def _parse_dicom(path: Path, content: bytes) -> dict[str, Any]:
+    """As ``_parse_slice``: one frame, grey or RGB, in the units of its rescale slope and intercept."""
     tags, reader = open_dicom(path, content)
     if (frames := int(np.prod(reader.GetSize()[2:]))) != 1:
         raise DataError(f"{path.name}: holds {frames} frames, expected one image; save the one that is meant")
@@ -163,11 +147,12 @@ def _parse_dicom(path: Path, content: bytes) -> _Pixels:
         notes.append(
             "is MONOCHROME1 (small values are white): it is read as its negative, in which large values are white"
         )
-    return _Pixels(array.reshape(size if colours == 1 else (*size, 3)), "DICOM", spacing, notes=tuple(notes))
+    array = array.reshape(size if colours == 1 else (*size, 3))
+    return {"array": array, "kind": "DICOM", "own_spacing_mm": spacing, "notes": tuple(notes)}
 
 
-def _parse_picture(path: Path, content: bytes) -> _Pixels:
-    """A PNG, JPEG, TIFF or BMP file, whatever its name says."""
+def _parse_picture(path: Path, content: bytes) -> dict[str, Any]:
+    """As ``_parse_slice``: a PNG, JPEG, TIFF or BMP file, whatever its name says."""
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
             if image.format == "PNG":  # decoding alone does not compare the check sums
@@ -189,7 +174,7 @@ def _parse_picture(path: Path, content: bytes) -> _Pixels:
         raise DataError(f"{path.name}: {reason}")
     if not path.name.lower().endswith(_SUFFIXES_OF[kind]):
         notes = (f"is a {kind} file, whatever its name says", *notes)
-    return _Pixels(array, kind, notes=notes)
+    return {"array": array, "kind": kind, "notes": notes}
 
 
 def _raw_mode(image: Image.Image) -> str:

@@ -169,15 +169,42 @@ def grid_difference(volume: Volume, reference: Volume) -> str:
     return ""
 
 
+def read_grid(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape (X, Y, Z) and affine (4, 4) to RAS mm of a file, by its header alone: quick, and blind to damaged voxels.
+
+    Raises:
+        DataError: ``<file name>: <reason>``: no header can be read, or it has fewer than three axes.
+    """
+    path = Path(path)
+    try:
+        if path.name.lower().endswith((".nii", ".nii.gz")):
+            image: Any = nib.load(path)
+            shape, affine = tuple(image.shape), np.asarray(image.affine, dtype=float)
+        else:
+            reader = sitk.ImageFileReader()
+            reader.SetFileName(str(path))
+            reader.ReadImageInformation()
+            shape = reader.GetSize()
+            affine = _affine_of(reader) if len(shape) == 3 else np.eye(4)
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, ImageFileError, HeaderDataError) as error:
+        raise DataError(f"{path.name}: its header cannot be read; copy it again") from error
+    if len(shape) < 3:
+        raise DataError(f"{path.name}: has {len(shape)} axes, expected 3; save one volume")
+    return shape[:3], affine
+
+
 def from_itk(image: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
     """Array (X, Y, Z[, C]) and affine to RAS mm of a SimpleITK image of three axes, as MONAI's ITKReader gives them."""
     array = sitk.GetArrayFromImage(image)  # (Z, Y, X) or (Z, Y, X, C)
-    array = array.transpose(2, 1, 0, *range(3, array.ndim))
+    return array.transpose(2, 1, 0, *range(3, array.ndim)), _affine_of(image)
+
+
+def _affine_of(image: sitk.Image | sitk.ImageFileReader) -> np.ndarray:
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
     affine[:3, 3] = image.GetOrigin()
     affine[:2] *= -1  # ITK counts towards left and posterior, NIfTI towards right and anterior
-    return array, affine
+    return affine
 
 
 def parse_nifti(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:

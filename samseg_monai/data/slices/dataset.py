@@ -1,4 +1,8 @@
-"""Slices of volumes as a map-style dataset: each volume is transformed once, its picked slices are kept."""
+"""Slices of volumes as a map-style dataset: each volume is transformed once, its picked slices are kept.
+
+A picker names the candidates of a volume once, when its slices are cached, and draws among them in every epoch; only
+``RandomN`` draws less than everything.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,6 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from samseg_monai.data.slices.cache import CachedCase, describe, describe_item, encode, frozen_encoder
-from samseg_monai.data.slices.pickers import Picker
 from samseg_monai.errors import CacheError, ConfigError, DataError, SamsegError, raise_all
 
 logger = logging.getLogger(__name__)
@@ -29,6 +33,75 @@ Slices = dict[str, np.ndarray]  # arrays, since torch would send every tensor to
 
 DEFAULT_VARIANTS = 8  # as many as a square has rotations and reflections
 MASK_KEYS = ("label", "prompt")
+
+
+@dataclass(frozen=True)
+class Picker:
+    """What every picker can do. Immutable, and its ``repr`` is all there is to know about it."""
+
+    min_voxels = 0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 0 if isinstance(self, RandomN) and name == "min_voxels" else 1
+            if value < least:
+                raise ConfigError(f"{type(self).__name__}: {name} must be at least {least}, got {value}")
+
+    def candidates(self, label: torch.Tensor) -> list[int]:
+        """Slices (indices of the last axis, ascending) of ``label`` (C, H, W, D) that are kept in the cache."""
+        return (_areas(label) >= self.min_voxels).nonzero()[:, 0].tolist()
+
+    def draw(self, candidates: list[int], rng: np.random.Generator) -> list[int]:
+        """The candidates used in one epoch; their number depends on ``len(candidates)`` only."""
+        return list(candidates)
+
+
+@dataclass(frozen=True)
+class AllSlices(Picker):
+    """Every slice, with or without foreground."""
+
+
+@dataclass(frozen=True)
+class EveryNth(Picker):
+    """Slices 0, n, 2 n, ... with or without foreground; ``n`` is at least 1."""
+
+    n: int
+
+    def candidates(self, label: torch.Tensor) -> list[int]:
+        return list(range(0, label.shape[-1], self.n))
+
+
+@dataclass(frozen=True)
+class MaxArea(Picker):
+    """The one slice with most foreground voxels, the first of equals; none for an empty label."""
+
+    def candidates(self, label: torch.Tensor) -> list[int]:
+        areas = _areas(label)
+        return [int(areas.argmax())] if areas.max() > 0 else []
+
+
+@dataclass(frozen=True)
+class Foreground(Picker):
+    """Every slice with at least ``min_voxels`` (1 or more) foreground voxels."""
+
+    min_voxels: int = 1
+
+
+@dataclass(frozen=True)
+class RandomN(Picker):
+    """``n`` (1 or more) slices with at least ``min_voxels`` foreground voxels (0: any slice) per case, other ones in
+    every epoch; all of them where the case has fewer."""
+
+    n: int
+    min_voxels: int = 1
+
+    def draw(self, candidates: list[int], rng: np.random.Generator) -> list[int]:
+        drawn = rng.choice(len(candidates), size=min(self.n, len(candidates)), replace=False)
+        return [candidates[i] for i in sorted(drawn.tolist())]
+
+
+def _areas(label: torch.Tensor) -> torch.Tensor:
+    return (label > 0).any(dim=0).sum(dim=(0, 1))  # (C, H, W, D) -> (D,)
 
 
 class SliceDataset(Dataset):
@@ -310,9 +383,7 @@ def _check(data: Sequence[Mapping[str, Any]], cache: str, cache_dir: Any, **at_l
 
 def composed(transforms: Transforms) -> Compose:
     """A copy of transforms as one Compose; of None it does nothing."""
-    if isinstance(transforms, Compose):
-        return deepcopy(transforms)
-    return Compose(deepcopy(list(transforms) if isinstance(transforms, (list, tuple)) else transforms))
+    return deepcopy(transforms) if isinstance(transforms, Compose) else Compose(deepcopy(transforms))
 
 
 def seed_of(*numbers: int) -> int:

@@ -29,7 +29,7 @@ def look() -> str:
 def config(tmp_path) -> Path:
     SEEN.clear()
     parts = {
-        "imports": ["$import tests.test_running as here"],
+        "imports": ["$import tests.bundles.test_running as here"],
         "epochs": 1,
         "value": LOOK,
         "component": {"_target_": "dict", "inner": [LOOK]},
@@ -69,7 +69,7 @@ def test_of_a_workflow_within_a_workflow_the_inner_one_is_found(config, tmp_path
     outer.parent.mkdir(parents=True)
     (outer.parent / "metadata.json").write_text("{}")
     within = f"$__import__('monai').bundle.run(config_file={str(config)!r})"
-    outer.write_text(json.dumps({"imports": ["$import tests.test_running as here"], "run": [within, LOOK]}))
+    outer.write_text(json.dumps({"imports": ["$import tests.bundles.test_running as here"], "run": [within, LOOK]}))
     run(config_file=str(outer))
     assert [found.configs for found, *_ in SEEN] == [*[config.parent] * 5, outer.parent]
 
