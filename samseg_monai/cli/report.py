@@ -65,6 +65,7 @@ def _evaluated(folder: Path, given: dict[str, Any]) -> Path:
         return done.parent
     typer.echo(f"{folder}: not evaluated since its training ended; now its test cases are", err=True)
     with open_bundle(folder) as opened:
+        opened.check()
         if opened.settings is not None:
             data = Path(given.get("dataset_dir", f"data/{opened.settings.task.dataset}"))
             _same_data(folder, data / "datalist.json")
