@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from samseg_monai import __version__
+from samseg_monai.data.datalists import case_hash
 from samseg_monai.errors import CheckpointError, WeightsError, raise_all
 from samseg_monai.files import StrPath, hash_file, read_json, write_whole
 from samseg_monai.networks import PlainSegmenter, SamSegmenter
@@ -42,8 +43,9 @@ MUST_AGREE = ("strategy", "sam_variant", *OF_NETWORK, *BOX_FACTS)
 
 
 def card_facts(network: Any) -> dict[str, Any]:
-    """What must agree, as JSON values, and ``base_file``: the name (no folder) of the base weights' file.
+    """What must agree, as JSON values, and what describes it.
 
+    ``base_file`` is the name (no folder) of the base weights' file, ``scan_names`` and ``cases`` as of ``Segmenter``.
     None stands for what a network that is no segmenter of ours does not have.
     """
     strategy = getattr(network, "strategy", None)
@@ -52,6 +54,7 @@ def card_facts(network: Any) -> dict[str, Any]:
         "sam_variant": getattr(getattr(network, "spec", None), "name", None),
         **{key: getattr(network, key, None) for key in OF_NETWORK},
         **(network.box_facts() if isinstance(network, PlainSegmenter) else {}),
+        **{key: value for key in ("scan_names", "cases") if (value := getattr(network, key, None)) is not None},
         "base_file": getattr(network, "base_file", None),
     }
 
@@ -66,7 +69,15 @@ def card_differences(card: Mapping[str, Any], network: Network) -> list[str]:
         + (_other_base(card, facts) if key == "base_sha256" else "")
         for key in {**ours, **theirs}
         if theirs.get(key) != ours.get(key)
-    ]
+    ] + scan_differences(card, network)
+
+
+def scan_differences(card: Mapping[str, Any], network: Any) -> list[str]:
+    """A line where the network's scans are others, by name, than those of the card; older cards name none."""
+    theirs, ours = card.get("scan_names"), getattr(network, "scan_names", None)
+    if theirs is None or ours is None or theirs == ours:
+        return []
+    return [f"scans: adapter of {', '.join(theirs)}, network of {', '.join(ours)}"]
 
 
 def _flat(facts: Mapping[str, Any], ignored: tuple[str, ...]) -> dict[str, Any]:
@@ -193,6 +204,7 @@ def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
     raise_all(tensor_differences(state, expected), CheckpointError, f"{path}: does not fit this network")
     raise_all(_not_finite(state), CheckpointError, f"{path}: does not fit this network")
     network.load_state_dict(state, strict=False)  # the names were compared one by one above
+    network.cases = card.get("cases")
     return card
 
 
@@ -273,13 +285,31 @@ def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_che
     if path.is_file():
         if loaded := load_foreign(network, path, sam_checkpoint):
             return loaded
+        card = _card_beside(path)
+        raise_all(scan_differences(card, network), CheckpointError, f"{path}: does not belong to this network")
         load_model(network, path)
+        network.cases = card.get("cases")
         return f"full model {path}"
     raise CheckpointError(
         f"checkpoint {path}: {'no ' + CARD + ' in this folder' if path.is_dir() else 'no such file or folder'}; give "
         f"(1) a folder with {TENSORS} and {CARD}, (2) a model.pt written by training or a file of SAMed or SAM-LST, or "
         "(3) null for SAM as it is"
     )
+
+
+def seen_cases(network: Any, cases: Iterable[str]) -> dict[str, list[str]]:
+    """Those of ``cases`` that a network was trained on, or its epoch chosen by: "training" or "validation" -> names."""
+    names = list(cases)
+    known = {section: set(hashes) for section, hashes in (getattr(network, "cases", None) or {}).items()}
+    seen = {section: [name for name in names if case_hash(name) in hashes] for section, hashes in known.items()}
+    return {section: found for section, found in seen.items() if found}
+
+
+def _card_beside(model: Path) -> dict[str, Any]:
+    """Card in the folder of a full model, as a packed bundle has it; empty without a readable one."""
+    with suppress(CheckpointError):
+        return read_card(model.parent)
+    return {}
 
 
 @functools.cache  # the code that runs was read when the process began

@@ -166,6 +166,7 @@ class _Plan:
         found["output_dir"] = str(self.output / name)
         if name == "zero_shot":
             found["store_size"] = STORED  # its slices go the way of the others
+            found["strategy::random_masks"] = True  # table II has this row of noise
         if self.cache is not None and name != "cnn_only":  # which has no encoder whose output could be stored
             found["embeddings::cache_dir"] = str(self.cache)
         return found
@@ -243,7 +244,7 @@ def _run(story: Story, name: str, plan: _Plan) -> None:
 def _report(plan: _Plan, names: Sequence[str], commands: Sequence[str]) -> str:
     from samseg_monai.report.runs import RunResult
 
-    labels = {REPAIRED: "Ladder, repaired"}
+    labels = {REPAIRED: "Ladder, repaired", "zero_shot": "No fine-tuning (random masks)"}
     runs = [RunResult.load(plan.output / name / "evaluation", name=name, label=labels.get(name)) for name in names]
     departures = plan.departures()
     notes = {"Not as published": "; ".join(departures) + "."} if departures else {}

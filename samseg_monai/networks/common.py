@@ -27,6 +27,11 @@ OPTIONS: dict[str, tuple[str | None, ...]] = {
 }
 
 
+def named_scans(scans: int | Sequence[str]) -> tuple[int, list[str] | None]:
+    """Number of scans and their names, if they were given by name."""
+    return (scans, None) if isinstance(scans, int) else (len(scans), list(scans))
+
+
 def check_options(
     chosen: Mapping[str, str | None], *, num_classes: int, scans: int, low_res_training: bool = False
 ) -> None:
@@ -89,7 +94,7 @@ def check_new_masks(network: SamSegmenter, skipped: Collection[str]) -> None:
         raise ConfigError(
             f"num_classes={network.num_classes} needs a new mask head, which the strategy does not train "
             f"({len(lost)} tensors, first {min(lost)}): predictions would be noise; use a strategy that trains the "
-            "decoder (LoRA: decoder=true)"
+            "decoder (LoRA: decoder=true), or zero-shot with strategy::random_masks true if a row of noise is wanted"
         )
 
 

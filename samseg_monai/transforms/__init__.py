@@ -17,7 +17,7 @@ from samseg_monai.transforms.augmentation import (
 )
 from samseg_monai.transforms.boxes import boxes_of, clip_boxes, move_boxes
 from samseg_monai.transforms.grids import CheckSameGridd, CropOrPadd
-from samseg_monai.transforms.labels import RecodeLabeld, RemoveSmallComponentsd
+from samseg_monai.transforms.labels import ForegroundLabeld, RecodeLabeld, RemoveSmallComponentsd
 from samseg_monai.transforms.pixels import ScaleGreysd, ScaleInputd, SplineResized, resized_slices, stored_slices
 from samseg_monai.transforms.prompts import (
     BoxFromPromptd,
@@ -27,12 +27,14 @@ from samseg_monai.transforms.prompts import (
     GivenPromptd,
     SimulatedBoxesd,
     SimulatedPromptd,
+    UnpromptedIgnoredd,
 )
 from samseg_monai.transforms.saving import NameAfterCased, SaveImagePngd
 
 __all__ = [
     "BoxFromPromptd", "CheckSameGridd", "CropOrPadd", "EllipseFromBoxesd", "EllipseFromPromptd", "FinalBoxesd",
-    "GivenPromptd", "NameAfterCased", "RandBiasFromMinimumd", "RandMirroredd", "RecodeLabeld", "RemoveSmallComponentsd",
-    "SaveImagePngd", "ScaleGreysd", "ScaleInputd", "SimulatedBoxesd", "SimulatedPromptd", "SplineResized", "boxes_of",
+    "ForegroundLabeld", "GivenPromptd", "NameAfterCased", "RandBiasFromMinimumd", "RandMirroredd", "RecodeLabeld",
+    "RemoveSmallComponentsd", "SaveImagePngd", "ScaleGreysd", "ScaleInputd", "SimulatedBoxesd", "SimulatedPromptd",
+    "SplineResized", "UnpromptedIgnoredd", "boxes_of",
     "clip_boxes", "left_right_axis", "move_boxes", "named_transforms", "resized_slices", "side_mirror", "stored_slices",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform, ResizeWithPadOrCropd
 from monai.utils import fall_back_tuple
 
+from samseg_monai.choices import IGNORE
 from samseg_monai.errors import DataError, raise_all
 
 MOST_PADDED = 1 << 28  # values: 1 GB as float32, more than four scans of a head at their full size
@@ -25,6 +26,12 @@ def on_grid_of(source: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     if not isinstance(source, MetaTensor):
         return values
     return MetaTensor(values, meta=deepcopy(source.meta), applied_operations=deepcopy(source.applied_operations))
+
+
+def foreground(label: torch.Tensor) -> torch.Tensor:
+    """Where a recoded label has a class: bool of its shape, False in voxels that nobody has judged."""
+    plain = label.as_subclass(torch.Tensor)
+    return (plain > 0) & (plain != IGNORE)
 
 
 class CropOrPadd(ResizeWithPadOrCropd):
