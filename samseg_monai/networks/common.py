@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from samseg_monai.errors import ConfigError, raise_all
+from samseg_monai.errors import ConfigError, in_turn, raise_all
 
 if TYPE_CHECKING:
     from samseg_monai.networks.plain import PlainSegmenter
@@ -179,12 +179,12 @@ def best_mask(logits: Tensor, quality: Tensor, views: int) -> Tensor:
 
 def tensor_differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
     """One line for every tensor of a file that is missing, of no use, or of another shape than in the network."""
-    return [
-        *(f"{name}: missing in the file" for name in expected if name not in found),
-        *(f"{name}: in the file, not in the network" for name in found if name not in expected),
-        *(
+    return in_turn(
+        [f"{name}: missing in the file" for name in expected if name not in found],
+        [f"{name}: in the file, not in the network" for name in found if name not in expected],
+        [
             f"{name}: shape {tuple(found[name].shape)} in the file, {tuple(tensor.shape)} in the network"
             for name, tensor in expected.items()
             if name in found and found[name].shape != tensor.shape
-        ),
-    ]
+        ],
+    )
