@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from samseg_monai.errors import own_cause
+from samseg_monai.errors import own_cause, visible_lines
 
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the number of the signal, as shells count
 TRIAL = bytes(1 << 16)  # more than a full disk takes in
@@ -114,7 +114,7 @@ def explain(
     cause: BaseException | None = error
     while cause is not None:  # causes alone: an error that was being handled explains nothing
         if text := _of_processes(cause, memory) or _of_memory(cause, memory) or _of_files(cause):
-            return Told(text)
+            return Told(visible_lines(text))
         cause = cause.__cause__
     return None
 

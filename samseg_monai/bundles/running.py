@@ -23,7 +23,7 @@ from monai.utils import optional_import
 
 from samseg_monai.bundles.build import SETTINGS
 from samseg_monai.bundles.values import custom_parts, effective_settings
-from samseg_monai.errors import ConfigError, raise_all
+from samseg_monai.errors import ConfigError, log_visibly, raise_all
 from samseg_monai.faults import Told, end_like_ctrl_c, explain, output_problem, save_memory
 from samseg_monai.files import read_json
 from samseg_monai.settings import PLACES, BundleSettings, RunSettings, problems_of, read_settings
@@ -162,6 +162,7 @@ def guard() -> None:
     """
     sys.excepthook = _plain_errors
     end_like_ctrl_c()
+    log_visibly()
     for engine in ("SupervisedTrainer", "SupervisedEvaluator"):
         logging.getLogger(f"ignite.engine.engine.{engine}").addFilter(_no_echo)
     # LoadImaged tries every reader there is, and one that nobody asked for tells each time that its GPU codec is absent

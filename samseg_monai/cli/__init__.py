@@ -23,6 +23,7 @@ from samseg_monai.cli.report import report
 from samseg_monai.cli.reproduce import reproduce_app
 from samseg_monai.cli.task import task_app
 from samseg_monai.demo.command import demo
+from samseg_monai.errors import log_visibly
 from samseg_monai.faults import end_like_ctrl_c, explain
 
 app = typer.Typer(
@@ -65,6 +66,7 @@ def _options(
 def main() -> None:
     """Run the command line; what a person can act on ends it with one text, without a traceback."""
     end_like_ctrl_c()
+    log_visibly()
     try:
         try:
             app()

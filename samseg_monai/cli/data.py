@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from samseg_monai.cli.outputs import file_to_write
+from samseg_monai.errors import visible_lines
 
 prepare_app = typer.Typer(help="Check a data set and write its datalist.", no_args_is_help=True)
 phantom_app = typer.Typer(help="Write synthetic cases for demos and tests.", no_args_is_help=True)
@@ -210,4 +211,4 @@ def _phantom_btcv(
 
 
 def _tell(summary: Any) -> None:
-    typer.echo("\n".join(summary.lines()))
+    typer.echo(visible_lines("\n".join(summary.lines())))

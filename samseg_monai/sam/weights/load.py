@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from samseg_monai.errors import MOST_LINES, WeightsError, in_turn, raise_all
+from samseg_monai.errors import FEW_TENSORS, WeightsError, in_turn, raise_all
 from samseg_monai.sam.backbone import Backbone
 from samseg_monai.sam.build import SamModel, build_sam
 from samseg_monai.sam.weights.find import RANDOM, sha256_of
@@ -213,7 +213,7 @@ def _refuse(plan: _Plan, sam: nn.Module, state: Mapping[str, torch.Tensor], path
         hint = "; it was made for another number of masks: pass allow_new_masks=True to start the mask head anew"
     counts = ", ".join(f"{len(plan.names[word])} {word}" for word in words if plan.names[word])
     heading = f"{path} does not fit this SAM ({counts} of {len(targets)} tensors){hint}"
-    raise_all(problems, WeightsError, heading, most=FEW if other else MOST_LINES)
+    raise_all(problems, WeightsError, heading, most=FEW if other else FEW_TENSORS)
 
 
 def _shapes(name: str, state: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> str:
