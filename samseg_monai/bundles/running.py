@@ -334,7 +334,8 @@ def _plain_errors(kind: type[BaseException], error: BaseException, trace: types.
         sys.__excepthook__(kind, error, trace)
     else:
         sys.stderr.write(f"{told.text}\n")
-        raise SystemExit(told.code)
+        if told.code != 1:  # with which Python ends after this hook
+            raise SystemExit(told.code)
 
 
 # what saves memory: the value that does, or None for a smaller one; whether it does so on a GPU; in training alone
