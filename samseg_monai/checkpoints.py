@@ -15,14 +15,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from samseg_monai import __version__
 from samseg_monai.data.datalists import case_hash
-from samseg_monai.errors import CheckpointError, WeightsError, raise_all
-from samseg_monai.files import StrPath, hash_file, read_json, write_whole
+from samseg_monai.errors import FEW_TENSORS, CheckpointError, WeightsError, raise_all
+from samseg_monai.files import StrPath, hash_file, read_json, write_tensors, write_whole
 from samseg_monai.networks import PlainSegmenter, SamSegmenter
 from samseg_monai.networks.common import tensor_differences
 from samseg_monai.networks.foreign import load_foreign
@@ -32,6 +31,7 @@ from samseg_monai.training.owned import owned_state
 
 FORMAT_VERSION = 1
 TENSORS, CARD = "adapter.safetensors", "card.json"
+UNFIT = "does not fit this network"
 STAGED_CARD = ".card.json.tmp"  # a card whose tensors are about to be moved
 
 Network = SamSegmenter | PlainSegmenter
@@ -186,7 +186,7 @@ def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
     """Load an adapter into a network with the same base weights and strategy, and return its card.
 
     Raises:
-        CheckpointError: nothing was changed; all differences between the card (or the tensors) and the network at once.
+        CheckpointError: nothing was changed; all differences between the card and the network, or ten of the tensors'.
     """
     folder = Path(folder)
     card = read_card(folder)
@@ -201,8 +201,8 @@ def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
     state = _read_state(path)
     mine = network.state_dict()
     expected = {name: mine[name] for name in network.owned}
-    raise_all(tensor_differences(state, expected), CheckpointError, f"{path}: does not fit this network")
-    raise_all(_not_finite(state), CheckpointError, f"{path}: does not fit this network")
+    raise_all(tensor_differences(state, expected), CheckpointError, f"{path}: {UNFIT}", most=FEW_TENSORS)
+    raise_all(_not_finite(state), CheckpointError, f"{path}: {UNFIT}", most=FEW_TENSORS)
     network.load_state_dict(state, strict=False)  # the names were compared one by one above
     network.cases = card.get("cases")
     return card
@@ -214,7 +214,7 @@ def save_model(network: nn.Module, path: StrPath) -> Path:
     path = Path(path)
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
     safe = path.suffix == ".safetensors"
-    write_whole(path, lambda to: save_file(state, to, metadata={"format": "pt"}) if safe else torch.save(state, to))
+    write_whole(path, lambda to: save_file(state, to, metadata={"format": "pt"}) if safe else write_tensors(to, state))
     return path
 
 
@@ -224,15 +224,14 @@ def load_model(network: nn.Module, path: StrPath) -> None:
     A segmenter remembers the file's hash as its base: what is trained from here on starts from this file.
 
     Raises:
-        CheckpointError: absent, unreadable, or listing every missing, unexpected and differently shaped tensor.
+        CheckpointError: absent, unreadable, or listing missing, unexpected and differently shaped tensors, at most ten.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; train first, or give the model of a run or bundle")
     state = _read_state(path)
-    heading = f"{path}: does not fit this network"
-    raise_all(tensor_differences(state, network.state_dict()), CheckpointError, heading)
-    raise_all(_not_finite(state), CheckpointError, heading)
+    raise_all(tensor_differences(state, network.state_dict()), CheckpointError, f"{path}: {UNFIT}", most=FEW_TENSORS)
+    raise_all(_not_finite(state), CheckpointError, f"{path}: {UNFIT}", most=FEW_TENSORS)
     network.load_state_dict(state)
     if isinstance(network, (SamSegmenter, PlainSegmenter)):
         network.base_sha256, network.base_file = sha256_of(path), path.name

@@ -19,6 +19,7 @@ from samseg_monai.bundles.door import WEIGHTS, Opened, open_bundle
 from samseg_monai.bundles.record import RECORD, SEEN
 from samseg_monai.bundles.wheel import WHEEL, build_wheel
 from samseg_monai.errors import BundleError, raise_all
+from samseg_monai.faults import output_problem
 from samseg_monai.files import foreign_problems, hash_file, open_regular, read_json, write_json, write_text, write_whole
 from samseg_monai.metrics import read_rows
 from samseg_monai.settings import BundleSettings, dump_settings, merged, read_settings
@@ -86,12 +87,15 @@ def pack_bundle(
         The ZIP's path.
 
     Raises:
-        BundleError: the run is not complete, or its configs are not those of its settings; everything is listed.
+        BundleError: the run is not complete, or its configs are not those of its settings; everything is listed. Or
+            ``output`` cannot be written.
         WeightsError, CheckpointError: base weights or adapter are absent or do not fit.
     """
     run, output = Path(run), Path(output)
     if not run.is_dir():
         raise BundleError(f"pack: there is no folder {run}; give the output_dir of a run")
+    if problem := output_problem(output, folder=False):
+        raise BundleError(f"pack: {problem}")
     raise_all(_check_run(run, allow_seen=allow_seen), BundleError, f"pack: {run} is not a finished run")
     card = _run_card(run / "evaluation" / "run_card.json")
     wheel = build_wheel() if package else None

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from samseg_monai.cli.outputs import folder_to_write
 from samseg_monai.data import BRATS_SCANS
 from samseg_monai.demo.story import Story, write_results
 from samseg_monai.errors import ConfigError, raise_all
@@ -21,13 +22,14 @@ CHOOSING = 3  # patients that choose the epoch of the repaired ladder where --va
 INTERVAL = 10  # epochs between validations: the published 200 epochs are validated 20 times
 STORED = 224
 BATCH, EPOCHS, WARMUP = 24, 200, 250
+OutputFolder = Annotated[Path, typer.Option(callback=folder_to_write, help="folder for datalists, runs and report")]
 
 
 @reproduce_app.command("honours")
 def honours(
     brats: Annotated[Path, typer.Option(help="folder of BraTS 2023 meningioma cases")],
     weights: Annotated[str, typer.Option(help="sam_vit_b_01ec64.pth, or 'random' for a dry run")],
-    output: Annotated[Path, typer.Option(help="folder for datalist, runs and report")] = Path("runs/honours"),
+    output: OutputFolder = Path("runs/honours"),
     rank: Annotated[list[int] | None, typer.Option(help="LoRA ranks; default 64, 128 and 256")] = None,
     scan: Annotated[
         list[str] | None,
@@ -91,7 +93,7 @@ def sam_lst(
     synapse: Annotated[Path, typer.Option(help="BTCV's RawData, or the folder in it that holds img and label")],
     weights: Annotated[str, typer.Option(help="sam_vit_b_01ec64.pth, or 'random' for a dry run")],
     resnet: Annotated[str, typer.Option(help="torchvision's resnet18-f37072fd.pth, or 'random' for a dry run")],
-    output: Annotated[Path, typer.Option(help="folder for datalists, runs and report")] = Path("runs/sam_lst"),
+    output: OutputFolder = Path("runs/sam_lst"),
     only: Annotated[
         list[str] | None, typer.Option(help=f"run only this one of {', '.join(PAPER)}; may be given several times")
     ] = None,

@@ -18,6 +18,7 @@ from monai.engines.utils import IterationEvents
 
 from samseg_monai.checkpoints import git_commit, read_card
 from samseg_monai.errors import CheckpointError, TrainingError
+from samseg_monai.faults import what_failed
 from samseg_monai.files import StrPath, unwrap, write_json, write_whole
 from samseg_monai.handlers import provenance
 from samseg_monai.handlers.keeping import case_rows
@@ -132,7 +133,10 @@ class RunCard:
         # ignite hands an error on through two levels: the first record is the true one
         if self.card and "error" not in self.card:
             self.card["error"] = f"{type(error).__name__}: {error}"
-            self._finish(engine, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            try:
+                self._finish(engine, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            except OSError as fault:  # a full disk, perhaps what the run failed of: that is what has to be told
+                logger.warning("the card of this run could not be written: %s", what_failed(fault))
         raise error
 
     def _finish(self, engine: Any, status: str) -> None:

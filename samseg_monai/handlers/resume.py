@@ -27,7 +27,7 @@ from samseg_monai.data.datalists import case_hash, read_datalist
 from samseg_monai.data.datalists.splits import SECTIONS
 from samseg_monai.data.slices import SliceDataset
 from samseg_monai.errors import CheckpointError, ConfigError, TrainingError, raise_all
-from samseg_monai.files import StrPath, unwrap, write_whole
+from samseg_monai.files import StrPath, unwrap, write_tensors, write_whole
 from samseg_monai.handlers.provenance import plain
 from samseg_monai.training.owned import owned_state
 
@@ -196,7 +196,7 @@ class ResumeSaver:
         write_whole(self.path, lambda temporary: self._write(_numbers(content), temporary))
 
     def _write(self, content: dict[str, Any], path: Path) -> None:
-        torch.save(content, path)
+        write_tensors(path, content)
         if self._verified:
             return
         try:  # once: now a state that cannot be read costs an epoch, at the resume it would cost the training

@@ -590,6 +590,19 @@ def test_the_run_card_of_a_failed_run_says_why_also_beside_a_stats_handler(netwo
     assert written["error"].startswith("TrainingError: epoch 1, iteration 3: the loss is nan for case case-1 slice 14")
 
 
+def test_a_card_that_cannot_be_written_does_not_hide_why_the_run_failed(network, tmp_path, caplog):
+    def fail(engine):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run").write_text("a file")
+        raise TrainingError("the first of all")
+
+    run = trainer(network, [handlers.RunCard(tmp_path / "run", settings={})])
+    run.add_event_handler(Events.ITERATION_STARTED, fail)
+    with pytest.raises(TrainingError, match="the first of all"):
+        run.run()
+    assert "the card of this run could not be written: " in caplog.text
+
+
 def test_an_interrupted_run_and_an_evaluation_get_a_card_too(network, tmp_path):
     def interrupt(engine):
         raise KeyboardInterrupt
