@@ -314,8 +314,9 @@ if child == 0:
     os._exit(0)
 time.sleep(0.2)
 os.kill(child, signal.SIGTERM)
-print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 try:
+    print("child", code, flush=True)  # here, so that the signal that answers it is caught
     time.sleep(60)
 except Terminated:
     print("written", flush=True)
