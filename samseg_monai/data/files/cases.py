@@ -159,7 +159,7 @@ def _check_volumes(
         volume = first if number == 0 else _read(path)
         for note in volume.notes:
             LOG.warning("%s: %s", case, note)
-        if difference := grid_difference(volume, first):
+        if difference := _same_grid(volume, first, f"{case}: {path.name}"):
             raise DataError(f"{path.name}: {difference} of {paths[0].name}")
         if problem := value_problem(volume.array):
             raise DataError(f"{path.name}: {problem}")
@@ -179,6 +179,14 @@ def _read(path: Path) -> Volume:
     return read_series(path) if path.is_dir() else read_volume(path)
 
 
+def _same_grid(volume: Volume, image: Volume, what: str) -> str:
+    """Why ``volume`` is not on the grid of ``image``, or ""; a note of a difference that does not matter is logged."""
+    difference, note = grid_difference(volume, image)
+    if note:
+        LOG.warning("%s: %s", what, note)
+    return difference
+
+
 def _mask_of(prompts: Path, case: str, image: Volume) -> Path:
     """File of the coarse mask, on the image's grid and not empty."""
     path: Path | None = prompts
@@ -192,7 +200,7 @@ def _mask_of(prompts: Path, case: str, image: Volume) -> Path:
         raise PromptError(f"no coarse mask in {prompts}; expected {names}")
     mask = read_volume(path)
     first_scan = Volume(image.array[..., 0] if image.array.ndim == 4 else image.array, image.affine, image.sha256)
-    if difference := grid_difference(mask, first_scan):
+    if difference := _same_grid(mask, first_scan, f"{case}: prompt {path.name}"):
         raise PromptError(f"prompt {path.name}: {difference} of the image; resample it to the image's grid")
     if not (mask.array > 0).any():
         raise PromptError(f"prompt {path.name}: the mask is empty, so there is nothing to look for")
