@@ -259,7 +259,7 @@ class FinalBoxesd(MapTransform):
             return d
         boxes = d.get("boxes")
         if self.source == "json":
-            boxes = _given(d)
+            boxes = boxes_on_image(d)
         elif self.source == "image":
             height, width = d["image"].shape[1:3]
             boxes = torch.tensor([[0, 0, width, height]], dtype=torch.float32)
@@ -273,8 +273,11 @@ class FinalBoxesd(MapTransform):
         return {**d, "boxes": torch.cat([low + inwards, high - inwards], dim=1)}
 
 
-def _given(d: Mapping[Hashable, Any]) -> torch.Tensor:
-    """The list of boxes in a case on the image as it is now, whose file's affine is its ``original_affine``."""
+def boxes_on_image(d: Mapping[Hashable, Any]) -> torch.Tensor:
+    """The list of boxes in a case, (N, 4), on the image as it is now, whose file's affine is its ``original_affine``.
+
+    Raises: PromptError, naming the case: no boxes, no numbers, or a box that lies wholly outside.
+    """
     given, image = d.get("boxes"), d["image"]
     try:
         boxes = torch.as_tensor(given, dtype=torch.float64)

@@ -33,6 +33,11 @@ from samseg_monai.errors import ConfigError, DataError, PromptError, raise_all
 from samseg_monai.files import file_name
 
 VOLUMES = "volumes"
+NO_PROMPTS = (
+    "this bundle was trained with a box around each object and got none, so that it could find anything: give boxes "
+    "(--boxes FILE) or coarse masks (--prompts FOLDER), or take the whole slice as the prompt on purpose (samseg "
+    "predict --whole-slice, monai.bundle --prompt::source image, whole_slice=True in Python)"
+)
 MASK_ENDINGS = ("_mask", "-mask", "_seg", "-seg")
 LOG = logging.getLogger(__name__)
 _AT_ONCE = 2  # cases read at the same time
@@ -72,6 +77,12 @@ class CaseList:
         if not self.good:
             self.refuse("no case can be predicted")
 
+    def fail(self, case: str, reason: str) -> None:
+        """Move a case to the bad ones, when it turns out in the run that it cannot be predicted."""
+        LOG.error("%s is not predicted: %s", case, reason)
+        self.good = [item for item in self.good if item["case"] != case]
+        self.bad[case] = reason
+
     def finish(self) -> None:
         """Raise DataError naming every bad case; to be called last, when the good ones are done."""
         total = len(self.good) + len(self.bad)
@@ -88,6 +99,7 @@ def find_cases(
     scans: Sequence[str] = BRATS_SCANS,
     boxes: str | Path | None = None,
     prompts: str | Path | None = None,
+    source_of_prompts: str | None = None,
     kind: str = VOLUMES,
 ) -> CaseList:
     """Find and check the cases of ``source``.
@@ -104,15 +116,20 @@ def find_cases(
             (for the usual axial slices from the feet upwards), whatever their instance numbers.
         prompts: coarse masks on the image's grid: one file (for one case), or a folder with ``<case>.nii.gz`` or
             ``<case>_seg.nii.gz``, also in a sub-folder ``<case>/``.
+        source_of_prompts: "json" needs ``boxes``, "mask" needs ``prompts``; any other (label, image, none) or None,
+            nothing.
         kind: ``volumes``, or ``images``: each 2-D image file is a case (but masks and overlays), boxes are
             those of ``boxes.read_boxes``, and there are no masks as prompts.
 
     Raises:
         DataError: nothing found, or no case at all is good.
-        PromptError: both kinds of prompts given, masks for images, or their file or folder cannot be read.
+        PromptError: both kinds of prompts given, masks for images, their file or folder cannot be read, or there are
+            none where some are needed.
     """
     if boxes is not None and prompts is not None:
         raise PromptError("got boxes and prompts (masks): give one of them")
+    if (source_of_prompts == "json" and boxes is None) or (source_of_prompts == "mask" and prompts is None):
+        raise PromptError(NO_PROMPTS)
     if kind not in (VOLUMES, IMAGES):
         raise ConfigError(f"unknown kind of cases {kind!r}; choose one of {VOLUMES}, {IMAGES}")
     if kind == IMAGES and prompts is not None:

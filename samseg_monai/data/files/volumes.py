@@ -159,11 +159,41 @@ def from_itk(image: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
     """Array (X, Y, Z[, C]) and affine to RAS mm of a SimpleITK image of three axes, as MONAI's ITKReader gives them."""
     array = sitk.GetArrayFromImage(image)  # (Z, Y, X) or (Z, Y, X, C)
     array = array.transpose(2, 1, 0, *range(3, array.ndim))
+    return array, _itk_affine(image)
+
+
+def _itk_affine(image: sitk.Image | sitk.ImageFileReader) -> np.ndarray:
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
     affine[:3, 3] = image.GetOrigin()
     affine[:2] *= -1  # ITK counts towards left and posterior, NIfTI towards right and anterior
-    return array, affine
+    return affine
+
+
+def spacing_in_plane(path: str | Path, orientation: str) -> tuple[float, float]:
+    """Voxel size in mm along the first two axes of a volume once it is turned to ``orientation`` (MONAI's axcodes).
+
+    Only the header of the NIfTI, MHA or NRRD file is read.
+
+    Raises:
+        DataError: ``<file name>: <reason>`` when the header cannot be read.
+    """
+    path = Path(path)
+    try:
+        if path.name.lower().endswith((".nii", ".nii.gz")):
+            affine: Any = nib.load(path).affine  # type: ignore[attr-defined]
+        else:
+            reader = sitk.ImageFileReader()
+            reader.SetFileName(str(path))
+            reader.ReadImageInformation()
+            affine = _itk_affine(reader)
+        axes = nib.orientations.io_orientation(affine)[:, 0]
+        wanted = nib.orientations.axcodes2ornt(orientation)[:, 0]
+    except (OSError, EOFError, ValueError, RuntimeError, ImageFileError, HeaderDataError) as error:
+        raise DataError(f"{path.name}: its header cannot be read ({last_line(error)}); copy the file again") from error
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    first, second = (float(sizes[list(axes).index(axis)]) for axis in wanted[:2])
+    return round(first, 5), round(second, 5)
 
 
 def parse_nifti(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
