@@ -45,8 +45,8 @@ class CropInPlaned(CropForegroundd):
         size: in voxels of ``spacing``, in place of ``size_mm``: how older settings give it; None: ``size_mm`` counts.
         spacing: in-plane spacing in mm that was trained on; None: that of each case, so that ``size`` is in its voxels.
         held: keys of masks of which nothing may be cut, and "boxes", those that a person gave for a 2-D image; a case
-            need not have them.
-    Raises: PromptError, naming the case, if any voxel of the prompt is lost.
+            need not have them. A prompt that is the whole slice is not held: it is what the crop shows.
+    Raises: PromptError, naming the case, if any voxel of a prompt that is held is lost.
     """
 
     def __init__(
@@ -81,7 +81,8 @@ class CropInPlaned(CropForegroundd):
                     "sees it smaller than in training", name_of(d), wanted, high[axis] - low[axis], axis,
                 )  # fmt: skip
         counts = {"image": int(foreground.sum())}
-        counts |= {key: int(_positive(d[key]).sum()) for key in ("label", "prompt") if key in self.keys and key in d}
+        told = ("label", "prompt") if "prompt" in self.held else ("label",)
+        counts |= {key: int(_positive(d[key]).sum()) for key in told if key in self.keys and key in d}
         for key, mode in self.key_iterator(d, self.mode):
             d[key] = self.cropper.crop_pad(img=d[key], box_start=low, box_end=high, mode=mode, lazy=False)
         inside = self.cropper.compute_slices(roi_start=low, roi_end=high)

@@ -107,10 +107,13 @@ def test_boxes_of_a_2d_image_are_held():
         cropped({**item, "boxes": [[50.0, 50.0, 60.0, 60.0]]}, held=["boxes"])
 
 
-def test_lost_prompt_is_refused():
-    crop = CropInPlaned(KEYS, (24.0, 20.0), held=(), allow_missing_keys=True)
+def test_lost_prompt_is_refused_and_a_whole_slice_is_cropped(monkeypatch):
+    whole = case(prompt=(slice(None),) * 3)
+    assert cropped(whole, held=())["prompt"].shape == (1, 24, 20, 6)
+    assert cropped(whole)["prompt"].shape == (1, 40, 30, 6)
+    monkeypatch.setattr("samseg_monai.transforms.crop._place", lambda foreground, size, held: (10, 10 + size))
     with pytest.raises(PromptError, match="P1: the crop cuts 4 of 4 prompted voxels off"):
-        crop(case(prompt=(slice(0, 2), slice(0, 2), slice(0, 1))))
+        cropped(case(prompt=(slice(0, 2), slice(0, 2), slice(0, 1))))
 
 
 TRAINED = {"median": [1.0, 1.0], "min": [0.9, 0.9], "max": [1.1, 1.1]}
