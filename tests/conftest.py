@@ -31,19 +31,20 @@ TINY = {
 # files that train, predict through whole bundles, export, or run the pages' commands: ``make check`` leaves them out
 SLOW = {
     "audit_classes", "audit_geometry", "augmentation", "banked_slices", "bundles", "contributing", "demo_abdomen",
-    "demo_mobile", "docs", "door", "experiment", "export", "foreign_layouts", "kill_resume", "pico", "planar",
-    "processes", "realdata", "reproduce", "reproduce_sam_lst", "sam_parity", "site", "strategy_laws", "tracking",
-    "travel", "tutorial",
+    "demo_mobile", "docs", "door", "experiment", "export", "foreign_layouts", "kill_resume", "own_data", "pico",
+    "planar", "processes", "realdata", "reproduce", "reproduce_sam_lst", "sam_parity", "site", "strategy_laws",
+    "tracking", "travel", "tutorial",
 }  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what is slow, and begin with the files that take minutes, or one worker would be left alone with them."""
-    long = ("test_docs.py", "test_bundles.py", "test_export.py", "test_strategy_laws.py", "test_demo_abdomen.py")
+    """Mark what is slow, and begin with the longest files, or one worker would be left alone with one of them."""
+    long = ("strategy_laws", "export", "docs", "bundles", "demo_abdomen", "contributing")
+    order = {name: place for place, name in enumerate([*long, *sorted(SLOW - set(long))])}
     for item in items:
         if item.path.stem.removeprefix("test_") in SLOW:
             item.add_marker("slow")
-    items.sort(key=lambda item: long.index(item.path.name) if item.path.name in long else len(long))
+    items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
 
 
 def pytest_runtest_setup():

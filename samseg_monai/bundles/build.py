@@ -56,16 +56,17 @@ def read_recipe(kind: str, name: str) -> dict[str, Any]:
         raise BundleError(
             f"{kind}: no recipe {name!r}; there are {', '.join(recipe_names(kind))}, or give the path of a .json file"
         )
-    recipe = _without_comments(read_json(path, BundleError, f"{kind} recipe", "correct it"))
+    recipe = without_comments(read_json(path, BundleError, f"{kind} recipe", "correct it"))
     parent = recipe.pop("extends", None)
     recipe = recipe if parent is None else merged(read_recipe(kind, str(parent)), recipe)
     return {**recipe, "name": path.stem}
 
 
-def _without_comments(value: Any) -> Any:
+def without_comments(value: Any) -> Any:
+    """A recipe without the keys that begin with ``//``."""
     if isinstance(value, dict):
-        return {key: _without_comments(item) for key, item in value.items() if not key.startswith("//")}
-    return [_without_comments(item) for item in value] if isinstance(value, list) else value
+        return {key: without_comments(item) for key, item in value.items() if not key.startswith("//")}
+    return [without_comments(item) for item in value] if isinstance(value, list) else value
 
 
 def compose(task: str, strategy: str) -> BundleSettings:
@@ -74,9 +75,22 @@ def compose(task: str, strategy: str) -> BundleSettings:
     Raises:
         BundleError: unknown recipes; everything that is wrong or missing in them, at once.
     """
-    what, how = read_recipe("tasks", task), read_recipe("strategies", strategy)
+    return compose_recipes(
+        read_recipe("tasks", task), read_recipe("strategies", strategy), f"task {task} with strategy {strategy}"
+    )
+
+
+def compose_recipes(task: dict[str, Any], strategy: dict[str, Any], title: str) -> BundleSettings:
+    """The settings of two recipes as ``read_recipe`` gives them; ``title`` is how an error calls them.
+
+    Raises:
+        BundleError: everything that is wrong or missing in them, at once.
+    """
+    what, how = dict(task), dict(strategy)
     run = merged(what.pop("run", {}), how.pop("run", {}))
     demo = merged(what.pop("demo", {}), how.pop("demo", {}))
+    if demo:  # pages say so: a demo runs in minutes on two cores
+        demo = merged({"run": {"sam_variant": "pico"}}, demo)
     if how.get("network") is not None:  # tasks choose a SAM, which means nothing to such a network
         run["sam_variant"] = None
         demo["run"] = {key: value for key, value in demo.get("run", {}).items() if key != "sam_variant"}
@@ -89,7 +103,7 @@ def compose(task: str, strategy: str) -> BundleSettings:
         "demo": demo or None,
     }
     try:
-        return read_settings(value, f"task {task} with strategy {strategy}")
+        return read_settings(value, title)
     except ConfigError as error:
         raise BundleError(str(error)) from error
 
@@ -111,12 +125,13 @@ def build_bundle(task: str, strategy: str, output: str | Path) -> Path:
     return write_bundle(settings, Path(output) / settings.name)
 
 
-def write_bundle(settings: BundleSettings, folder: Path) -> Path:
+def write_bundle(settings: BundleSettings, folder: Path, *, wheel: bool = False) -> Path:
     """Write the bundle of ``settings`` into ``folder``; the same settings give the same bytes.
 
-    Everything is rendered before the first file is written, and files of the same names are replaced.
+    Everything is rendered before the first file is written, and files of the same names are replaced. ``wheel`` says
+    that a wheel of the package lies in it, which its README then tells to install.
     """
-    content = render(settings)
+    content = render(settings, wheel=wheel)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         for name, text in content.items():
@@ -129,18 +144,26 @@ def write_bundle(settings: BundleSettings, folder: Path) -> Path:
     return folder
 
 
-def render(settings: BundleSettings) -> dict[str, str]:
+def render(settings: BundleSettings, *, wheel: bool = False) -> dict[str, str]:
     """Text of every file of the bundle by its name, relative to the bundle's folder."""
-    values = _values(settings)
+    values = {**_values(settings), "install": install_words(settings.name, settings.engine, wheel=wheel)}
     names = [*(CONFIGS if settings.trains else CONFIGS[1:]), *(o for o in OVERLAYS if _has(settings, o)), "metadata"]
     configs = {f"configs/{name}.json": config_text(_config(name, values)) for name in names}
     configs[f"configs/{SETTINGS}"] = config_text(dump_settings(settings))
     return {**configs, **{target: _rendered(name, values) for name, target in TEXTS.items()}}
 
 
-def render_config(settings: BundleSettings, name: str) -> dict[str, Any]:
-    """One config of the bundle (``train``, ``inference``, ``evaluate``, ``demo`` ...) as a JSON object."""
-    return _config(name, _values(settings))
+def wheel_name(version: str) -> str:
+    """Path in a bundle of the wheel of samseg-monai that it may hold."""
+    return f"wheel/samseg_monai-{version}-py3-none-any.whl"
+
+
+def install_words(name: str, version: str, *, wheel: bool) -> str:
+    """What the README of the bundle ``name`` says of installing the package."""
+    if not wheel:
+        return f"samseg-monai {version} has to be installed (`pip install .` in its source folder)."
+    told = f"Install samseg-monai {version} from the wheel that lies in this bundle; what it needs comes from PyPI:"
+    return f"{told}\n\n```\npip install {name}/{wheel_name(version)}\n```"
 
 
 def _has(settings: BundleSettings, overlay: str) -> bool:

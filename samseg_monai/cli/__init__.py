@@ -13,8 +13,7 @@ from typing import Annotated
 import typer
 
 from samseg_monai import __version__
-from samseg_monai.cli.bundle import bundle_app
-from samseg_monai.cli.check import check
+from samseg_monai.cli.bundle import bundle_app, check
 from samseg_monai.cli.data import bbox, phantom_app, prepare_app
 from samseg_monai.cli.export import export
 from samseg_monai.cli.find_lr import find_lr
@@ -22,6 +21,7 @@ from samseg_monai.cli.info import info
 from samseg_monai.cli.predict import predict
 from samseg_monai.cli.report import report
 from samseg_monai.cli.reproduce import reproduce_app
+from samseg_monai.cli.task import task_app
 from samseg_monai.demo.command import demo
 from samseg_monai.errors import SamsegError
 
@@ -34,9 +34,9 @@ app = typer.Typer(
 app.add_typer(prepare_app, name="prepare")
 app.command(name="bbox")(bbox)
 app.add_typer(phantom_app, name="phantom")
+app.add_typer(task_app, name="task")
 app.add_typer(bundle_app, name="bundle")
 app.command(name="predict")(predict)
-bundle_app.command(name="check")(check)
 app.command(name="lint", help="The same as samseg bundle check.", hidden=True)(check)
 app.command(name="export")(export)
 app.command(name="report")(report)

@@ -2,25 +2,88 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from samseg_monai.errors import BundleError, DataError
+from samseg_monai.workflow import run_workflow
+
+EVALUATION = "evaluation"
 
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(help="evaluation folders (with run_card.json, metrics.json, cases.csv)")
+        list[Path],
+        typer.Argument(
+            help="output_dir of trainings, or evaluation folders (with run_card.json, metrics.json, cases.csv)"
+        ),
     ],
     output: Annotated[Path, typer.Option(help="HTML file to write")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="heading of the page")] = "samseg-monai report",
+    dataset_dir: Annotated[
+        Path | None, typer.Option(help="folder of the data, for a run not evaluated yet; default: as of its bundle")
+    ] = None,
+    sam_checkpoint: Annotated[
+        str | None, typer.Option(help="base weights for a run not evaluated yet, if not found by name")
+    ] = None,
 ) -> None:
-    """Make one page with table, figures and provenance of evaluated runs, and print the table."""
+    """Make one page with table, figures and provenance of evaluated runs, and print the table.
+
+    A training that was not evaluated since it ended is evaluated first, on the test cases of its data, with its own
+    settings.
+    """
     from samseg_monai.report.page import write_report
     from samseg_monai.report.runs import RunResult
     from samseg_monai.report.tables import table_text
 
-    results = [RunResult.load(folder) for folder in runs]
+    given: dict[str, Any] = {} if sam_checkpoint is None else {"sam_checkpoint": sam_checkpoint}
+    if dataset_dir is not None:
+        given["dataset_dir"] = os.path.abspath(dataset_dir)
+    results = [RunResult.load(_evaluated(folder, given)) for folder in runs]
     write_report(output, title=title, runs=results)
     typer.echo(table_text(results))
     typer.echo(f"report: {output}")
+
+
+def _evaluated(folder: Path, given: dict[str, Any]) -> Path:
+    """The folder with the evaluation of a training; a folder that no training has written is returned as it is."""
+    from samseg_monai.bundles.door import open_bundle
+    from samseg_monai.bundles.record import RECORD
+    from samseg_monai.checkpoints import TENSORS
+    from samseg_monai.report.runs import METRICS_FILE
+
+    adapter, done = folder / TENSORS, folder / EVALUATION / METRICS_FILE
+    if not (folder / RECORD).is_dir() or (folder / METRICS_FILE).is_file():
+        return folder
+    if done.is_file() and not (adapter.is_file() and adapter.stat().st_mtime > done.stat().st_mtime):
+        return done.parent
+    typer.echo(f"{folder}: not evaluated since its training ended; now its test cases are", err=True)
+    with open_bundle(folder) as opened:
+        if opened.settings is not None:
+            data = Path(given.get("dataset_dir", f"data/{opened.settings.task.dataset}"))
+            _same_data(folder, data / "datalist.json")
+        places = {"output_dir": os.path.abspath(folder), "results_dir": os.path.abspath(done.parent)}
+        places |= {} if opened.checkpoint is None else {"checkpoint": os.path.abspath(opened.checkpoint)}
+        run_workflow([opened.config("evaluate")], {**places, **given}, echo=False)
+    return done.parent
+
+
+def _same_data(folder: Path, datalist: Path) -> None:
+    """Raise DataError where a run was trained with another datalist than the one that would be evaluated."""
+    from samseg_monai.files import hash_file, read_json
+    from samseg_monai.report.runs import CARD_FILE
+
+    card = folder / CARD_FILE
+    known = read_json(card, BundleError, "run card").get("data_hash") if card.is_file() else None
+    if not datalist.is_file():
+        raise DataError(
+            f"{datalist}: no such file; give the folder of the data that {folder} was trained on: --dataset-dir"
+        )
+    if known is not None and known != hash_file(datalist):
+        raise DataError(
+            f"{datalist}: not the datalist that {folder} was trained on, so that its test cases may have "
+            "been learnt; give the right --dataset-dir, or evaluate it by its evaluate.json and report that folder"
+        )

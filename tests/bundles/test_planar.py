@@ -6,6 +6,8 @@ import csv
 import hashlib
 import io
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from samseg_monai.pictures import REFERENCE
 from samseg_monai.transforms import SaveImagePngd, ScaleGreysd
 from samseg_monai.transforms.saving import overlay_picture
 from samseg_monai.workflow import run_workflow
+from tests.helpers.commands import samseg
 from tests.helpers.pictures import CLASSES, SIZE, make_pictures
 
 TINY = {"sam_variant": "tiny", "sam_checkpoint": "random", "image_size": 64}
@@ -59,6 +62,31 @@ def test_training_and_evaluation_write_tables_in_pixels(trained):
     assert not any(name.endswith("_mm") or name.endswith("_ml") for name in table[0])
     ellipses = rows(trained / "evaluation" / "ellipse_cases.csv")
     assert all(0.3 < float(row["dice"]) < 1 for row in ellipses)
+
+
+def test_a_report_evaluates_what_was_trained_since(trained, pictures, tmp_path, monkeypatch, capsys):
+    run, page = tmp_path / "run", tmp_path / "page.html"
+    shutil.copytree(trained, run)
+    words = ["report", run, "--output", page, "--sam-checkpoint", "random", "--dataset-dir"]
+    table = run / "evaluation" / "cases.csv"
+    before = table.read_text()
+    os.utime(run / "evaluation" / "metrics.json")  # copies have times of their own
+    table.write_text(before.replace("scan_0004", "scan_kept"))
+    assert samseg(monkeypatch, *words, "nowhere") == 0  # nothing to evaluate: the data are not asked for
+    assert "scan_kept" in table.read_text() and "LoRA, rank 2 + decoder" in capsys.readouterr().out
+    late = (run / "evaluation" / "metrics.json").stat().st_mtime + 10
+    os.utime(run / "adapter.safetensors", (late, late))
+    assert samseg(monkeypatch, *words, "nowhere") == 1
+    assert "nowhere" in capsys.readouterr().err and "scan_kept" in table.read_text()
+    other = make_pictures(tmp_path / "other", count=8)
+    assert samseg(monkeypatch, *words, other) == 1
+    assert "not the datalist" in capsys.readouterr().err and "scan_kept" in table.read_text()
+    assert samseg(monkeypatch, *words, pictures) == 0
+    assert [row["dice"] for row in rows(table)] == [row["dice"] for row in csv.DictReader(io.StringIO(before))]
+    assert "Dice" in page.read_text(encoding="utf-8")
+    shutil.rmtree(run / "evaluation")
+    assert samseg(monkeypatch, *words, pictures) == 0 and table.is_file()
+    assert samseg(monkeypatch, "report", run / "evaluation", "--output", page) == 0
 
 
 def box_file(folder: Path, boxes: dict[str, list[list[float]]]) -> str:

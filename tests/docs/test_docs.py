@@ -27,6 +27,7 @@ ELSEWHERE = {
     "samseg reproduce": "studies/test_reproduce.py",
     "samseg demo": "demo/test_demo_abdomen.py",
     "samseg export": "bundles/test_export.py",
+    "samseg task schema": "bundles/test_task.py",
     "samseg info": "package/test_face.py",
     "samseg --version": "package/test_face.py",
     "samseg --help": "package/test_face.py",
@@ -62,13 +63,15 @@ def python_blocks(page: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def folder(phantoms, abdomen, pictures, tmp_path_factory) -> Path:
+def folder(phantoms, abdomen, hippocampi, pictures, tmp_path_factory) -> Path:
     """A working folder with data, unlabelled cases, boxes and bundles where the pages expect them."""
     where, drawn = tmp_path_factory.mktemp("docs"), pictures
     shutil.copytree(phantoms, where / "data" / "brats-men", ignore=shutil.ignore_patterns("unlabelled"))
     shutil.copytree(phantoms / "unlabelled", where / "CASES")
     shutil.copytree(abdomen, where / "data" / "synapse", ignore=shutil.ignore_patterns("unlabelled"))
     shutil.copytree(abdomen / "unlabelled", where / "CASES_CT")
+    for part in ("images", "labels"):
+        shutil.copytree(hippocampi / part, where / "data" / "hippocampus" / part)
     shutil.copytree(ROOT / "bundles", where / "bundles")
     for bundle in (ROOT / "bundles").iterdir():
         shutil.copytree(bundle, where / bundle.name)
@@ -121,7 +124,8 @@ def run_line(line: str, monkeypatch, *, launch: bool = False) -> None:
         words += ["--allow-missing"] if words[1:3] == ["prepare", "synapse"] else []
         if "--validation" in words:  # of four patients: two processes need two cases on either side
             words[words.index("--validation") + 1] = "2"
-        words += ["--sam-checkpoint", "random"] if words[1:3] == ["bundle", "pack"] else []
+        evaluates = words[1] == "report" and not words[2].endswith("/evaluation")
+        words += ["--sam-checkpoint", "random"] if words[1:3] == ["bundle", "pack"] or evaluates else []
         if words[1] == "find-lr":
             extra = {**TINY, **SMALL["lora"], "batch_size": 2}
             words += ["--steps", "10", *(f"--{key}={val}" for key, val in extra.items())]

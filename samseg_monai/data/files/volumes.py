@@ -32,6 +32,8 @@ _NOTED = 1e-3  # of a voxel: more than rounding of a header's 32 bits
 _FORM_TOLERANCE_MM = 0.1
 _SHEAR_TOLERANCE = 1e-2
 _GZIP_MAGIC = b"\x1f\x8b"
+_POSTSCRIPT = (b"%!", b"\xc5\xd0\xd3\xc6")  # the latter with a preview, as DOS had it
+_HEADER_BYTES = 1 << 20
 PHANTOM_MARK = b"samseg-monai phantom"  # in the header of every phantom of the demos
 
 
@@ -106,7 +108,37 @@ def content_of(path: Path) -> bytes:
         raise DataError(f"{path.name}: is a git-lfs pointer, not the image; run 'git lfs pull' where it came from")
     if content[:1000].lstrip()[:5].lower() in (b"<html", b"<!doc", b"<?xml"):
         raise DataError(f"{path.name}: is a web page, not an image: the download failed; log in and download it again")
+    refuse_foreign(path, content)
     return content
+
+
+def refuse_foreign(path: Path, content: bytes | None = None) -> None:
+    """Refuse a file whose loader would read another file in its place, or run it.
+
+    Args:
+        path: file, whatever its name says.
+        content: its bytes; None: the first of them are read, which hold any header.
+
+    Raises:
+        DataError: ``<file name>: <reason>``: a MetaImage or NRRD header without its voxels, or one that is damaged; a
+            PostScript program.
+    """
+    if content is None:
+        with path.open("rb") as stream:
+            content = stream.read(_HEADER_BYTES)
+    if content.startswith(_POSTSCRIPT):
+        raise DataError(f"{path.name}: is a PostScript program, no PNG, JPEG, TIFF or BMP file; save it as an image")
+    if not content.startswith(b"NRRD") and not path.name.lower().endswith((".mha", ".mhd", ".nrrd", ".nhdr")):
+        return
+    try:
+        named = named_file(content)
+    except ValueError as error:
+        raise DataError(f"{path.name}: truncated or damaged file ({error}); copy it again") from error
+    if named is not None:
+        raise DataError(
+            f"{path.name}: its header names another file ({named!r}) that would be read in its place; save header and "
+            "voxels as one file"
+        )
 
 
 def value_problem(array: np.ndarray, what: str = "voxel") -> str:
@@ -155,14 +187,37 @@ def affine_difference(affine: np.ndarray, reference: np.ndarray, shape: Sequence
     return "", note if gap > _NOTED else ""
 
 
+def read_grid(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape (X, Y, Z) and affine (4, 4) to RAS mm of a file, by its header alone: quick, and blind to damaged voxels.
+
+    Raises:
+        DataError: ``<file name>: <reason>``: no header can be read, or it has fewer than three axes.
+    """
+    path = Path(path)
+    try:
+        if path.name.lower().endswith((".nii", ".nii.gz")):
+            image: Any = nib.load(path)
+            shape, affine = tuple(image.shape), np.asarray(image.affine, dtype=float)
+        else:
+            reader = sitk.ImageFileReader()
+            reader.SetFileName(str(path))
+            reader.ReadImageInformation()
+            shape = reader.GetSize()
+            affine = _affine_of(reader) if len(shape) == 3 else np.eye(4)
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, ImageFileError, HeaderDataError) as error:
+        raise DataError(f"{path.name}: its header cannot be read; copy it again") from error
+    if len(shape) < 3:
+        raise DataError(f"{path.name}: has {len(shape)} axes, expected 3; save one volume")
+    return shape[:3], affine
+
+
 def from_itk(image: sitk.Image) -> tuple[np.ndarray, np.ndarray]:
     """Array (X, Y, Z[, C]) and affine to RAS mm of a SimpleITK image of three axes, as MONAI's ITKReader gives them."""
     array = sitk.GetArrayFromImage(image)  # (Z, Y, X) or (Z, Y, X, C)
-    array = array.transpose(2, 1, 0, *range(3, array.ndim))
-    return array, _itk_affine(image)
+    return array.transpose(2, 1, 0, *range(3, array.ndim)), _affine_of(image)
 
 
-def _itk_affine(image: sitk.Image | sitk.ImageFileReader) -> np.ndarray:
+def _affine_of(image: sitk.Image | sitk.ImageFileReader) -> np.ndarray:
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
     affine[:3, 3] = image.GetOrigin()
@@ -173,27 +228,14 @@ def _itk_affine(image: sitk.Image | sitk.ImageFileReader) -> np.ndarray:
 def spacing_in_plane(path: str | Path, orientation: str) -> tuple[float, float]:
     """Voxel size in mm along the first two axes of a volume once it is turned to ``orientation`` (MONAI's axcodes).
 
-    Only the header of the NIfTI, MHA or NRRD file is read.
-
-    Raises:
-        DataError: ``<file name>: <reason>`` when the header cannot be read.
+    Raises: as ``read_grid``.
     """
-    path = Path(path)
-    try:
-        if path.name.lower().endswith((".nii", ".nii.gz")):
-            affine: Any = nib.load(path).affine  # type: ignore[attr-defined]
-        else:
-            reader = sitk.ImageFileReader()
-            reader.SetFileName(str(path))
-            reader.ReadImageInformation()
-            affine = _itk_affine(reader)
-        axes = nib.orientations.io_orientation(affine)[:, 0]
-        wanted = nib.orientations.axcodes2ornt(orientation)[:, 0]
-    except (OSError, EOFError, ValueError, RuntimeError, ImageFileError, HeaderDataError) as error:
-        raise DataError(f"{path.name}: its header cannot be read ({last_line(error)}); copy the file again") from error
+    _, affine = read_grid(path)
     sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    first, second = (float(sizes[list(axes).index(axis)]) for axis in wanted[:2])
-    return round(first, 5), round(second, 5)
+    axes = list(nib.orientations.io_orientation(affine)[:, 0])
+    wanted = nib.orientations.axcodes2ornt(orientation)[:2, 0]
+    first, second = (round(float(sizes[axes.index(axis)]), 5) for axis in wanted)
+    return first, second
 
 
 def parse_nifti(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
@@ -259,15 +301,6 @@ def named_file(content: bytes) -> str | None:
 
 
 def _parse_itk(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        named = named_file(content)
-    except ValueError as error:
-        raise DataError(f"{path.name}: truncated or damaged file ({error}); copy it again") from error
-    if named is not None:
-        raise DataError(
-            f"{path.name}: its header names another file ({named!r}) that would be read in its place; save header and "
-            "voxels as one file"
-        )
     try:
         image = sitk.ReadImage(str(path), imageIO="NrrdImageIO" if content.startswith(b"NRRD") else "MetaImageIO")
     except RuntimeError as error:
