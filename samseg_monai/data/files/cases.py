@@ -126,14 +126,9 @@ def find_cases(
         PromptError: both kinds of prompts given, masks for images, their file or folder cannot be read, or there are
             none where some are needed.
     """
-    if boxes is not None and prompts is not None:
-        raise PromptError("got boxes and prompts (masks): give one of them")
-    if (source_of_prompts == "json" and boxes is None) or (source_of_prompts == "mask" and prompts is None):
-        raise PromptError(NO_PROMPTS)
     if kind not in (VOLUMES, IMAGES):
         raise ConfigError(f"unknown kind of cases {kind!r}; choose one of {VOLUMES}, {IMAGES}")
-    if kind == IMAGES and prompts is not None:
-        raise PromptError("masks as prompts are for volumes; of 2-D images give boxes in pixels")
+    _check_prompts(boxes is not None, prompts is not None, source_of_prompts, kind)
     table = None if boxes is None else read_table(boxes, IMAGE_BOXES if kind == IMAGES else VOLUME_BOXES)
     sources = [Path(source)] if isinstance(source, (str, Path)) else [Path(path) for path in source]
     cases = _group_images(sources) if kind == IMAGES else _group_files(sources, scans)
@@ -156,6 +151,16 @@ def find_cases(
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         cases.sort(dict(zip(names, pool.map(check, names), strict=True)))
     return cases
+
+
+def _check_prompts(boxes: bool, prompts: bool, source: str | None, kind: str) -> None:
+    """Raise PromptError where the prompts that are given are not those that are needed."""
+    if boxes and prompts:
+        raise PromptError("got boxes and prompts (masks): give one of them")
+    if (source == "json" and not boxes) or (source == "mask" and not prompts):
+        raise PromptError(NO_PROMPTS)
+    if kind == IMAGES and prompts:
+        raise PromptError("masks as prompts are for volumes; of 2-D images give boxes in pixels")
 
 
 def _check_volumes(
