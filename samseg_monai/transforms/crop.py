@@ -111,8 +111,8 @@ class CropInPlaned(CropForegroundd):
             )
         cut = [f"{n} of {counts[key]} voxels of {_NAMES[key]}" for key, n in lost.items() if n]
         if cut and case not in self._told:
-            self._told.add(case)
             logger.warning("%s: the crop leaves out %s", case, " and ".join(cut))
+        self._told.add(case)
         values = {**lost, **{f"{key}_of": n for key, n in counts.items()}}
         return torch.tensor([values.get(name, 0) for name in CUT])
 

@@ -280,10 +280,10 @@ def test_prompts_of_a_training_are_those_of_its_prediction(phantoms, tmp_path):
 def test_an_override_takes_a_setting_away():
     configs = root_of(LORA) / "configs"
     built = read_settings(read_json(configs / "settings.json"), "test")
-    given = {**read_json(configs / "inference.json"), "crop_size": "$None", "prompt": {"loosen": ["$None", 0.1]}}
+    given = {**read_json(configs / "inference.json"), "crop_mm": "$None", "prompt": {"loosen": ["$None", 0.1]}}
     found = effective_settings(given, built)
-    assert built.run.crop_size and found["run"]["crop_size"] is None and found["run"]["prompt"]["loosen"] == [None, 0.1]
-    assert given["crop_size"] == "$None"  # the config itself stays
+    assert built.run.crop_mm and found["run"]["crop_mm"] is None and found["run"]["prompt"]["loosen"] == [None, 0.1]
+    assert given["crop_mm"] == "$None"  # the config itself stays
 
 
 def test_a_component_given_whole_is_no_typo():

@@ -99,7 +99,6 @@ def find_cases(
     scans: Sequence[str] = BRATS_SCANS,
     boxes: str | Path | None = None,
     prompts: str | Path | None = None,
-    source_of_prompts: str | None = None,
     kind: str = VOLUMES,
 ) -> CaseList:
     """Find and check the cases of ``source``.
@@ -116,19 +115,19 @@ def find_cases(
             (for the usual axial slices from the feet upwards), whatever their instance numbers.
         prompts: coarse masks on the image's grid: one file (for one case), or a folder with ``<case>.nii.gz`` or
             ``<case>_seg.nii.gz``, also in a sub-folder ``<case>/``.
-        source_of_prompts: "json" needs ``boxes``, "mask" needs ``prompts``; any other (label, image, none) or None,
-            nothing.
         kind: ``volumes``, or ``images``: each 2-D image file is a case (but masks and overlays), boxes are
             those of ``boxes.read_boxes``, and there are no masks as prompts.
 
     Raises:
         DataError: nothing found, or no case at all is good.
-        PromptError: both kinds of prompts given, masks for images, their file or folder cannot be read, or there are
-            none where some are needed.
+        PromptError: both kinds of prompts given, masks for images, or their file or folder cannot be read.
     """
+    if boxes is not None and prompts is not None:
+        raise PromptError("got boxes and prompts (masks): give one of them")
     if kind not in (VOLUMES, IMAGES):
         raise ConfigError(f"unknown kind of cases {kind!r}; choose one of {VOLUMES}, {IMAGES}")
-    _check_prompts(boxes is not None, prompts is not None, source_of_prompts, kind)
+    if kind == IMAGES and prompts is not None:
+        raise PromptError("masks as prompts are for volumes; of 2-D images give boxes in pixels")
     table = None if boxes is None else read_table(boxes, IMAGE_BOXES if kind == IMAGES else VOLUME_BOXES)
     sources = [Path(source)] if isinstance(source, (str, Path)) else [Path(path) for path in source]
     cases = _group_images(sources) if kind == IMAGES else _group_files(sources, scans)
@@ -153,14 +152,14 @@ def find_cases(
     return cases
 
 
-def _check_prompts(boxes: bool, prompts: bool, source: str | None, kind: str) -> None:
-    """Raise PromptError where the prompts that are given are not those that are needed."""
-    if boxes and prompts:
-        raise PromptError("got boxes and prompts (masks): give one of them")
-    if (source == "json" and not boxes) or (source == "mask" and not prompts):
+def check_prompts(source: str, *, boxes: str | Path | None, prompts: str | Path | None) -> None:
+    """Raise PromptError where a prediction gets no file of the prompts that it was told to take.
+
+    Args:
+        source: "json" needs ``boxes``, "mask" needs ``prompts``; any other (image, none) nothing.
+    """
+    if (source == "json" and boxes is None) or (source == "mask" and prompts is None):
         raise PromptError(NO_PROMPTS)
-    if kind == IMAGES and prompts:
-        raise PromptError("masks as prompts are for volumes; of 2-D images give boxes in pixels")
 
 
 def _check_volumes(
