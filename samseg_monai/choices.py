@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import unicodedata
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -27,8 +28,8 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Cases = Annotated[int, Field(ge=1, le=4096)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Voxels = Annotated[int, Field(ge=1, le=8192)]
-Workers = Annotated[int, Field(ge=0, le=256)]
-Side = Annotated[int, Field(ge=16, le=4096)]
+Workers = Annotated[int, Field(ge=0, le=64)]
+Side = Annotated[int, Field(ge=16, le=2048)]  # twice SAM's own
 
 
 class Model(BaseModel):
@@ -404,6 +405,8 @@ def _unsafe_text(text: str) -> list[str]:
         return [f"{text!r}: a setting is a value, and no text may begin with '$', '@' or '%'"]
     if any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in text):
         return [f"{text!r}: control characters"]
+    if re.search(r"[@%](#|::)", text):
+        return [f"{text!r}: MONAI takes '@' and '%' before '#' or '::' for a reference"]
     if "../" in text or "..\\" in text:
         return [f"{text!r}: a setting names no place"]
     return []

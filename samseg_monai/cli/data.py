@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from samseg_monai.errors import visible_lines
+
 prepare_app = typer.Typer(help="Check a data set and write its datalist.", no_args_is_help=True)
 phantom_app = typer.Typer(help="Write synthetic cases for demos and tests.", no_args_is_help=True)
 
@@ -208,4 +210,4 @@ def _phantom_btcv(
 
 
 def _tell(summary: Any) -> None:
-    typer.echo("\n".join(summary.lines()))
+    typer.echo(visible_lines("\n".join(summary.lines())))

@@ -70,6 +70,7 @@ def predict(
         except RuntimeError as error:
             raise ConfigError(f"--device: got {device!r}; give cpu, cuda or cuda:1") from error
     with open_bundle(bundle, trust=trust) as opened:
+        opened.check()
         overrides |= _prompt_overrides(opened, given, sources)
         if no_resample and "resample" in opened.parser().get():
             overrides["resample"] = False

@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
-from samseg_monai.files import StrPath
+from samseg_monai.files import StrPath, write_whole
 from samseg_monai.report.runs import Curves, RunResult
 from samseg_monai.report.tables import dice_of_cases
 
@@ -33,6 +33,7 @@ INK, MUTED, GRID, SURFACE = "#010203", "#040506", "#070809", "#0a0b0c"
 _PAGE = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", SURFACE: "var(--surface)"}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a $ in a name is a $
     "svg.hashsalt": "samseg",  # ids do not change from run to run
     "font.family": "sans-serif", "font.size": 11, "text.color": INK,
     "axes.labelcolor": INK, "axes.edgecolor": MUTED, "axes.facecolor": "none", "axes.axisbelow": True,
@@ -216,7 +217,7 @@ def write_lr_curve(
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(axis="y", color=grid)
         figure.legend(loc="outside lower left")
-        figure.savefig(path)
+        write_whole(path, lambda temporary: figure.savefig(temporary, format="png"))
     return Path(path)
 
 

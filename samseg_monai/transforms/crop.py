@@ -16,7 +16,7 @@ from monai.utils import TraceKeys
 
 from samseg_monai.data import CUT
 from samseg_monai.errors import PromptError
-from samseg_monai.transforms.grids import name_of, on_grid_of
+from samseg_monai.transforms.grids import name_of, on_grid_of, refuse_huge
 from samseg_monai.transforms.prompts import boxes_on_image
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ class CropInPlaned(CropForegroundd):
         spacing: in-plane spacing in mm that was trained on; None: that of each case, so that ``size`` is in its voxels.
         held: keys of masks of which nothing may be cut, and "boxes", those that a person gave for a 2-D image; a case
             need not have them. A prompt that is the whole slice is not held: it is what the crop shows.
-    Raises: PromptError, naming the case, if any voxel of a prompt that is held is lost.
+    Raises: PromptError, naming the case, if any voxel of a prompt that is held is lost; DataError if an image would be
+        padded beyond all memory.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class CropInPlaned(CropForegroundd):
                     "%s: the crop grows from %d to %d voxels along axis %d to hold what is asked about; the network "
                     "sees it smaller than in training", name_of(d), wanted, high[axis] - low[axis], axis,
                 )  # fmt: skip
+        refuse_huge(image.shape, [int(side) for side in high - low], f"{name_of(d)}: crop_mm (or crop_size)")
         counts = {"image": int(foreground.sum())}
         told = ("label", "prompt") if "prompt" in self.held else ("label",)
         counts |= {key: int(_positive(d[key]).sum()) for key in told if key in self.keys and key in d}
@@ -90,7 +92,7 @@ class CropInPlaned(CropForegroundd):
         left |= {key: int(_positive(d[key]).sum()) for key in counts if key != "image"}
         return {**d, "cut": self._tell(name_of(d), counts, left)}
 
-    def inverse(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Pad what was cropped, with 0."""
         return dict(data) if self.size is None and self.size_mm is None else super().inverse(data)
 
@@ -219,6 +221,7 @@ class ResampleInPlaned(MapTransform, InvertibleTransform):
             return d
         pairs = zip(image.shape[1:3], own, self.trained["median"], strict=True)
         size = (*(max(1, round(n * spacing / wanted)) for n, spacing, wanted in pairs), image.shape[3])
+        refuse_huge(image.shape, size, f"{name_of(d)}: resample, a spacing of {own} mm,")
         if name_of(d) not in self._told:
             self._told.add(name_of(d))
             texts = [" x ".join(f"{x:.3g}" for x in spacing) for spacing in (own, self.trained["median"])]
@@ -227,9 +230,9 @@ class ResampleInPlaned(MapTransform, InvertibleTransform):
             d[key] = self._resized(d[key], str(key), size)
         return d
 
-    def _resized(self, array: MetaTensor, key: str, size: Sequence[int]) -> torch.Tensor:
+    def _resized(self, array: torch.Tensor, key: str, size: Sequence[int]) -> torch.Tensor:
         mode = {"image": "trilinear", "prompt": "area"}.get(key, "nearest-exact")
-        resized = Resize(size, mode=mode, anti_aliasing=key == "image", dtype=torch.float32)(array)
+        resized: Any = Resize(size, mode=mode, anti_aliasing=key == "image", dtype=torch.float32)(array)
         resized.applied_operations[-1][TraceKeys.CLASS_NAME] = type(self).__name__
         if key == "image":
             return resized
@@ -238,7 +241,7 @@ class ResampleInPlaned(MapTransform, InvertibleTransform):
             return on_grid_of(resized, (resized.as_tensor() > level).to(array.dtype))
         return on_grid_of(resized, resized.as_tensor().to(array.dtype))
 
-    def inverse(self, data: Mapping[Hashable, MetaTensor]) -> dict[Hashable, MetaTensor]:
+    def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Take slices back to the grid that they had, where they were resampled."""
         d = dict(data)
         for key in self.key_iterator(d):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -16,6 +17,7 @@ from samseg_monai.data.files.volumes import affine_difference
 from samseg_monai.errors import DataError, raise_all
 
 logger = logging.getLogger(__name__)
+MOST_PADDED = 1 << 28  # values: 1 GB as float32, more than four scans of a head at their full size
 
 
 def on_grid_of(source: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -24,6 +26,20 @@ def on_grid_of(source: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     if not isinstance(source, MetaTensor):
         return values
     return MetaTensor(values, meta=deepcopy(source.meta), applied_operations=deepcopy(source.applied_operations))
+
+
+def refuse_huge(shape: Sequence[int], sides: Sequence[int], what: str) -> None:
+    """Raise DataError where an array of ``shape`` (C, H, W, D) would grow to ``sides`` (H, W, D) beyond all memory.
+
+    Args:
+        what: what would make it grow, with the key of the settings, for the message.
+    """
+    values = shape[0] * math.prod(sides)
+    if values > max(MOST_PADDED, math.prod(shape)):
+        raise DataError(
+            f"{what} would enlarge {tuple(shape[1:])} to {tuple(sides)}, {values:,} values; give the size that the data "
+            "have, or null"
+        )
 
 
 def name_of(d: Mapping[Hashable, Any]) -> str:
