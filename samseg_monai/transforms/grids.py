@@ -37,8 +37,8 @@ def refuse_huge(shape: Sequence[int], sides: Sequence[int], what: str) -> None:
     values = shape[0] * math.prod(sides)
     if values > max(MOST_PADDED, math.prod(shape)):
         raise DataError(
-            f"{what} would enlarge {tuple(shape[1:])} to {tuple(sides)}, {values:,} values; give the size that the data "
-            "have, or null"
+            f"{what} would enlarge {tuple(shape[1:])} to {tuple(sides)}, {values:,} values; give the size that the "
+            "data have, or null"
         )
 
 
