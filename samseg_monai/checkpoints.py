@@ -10,19 +10,19 @@ import functools
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from samseg_monai import __version__
 from samseg_monai.choices import Spacing
-from samseg_monai.errors import CheckpointError, WeightsError, raise_all
-from samseg_monai.files import StrPath, hash_file, read_json, write_whole
+from samseg_monai.data.datalists import case_hash
+from samseg_monai.errors import FEW_TENSORS, CheckpointError, WeightsError, raise_all
+from samseg_monai.files import StrPath, hash_file, read_json, write_tensors, write_whole
 from samseg_monai.networks import PlainSegmenter, SamSegmenter
 from samseg_monai.networks.common import tensor_differences
 from samseg_monai.networks.foreign import load_foreign
@@ -33,6 +33,7 @@ from samseg_monai.training.owned import owned_state
 
 FORMAT_VERSION = 1
 TENSORS, CARD = "adapter.safetensors", "card.json"
+UNFIT = "does not fit this network"
 STAGED_CARD = ".card.json.tmp"  # a card whose tensors are about to be moved
 
 Network = SamSegmenter | PlainSegmenter
@@ -44,8 +45,9 @@ MUST_AGREE = ("strategy", "sam_variant", *OF_NETWORK, *BOX_FACTS)
 
 
 def card_facts(network: Any) -> dict[str, Any]:
-    """What must agree, as JSON values, and ``base_file``: the name (no folder) of the base weights' file.
+    """What must agree, as JSON values, and what describes it.
 
+    ``base_file`` is the name (no folder) of the base weights' file, ``scan_names`` and ``cases`` as of ``Segmenter``.
     None stands for what a network that is no segmenter of ours does not have.
     """
     strategy = getattr(network, "strategy", None)
@@ -54,6 +56,7 @@ def card_facts(network: Any) -> dict[str, Any]:
         "sam_variant": getattr(getattr(network, "spec", None), "name", None),
         **{key: getattr(network, key, None) for key in OF_NETWORK},
         **(network.box_facts() if isinstance(network, PlainSegmenter) else {}),
+        **{key: value for key in ("scan_names", "cases") if (value := getattr(network, key, None)) is not None},
         "base_file": getattr(network, "base_file", None),
     }
 
@@ -68,7 +71,15 @@ def card_differences(card: Mapping[str, Any], network: Network) -> list[str]:
         + (_other_base(card, facts) if key == "base_sha256" else "")
         for key in {**ours, **theirs}
         if theirs.get(key) != ours.get(key)
-    ]
+    ] + scan_differences(card, network)
+
+
+def scan_differences(card: Mapping[str, Any], network: Any) -> list[str]:
+    """A line where the network's scans are others, by name, than those of the card; older cards name none."""
+    theirs, ours = card.get("scan_names"), getattr(network, "scan_names", None)
+    if theirs is None or ours is None or theirs == ours:
+        return []
+    return [f"scans: adapter of {', '.join(theirs)}, network of {', '.join(ours)}"]
 
 
 def _flat(facts: Mapping[str, Any], ignored: tuple[str, ...]) -> dict[str, Any]:
@@ -178,7 +189,7 @@ def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
     """Load an adapter into a network with the same base weights and strategy, and return its card.
 
     Raises:
-        CheckpointError: nothing was changed; all differences between the card (or the tensors) and the network at once.
+        CheckpointError: nothing was changed; all differences between the card and the network, or ten of the tensors'.
     """
     folder = Path(folder)
     card = read_card(folder)
@@ -193,10 +204,11 @@ def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
     state = _read_state(path)
     mine = network.state_dict()
     expected = {name: mine[name] for name in network.owned}
-    raise_all(tensor_differences(state, expected), CheckpointError, f"{path}: does not fit this network")
-    raise_all(_not_finite(state), CheckpointError, f"{path}: does not fit this network")
+    raise_all(tensor_differences(state, expected), CheckpointError, f"{path}: {UNFIT}", most=FEW_TENSORS)
+    raise_all(_not_finite(state), CheckpointError, f"{path}: {UNFIT}", most=FEW_TENSORS)
     network.load_state_dict(state, strict=False)  # the names were compared one by one above
     setattr(network, "spacing", card.get("spacing"))  # noqa: B010 a fact of what was trained, which any card keeps
+    network.cases = card.get("cases")
     return card
 
 
@@ -223,7 +235,7 @@ def save_model(network: nn.Module, path: StrPath) -> Path:
     path = Path(path)
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in network.state_dict().items()}
     safe = path.suffix == ".safetensors"
-    write_whole(path, lambda to: save_file(state, to, metadata={"format": "pt"}) if safe else torch.save(state, to))
+    write_whole(path, lambda to: save_file(state, to, metadata={"format": "pt"}) if safe else write_tensors(to, state))
     return path
 
 
@@ -233,15 +245,14 @@ def load_model(network: nn.Module, path: StrPath) -> None:
     A segmenter remembers the file's hash as its base: what is trained from here on starts from this file.
 
     Raises:
-        CheckpointError: absent, unreadable, or listing every missing, unexpected and differently shaped tensor.
+        CheckpointError: absent, unreadable, or listing missing, unexpected and differently shaped tensors, at most ten.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; train first, or give the model of a run or bundle")
     state = _read_state(path)
-    heading = f"{path}: does not fit this network"
-    raise_all(tensor_differences(state, network.state_dict()), CheckpointError, heading)
-    raise_all(_not_finite(state), CheckpointError, heading)
+    raise_all(tensor_differences(state, network.state_dict()), CheckpointError, f"{path}: {UNFIT}", most=FEW_TENSORS)
+    raise_all(_not_finite(state), CheckpointError, f"{path}: {UNFIT}", most=FEW_TENSORS)
     network.load_state_dict(state)
     if isinstance(network, (SamSegmenter, PlainSegmenter)):
         network.base_sha256, network.base_file = sha256_of(path), path.name
@@ -294,13 +305,31 @@ def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_che
     if path.is_file():
         if loaded := load_foreign(network, path, sam_checkpoint):
             return loaded
+        card = _card_beside(path)
+        raise_all(scan_differences(card, network), CheckpointError, f"{path}: does not belong to this network")
         load_model(network, path)
+        network.cases = card.get("cases")
         return f"full model {path}"
     raise CheckpointError(
         f"checkpoint {path}: {'no ' + CARD + ' in this folder' if path.is_dir() else 'no such file or folder'}; give "
         f"(1) a folder with {TENSORS} and {CARD}, (2) a model.pt written by training or a file of SAMed or SAM-LST, or "
         "(3) null for SAM as it is"
     )
+
+
+def seen_cases(network: Any, cases: Iterable[str]) -> dict[str, list[str]]:
+    """Those of ``cases`` that a network was trained on, or its epoch chosen by: "training" or "validation" -> names."""
+    names = list(cases)
+    known = {section: set(hashes) for section, hashes in (getattr(network, "cases", None) or {}).items()}
+    seen = {section: [name for name in names if case_hash(name) in hashes] for section, hashes in known.items()}
+    return {section: found for section, found in seen.items() if found}
+
+
+def _card_beside(model: Path) -> dict[str, Any]:
+    """Card in the folder of a full model, as a packed bundle has it; empty without a readable one."""
+    with suppress(CheckpointError):
+        return read_card(model.parent)
+    return {}
 
 
 @functools.cache  # the code that runs was read when the process began

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 MOST_BYTES, MOST_LEVELS = 1_000_000, 30
 TOO_MUCH = "all of it"
+IGNORE = 255  # in labels that were recoded: nobody has judged this voxel, it is out of loss and scores
+IGNORE_NAMES = ("ignore", "ignored", "void")  # what datalists call the value of such voxels
 _WORD = "[A-Za-z0-9][A-Za-z0-9_.-]*"
 
 Name = Annotated[str, StringConstraints(pattern=f"^{_WORD}$", max_length=64)]
@@ -61,6 +63,8 @@ class ZeroShot(_Way):
     """SAM as it is: nothing learns."""
 
     name: Literal["zero_shot"]
+    random_masks: bool = False
+    """Several classes: allow masks that nobody has trained, whose scores are those of noise."""
 
     @property
     def frozen_encoder(self) -> bool:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
+from itertools import zip_longest
 
+FEW_TENSORS = 10  # lines of a list of tensors: those that follow tell no more
 MOST_LINES, LONGEST_LINE = 200, 4000  # of an error: beyond them its reason is told, and a sender could hide it
 
 
@@ -75,12 +78,33 @@ class TrainingError(SamsegError):
     """Training went wrong in a way that must not pass silently."""
 
 
+# what a process of a DataLoader hands on of an error: the text of its traceback, its cause first
+_OF_WORKER = re.compile(
+    r"^samseg_monai\.errors\.(\w+): (.*?)(?=\n\nThe above exception was|\n\nDuring handling of|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
+
+
 def own_cause(error: BaseException) -> SamsegError | None:
-    """The error of ours behind whatever a library has wrapped it in, perhaps ``error`` itself; None without one."""
+    """The error of ours behind whatever a library has wrapped it in, perhaps ``error`` itself; None without one.
+
+    Of an error in a process of a DataLoader torch hands on the traceback as a text: the error is made of that again.
+    """
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, SamsegError):
+    while cause is not None:
+        found = _OF_WORKER.search(str(cause)) if "in DataLoader worker process" in str(cause) else None
+        kind = globals().get(found[1]) if found else None
+        if found and isinstance(kind, type) and issubclass(kind, SamsegError):
+            return kind(found[2].strip())
+        if isinstance(cause, SamsegError):
+            return cause
         cause = cause.__cause__ or cause.__context__
-    return cause
+    return None
+
+
+def in_turn(*kinds: Sequence[str]) -> list[str]:
+    """Problems of several kinds, one of each in turn: a list that is cut shows some of every kind."""
+    return [problem for row in zip_longest(*kinds) for problem in row if problem is not None]
 
 
 def reason_of(error: BaseException) -> str:

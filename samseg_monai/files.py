@@ -11,13 +11,16 @@ import stat
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from samseg_monai.errors import SamsegError, raise_all
+from samseg_monai.faults import writing
 
 StrPath = str | os.PathLike[str]
 
@@ -30,21 +33,32 @@ def write_whole(path: StrPath, write: Callable[[Path], Any], *, shared: bool = F
         write: called with the temporary path.
         shared: several processes may write ``path`` at the same time, so each has a temporary file of its own. Else
             its name is always the same, and what a killed write left behind is replaced by the next one.
+
+    Raises:
+        OSError: that names ``path``, whatever a library has made of what the disk said.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     own = f".{os.getpid()}-{threading.get_ident()}" if shared else ""
     temporary = path.with_name(f".{path.name}{own}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):  # nothing is there, nor can be, where the folder itself is none
+                temporary.unlink(missing_ok=True)
 
 
 def write_text(path: StrPath, text: str) -> None:
     """Write a text as UTF-8; see ``write_whole``."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(path: StrPath, value: Any) -> None:
+    """``torch.save`` through a stream of Python's: torch's own does not say that the disk is full."""
+    with writing(path), Path(path).open("wb") as stream:
+        torch.save(value, stream)
 
 
 def write_json(path: StrPath, value: Any, *, indent: int = 2) -> None:

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model, model_validator
 
 from samseg_monai.choices import (
+    IGNORE_NAMES,
     TOO_MUCH,
     Cases,
     EmbeddingSettings,
@@ -60,7 +61,7 @@ class TaskSettings(Model):
     """Names of the scans of a case in the order of the network's channels; a single file is ``["image"]``."""
     channels: Annotated[list[Label], Field(min_length=1, max_length=16)] | None = None
     """What the scans show, for the metadata (``["ct"]``); null: their names."""
-    classes: Annotated[list[Label], Field(min_length=1, max_length=255)] = Field(examples=[["tumour"]])
+    classes: Annotated[list[Label], Field(min_length=1, max_length=253)] = Field(examples=[["tumour"]])
     """Names of the classes without the background, in the order of the labels 1, 2, ... of predictions."""
     labels: Literal["named", "foreground"] = "named"
     """Label files: values named in the datalist, or everything above 0 is the one class."""
@@ -174,6 +175,8 @@ class RunSettings(Model):
     slices: SliceSettings = SliceSettings()
     section: Literal["testing", "validation", "training"] = "testing"
     """Section of the datalist that is evaluated."""
+    allow_seen: bool = False
+    """Evaluate cases, too, that the network was trained or its epoch chosen on; run card and table say so."""
     policy: Literal["honest", "transunet"] = "honest"
     """What counts where a class is empty."""
     regions: Literal["brats"] | dict[Label, Annotated[list[Label], Field(min_length=1)]] | None = None
@@ -288,12 +291,11 @@ def _misfits(settings: BundleSettings) -> Iterator[str]:
     for key, names in {"task::classes": task.classes, "task::scans": task.scans}.items():
         if len(set(names)) < len(names):
             yield f"{key}: names given twice: {', '.join(sorted({name for name in names if names.count(name) > 1}))}"
-    if "background" in task.classes:
-        yield "task::classes: the background is not one of them; leave it out"
+    for name in sorted({"background", *IGNORE_NAMES} & set(task.classes)):
+        yield f"task::classes: the {name} is not one of them; leave it out"
     if task.channels is not None and len(task.channels) != len(task.scans):
         yield f"task::channels: {len(task.channels)} names for {len(task.scans)} scans; give one each, or null"
-    missing = [name for name in task.classes if not _mentions(f"{task.title} {task.text}", name)]
-    if missing:
+    if missing := [name for name in task.classes if not _mentions(f"{task.title} {task.text}", name)]:
         yield f"task::text: it does not name {', '.join(missing)}; the text has to be about the task's classes"
     if task.labels == "foreground" and several:
         yield f"task::labels: 'foreground' makes one class of all labels; for {len(task.classes)} use 'named'"
@@ -301,8 +303,7 @@ def _misfits(settings: BundleSettings) -> Iterator[str]:
         yield "task::orientation: volumes need one, such as 'RAS'; 2-D images have none (null)"
     if task.orientation and len({axis // 2 for axis in map("RLAPIS".index, task.orientation)}) < 3:
         yield f"task::orientation: got {task.orientation!r}; one letter of R and L, one of A and P, one of I and S"
-    strange = {name for pair in task.mirrored_classes or () for name in pair} - set(task.classes)
-    if strange:
+    if strange := {name for pair in task.mirrored_classes or () for name in pair} - set(task.classes):
         yield f"task::mirrored_classes: {', '.join(sorted(strange))}: not among the classes"
     if settings.has_sam == (run.sam_variant is None):
         yield "run::sam_variant: null is for networks without SAM, and only for them"

@@ -46,7 +46,8 @@ def perform(run: plans.Run, plan: dict[str, Any], options: argparse.Namespace) -
     for section, law, weights in plans.evaluations_of(plan, run):
         packed = run.fold == "all" and law == "loose"  # where `samseg bundle pack` looks for the run's evaluation
         results = folder / ("evaluation" if packed else f"evaluations/{section}_{law}_{weights}")
-        own = {"section": section, "results_dir": str(results), "save_predictions": options.predictions}
+        own: dict[str, Any] = {"section": section, "allow_seen": section == "validation"}  # these chose the epoch
+        own |= {"results_dir": str(results), "save_predictions": options.predictions}
         own |= {**given, "prompt::boxes": str(plans.box_file(options.work, law))} if run.prompted else {}
         own |= {"checkpoint": str(folder / "last")} if weights == "last" and run.fold != "all" else {}
         run_workflow([configs / "evaluate.json"], {**shared, **own})

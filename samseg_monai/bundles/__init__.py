@@ -3,7 +3,7 @@
 from samseg_monai.bundles.build import build_bundle, recipe_names, write_bundle
 from samseg_monai.bundles.loaded import LoadedBundle, load_bundle
 from samseg_monai.bundles.pack import pack_bundle
-from samseg_monai.bundles.record import facts, record_bundle, settings
+from samseg_monai.bundles.record import facts, note_cases, record_bundle, seen_cases, settings
 from samseg_monai.bundles.running import (
     bundle_root,
     extra_inputs,
@@ -27,10 +27,12 @@ __all__ = [
     "join_processes",
     "leave_processes",
     "load_bundle",
+    "note_cases",
     "pack_bundle",
     "rank_device",
     "recipe_names",
     "record_bundle",
+    "seen_cases",
     "settings",
     "write_bundle",
 ]

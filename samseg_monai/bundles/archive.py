@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from samseg_monai.errors import BundleError, raise_all, visible
+from samseg_monai.faults import OF_WRITING, writing
 from samseg_monai.files import hash_stream, open_regular, parse_json
 
 SUMS = "SHA256SUMS"
@@ -83,7 +84,7 @@ class BundleFiles:
     def copy(self, name: str, target: Path) -> Path:
         """Write a file's content to ``target``."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        with self._reading(name) as stream, target.open("wb") as copy:
+        with writing(target), self._reading(name) as stream, target.open("wb") as copy:
             shutil.copyfileobj(stream, copy, 1 << 20)
         return target
 
@@ -123,6 +124,8 @@ class BundleFiles:
             with self.open(name) as stream:
                 yield stream
         except DAMAGED as error:
+            if isinstance(error, OSError) and error.errno in OF_WRITING:
+                raise  # of the machine that it is copied to
             problem = f"{name}: cannot be read ({visible(str(error))}); get the bundle again"
             raise BundleError(f"{self.place}: {problem}") from error
 

@@ -257,11 +257,9 @@ SIDES = {"resnet": "ResNetSide"}
 PICKERS = "samseg_monai.data.slices"
 
 
-def _strategy(method: dict[str, Any], several: bool) -> dict[str, Any]:
+def _strategy(method: dict[str, Any]) -> dict[str, Any]:
     """A method of the settings as the component ``strategy``."""
     given = {("name" if key == "label" else key): value for key, value in method.items() if key != "name"}
-    if method["name"] == "zero_shot":
-        given["random_masks"] = several
     if method["name"] == "ladder":
         side = method["side"]
         given["side"] = component("samseg_monai.adapters", side and {**side, "name": SIDES[side["name"]]})
@@ -309,7 +307,7 @@ def _values(settings: BundleSettings) -> dict[str, Any]:
         "ladder": ladder,
         "trains": settings.trains,
         "recipe": settings.strategy,
-        "strategy": _strategy(dumped["strategy"]["method"], several),
+        "strategy": _strategy(dumped["strategy"]["method"]),
         "net": _network(settings),
         "net_boxes": {"boxes": "given"} if net is None or net.name == "BoxEllipse" else dumped["strategy"]["network"],
         "picker": component(PICKERS, dumped["run"]["slices"]["picker"]),

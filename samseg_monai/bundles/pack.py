@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from samseg_monai import __version__, checkpoints
 from samseg_monai.bundles.archive import SUMS
 from samseg_monai.bundles.build import install_words, write_bundle
 from samseg_monai.bundles.door import WEIGHTS, Opened, open_bundle
-from samseg_monai.bundles.record import RECORD
+from samseg_monai.bundles.record import RECORD, SEEN
 from samseg_monai.bundles.wheel import WHEEL, build_wheel
 from samseg_monai.errors import BundleError, raise_all
+from samseg_monai.faults import output_problem
 from samseg_monai.files import foreign_problems, hash_file, open_regular, read_json, write_json, write_text, write_whole
+from samseg_monai.metrics import read_rows
 from samseg_monai.settings import BundleSettings, dump_settings, merged, read_settings
 
 STORED = (".pt", ".safetensors")  # floating-point numbers hardly shrink, and large files take half a minute to try
@@ -35,8 +38,9 @@ def write_sums(folder: Path) -> None:
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def _check_run(run: Path) -> list[str]:
+def _check_run(run: Path, *, allow_seen: bool = False) -> list[str]:
     problems = foreign_problems(run, ("evaluation", *(f"evaluation/{name}" for name in RESULTS)))
+    problems += [] if allow_seen or problems else _seen(run)
     configs = run / RECORD / "configs"
     if not (configs / "inference.json").is_file():
         problems.append(f"{RECORD}/configs/inference.json is missing: train or evaluate with this output_dir first")
@@ -47,6 +51,17 @@ def _check_run(run: Path) -> list[str]:
     return problems
 
 
+def _seen(run: Path) -> list[str]:
+    """Why the scores of an evaluation are not those of new cases."""
+    table = run / "evaluation" / "cases.csv"
+    if not table.is_file() or not (run / checkpoints.TENSORS).is_file():
+        return []
+    trained = SimpleNamespace(cases=checkpoints.read_card(run).get("cases"))
+    seen = checkpoints.seen_cases(trained, dict.fromkeys(row["case"] for row in read_rows(table)))
+    fix = "evaluate other cases with this output_dir, or pack nevertheless with --allow-seen"
+    return [f"the evaluated cases {', '.join(names)} {SEEN[section]}: {fix}" for section, names in seen.items()]
+
+
 def pack_bundle(
     run: str | Path,
     output: str | Path,
@@ -55,6 +70,7 @@ def pack_bundle(
     pt: bool = True,
     package: bool = False,
     trust: bool = False,
+    allow_seen: bool = False,
 ) -> Path:
     """Pack the run in folder ``run`` as ``output`` (a ZIP that holds one folder, the bundle).
 
@@ -65,18 +81,22 @@ def pack_bundle(
         pt: write ``models/model.pt``, too, which MONAI's own loaders read.
         package: put a wheel of this package into it, and the line that installs it into its README.
         trust: pack the configs of the run as they are, however they came about (see ``open_bundle``).
+        allow_seen: pack it though its evaluation is of cases that it was trained on, or that chose its epoch.
 
     Returns:
         The ZIP's path.
 
     Raises:
-        BundleError: the run is not complete, or its configs are not those of its settings; everything is listed.
+        BundleError: the run is not complete, or its configs are not those of its settings; everything is listed. Or
+            ``output`` cannot be written.
         WeightsError, CheckpointError: base weights or adapter are absent or do not fit.
     """
     run, output = Path(run), Path(output)
     if not run.is_dir():
         raise BundleError(f"pack: there is no folder {run}; give the output_dir of a run")
-    raise_all(_check_run(run), BundleError, f"pack: {run} is not a finished run")
+    if problem := output_problem(output, folder=False):
+        raise BundleError(f"pack: {problem}")
+    raise_all(_check_run(run, allow_seen=allow_seen), BundleError, f"pack: {run} is not a finished run")
     card = _run_card(run / "evaluation" / "run_card.json")
     wheel = build_wheel() if package else None
     with open_bundle(run, trust=trust) as opened, tempfile.TemporaryDirectory() as temporary:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,19 @@ import ignite.distributed as idist
 from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 
-from samseg_monai import __version__
+from samseg_monai import __version__, checkpoints
 from samseg_monai.bundles.build import CONFIGS, SETTINGS, config_text, write_bundle
 from samseg_monai.bundles.running import Running, running
 from samseg_monai.bundles.values import KEYS, TASK_KEYS, custom_parts, differences, effective_settings
-from samseg_monai.errors import BundleError
+from samseg_monai.data.datalists import case_hash, read_datalist, too_few_to_choose
+from samseg_monai.errors import BundleError, DataError, raise_all
 from samseg_monai.files import read_json, write_json, write_text
 from samseg_monai.sam.weights import RANDOM, sha256_of
 from samseg_monai.settings import PLACES, read_settings
 
 logger = logging.getLogger(__name__)
 RECORD = "bundle"
+SEEN = {"training": "were trained on", "validation": "chose the epoch"}
 NAME = "name.txt"  # in every record: the name of the bundle that ran
 PARTS = "parts.json"  # in place of settings: what this version wrote, and ids of the parts that no settings describe
 # what belongs to the machine of the run, or to the way it was started
@@ -89,8 +91,39 @@ def settings() -> dict[str, Any]:
     return {**public, **overridden(found)}
 
 
-def facts(datalist: str) -> dict[str, Any]:
-    """Return what a run card says beside its settings: which bundle ran, how prompts were made, on which data."""
+def note_cases(network: Any, training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> None:
+    """Let a network know, by hashes, which cases train it and which choose its epoch: its adapter's card keeps them."""
+    sections = {"training": training, "validation": validation}
+    network.cases = {name: sorted(case_hash(item["case"]) for item in items) for name, items in sections.items()}
+
+
+def seen_cases(network: Any, items: Sequence[Mapping[str, Any]], *, allow: bool = False) -> dict[str, list[str]]:
+    """Of the cases to be evaluated those that the network has learnt from, or that chose its epoch.
+
+    Raises:
+        DataError: there are some, and they are not allowed; all are named.
+    """
+    seen = checkpoints.seen_cases(network, [item["case"] for item in items])
+    told = [
+        f"{len(names)} of {len(items)} cases to be evaluated {what}: {', '.join(names[:20])}"
+        + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        for section, what in SEEN.items()
+        if (names := seen.get(section, []))
+    ]
+    fix = "prepare the split that the training had, or evaluate them nevertheless with --allow_seen True"
+    if not allow:
+        raise_all(told, DataError, f"the adapter has seen cases of this evaluation; {fix}")
+    for line in told:
+        logger.warning("%s. These scores say nothing of new cases", line)
+    return seen
+
+
+def facts(datalist: str, *, seen: Mapping[str, list[str]] | None = None) -> dict[str, Any]:
+    """Return what a run card says beside its settings: which bundle ran, how prompts were made, on which data.
+
+    Args:
+        seen: what ``seen_cases`` found, for an evaluation.
+    """
     found = running()
     known: dict[str, Any] = {}
     if found is not None:
@@ -106,8 +139,24 @@ def facts(datalist: str) -> dict[str, Any]:
     known["split"] = content.get("split")
     if content.get("kind") == "images":  # predictions are images with the values of these labels
         known["label_values"] = content.get("labels")
+    known["seen_cases"] = seen
+    if found is not None:
+        known["warnings"] = _of_prompts(found)
+        if found.kind == "train" and found.parser.get_parsed_content("val_interval"):
+            known["warnings"] += too_few_to_choose(read_datalist(datalist))
+        for text in known["warnings"]:
+            logger.warning("%s", text)
     known["split_sizes"] = {s: len(content[s]) for s in ("training", "validation", "testing") if s in content}
     return known
+
+
+def _of_prompts(found: Running) -> list[str]:
+    """A warning where SAM, which is made for prompts, gets none and has no network beside it that was made for that."""
+    strategy, prompt = found.config.get("strategy"), found.config.get("prompt")
+    kind = str(strategy.get("_target_", "")).rpartition(".")[2] if isinstance(strategy, dict) else ""
+    if not isinstance(prompt, dict) or prompt.get("source") != "none" or kind not in ("ZeroShot", "LoRA", "Selective"):
+        return []
+    return [f"{kind} without boxes: this task has none (prompt::source none), SAM segments the image alone"]
 
 
 def bundle_name(configs: Path) -> str:

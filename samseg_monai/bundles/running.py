@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 import sys
+import traceback
 import types
 import warnings
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,8 @@ from monai.utils import optional_import
 
 from samseg_monai.bundles.build import SETTINGS
 from samseg_monai.bundles.values import custom_parts, effective_settings
-from samseg_monai.errors import ConfigError, log_visibly, own_cause, raise_all
+from samseg_monai.errors import ConfigError, log_visibly, raise_all
+from samseg_monai.faults import Told, end_like_ctrl_c, explain, output_problem, save_memory
 from samseg_monai.files import read_json
 from samseg_monai.settings import PLACES, BundleSettings, RunSettings, problems_of, read_settings
 
@@ -54,14 +56,16 @@ class Running:
         return read_settings(read_json(path, ConfigError, "settings"), str(path)) if path.is_file() else None
 
 
-def running() -> Running | None:
-    """Find the running bundle. MONAI tells an expression nothing of it, but its workflow is on the call stack."""
-    frame = inspect.currentframe()
-    while frame is not None:
+def running(trace: types.TracebackType | None = None) -> Running | None:
+    """Find the running bundle. MONAI tells an expression nothing of it, but its workflow is on the call stack.
+
+    ``trace`` finds the one in which an error was raised, which has ended by then.
+    """
+    walk = traceback.walk_stack(inspect.currentframe()) if trace is None else reversed([*traceback.walk_tb(trace)])
+    for frame, _ in walk:
         found = frame.f_locals.get("self")
         if isinstance(found, ConfigWorkflow):
             return Running(Path(found.config_root_path).resolve(), found.parser)
-        frame = frame.f_back
     return None
 
 
@@ -149,14 +153,18 @@ def guard() -> None:
     """Refuse what cannot run as asked; call it first in ``run``.
 
     MONAI accepts a misspelt override silently (``--epohcs 7`` trains with the default), and a wrong type ends in a
-    traceback somewhere. Also lets our own errors end the program with their text alone, without a traceback.
+    traceback somewhere. Also lets our own errors and faults of the machine end the program with their text alone,
+    without a traceback, and SIGTERM as Ctrl-C does.
 
     Raises:
-        ConfigError: unknown keys, values of a wrong type or out of range, places and devices that cannot be used; all
-            are listed.
+        ConfigError: unknown keys, values of a wrong type or out of range, places and devices that cannot be used,
+            folders that nothing can be written to; all are listed.
     """
     sys.excepthook = _plain_errors
+    end_like_ctrl_c()
     log_visibly()
+    for engine in ("SupervisedTrainer", "SupervisedEvaluator"):
+        logging.getLogger(f"ignite.engine.engine.{engine}").addFilter(_no_echo)
     # LoadImaged tries every reader there is, and one that nobody asked for tells each time that its GPU codec is absent
     logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
@@ -171,6 +179,7 @@ def guard() -> None:
         )
     problems = unknown_keys(found.config, _known(found.configs)) + _wrong_values(found) + _wrong_places(found)
     raise_all(problems, ConfigError, REFUSED)
+    raise_all(_wrong_outputs(found), ConfigError, REFUSED)
 
 
 def check_groups(configs: Sequence[Path], overrides: Mapping[str, Any]) -> None:
@@ -247,6 +256,15 @@ def _wrong_places(found: Running) -> list[str]:
     return problems + _wrong_device(found)
 
 
+def _wrong_outputs(found: Running) -> list[str]:
+    """Folders that cannot be written to, as is found out now and not when the network has done its work."""
+    names = {"train": ["output_dir"], "evaluate": ["results_dir"], "inference": ["predictions_dir"]}[found.kind]
+    names += ["predictions_dir"] if found.config.get("save_predictions") else []
+    places = {name: found.parser.get_parsed_content(name) for name in names if found.config.get(name)}
+    problems = {name: output_problem(place) for name, place in places.items() if isinstance(place, str)}
+    return [f"{name}: {problem}" for name, problem in problems.items() if problem]
+
+
 def _wrong_device(found: Running) -> list[str]:
     given = found.config.get("device")
     if isinstance(given, str) and given.startswith(("$", "@")) and not given.startswith("$torch.device('"):
@@ -310,9 +328,55 @@ def unknown_keys(config: dict[str, Any], known: dict[str, Any]) -> list[str]:
 
 
 def _plain_errors(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    """Print one of our errors without its traceback, wherever MONAI has wrapped it; leave others as they are."""
-    cause = own_cause(error)
-    if cause is None:
+    """End the program with the text of an error that a person can act on; leave others as they are."""
+    told = explain_run(error)
+    if told is None:
         sys.__excepthook__(kind, error, trace)
     else:
-        sys.stderr.write(f"{type(cause).__name__}: {cause}\n")
+        sys.stderr.write(f"{told.text}\n")
+        if told.code != 1:  # with which Python ends after this hook
+            raise SystemExit(told.code)
+
+
+# what saves memory: the value that does, or None for a smaller one; whether it does so on a GPU; in training alone
+_SAVING: dict[str, tuple[Any, bool, bool]] = {
+    "num_workers": (0, False, False),
+    "slices::num_workers": (0, False, True),
+    "slices::cache": ("disk", False, True),
+    "slices::volume_cache_rate": (0, False, True),
+    "autocast": ("bf16", True, False),
+    "checkpointing": (True, True, True),
+    "rectangular": (True, True, True),
+    "batch_size": (None, True, False),
+    "val_batch_size": (None, True, True),
+    "image_size": (None, True, True),
+}
+
+
+def _no_echo(record: logging.LogRecord) -> bool:
+    """Keep ignite from telling an error, once for each of its loops, that is told at the end of the program."""
+    return "run is terminating due to exception" not in str(record.msg)
+
+
+def explain_run(error: BaseException) -> Told | None:
+    """``faults.explain`` of an error that ended a workflow of MONAI, with the keys of its bundle that would help."""
+    found = running(error.__traceback__)
+    if found is None:
+        return explain(error)
+    resumable = found.kind == "train" and "resume" in found.config
+    return explain(error, resumable=resumable, memory=lambda on_gpu: _saving(found, on_gpu))
+
+
+def _saving(found: Running, on_gpu: bool) -> str:
+    less, instead = [], []
+    for name, (value, of_gpu, training) in _SAVING.items():
+        now = found.parser.get(name)
+        if name not in found.parser or (on_gpu and not of_gpu) or (training and found.kind != "train"):
+            continue
+        if value is None:
+            less += [f"{name} (now {now})"] if now != 1 else []
+        elif bool(now) != bool(value) or now == "memory":
+            instead.append(f"{name}={value}")
+    lines = [f"set {', '.join(instead)}"] if instead else []
+    lines += [f"make {' or '.join(less)} smaller"] if less else []
+    return ", or ".join(lines) or save_memory(on_gpu)

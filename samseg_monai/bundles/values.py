@@ -69,7 +69,7 @@ def _taken(before: Any, now: Any, name: str) -> Any:
 
 def _method(component: dict[str, Any]) -> dict[str, Any]:
     name = _METHODS[component["_target_"]]
-    left_out = {"_target_", "side_weights", "random_masks"}
+    left_out = {"_target_", "side_weights"}
     given = {("label" if key == "name" else key): value for key, value in component.items() if key not in left_out}
     if isinstance(given.get("side"), dict):
         side = {key: value for key, value in given["side"].items() if key != "_target_"}

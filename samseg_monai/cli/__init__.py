@@ -1,7 +1,7 @@
 """The command ``samseg``: prepare data, build and pack bundles, predict, and show it all in one demo.
 
 Training and evaluation stay ``python -m monai.bundle run``. Exit code 0: done; 1: an error in data, weights or files,
-told in words; 2: a wrong command line.
+or a fault of the machine, told in words; 2: a wrong command line; 130 and 143: interrupted by Ctrl-C and by SIGTERM.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from samseg_monai.cli.report import report
 from samseg_monai.cli.reproduce import reproduce_app
 from samseg_monai.cli.task import task_app
 from samseg_monai.demo.command import demo
-from samseg_monai.errors import SamsegError, log_visibly
+from samseg_monai.errors import log_visibly
+from samseg_monai.faults import end_like_ctrl_c, explain
 
 app = typer.Typer(
     name="samseg",
@@ -63,13 +64,29 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; our own errors end it with their text and exit code 1, without a traceback."""
+    """Run the command line; what a person can act on ends it with one text, without a traceback."""
+    end_like_ctrl_c()
     log_visibly()
     try:
-        app()
-    except SamsegError as error:
-        typer.echo(f"{type(error).__name__}: {error}", err=True)
-        sys.exit(1)
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has left, as in `samseg ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout()
         sys.exit(1)
+    except BaseException as error:
+        told = explain(error)
+        if told is None:
+            raise
+        typer.echo(told.text, err=True)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _leave_stdout()
+        sys.exit(told.code)
+
+
+def _leave_stdout() -> None:
+    """Let Python end without one more try to write what nobody takes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

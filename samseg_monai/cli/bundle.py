@@ -46,6 +46,9 @@ def pack(
         bool, typer.Option("--with-package", help="put a wheel of samseg-monai into it, for who has not installed it")
     ] = False,
     trust: Trust = False,
+    allow_seen: Annotated[
+        bool, typer.Option("--allow-seen", help="pack it though it was evaluated on cases that it has learnt from")
+    ] = False,
 ) -> None:
     """Pack a run as one ZIP that predicts and evaluates alone, offline.
 
@@ -55,7 +58,15 @@ def pack(
     from samseg_monai.bundles import pack_bundle
 
     try:
-        path = pack_bundle(run, output, sam_checkpoint=sam_checkpoint, pt=pt, package=with_package, trust=trust)
+        path = pack_bundle(
+            run,
+            output,
+            sam_checkpoint=sam_checkpoint,
+            pt=pt,
+            package=with_package,
+            trust=trust,
+            allow_seen=allow_seen,
+        )
     except WeightsError as error:
         raise WeightsError(
             f"pack: {error}\nHere sam_checkpoint is --sam-checkpoint FILE: the file that the training was given"

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from samseg_monai.cli.outputs import file_to_write
 from samseg_monai.errors import visible_lines
 
 prepare_app = typer.Typer(help="Check a data set and write its datalist.", no_args_is_help=True)
@@ -39,7 +40,7 @@ def _labels(text: str) -> dict[str, str]:
     return parse_labels(text)
 
 
-Output = Annotated[Path, typer.Option(help="Datalist (JSON) to write.")]
+Output = Annotated[Path, typer.Option(callback=file_to_write, help="Datalist (JSON) to write.")]
 Seed = Annotated[int, typer.Option(help="Seed of the split.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad cases out and list them.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Cases read at the same time.")]
@@ -164,7 +165,7 @@ def bbox(
     crop: Annotated[
         Any, typer.Option(parser=numbers(int, 2), metavar="X,Y", help="Centre crop whose losses are counted.")
     ] = "138,202",
-    output: Annotated[Path | None, typer.Option(help="Write the report as JSON, too.")] = None,
+    output: Annotated[Path | None, typer.Option(callback=file_to_write, help="Write the report as JSON, too.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Cases read at the same time.")] = 4,
 ) -> None:
     """Measure the smallest in-plane centre crop that holds every training brain."""

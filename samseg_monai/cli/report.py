@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from samseg_monai.cli.outputs import file_to_write
 from samseg_monai.errors import BundleError, DataError
 from samseg_monai.workflow import run_workflow
 
@@ -21,7 +22,7 @@ def report(
             help="output_dir of trainings, or evaluation folders (with run_card.json, metrics.json, cases.csv)"
         ),
     ],
-    output: Annotated[Path, typer.Option(help="HTML file to write")] = Path("report.html"),
+    output: Annotated[Path, typer.Option(callback=file_to_write, help="HTML file to write")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="heading of the page")] = "samseg-monai report",
     dataset_dir: Annotated[
         Path | None, typer.Option(help="folder of the data, for a run not evaluated yet; default: as of its bundle")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from samseg_monai.cli.outputs import folder_to_write
 from samseg_monai.data import BRATS_SCANS
 from samseg_monai.demo.story import Story, write_results
 from samseg_monai.errors import ConfigError, raise_all
@@ -21,13 +22,14 @@ CHOOSING = 3  # patients that choose the epoch of the repaired ladder where --va
 INTERVAL = 10  # epochs between validations: the published 200 epochs are validated 20 times
 STORED = 224
 BATCH, EPOCHS, WARMUP = 24, 200, 250
+OutputFolder = Annotated[Path, typer.Option(callback=folder_to_write, help="folder for datalists, runs and report")]
 
 
 @reproduce_app.command("honours")
 def honours(
     brats: Annotated[Path, typer.Option(help="folder of BraTS 2023 meningioma cases")],
     weights: Annotated[str, typer.Option(help="sam_vit_b_01ec64.pth, or 'random' for a dry run")],
-    output: Annotated[Path, typer.Option(help="folder for datalist, runs and report")] = Path("runs/honours"),
+    output: OutputFolder = Path("runs/honours"),
     rank: Annotated[list[int] | None, typer.Option(help="LoRA ranks; default 64, 128 and 256")] = None,
     scan: Annotated[
         list[str] | None,
@@ -91,7 +93,7 @@ def sam_lst(
     synapse: Annotated[Path, typer.Option(help="BTCV's RawData, or the folder in it that holds img and label")],
     weights: Annotated[str, typer.Option(help="sam_vit_b_01ec64.pth, or 'random' for a dry run")],
     resnet: Annotated[str, typer.Option(help="torchvision's resnet18-f37072fd.pth, or 'random' for a dry run")],
-    output: Annotated[Path, typer.Option(help="folder for datalists, runs and report")] = Path("runs/sam_lst"),
+    output: OutputFolder = Path("runs/sam_lst"),
     only: Annotated[
         list[str] | None, typer.Option(help=f"run only this one of {', '.join(PAPER)}; may be given several times")
     ] = None,
@@ -166,6 +168,7 @@ class _Plan:
         found["output_dir"] = str(self.output / name)
         if name == "zero_shot":
             found["store_size"] = STORED  # its slices go the way of the others
+            found["strategy::random_masks"] = True  # table II has this row of noise
         if self.cache is not None and name != "cnn_only":  # which has no encoder whose output could be stored
             found["embeddings::cache_dir"] = str(self.cache)
         return found
@@ -243,7 +246,7 @@ def _run(story: Story, name: str, plan: _Plan) -> None:
 def _report(plan: _Plan, names: Sequence[str], commands: Sequence[str]) -> str:
     from samseg_monai.report.runs import RunResult
 
-    labels = {REPAIRED: "Ladder, repaired"}
+    labels = {REPAIRED: "Ladder, repaired", "zero_shot": "No fine-tuning (random masks)"}
     runs = [RunResult.load(plan.output / name / "evaluation", name=name, label=labels.get(name)) for name in names]
     departures = plan.departures()
     notes = {"Not as published": "; ".join(departures) + "."} if departures else {}

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from samseg_monai.cli.outputs import folder_to_write
 from samseg_monai.errors import BundleError, ConfigError
 
 task_app = typer.Typer(help="Write settings of a task of your own.", no_args_is_help=True)
@@ -21,7 +22,7 @@ def new(
         Path | None, typer.Option(help="folder that its paths are relative to; default: the datalist's own")
     ] = None,
     modality: Annotated[str | None, typer.Option(help="MR, CT, US, XC ... if the datalist does not say it")] = None,
-    out: Annotated[Path, typer.Option(help="folder that will hold NAME.json")] = Path("."),
+    out: Annotated[Path, typer.Option(callback=folder_to_write, help="folder that will hold NAME.json")] = Path("."),
     force: Annotated[bool, typer.Option("--force", help="replace NAME.json")] = False,
 ) -> None:
     """Measure the data of a datalist and write a task for them, with a reason for each choice.

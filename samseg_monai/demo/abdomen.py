@@ -51,7 +51,7 @@ def tell(output: Path, *, cases: int, epochs: int | None, seed: int) -> tuple[li
     # one folder for all: whoever sees the same slice through the same encoder finds its embedding there
     shared: dict[str, Any] = {"dataset_dir": str(data), "seed": seed}
     shared |= {"embeddings::cache_dir": str(output / "embeddings")}
-    run = {**shared, "output_dir": str(runs["zero_shot"])}
+    run = {**shared, "output_dir": str(runs["zero_shot"]), "strategy::random_masks": True}  # a row of noise
     story.evaluate_demo("zero-shot: evaluate", configs["zero_shot"], run)
     train = [configs[LADDER] / name for name in ("train.json", "demo.json")]
     length = {"embeddings::variants": 8, **({} if epochs is None else _shortened(train[1], epochs))}

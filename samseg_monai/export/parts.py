@@ -23,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 
 from samseg_monai.checkpoints import Network
 from samseg_monai.errors import BundleError, ConfigError
+from samseg_monai.faults import writing
 from samseg_monai.networks import PlainSegmenter, SamSegmenter
 from samseg_monai.networks.common import empty_logits
 from samseg_monai.networks.segmenter import LOW_RES
@@ -200,7 +201,8 @@ def _free_axes(part: Part, axes: Mapping[str, Any]) -> tuple[dict[int, Any], ...
 
 def write_program(program: ExportedProgram, path: Path, facts: Mapping[str, str]) -> None:
     """Save as .pt2; ``torch.export.load(path, extra_files=...)`` gives the facts back, one entry each."""
-    torch.export.save(program, path, extra_files=dict(facts))
+    with writing(path), path.open("wb") as stream:  # torch's own stream does not say that the disk is full
+        torch.export.save(program, stream, extra_files=dict(facts))
 
 
 def read_program(path: Path) -> Call:

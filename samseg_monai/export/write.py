@@ -33,7 +33,8 @@ from samseg_monai.export.parity import (
 )
 from samseg_monai.export.parts import Shape, parts_of, read_onnx, read_program, to_program, write_onnx, write_program
 from samseg_monai.export.source import Source
-from samseg_monai.files import write_json
+from samseg_monai.faults import output_problem
+from samseg_monai.files import write_json, write_tensors
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.weights import load_sam_weights, sha256_of
 from samseg_monai.training.owned import owned_state
@@ -79,7 +80,7 @@ def export_network(source: Source, fmt: str, output: str | Path, *, size: tuple[
 
     Raises:
         BundleError: the format cannot hold this network (all reasons), or the files do not compute the same.
-        ConfigError: unknown format, a size that does not fit, or an output that is a file.
+        ConfigError: unknown format, a size that does not fit, or an output that nothing can be written to.
     """
     if fmt not in FORMATS:
         raise ConfigError(f"format: got {fmt!r}; choose one of {', '.join(FORMATS)}")
@@ -87,8 +88,8 @@ def export_network(source: Source, fmt: str, output: str | Path, *, size: tuple[
     if fmt == "pth" and size is not None:
         raise ConfigError(f"size: got {size}, but the official layout has none; leave it out")
     output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"output: {output} is a file; give a folder")
+    if problem := output_problem(output):
+        raise ConfigError(f"output: {problem}")
     output.mkdir(parents=True, exist_ok=True)
     network = _exact(source.network)
     known = _facts(source)
@@ -118,7 +119,7 @@ def _exact(network: Network) -> Network:
 def _write_pth(source: Source, network: SamSegmenter, folder: Path) -> tuple[dict[str, Any], list[Difference]]:
     spec, allowed = network.spec, TOLERANCE["pth"]
     path = folder / f"sam_{spec.name}.pth"
-    torch.save(official_state(network, source.base), path)
+    write_tensors(path, official_state(network, source.base))
     sam = official_sam(spec, path)  # strictly: other names or shapes would raise here
     if network.image_size == spec.image_size:
         differences = [compare_predictor(network, sam, allowed)]

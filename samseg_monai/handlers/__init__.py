@@ -10,12 +10,13 @@ from samseg_monai.handlers.cases import CaseDataset, CaseEvaluator
 from samseg_monai.handlers.keeping import EMA, BestAdapter, CollapseDetector, EarlyStop, LastAdapter
 from samseg_monai.handlers.records import CaseTable, CurveLog, RunCard
 from samseg_monai.handlers.resume import EpochSeeder, ResumeSaver
-from samseg_monai.handlers.steps import GradientClip, GradientFlow, NonFiniteGuard
+from samseg_monai.handlers.steps import Accumulation, GradientClip, GradientFlow, NonFiniteGuard
 from samseg_monai.handlers.tracking import Tracking
 from samseg_monai.handlers.validation import SameBuffers, TensorBoard, ValidationLoss, WorstCaseImage
 
 __all__ = [
     "EMA",
+    "Accumulation",
     "BestAdapter",
     "CaseDataset",
     "CaseEvaluator",

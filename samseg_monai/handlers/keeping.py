@@ -15,6 +15,7 @@ from typing import Any
 
 import ignite.distributed as idist
 import torch
+import torch.distributed as dist
 from ignite.engine import Engine, Events
 from ignite.handlers import EarlyStopping
 from monai.engines.utils import IterationEvents
@@ -24,21 +25,24 @@ from samseg_monai.checkpoints import CARD, TENSORS, save_adapter
 from samseg_monai.errors import ConfigError, TrainingError
 from samseg_monai.files import StrPath, hash_file, unwrap
 from samseg_monai.handlers.provenance import plain
-from samseg_monai.handlers.steps import steps_now
+from samseg_monai.handlers.steps import steps_now, warn
 
 logger = logging.getLogger(__name__)
 
+UNSCORED = "no validation could be scored (no case counts): the adapter is that of the last validated epoch"
+
 
 class EMA:
-    """Exponential moving average of the tensors that learn; validations see the average, the training never does.
+    """Exponential moving average of what learns; validations see the average, the training never does.
 
     Averaged weights generalise better than those that plain descent ends with (Polyak and Juditsky 1992; Tarvainen and
     Valpola 2017, arXiv:1703.01780). With step t from 0, ``average = d * average + (1 - d) * weights`` and
     ``d = min(decay, (1 + t) / (10 + t))``: early on it follows closely, so that the random start is forgotten.
 
     The average stands in the network from the start to the end of each validation, so that a BestAdapter saves it;
-    LastAdapter asks for it. Only parameters that learn are averaged, in float32 on their device; running statistics
-    stay those of the training. In ``run`` attach it after the other handlers and before ResumeSaver's ``load``.
+    LastAdapter asks for it. What learns is averaged, in float32 on its device, and so are the running statistics of its
+    normalisations: those of the plain weights do not belong to it. In ``run`` attach it after the other handlers
+    and before ResumeSaver's ``load``.
 
     Args:
         network: SamSegmenter (or DDP of it) that is trained.
@@ -64,7 +68,7 @@ class EMA:
         engine.add_event_handler(Events.STARTED, self._begin)
         engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._update)  # comes after the optimiser's step
         if self.evaluator is not None:
-            self.evaluator.add_event_handler(Events.STARTED, self.swap_in)
+            self.evaluator.add_event_handler(Events.STARTED, self._show)
             self.evaluator.add_event_handler(Events.COMPLETED, self.swap_out)
             self.evaluator.add_event_handler(Events.EXCEPTION_RAISED, self._fail)
 
@@ -82,15 +86,15 @@ class EMA:
         """Put the average into the network; without one yet, or when it is there already, nothing changes."""
         if self._weights or not self.average:
             return
-        self._weights = {name: parameter.detach().clone() for name, parameter in self._learning().items()}
-        for name, parameter in self._learning().items():
-            parameter.copy_(self.average[name])
+        self._weights = {name: tensor.detach().clone() for name, tensor in self._learning().items()}
+        for name, tensor in self._learning().items():
+            tensor.copy_(self.average[name])
 
     @torch.no_grad()
     def swap_out(self) -> None:
         """Put the weights of the training back, bit for bit."""
-        for name, parameter in self._learning().items() if self._weights else ():
-            parameter.copy_(self._weights[name])
+        for name, tensor in self._learning().items() if self._weights else ():
+            tensor.copy_(self._weights[name])
         self._weights = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -98,26 +102,38 @@ class EMA:
         return {"steps": self.steps, "average": {name: value.cpu().clone() for name, value in self.average.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the average up again; KeyError if a tensor that learns here has none."""
-        average = state["average"]
+        """Take the average up again; KeyError if a parameter that learns here has none.
+
+        Running statistics, which older files do not have, begin with those of the training.
+        """
         learning = self._learning()
-        self.average = {name: average[name].to(p.device, torch.float32, copy=True) for name, p in learning.items()}
+        stored = {name: t for name, t in learning.items() if not isinstance(t, nn.Parameter)} | state["average"]
+        self.average = {name: stored[name].to(t.device, torch.float32, copy=True) for name, t in learning.items()}
         self.steps = int(state["steps"])
 
-    def _learning(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+    def _learning(self) -> dict[str, Tensor]:
+        """Parameters that learn, and the running statistics that go with them."""
+        owned = set(getattr(self.network, "owned", self.network.state_dict()))
+        buffers = ((name, b) for name, b in self.network.named_buffers() if name in owned and b.is_floating_point())
+        return {**{name: p for name, p in self.network.named_parameters() if p.requires_grad}, **dict(buffers)}
+
+    def _show(self, engine: Any) -> None:
+        if idist.get_world_size() > 1:  # each rank has seen other batches: all validate what rank 0 saves
+            for name in self.average.keys() & dict(self.network.named_buffers()).keys():
+                dist.broadcast(self.average[name], src=0)
+        self.swap_in()
 
     def _begin(self, engine: Any) -> None:
         if not self.average:  # else resumed
-            self.average = {name: p.detach().float().clone() for name, p in self._learning().items()}
+            self.average = {name: t.detach().float().clone() for name, t in self._learning().items()}
 
     @torch.no_grad()
     def _update(self, engine: Any) -> None:
         if not steps_now(engine):
             return
         decay = min(self.decay or 0.0, (1 + self.steps) / (10 + self.steps))
-        for name, parameter in self._learning().items():
-            self.average[name].lerp_(parameter.float(), 1 - decay)
+        for name, tensor in self._learning().items():
+            self.average[name].lerp_(tensor.float(), 1 - decay)
         self.steps += 1
 
     def _fail(self, engine: Any, error: BaseException) -> None:
@@ -128,6 +144,9 @@ class EMA:
 
 class BestAdapter:
     """Saves the adapter and its card whenever a validation beats all before it; else the files stay as they are.
+
+    As long as the score of every validation is NaN (no case could be scored) the last one's adapter is kept, with a
+    warning: nothing that was trained is lost, and the best epoch is not known.
 
     Its best score and the metrics of the last validation go into the resume file.
 
@@ -154,14 +173,20 @@ class BestAdapter:
 
     def __call__(self, engine: Any) -> None:
         score = metric_value(engine, self.key_metric_name, "BestAdapter")
-        if math.isnan(score) or (self.score is not None and score <= self.score):
+        unknown = math.isnan(score)
+        if self.score is not None and (unknown or score <= self.score):
             return
         if idist.get_rank() == 0:
             metrics = {**plain(engine.state.metrics), "epoch": engine.state.epoch}
             save_adapter(self.network, self.folder, metrics=metrics)
             self.sha256 = hash_file(self.folder / TENSORS)
+        if unknown:
+            warn(engine, UNSCORED)
+        else:
             logger.info("Best so far: %.4f in epoch %d, saved in %s", score, engine.state.epoch, self.folder)
-        self.score, self.epoch = score, engine.state.epoch
+            known = engine.state.__dict__.get("warnings", [])
+            known[:] = [text for text in known if text != UNSCORED]
+        self.score, self.epoch = None if unknown else score, engine.state.epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Best score, its epoch and the hash of its tensors; metrics of the last validation."""

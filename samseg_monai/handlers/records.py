@@ -19,12 +19,14 @@ from monai.engines.utils import IterationEvents
 from samseg_monai.checkpoints import git_commit, read_card
 from samseg_monai.data import CUT
 from samseg_monai.errors import CheckpointError, TrainingError
+from samseg_monai.faults import what_failed
 from samseg_monai.files import StrPath, unwrap, write_json, write_whole
 from samseg_monai.handlers import provenance
 from samseg_monai.handlers.keeping import case_rows
 from samseg_monai.handlers.provenance import plain
 from samseg_monai.metrics import read_history, write_rows
 from samseg_monai.metrics.rows import Curves, write_cell
+from samseg_monai.training.losses import judged_slices
 from samseg_monai.training.owned import count_trainable
 
 logger = logging.getLogger(__name__)
@@ -120,6 +122,7 @@ class RunCard:
             "spacing": getattr(self.network, "spacing", None),
             "strategy": None if strategy is None else {"name": strategy.name, "arguments": strategy.arguments()},
             "trainable_parameters": count_trainable(self.network),
+            **({"cases": self.network.cases} if getattr(self.network, "cases", None) else {}),
         }
 
     def _note_cut(self, engine: Any) -> None:
@@ -143,7 +146,10 @@ class RunCard:
         # ignite hands an error on through two levels: the first record is the true one
         if self.card and "error" not in self.card:
             self.card["error"] = f"{type(error).__name__}: {error}"
-            self._finish(engine, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            try:
+                self._finish(engine, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            except OSError as fault:  # a full disk, perhaps what the run failed of: that is what has to be told
+                logger.warning("the card of this run could not be written: %s", what_failed(fault))
         raise error
 
     def _finish(self, engine: Any, status: str) -> None:
@@ -169,7 +175,14 @@ class RunCard:
         """Reports that are made once, at the training's start or in its course: an earlier one stays after a resume."""
         collapsed = getattr((self.evaluator or engine).state, "collapsed", None)
         flow = self._before.get("gradient_flow") or getattr(engine.state, "gradient_flow", None)
-        return {"gradient_flow": flow, "collapsed_classes": collapsed or self._before.get("collapsed_classes")}
+        warnings = dict.fromkeys((self.facts or {}).get("warnings", []))
+        for state in (engine.state, (self.evaluator or engine).state):
+            warnings |= dict.fromkeys(getattr(state, "warnings", []))
+        return {
+            "gradient_flow": flow,
+            "collapsed_classes": collapsed or self._before.get("collapsed_classes"),
+            "warnings": list(warnings),
+        }
 
     def _learnt(self) -> dict[str, Any]:
         """What the strategy says of the weights that are kept, such as the ladder's ``gate``.
@@ -206,7 +219,8 @@ class CurveLog:
     validation with Dice, of each class where there are several.
 
     The file is rewritten whole after each epoch. A resumed run keeps the rows up to the epoch it starts from; a run
-    from scratch starts the file anew. In a distributed run the loss is the mean over all ranks' batches.
+    from scratch starts the file anew. In a distributed run the loss is the mean over all ranks' batches. Batches in
+    which no pixel counts in the loss, as slices without a box, are left out of it, and their number is told.
 
     Args:
         output_dir: folder of the run, made if need be.
@@ -219,8 +233,8 @@ class CurveLog:
         self._rows: Curves = {}
         self._trainer: Any = None
         self._begun = False
-        self._loss_sum: torch.Tensor | None = None
-        self._losses = 0
+        self._losses: torch.Tensor | None = None  # sum over the batches that count, and their number
+        self._batches = 0
 
     def attach(self, engine: Any) -> None:
         """Attach to the trainer."""
@@ -245,18 +259,25 @@ class CurveLog:
 
     def _collect(self, engine: Any) -> None:
         # summed where it lies: reading every loss would make the CPU wait for the GPU
-        loss = engine.state.output["loss"].detach().float().mean()
-        self._loss_sum = loss if self._loss_sum is None else self._loss_sum + loss
-        self._losses += 1
+        output = engine.state.output
+        loss, label = output["loss"].detach().float().mean(), output.get("label")
+        counts = judged_slices(label).any() if isinstance(label, torch.Tensor) else torch.ones((), dtype=torch.bool)
+        counted = torch.stack([torch.where(counts.to(loss.device), loss, 0.0), counts.to(loss)])
+        self._losses = counted if self._losses is None else self._losses + counted
+        self._batches += 1
 
     def _epoch(self, engine: Any) -> None:
-        if self._loss_sum is not None:
-            loss = float(self._loss_sum) / self._losses
-            if idist.get_world_size() > 1:  # every rank has as many batches
-                loss = float(idist.all_reduce(loss)) / idist.get_world_size()
-            self._add(engine.state.epoch, "train_loss", loss)
-            self._tell(f"loss {loss:.4g}; {self._time_left()}")
-        self._loss_sum, self._losses = None, 0
+        if self._losses is not None:
+            totals = [*self._losses.tolist(), float(self._batches)]
+            if idist.get_world_size() > 1:
+                totals = [float(idist.all_reduce(total)) for total in totals]
+            loss, counted, batches = totals
+            without = f" ({batches - counted:.0f} of {batches:.0f} batches have nothing to learn from)"
+            told = f"loss {loss / counted:.4g}" if counted else "no loss"
+            if counted:
+                self._add(engine.state.epoch, "train_loss", loss / counted)
+            self._tell(f"{told}{without if counted < batches else ''}; {self._time_left()}")
+        self._losses, self._batches = None, 0
         for index, group in enumerate(engine.optimizer.param_groups):
             self._add(engine.state.epoch, "lr" if index == 0 else f"lr_{index}", float(group["lr"]))
         self._write()

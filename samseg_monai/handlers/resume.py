@@ -23,9 +23,11 @@ from ignite.engine import Events
 from torch import nn
 
 from samseg_monai.checkpoints import OF_NETWORK, card_facts
+from samseg_monai.data.datalists import case_hash, read_datalist
+from samseg_monai.data.datalists.splits import SECTIONS
 from samseg_monai.data.slices import SliceDataset
 from samseg_monai.errors import CheckpointError, ConfigError, TrainingError, raise_all
-from samseg_monai.files import StrPath, unwrap, write_whole
+from samseg_monai.files import StrPath, unwrap, write_tensors, write_whole
 from samseg_monai.handlers.provenance import plain
 from samseg_monai.training.owned import owned_state
 
@@ -131,6 +133,7 @@ class ResumeSaver:
         optimizer: the trainer's.
         lr_scheduler, best, early_stop, collapse, ema: whatever has ``state_dict`` and ``load_state_dict``; None is
             skipped.
+        datalist: JSON, whose names of cases a refusal tells where the split has changed (files hold hashes).
 
     Raises:
         CheckpointError: at the first write, if a part's state cannot be read again.
@@ -147,11 +150,13 @@ class ResumeSaver:
         early_stop: Any = None,
         collapse: Any = None,
         ema: Any = None,
+        datalist: StrPath | None = None,
     ) -> None:
         self.path = Path(output_dir) / "resume.pt"
         self.network: Any = unwrap(network)
         parts = {"lr_scheduler": lr_scheduler, "best": best, "early_stop": early_stop, "collapse": collapse, "ema": ema}
         self.parts = {"optimizer": optimizer, **{key: part for key, part in parts.items() if part is not None}}
+        self.datalist = datalist
         self._trainer: Any = None
         self._saved_epoch = 0
         self._verified = False
@@ -191,7 +196,7 @@ class ResumeSaver:
         write_whole(self.path, lambda temporary: self._write(_numbers(content), temporary))
 
     def _write(self, content: dict[str, Any], path: Path) -> None:
-        torch.save(content, path)
+        write_tensors(path, content)
         if self._verified:
             return
         try:  # once: now a state that cannot be read costs an epoch, at the resume it would cost the training
@@ -257,10 +262,26 @@ class ResumeSaver:
 
         theirs = facts(content["card"], content["epoch_length"], content["network"])
         ours = facts(self._card(), self._trainer.state.epoch_length, self._owned())
-        differing = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+        unknown = {key for key in ("scan_names", "cases") if theirs.get(key) is None or ours.get(key) is None}
+        apart = {"cases", *unknown}  # older files do not have them
+        differing = [key for key in {**theirs, **ours} if key not in apart and theirs.get(key) != ours.get(key)]
         problems = [f"{key}: {theirs.get(key)!r} in the file, {ours.get(key)!r} now" for key in differing]
+        problems += [] if "cases" in unknown else self._moved_cases(theirs["cases"], ours["cases"])
         where = f"{self.path} belongs to another training; choose another output_dir, or delete the file"
         raise_all(problems, CheckpointError, where)
+
+    def _moved_cases(self, before: Mapping[str, list[str]], now: Mapping[str, list[str]]) -> list[str]:
+        """A line for each case that is in one of the two splits only; of validation, where both have some."""
+        listed = {} if self.datalist is None else read_datalist(Path(self.datalist))
+        names = {case_hash(item["case"]): item["case"] for section in SECTIONS for item in listed.get(section, [])}
+        lines = []
+        for section in ("training", "validation"):
+            old, new = set(before.get(section, [])), set(now.get(section, []))
+            if section == "validation" and not (old and new):  # a run may go on with validations, or without
+                continue
+            lines += [f"{section}: {names.get(case, case)} in the file, not now" for case in sorted(old - new)]
+            lines += [f"{section}: {names.get(case, case)} now, not in the file" for case in sorted(new - old)]
+        return lines
 
     def _refuse_finished(self, content: Mapping[str, Any]) -> None:
         """Ignite would start a finished training all over again, from its trained weights."""
@@ -304,7 +325,8 @@ class ResumeSaver:
     def _card(self) -> dict[str, Any]:
         """What must agree for a resume to make sense, as plain values."""
         facts = card_facts(self.network)
-        return plain({key: facts[key] for key in (*OF_NETWORK, "sam_variant", "strategy")})
+        known = (*OF_NETWORK, "sam_variant", "strategy", *({"scan_names", "cases"} & facts.keys()))
+        return plain({key: facts[key] for key in known})
 
 
 def _rates(optimizer: torch.optim.Optimizer) -> list[float]:

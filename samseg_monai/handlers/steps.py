@@ -10,13 +10,16 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Events
 from monai.engines.utils import IterationEvents
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from samseg_monai.errors import ConfigError, TrainingError, raise_all
 from samseg_monai.files import unwrap
+from samseg_monai.training.losses import judged_slices
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,83 @@ def unscale_once(engine: Any) -> None:
 def optimised(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
     for group in optimizer.param_groups:
         yield from group["params"]
+
+
+def warn(engine: Any, text: str) -> None:
+    """Log a warning, and leave it in ``engine.state.warnings`` for the run card."""
+    logger.warning("%s", text)
+    known = engine.state.__dict__.setdefault("warnings", [])
+    if text not in known:
+        known.append(text)
+
+
+class Accumulation:
+    """Makes a step of accumulated gradients that of one batch of all their slices.
+
+    MONAI divides each batch's loss by ``accumulation_steps``, whatever is in it: the gradients of a group that the
+    epoch's end cuts short were too small, and a slice in a smaller batch weighed more. Here each slice that counts in
+    the loss weighs the same. That is the big batch's gradient where the loss is a mean over slices and no layer uses
+    the statistics of a batch; else the start of the training says what differs. With one batch per step, nothing is
+    done.
+
+    Args:
+        network: what is trained; DDP is unwrapped.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = unwrap(network)
+        self._total: torch.Tensor | None = None  # slices of the group so far, in full batches
+
+    def attach(self, engine: Any) -> None:
+        """Attach to a MONAI ``SupervisedTrainer``, before whatever measures or clips gradients."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self._weigh)
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._scale)
+
+    def _start(self, engine: Any) -> None:
+        self._total = None
+        steps = getattr(engine, "accumulation_steps", 1)
+        reasons = [*_batch_layers(self.network), *_batch_terms(engine.loss_function)] if steps > 1 else []
+        if reasons:
+            warn(engine, f"{steps} batches per step are not one batch of their size: {'; '.join(reasons)}")
+
+    def _weigh(self, engine: Any) -> None:
+        loss, label = engine.state.output["loss"], engine.state.output.get("label")
+        if getattr(engine, "accumulation_steps", 1) == 1 or not isinstance(label, torch.Tensor):
+            return
+        full = getattr(engine.state.dataloader, "batch_size", None) or len(label)
+        weight = judged_slices(label).sum().to(loss.dtype) / full
+        self._total = weight if self._total is None else self._total + weight
+        if loss.requires_grad:
+            loss.register_hook(lambda gradient: gradient * weight)  # of the loss only what is told stays as it was
+
+    def _scale(self, engine: Any) -> None:
+        if self._total is None or not steps_now(engine):
+            return
+        total, self._total = float(self._total), None
+        if idist.get_world_size() > 1:  # DDP has averaged the gradients, so all ranks must scale them alike
+            total = float(idist.all_reduce(total)) / idist.get_world_size()
+        if total not in (0.0, engine.accumulation_steps):
+            for parameter in optimised(engine.optimizer):
+                if parameter.grad is not None:
+                    parameter.grad.mul_(engine.accumulation_steps / total)
+
+
+def _batch_layers(network: nn.Module) -> list[str]:
+    """What layers of a network in training take from the batch, as one sentence or none."""
+    before = network.training
+    network.train()  # a network that holds statistics does so here
+    names = [name for name, layer in network.named_modules() if layer.training and isinstance(layer, _BatchNorm)]
+    network.train(before)
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return [f"{names[0]}{more} normalise by the statistics of each batch"] if names else []
+
+
+def _batch_terms(loss: Any) -> list[str]:
+    """What a loss takes from the batch as a whole, as one sentence or none."""
+    parts = loss.modules() if isinstance(loss, nn.Module) else ()
+    whole = any(getattr(part, "batch", False) is True for part in parts)
+    return ["Dice is taken over each batch (loss::batch)"] if whole else []
 
 
 class GradientClip:

@@ -24,7 +24,8 @@ from torch.utils.tensorboard import SummaryWriter
 from samseg_monai import pictures
 from samseg_monai.errors import ConfigError, TrainingError
 from samseg_monai.metrics import mean_dice
-from samseg_monai.metrics.engine import of_all_ranks
+from samseg_monai.metrics.engine import ignored_in, of_all_ranks
+from samseg_monai.transforms.grids import foreground
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class ValidationLoss:
             )
         prompt, boxes = batch.get("prompt"), batch.get("boxes")
         for index, case in enumerate(names):
-            wanted = (label[index] > 0).flatten(0, 2).any(0)  # (D,)
+            wanted = foreground(label[index]).flatten(0, 2).any(0)  # (D,)
             if prompt is not None:
                 wanted |= (_bare(prompt)[index] > 0).flatten(0, 2).any(0).to(wanted.device)
             if isinstance(boxes, Tensor) and len(wanted) == 1:
@@ -206,6 +207,8 @@ class WorstCaseImage:
         affine = np.asarray(reference.affine, dtype=float)
         axis = pictures.axial_axis(affine)
         truth, found = _labels(reference), _labels(pred)
+        if (ignored := ignored_in(reference)) is not None:
+            truth, found = (labels.masked_fill(ignored, 0) for labels in (truth, found))
         counts = list(zip(_per_slice(truth != found, axis), _per_slice(truth > 0, axis), strict=True))
         index = counts.index(max(counts))
         source = np.asarray(image.affine, dtype=float)

@@ -11,12 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ignite.distributed as idist
+import numpy as np
 import torch
 from ignite.engine import Engine
 from ignite.metrics import Metric
 from ignite.metrics.metric import EpochWise, MetricUsage, reinit__is_reduced
 from monai.data import MetaTensor
 
+from samseg_monai.choices import IGNORE
 from samseg_monai.errors import ConfigError, DataError, raise_all
 from samseg_monai.metrics.case import dice_of, score_case, score_columns
 from samseg_monai.metrics.lesions import LESION_SCORES, lesion_rules, score_lesions
@@ -41,8 +43,9 @@ class CaseScores(Metric):
     ``engine.state.metric_details[name]`` the per-case rows, sorted by case. Works on decollated items and on CPU.
     Prediction and reference are channel-first: (C, H, W, D) with one channel of 0 and 1 for each class, or, for several
     classes, (1, H, W, D) with whole numbers: 0 background, 1 the first class ... The reference is a MetaTensor whose
-    affine gives the spacing. Processes gather their rows; the copies that a distributed sampler adds to even out its
-    shares are dropped by case name.
+    affine gives the spacing; voxels where it is 255 (nobody has judged them) are in no score: both masks are empty
+    there, and ``ignored_ml`` of a row says how many there were. Processes gather their rows; the copies that a
+    distributed sampler adds to even out its shares are dropped by case name.
 
     Args:
         pred_key, reference_key, case_key: where an item, the engine's output completed by its batch, holds them.
@@ -155,14 +158,17 @@ class CaseScores(Metric):
         raise_all(wrong, DataError, f"case {case} cannot be scored")
         how: dict[str, Any] = {"spacing_mm": reference.pixdim.tolist(), "surface": self.surface}
         rows = []
+        ignored = ignored_in(reference)
+        voxel_ml = float(np.prod(how["spacing_mm"])) / 1000
+        left_out = {} if ignored is None else {"ignored_ml": float(ignored.sum()) * voxel_ml}
         for name, parts in self.regions.items():
-            masks = [mask_of(volume, parts, len(self.classes)) for volume in (pred, reference)]
+            masks = [_judged(mask_of(v, parts, len(self.classes)), ignored) for v in (pred, reference)]
             try:
                 scores = score_case(*masks, policy=self.policy, unit=self.unit, **how)
                 more = {} if self.lesions is None else score_lesions(*masks, rules=self.lesions, **how)
             except DataError as error:
                 raise DataError(f"case {case}, class {name}: {error}") from error
-            rows.append({"case": case, "class": name, **scores, **more})
+            rows.append({"case": case, "class": name, **scores, **more, **left_out})
         return rows
 
     def _shape_problems(self, key: str, volume: torch.Tensor) -> list[str]:
@@ -173,7 +179,8 @@ class CaseScores(Metric):
                 f"{key} has shape {tuple(volume.shape)}, needs ({count}, H, W, D) for {list(self.classes)}, "
                 "or one channel of whole numbers"
             ]
-        if len(volume) == count or bool(((volume >= 0) & (volume <= count) & (volume == volume.round())).all()):
+        fits = (volume >= 0) & (volume <= count) & (volume == volume.round())
+        if len(volume) == count or bool((fits | (volume == IGNORE) if key == self.reference_key else fits).all()):
             return []
         return [f"{key} holds other values than the whole numbers 0 to {count} of {list(self.classes)}"]
 
@@ -187,12 +194,24 @@ def mask_of(volume: torch.Tensor, parts: Sequence[int], classes: int) -> torch.T
     return torch.stack([volume[0] == part + 1 for part in parts]).any(0)
 
 
+def ignored_in(reference: torch.Tensor) -> torch.Tensor | None:
+    """Voxels (H, W, D) of a reference (C, H, W, D) that nobody has judged; None if all are."""
+    ignored = (reference.as_subclass(torch.Tensor) == IGNORE).any(0)
+    return ignored if bool(ignored.any()) else None
+
+
+def _judged(mask: torch.Tensor, ignored: torch.Tensor | None) -> torch.Tensor:
+    return mask if ignored is None else torch.where(ignored.to(mask.device), 0, mask)
+
+
 def mean_dice(pred: torch.Tensor, reference: torch.Tensor, classes: int) -> float:
     """Mean Dice over the classes that are in either volume; both as ``CaseScores`` takes them, on CPU.
 
     Returns: 0 to 1; NaN when both are empty.
     """
-    found = [dice_of(*(mask_of(v, [part], classes) > 0 for v in (pred, reference))) for part in range(classes)]
+    ignored = ignored_in(reference)
+    pairs = ((_judged(mask_of(v, [part], classes), ignored) > 0 for v in (pred, reference)) for part in range(classes))
+    found = [dice_of(*pair) for pair in pairs]
     return mean_of([dice for dice in found if not math.isnan(dice)])
 
 

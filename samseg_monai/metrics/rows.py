@@ -45,7 +45,7 @@ Curves = dict[tuple[int, str], tuple[int, float]]  # epoch and name of a value -
 LABELS = ("case", "class")
 FLAGS = ("excluded", "empty_prediction", "empty_reference")
 VOLUMES = ("prediction_ml", "reference_ml")
-NO_SCORES = {*LABELS, *FLAGS, *VOLUMES, "prediction_px", "reference_px", *LESION_COUNTS}
+NO_SCORES = {*LABELS, *FLAGS, *VOLUMES, "prediction_px", "reference_px", "ignored_ml", *LESION_COUNTS}
 HISTORY_FILE = "history.csv"
 # Even if all n differences point the same way, a sign test reaches p < 0.05 only from n = 6 (2 * 0.5**6 = 0.031).
 MIN_CASES = 6
@@ -211,7 +211,8 @@ def write_rows(rows: Sequence[Row], path: StrPath) -> Path:
         if isinstance(value, Path) or (isinstance(value, str) and ("/" in value or "\\" in value))
     ]
     raise_all(problems, DataError, "per-case tables hold names, not paths; put the case's name under 'case'")
-    return write_table(rows, path, fields)
+    without = {"ignored_ml": 0.0} if "ignored_ml" in fields else {}  # which only rows of cases with such voxels have
+    return write_table([{**without, **row} for row in rows], path, fields)
 
 
 def write_table(rows: Iterable[Row], path: StrPath, fields: Sequence[str]) -> Path:

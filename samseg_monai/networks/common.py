@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from samseg_monai.errors import ConfigError, raise_all
+from samseg_monai.errors import ConfigError, in_turn, raise_all
 
 if TYPE_CHECKING:
     from samseg_monai.networks.plain import PlainSegmenter
@@ -25,6 +25,11 @@ OPTIONS: dict[str, tuple[str | None, ...]] = {
     "masks": ("single", "best"),
     "boxes": ("none", "channel", "crop", "given"),
 }
+
+
+def named_scans(scans: int | Sequence[str]) -> tuple[int, list[str] | None]:
+    """Number of scans and their names, if they were given by name."""
+    return (scans, None) if isinstance(scans, int) else (len(scans), list(scans))
 
 
 def check_options(
@@ -89,7 +94,7 @@ def check_new_masks(network: SamSegmenter, skipped: Collection[str]) -> None:
         raise ConfigError(
             f"num_classes={network.num_classes} needs a new mask head, which the strategy does not train "
             f"({len(lost)} tensors, first {min(lost)}): predictions would be noise; use a strategy that trains the "
-            "decoder (LoRA: decoder=true)"
+            "decoder (LoRA: decoder=true), or zero-shot with strategy::random_masks true if a row of noise is wanted"
         )
 
 
@@ -180,17 +185,17 @@ def best_mask(logits: Tensor, quality: Tensor, views: int) -> Tensor:
 def tensor_differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
     """One line for every tensor of a file that is missing, of no use, of another shape than in the network, or of whole
     numbers in place of others."""
-    return [
-        *(f"{name}: missing in the file" for name in expected if name not in found),
-        *(f"{name}: in the file, not in the network" for name in found if name not in expected),
-        *(
+    return in_turn(
+        [f"{name}: missing in the file" for name in expected if name not in found],
+        [f"{name}: in the file, not in the network" for name in found if name not in expected],
+        [
             f"{name}: shape {tuple(found[name].shape)} in the file, {tuple(tensor.shape)} in the network"
             for name, tensor in expected.items()
             if name in found and found[name].shape != tensor.shape
-        ),
-        *(
+        ],
+        [
             f"{name}: {found[name].dtype} in the file, {tensor.dtype} in the network"
             for name, tensor in expected.items()
             if name in found and found[name].is_floating_point() != tensor.is_floating_point()
-        ),
-    ]
+        ],
+    )

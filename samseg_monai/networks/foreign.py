@@ -15,7 +15,7 @@ from torch import Tensor
 
 from samseg_monai.adapters.ladder import GatedSide, ResNetSide
 from samseg_monai.adapters.lora import LoRALinear
-from samseg_monai.errors import CheckpointError, WeightsError, raise_all
+from samseg_monai.errors import FEW_TENSORS, CheckpointError, WeightsError, raise_all
 from samseg_monai.networks.common import tensor_differences
 from samseg_monai.networks.plain import PlainSegmenter
 from samseg_monai.networks.segmenter import SamSegmenter
@@ -84,7 +84,7 @@ def _samed_values(network: SamSegmenter, state: Mapping[str, Tensor], heading: s
     problems = _samed_arguments(network, rank) + _classes(network, state.get(_TOKENS))
     if is_samed_s(state):
         problems.append("it adapts the mask decoder with LoRA, too (SAMed_s); only SAMed's encoder adapters are known")
-    raise_all(problems, CheckpointError, heading)
+    raise_all(problems, CheckpointError, heading, most=FEW_TENSORS)
     layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, LoRALinear)]
     named = {f"sam.{name}": value for name, value in state.items() if name.startswith(_HEADS)}
     own = {name for name in network.state_dict() if name.startswith(tuple(f"sam.{head}" for head in _HEADS))}
@@ -148,7 +148,7 @@ def _sam_lst_values(network: SamSegmenter, state: Mapping[str, Tensor], heading:
     if table is not None and own is not None and table.ndim == own.ndim and table.shape[:-1] != own.shape[:-1]:
         size = table.shape[1] * network.spec.patch_size
         problems.append(f"image_size: the file needs {size}, got {network.image_size}")
-    raise_all(problems, CheckpointError, heading)
+    raise_all(problems, CheckpointError, heading, most=FEW_TENSORS)
     return _fitting(network, named, set(network.state_dict()), [], heading), len(passed_over)
 
 
@@ -157,5 +157,5 @@ def _fitting(
 ) -> dict[str, Tensor]:
     """``named``, after comparing it with the ``wanted`` tensors of the network."""
     expected = {name: tensor for name, tensor in network.state_dict().items() if name in wanted}
-    raise_all([*problems, *tensor_differences(named, expected)], CheckpointError, heading)
+    raise_all([*problems, *tensor_differences(named, expected)], CheckpointError, heading, most=FEW_TENSORS)
     return named

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from samseg_monai.networks.common import (
     check_options,
     empty_logits,
     join_boxes,
+    named_scans,
     plain_inputs,
     where_boxes_are,
     whole_slice,
@@ -40,7 +42,7 @@ class PlainSegmenter(Segmenter):
         image_size: side of the square that ``net`` sees; smaller slices are padded with zeros at the bottom and right,
             and the logits cut back.
         num_classes: 1 gives one map; K > 1 gives K + 1 maps, channel 0 is the background.
-        scans: channels of the input.
+        scans: channels of the input, or their names.
         input_scale: how the intensities were prepared; recorded only.
         boxes: "none": there are none, and giving one is an error. "channel": the net sees S + 1 channels, the last is 1
             where a pixel's centre is in a box, else 0. "crop": the net sees (R, S, crop_size, crop_size), a square
@@ -63,13 +65,14 @@ class PlainSegmenter(Segmenter):
         *,
         image_size: int = 256,
         num_classes: int = 1,
-        scans: int = 1,
+        scans: int | Sequence[str] = 1,
         input_scale: Literal["zscore", "unit", "sam"] = "zscore",
         boxes: Literal["none", "channel", "crop", "given"] = "none",
         crop_margin: float = 0.5,
         crop_size: int = 128,
     ) -> None:
         super().__init__()
+        scans, self.scan_names = named_scans(scans)
         check_options({"input_scale": input_scale, "boxes": boxes}, num_classes=num_classes, scans=scans)
         _check_crop(crop_margin, crop_size)
         self.net, self.boxes, self.crop_margin, self.crop_size = net, boxes, crop_margin, crop_size

@@ -20,6 +20,7 @@ from samseg_monai.networks.common import (
     check_new_masks,
     check_options,
     join_boxes,
+    named_scans,
     plain_inputs,
     tensors_hash,
     versions_of,
@@ -46,7 +47,7 @@ class SamSegmenter(Segmenter):
         strategy: how SAM learns; None means zero-shot (nothing learns).
         image_size: side in pixels of the square that SAM sees, a multiple of 16; None means the variant's own.
         num_classes: 1 gives one map, SAM's single mask. K > 1 gives K + 1 maps, channel 0 is the background.
-        scans: number of channels of the input, S.
+        scans: number of channels of the input, S, or their names, which an adapter's card keeps.
         scan_mode: "mean_logits": each scan goes through SAM as a grey image with the same box, and the logits are
             averaged. "channels": three scans are the three colour channels.
         input_scale: "sam": the input is 0-255 and SAM's own mean and standard deviation are applied. "zscore",
@@ -79,7 +80,7 @@ class SamSegmenter(Segmenter):
         *,
         image_size: int | None = None,
         num_classes: int = 1,
-        scans: int = 1,
+        scans: int | Sequence[str] = 1,
         scan_mode: Literal["mean_logits", "channels"] = "mean_logits",
         input_scale: Literal["zscore", "unit", "sam"] = "zscore",
         prompt: Literal["box", "none"] = "box",
@@ -90,6 +91,7 @@ class SamSegmenter(Segmenter):
         masks: Literal["single", "best"] = "single",
     ) -> None:
         super().__init__()
+        scans, self.scan_names = named_scans(scans)
         chosen: dict[str, str | None] = {"scan_mode": scan_mode, "input_scale": input_scale, "prompt": prompt}
         chosen |= {"autocast": autocast, "masks": masks}
         check_options(chosen, num_classes=num_classes, scans=scans, low_res_training=low_res_training)

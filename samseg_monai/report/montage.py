@@ -18,6 +18,7 @@ import torch
 from PIL import Image, ImageColor
 
 from samseg_monai import pictures
+from samseg_monai.choices import IGNORE
 from samseg_monai.errors import DataError, raise_all
 from samseg_monai.report.figures import looks
 from samseg_monai.report.runs import RunResult
@@ -158,7 +159,7 @@ def overlay_cases(
         image, spacing = _canonical(files if isinstance(files, str) else files[scan])
         label = _canonical(by_case[case]["label"])[0]
         label = label > 0 if recode is None else recode({"case": case, "label": torch.from_numpy(label)})["label"]
-        reference = np.asarray(label, dtype=np.uint8)
+        reference = np.asarray(label, dtype=np.uint8) * (np.asarray(label) != IGNORE)
         fullness = [(len(np.unique(plane[plane > 0])), (plane > 0).sum()) for plane in np.moveaxis(reference, 2, 0)]
         k = fullness.index(max(fullness))
         predictions = {run.name: _canonical(run.folder / "predictions" / f"{case}_seg.nii.gz")[0] for run in runs}

@@ -7,7 +7,6 @@ Facts that a card does not record are shown as "not recorded", never guessed.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections import Counter
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from samseg_monai.data.datalists import case_hash
 from samseg_monai.errors import BundleError, raise_all
 from samseg_monai.files import StrPath, read_json
 from samseg_monai.metrics import read_history, read_rows
@@ -281,7 +281,7 @@ class RunResult:
         if not isinstance(record, Mapping):
             return {part: self.cases for part in MET if part == self.fact("settings.section")}
         ids = {part: {str(one) for one in record.get(part) or ()} for part in MET}
-        met = {part: [case for case in self.cases if case_id(case) in ids[part]] for part in MET}
+        met = {part: [case for case in self.cases if case_hash(case) in ids[part]] for part in MET}
         return {part: cases for part, cases in met.items() if cases}
 
     @property
@@ -364,11 +364,6 @@ def some(names: Sequence[str]) -> str:
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return ", ".join(names[:_NAMED]) + more
-
-
-def case_id(case: str) -> str:
-    """How cards name a case without telling who it is: the first 16 hexadecimal digits of its sha256."""
-    return hashlib.sha256(case.encode()).hexdigest()[:16]
 
 
 # What the report reads from a card and its type; other keys are shown as they are.

@@ -26,6 +26,9 @@ class Segmenter(nn.Module):
         owned: names of the tensors that belong to the strategy and go into its adapter file; all learn but ``fixed``.
         unused: names that the strategy froze because the task never uses them.
         base_sha256: hash of the base weights' file, "random" after an explicit random start, None before loading.
+        scan_names: what the channels of its input are called; None where nobody has said.
+        cases: "training" and "validation" -> hashes of the cases (``datalists.case_hash``) that it learnt from and that
+            chose its epoch; None where nobody has said.
         base_file: name of that file, without its folder; None of a random start or before loading.
     """
 
@@ -37,6 +40,8 @@ class Segmenter(nn.Module):
     fixed: list[str]
     base_sha256: str | None = None
     base_file: str | None = None
+    scan_names: list[str] | None = None
+    cases: dict[str, list[str]] | None = None
 
     @property
     def channels_out(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from monai.networks import one_hot
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from samseg_monai.choices import IGNORE
 from samseg_monai.errors import ConfigError, raise_all
 
 BACKGROUND = "background"
@@ -56,6 +58,9 @@ class SegmentationLoss(nn.Module):
       not have, or has everywhere, adds 0, so the term works only beside another one. It is the most expensive one (two
       distance transforms on the CPU per image and class present), and may be negative.
 
+    Pixels whose label is 255 (nobody has judged them) are in no term and get no gradient, and neither are slices that
+    are such as a whole: a batch without any other costs 0.
+
     Args:
         classes: names of the classes, without the background; more than one means softmax.
         dice, ce, focal, boundary: weights of the terms, not negative.
@@ -63,7 +68,8 @@ class SegmentationLoss(nn.Module):
         class_weights: name -> weight, see ``weigh_classes``; counts in every term. For a single class it is the
             weight of its pixels in CE and Focal; Dice and Boundary have one class then and nothing to weigh.
         settings: more of ``DiceCELoss``, such as ``batch``, ``squared_pred`` or ``smooth_nr``.
-    Shape: logits (B, C, h, w) with C = K + 1, or 1 for a single class; label (B, 1, h, w) of 0 to K; to a scalar.
+    Shape: logits (B, C, h, w) with C = K + 1, or 1 for a single class; label (B, 1, h, w) of 0 to K, or 255; to a
+        scalar.
     Raises: ConfigError listing everything that is out of range or unknown.
     """
 
@@ -99,36 +105,74 @@ class SegmentationLoss(nn.Module):
     def forward(self, logits: Tensor, label: Tensor) -> Tensor:
         if self.weight is not None and self.weight.device != logits.device:
             self.to(logits.device)  # a trainer moves networks, not losses
+        label = label.as_subclass(torch.Tensor)
+        counts = label != IGNORE
+        judged = None if counts.all() else counts  # (B, 1, h, w); None: all of it
+        if judged is not None:
+            if not (kept := judged_slices(label)).any():
+                return torch.where(judged, logits, 0.0).sum()
+            if not kept.all():
+                return self(logits[kept], label[kept])
+            # no value of the network's may reach the sums, not even as NaN times 0
+            logits, label = torch.where(judged, logits, 0.0), torch.where(judged, label, 0)
         if not self.multiclass:
             label = label.to(logits.dtype)  # MONAI's squared Dice and focal loss take no integers here
         terms = []
         if self.dice_ce is not None:
-            terms.append(self.dice_ce(logits, label))
+            terms.append(self.dice_ce(logits, label) if judged is None else self._dice_ce(logits, label, judged))
         if self.focal_weight:
-            terms.append(self.focal_weight * self._focal(logits, label))
+            terms.append(self.focal_weight * self._focal(logits, label, judged))
         if self.boundary_weight:
-            terms.append(self.boundary_weight * self._boundary(logits, label))
+            terms.append(self.boundary_weight * self._boundary(logits, label, judged))
         return torch.stack(terms).sum() if len(terms) > 1 else terms[0]
 
-    def _focal(self, logits: Tensor, label: Tensor) -> Tensor:
+    def _dice_ce(self, logits: Tensor, label: Tensor, judged: Tensor) -> Tensor:
+        """MONAI's ``DiceCELoss`` over the judged pixels alone; its own masked Dice makes 0.5 of what is left out."""
+        assert self.dice_ce is not None
+        dice, target = copy.copy(self.dice_ce.dice), label
+        dice.sigmoid = dice.softmax = dice.to_onehot_y = False
+        if self.multiclass:
+            target = one_hot(label, logits.shape[1])
+            marked = torch.where(judged, label.long(), IGNORE)[:, 0]
+            smoothing = self.dice_ce.cross_entropy.label_smoothing
+            ce = F.cross_entropy(logits, marked, self.weight, ignore_index=IGNORE, label_smoothing=smoothing)
+        else:
+            losses = F.binary_cross_entropy_with_logits(logits, label, pos_weight=self.weight, reduction="none")
+            ce = _mean(losses, judged)
+        probabilities = logits.softmax(1) if self.multiclass else logits.sigmoid()
+        overlap = dice(probabilities * judged, target * judged)
+        return self.dice_ce.lambda_dice * overlap + self.dice_ce.lambda_ce * ce
+
+    def _focal(self, logits: Tensor, label: Tensor, judged: Tensor | None) -> Tensor:
         losses = self.focal(logits, label).sum(1, keepdim=True)  # 0 but in the label's own channel
         if self.weight is None:
-            return losses.mean()
+            return _mean(losses, judged)
         if not self.multiclass:
-            return (losses * torch.where(label > 0, self.weight, 1.0)).mean()
-        weight = self.weight[label.long()]
+            return _mean(losses * torch.where(label > 0, self.weight, 1.0), judged)
+        weight = self.weight[label.long()] * (1.0 if judged is None else judged)
         return (losses * weight).sum() / weight.sum()
 
-    def _boundary(self, logits: Tensor, label: Tensor) -> Tensor:
+    def _boundary(self, logits: Tensor, label: Tensor, judged: Tensor | None) -> Tensor:
         masks, probabilities = label, logits.sigmoid()
         if self.multiclass:
             masks, probabilities = one_hot(label, logits.shape[1])[:, 1:], logits.softmax(1)[:, 1:]
         # on the CPU, where the distances are computed: one transfer instead of four per image and class
         distances = self.boundary.compute_distance_map(masks.cpu()).to(logits.device)
-        means = (probabilities * distances / max(logits.shape[-2:])).mean((0, 2, 3))  # (K,)
+        losses = probabilities * distances / max(logits.shape[-2:])
+        means = losses.mean((0, 2, 3)) if judged is None else (losses * judged).sum((0, 2, 3)) / judged.sum()  # (K,)
         if self.weight is None or not self.multiclass:
             return means.mean()
         return (means * self.weight[1:]).sum() / self.weight[1:].sum()
+
+
+def judged_slices(label: Tensor) -> Tensor:
+    """Which slices of a label (B, 1, h, w) have a pixel that counts in the loss: bool (B,), on its device."""
+    return (label != IGNORE).flatten(1).any(1)
+
+
+def _mean(losses: Tensor, judged: Tensor | None) -> Tensor:
+    """Mean over pixels (B, 1, h, w), of those that are judged; None: of all."""
+    return losses.mean() if judged is None else (losses * judged).sum() / judged.sum()
 
 
 def _check(weights: Mapping[str, float], gamma: float, settings: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import Orientationd, RandAffined, RandBiasField, RandBiasFieldd, RandFlipd
 from monai.utils import TraceKeys
 
+from samseg_monai.choices import IGNORE
 from samseg_monai.data.files.boxes import is_number
 from samseg_monai.errors import ConfigError, DataError, raise_all
 from samseg_monai.transforms.grids import on_grid_of
@@ -132,7 +133,8 @@ class RandMirroredd(RandFlipd):
     ) -> None:
         _check(axis, classes, pairs)
         super().__init__(keys, prob=prob, spatial_axis=axis, allow_missing_keys=allow_missing_keys)
-        self.table = torch.arange(len(classes) + 1)
+        self.table = torch.arange(IGNORE + 1)  # voxels that nobody has judged stay such
+        self.values = torch.tensor([*range(len(classes) + 1), IGNORE])
         for pair in pairs or ():
             one, other = (list(classes).index(name) + 1 for name in pair)
             self.table[one], self.table[other] = other, one
@@ -151,10 +153,10 @@ class RandMirroredd(RandFlipd):
     def _exchange(self, d: dict[Hashable, Any], keys: Sequence[Hashable]) -> dict[Hashable, Any]:
         if self.exchanges and "label" in keys:
             values = torch.as_tensor(d["label"]).as_subclass(torch.Tensor)
-            if values.numel() and not 0 <= float(values.min()) <= float(values.max()) < len(self.table):
+            if values.numel() and not torch.isin(values, self.values.to(values.device)).all():
                 raise DataError(
                     f"label has values {float(values.min()):g} to {float(values.max()):g}, classes are 0 to "
-                    f"{len(self.table) - 1}: recode labels before they are mirrored"
+                    f"{len(self.values) - 2}: recode labels before they are mirrored"
                 )
             d["label"] = on_grid_of(d["label"], self.table[values.long()].to(values.dtype))
         return d

@@ -16,7 +16,7 @@ from monai.utils import TraceKeys
 
 from samseg_monai.data import CUT
 from samseg_monai.errors import PromptError
-from samseg_monai.transforms.grids import name_of, on_grid_of, refuse_huge
+from samseg_monai.transforms.grids import foreground, name_of, on_grid_of, refuse_huge
 from samseg_monai.transforms.prompts import boxes_on_image
 
 logger = logging.getLogger(__name__)
@@ -69,27 +69,27 @@ class CropInPlaned(CropForegroundd):
         if self.size is None and self.size_mm is None:
             return d
         image = d["image"]
-        foreground = _foreground(image)
+        shown = _foreground(image)
         low, high = np.zeros(3, int), np.array(image.shape[1:])
         held = [_extent(d, key) for key in self.held if d.get(key) is not None]
         for axis, wanted in zip(AXES, self._voxels(image), strict=True):
             ends = [box[:, axis] for box in held if box is not None]
             span = (min(e[0] for e in ends), max(e[1] for e in ends)) if ends else None
-            low[axis], high[axis] = _place(foreground.sum([a for a in range(3) if a != axis]).numpy(), wanted, span)
+            low[axis], high[axis] = _place(shown.sum([a for a in range(3) if a != axis]).numpy(), wanted, span)
             if high[axis] - low[axis] > wanted and name_of(d) not in self._told:
                 logger.warning(
                     "%s: the crop grows from %d to %d voxels along axis %d to hold what is asked about; the network "
                     "sees it smaller than in training", name_of(d), wanted, high[axis] - low[axis], axis,
                 )  # fmt: skip
         refuse_huge(image.shape, [int(side) for side in high - low], f"{name_of(d)}: crop_mm (or crop_size)")
-        counts = {"image": int(foreground.sum())}
+        counts = {"image": int(shown.sum())}
         told = ("label", "prompt") if "prompt" in self.held else ("label",)
-        counts |= {key: int(_positive(d[key]).sum()) for key in told if key in self.keys and key in d}
+        counts |= {key: int(foreground(d[key]).sum()) for key in told if key in self.keys and key in d}
         for key, mode in self.key_iterator(d, self.mode):
             d[key] = self.cropper.crop_pad(img=d[key], box_start=low, box_end=high, mode=mode, lazy=False)
         inside = self.cropper.compute_slices(roi_start=low, roi_end=high)
-        left = {"image": int(foreground[inside].sum())}
-        left |= {key: int(_positive(d[key]).sum()) for key in counts if key != "image"}
+        left = {"image": int(shown[inside].sum())}
+        left |= {key: int(foreground(d[key]).sum()) for key in counts if key != "image"}
         return {**d, "cut": self._tell(name_of(d), counts, left)}
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -131,10 +131,6 @@ def for_training(transforms: Sequence[Callable[[Any], Any]]) -> list[Callable[[A
     return found
 
 
-def _positive(mask: torch.Tensor) -> torch.Tensor:
-    return torch.as_tensor(mask).as_subclass(torch.Tensor) > 0
-
-
 def _foreground(image: torch.Tensor) -> torch.Tensor:
     """(S, H, W, D) to (H, W, D): voxels of any scan that show more than background."""
     found = torch.zeros(tuple(image.shape[1:]), dtype=torch.bool)
@@ -153,7 +149,7 @@ def _extent(d: Mapping[Hashable, Any], key: str) -> np.ndarray | None:
             return None
         x0, y0, x1, y1 = boxes.numpy().T
         return np.array([[np.floor(y0.min()), np.floor(x0.min())], [np.ceil(y1.max()), np.ceil(x1.max())]]).astype(int)
-    plane = _positive(d[key]).any(dim=0).any(dim=-1).cpu()  # (C, H, W, D) -> (H, W)
+    plane = foreground(d[key]).any(dim=0).any(dim=-1).cpu()  # (C, H, W, D) -> (H, W)
     marked = plane.nonzero().numpy()
     return np.stack([marked.min(axis=0), marked.max(axis=0) + 1]) if len(marked) else None
 

@@ -13,6 +13,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
+from samseg_monai.choices import IGNORE
 from samseg_monai.data.files.volumes import affine_difference
 from samseg_monai.errors import DataError, raise_all
 
@@ -28,8 +29,15 @@ def on_grid_of(source: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return MetaTensor(values, meta=deepcopy(source.meta), applied_operations=deepcopy(source.applied_operations))
 
 
+def foreground(label: torch.Tensor) -> torch.Tensor:
+    """Where a recoded label has a class: bool of its shape, False in voxels that nobody has judged."""
+    plain = label.as_subclass(torch.Tensor)
+    return (plain > 0) & (plain != IGNORE)
+
+
 def refuse_huge(shape: Sequence[int], sides: Sequence[int], what: str) -> None:
     """Raise DataError where an array of ``shape`` (C, H, W, D) would grow to ``sides`` (H, W, D) beyond all memory.
+
 
     Args:
         what: what would make it grow, with the key of the settings, for the message.

@@ -12,20 +12,23 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from scipy.ndimage import find_objects, generate_binary_structure, label
 
+from samseg_monai.choices import IGNORE
+from samseg_monai.data.datalists.label_maps import is_ignored
 from samseg_monai.data.files.boxes import is_number
 from samseg_monai.errors import ConfigError, DataError, raise_all
 from samseg_monai.transforms.grids import EachKeyd, name_of, on_grid_of
 
-_UNKNOWN = 255  # no class: uint8 labels have at most 254 of them
+_UNKNOWN = IGNORE - 1  # no class: uint8 labels have at most 253 of them
 _CHUNK = 1 << 20  # voxels at a time: the integer copies of a whole CT would be eight times its label
 _ALL_NEIGHBOURS = generate_binary_structure(3, 3)
 SPACING_DECIMALS = 5  # of mm: columns of an affine have noise (1.0000001), which must not decide what is small
 
 
 class RecodeLabeld(EachKeyd):
-    """Map the values of label files to 0 (everything else) and 1 to K (position of the name in ``classes`` + 1).
+    """Map the values of label files to 0 (everything else), 1 to K (position of the name in ``classes`` + 1), and 255.
 
-    Files keep the coding they came in; what their values mean is read from the datalist.
+    255 is for voxels that nobody has judged: a value named "ignore", "ignored" or "void". Loss and scores leave them
+    out. Files keep the coding they came in; what their values mean is read from the datalist.
 
     Args:
         keys: labels of any shape, whole numbers of any dtype.
@@ -36,7 +39,7 @@ class RecodeLabeld(EachKeyd):
     Returns: uint8 of the same shape; device, geometry and history of the label.
     Raises:
         ConfigError: at construction, for classes without a value in ``labels`` (all at once), classes named twice, more
-            than 254 of them, or labels whose values are not whole numbers.
+            than 253 of them, or labels whose values are not whole numbers.
         DataError: for a label with values that are not whole or that ``labels`` does not know, naming case and values.
     """
 
@@ -62,7 +65,9 @@ class RecodeLabeld(EachKeyd):
         self.lowest = min(names) - 1
         table = np.full(max(names) - min(names) + 3, _UNKNOWN, dtype=np.uint8)
         for value, name in names.items():
-            table[value - self.lowest] = self.classes.index(name) + 1 if name in self.classes else 0
+            table[value - self.lowest] = IGNORE if is_ignored(name) else 0
+            if name in self.classes:
+                table[value - self.lowest] = self.classes.index(name) + 1
         self.table = table
 
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
@@ -99,11 +104,36 @@ class RecodeLabeld(EachKeyd):
         )
 
 
+class ForegroundLabeld(EachKeyd):
+    """Map everything from 0.5 on to 1, everything below to 0, and voxels that nobody has judged to 255.
+
+    Args:
+        keys: labels of any shape.
+        labels: value -> name, as of ``RecodeLabeld``; only those named "ignore", "ignored" or "void" count. They may be
+            absent.
+    Returns: uint8 of the same shape; device, geometry and history of the label.
+    """
+
+    def __init__(
+        self, keys: KeysCollection, labels: Mapping[str, str] | None = None, *, allow_missing_keys: bool = False
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.ignored = [int(value) for value, name in (labels or {}).items() if is_ignored(name)]
+
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        values = torch.as_tensor(d[key]).as_subclass(torch.Tensor)
+        found = (values >= 0.5).to(torch.uint8)
+        for value in self.ignored:
+            found[values == value] = IGNORE
+        d[key] = on_grid_of(d[key], found)
+
+
 def _check_classes(classes: Sequence[str], names: Mapping[int, str]) -> None:
     if isinstance(classes, str) or not classes or len(classes) >= _UNKNOWN:
         raise ConfigError(f"classes must be a list of 1 to {_UNKNOWN - 1} names, got {classes!r}")
     known = sorted({name for value, name in names.items() if value != 0})
     problems = [f"{name}: no value has this name" for name in classes if name not in known]
+    problems += [f"{name}: voxels of this name are left out, no class is" for name in classes if is_ignored(name)]
     problems += [f"{name}: named twice" for name in sorted(set(classes)) if list(classes).count(name) > 1]
     raise_all(problems, ConfigError, f"classes do not fit the labels of the datalist ({', '.join(known)})")
 

@@ -17,10 +17,11 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, MapTransform, RandomizableTransform
 
+from samseg_monai.choices import IGNORE
 from samseg_monai.data.files.boxes import is_number, volume_boxes
 from samseg_monai.errors import ConfigError, PromptError, raise_all
 from samseg_monai.transforms.boxes import Rectangle, boxes_of, clip_boxes, inscribed, move_boxes, rectangles
-from samseg_monai.transforms.grids import CheckSameGridd, EachKeyd, name_of, on_grid_of
+from samseg_monai.transforms.grids import CheckSameGridd, EachKeyd, foreground, name_of, on_grid_of
 
 Random = np.random.RandomState | np.random.Generator
 
@@ -80,7 +81,7 @@ class SimulatedPromptd(_FromLabeld):
         super().__init__(source, loosen, seed, per_component, [])
 
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
-        mask = (d[key].as_subclass(torch.Tensor) > 0).any(dim=0).cpu()  # (C, H, W[, D]) -> (H, W[, D])
+        mask = foreground(d[key]).any(dim=0).cpu()  # (C, H, W[, D]) -> (H, W[, D])
         prompt = torch.zeros(mask.shape, dtype=torch.uint8)
         if mask.ndim == 2:
             self._fill(prompt, mask, self.R)
@@ -158,7 +159,7 @@ class SimulatedBoxesd(_FromLabeld):
                 f"{name_of(d)}: boxes are for 2-D images, but {key} has shape {tuple(d[key].shape)}; volumes take "
                 "prompt masks"
             )
-        mask = (label > 0).any(dim=0).cpu()  # (C, H, W) -> (H, W)
+        mask = foreground(label).any(dim=0).cpu()  # (C, H, W) -> (H, W)
         random = self._random(d)
         drawn = [self._draw(r, mask.shape, random) for r in rectangles(mask, per_component=self.per_component)]
         rows = self.max_boxes if self.per_component and self.max_boxes else max(1, len(drawn))
@@ -309,6 +310,24 @@ class BoxFromPromptd(EachKeyd):
 
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
         d["boxes"] = boxes_of(d[key], per_component=self.per_component, max_boxes=self.max_boxes)
+
+
+class UnpromptedIgnoredd(MapTransform):
+    """Leave slices without a box out of the loss: all of their "label" (1, H, W) becomes 255.
+
+    A network that is asked by boxes does not look at such a slice, so that there is nothing to learn from it; its loss
+    would be a constant. Slices without "boxes", (4,) or (N, 4) with NaN for none, stay as they are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("label", allow_missing_keys=True)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        boxes = d.get("boxes")
+        if isinstance(boxes, torch.Tensor) and bool(boxes.reshape(-1, 4).isnan().any(1).all()):
+            d["label"] = torch.full_like(d["label"], IGNORE)
+        return d
 
 
 class EllipseFromPromptd(EachKeyd):

@@ -265,6 +265,7 @@ def test_prompts_of_a_training_are_those_of_its_prediction(phantoms, tmp_path):
     overrides = {**TINY, "dataset_dir": str(phantoms), "output_dir": str(tmp_path), "strategy::rank": 2, "epochs": 1}
     overrides |= {"prompt::source": "none", "strategy::decoder": True}
     run_workflow([root_of(LORA) / "configs" / "train.json"], overrides)
+    assert read_json(tmp_path / "run_card.json")["warnings"][0].startswith("LoRA without boxes: this task has none")
     record = tmp_path / "bundle"
     assert read_json(record / "configs" / "inference.json")["prompt"]["source"] == "none"
     metadata, page = read_json(record / "configs" / "metadata.json"), (record / "docs" / "README.md").read_text()
@@ -549,6 +550,19 @@ def test_zero_shot_can_choose_sams_best_mask_from_the_command_line(phantoms, tmp
         tables.append((folder / "evaluation" / "cases.csv").read_text())
         assert read_json(folder / "evaluation" / "run_card.json")["settings"]["masks"] == masks
     assert tables[0] != tables[1]
+
+
+def test_zero_shot_of_several_classes_is_noise_and_has_to_be_asked_for(abdomen, tmp_path):
+    configs = bundles.build_bundle("abdomen", "zero_shot", tmp_path / "bundles") / "configs"
+    shared = {"dataset_dir": str(abdomen), "output_dir": str(tmp_path / "run"), "sam_variant": "pico", "image_size": 64}
+    with pytest.raises(ConfigError, match=r"predictions would be noise.*strategy::random_masks true"):
+        run_workflow([configs / "evaluate.json"], shared)
+    run_workflow([configs / "evaluate.json"], {**shared, "batch_size": 8, "strategy::random_masks": True})
+    card = read_json(tmp_path / "run" / "evaluation" / "run_card.json")
+    assert card["strategy"]["arguments"] == {"random_masks": True}
+    assert card["warnings"] == [
+        "ZeroShot without boxes: this task has none (prompt::source none), SAM segments the image alone"
+    ]
 
 
 def test_hippocampus_trains_evaluates_and_predicts_without_sam(hippocampi, tmp_path):

@@ -460,5 +460,5 @@ def test_folders_that_are_neither_bundle_nor_run_are_named(tmp_path, monkeypatch
     assert samseg(monkeypatch, "export", tmp_path / "no", "--format", "pth", "--output", tmp_path / "out") == 1
     assert "there is no" in capsys.readouterr().err
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="is a file; give a folder"):
+    with pytest.raises(ConfigError, match="a file is where a folder is wanted"):
         export_network(Source(SamSegmenter("tiny")), "pth", tmp_path / "file")

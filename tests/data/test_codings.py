@@ -21,8 +21,18 @@ from samseg_monai.data.datalists.label_maps import (
     labels_in,
 )
 from samseg_monai.data.datalists.label_maps import BTCV as LABELS
+from samseg_monai.data.slices import AllSlices, Foreground, MaxArea
 from samseg_monai.errors import ConfigError, DataError
-from samseg_monai.transforms import RecodeLabeld
+from samseg_monai.transforms import (
+    ForegroundLabeld,
+    RandMirroredd,
+    RecodeLabeld,
+    SimulatedBoxesd,
+    SimulatedPromptd,
+    UnpromptedIgnoredd,
+    resized_slices,
+    stored_slices,
+)
 
 EIGHT = ("samed", "merit", "transunet")
 OBLIQUE = torch.tensor(
@@ -115,6 +125,46 @@ def test_labels_that_are_not_whole_are_refused(value):
         recode(torch.tensor([0.0, 1.0, value]))
 
 
+NAMES = {"0": "background", "1": "left lung", "2": "right lung", "255": "Ignored"}
+
+
+def test_voxels_that_nobody_has_judged_keep_255_all_the_way():
+    """Through recoding, mirroring, resizing, picking of slices, prompts and boxes; they are never foreground."""
+    label = torch.zeros(1, 8, 8, 3)
+    label[:, 1:3, 1:3, 0], label[:, 4:, 4:, :2] = 2, 255
+    found = RecodeLabeld("label", NAMES, ["left lung", "right lung"])({"label": label})["label"]
+    assert torch.equal(found == 255, label == 255) and found.dtype == torch.uint8
+    assert [AllSlices().candidates(found), Foreground().candidates(found)] == [[0, 1, 2], [0]]
+    assert MaxArea().candidates(found) == [0]
+    mirror = RandMirroredd(["label"], 1, ["left lung", "right lung"], [["left lung", "right lung"]], prob=1.0)
+    mirrored = mirror({"label": found[..., 0]})["label"]
+    assert torch.equal(mirrored == 255, found[..., 0].flip(2) == 255) and mirrored.unique().tolist() == [0, 1, 255]
+    prompt = SimulatedPromptd()({"label": found})["prompt"]
+    assert prompt.nonzero()[:, 1:3].amax(0).tolist() == [2, 2] and not prompt[..., 1:].any()
+    image = {"label": found[..., :1], "case": "a"}
+    assert SimulatedBoxesd()(image)["boxes"].tolist() == [[1, 1, 3, 3]]
+    for resize in (resized_slices, stored_slices):
+        keys = {"image": torch.zeros(1, 8, 8), "label": found[..., 0], "prompt": prompt[..., 0]}
+        large = resize(list(keys), 16)(keys)["label"]
+        assert set(large.unique().tolist()) == {0, 2, 255}
+
+
+def test_one_class_of_all_that_is_foreground_leaves_them_out_too():
+    values = torch.tensor([[0.0, 1, 2, 255, -1, 0.4]])
+    assert ForegroundLabeld("label", NAMES)({"label": values})["label"].tolist() == [[0, 1, 1, 255, 0, 0]]
+    assert ForegroundLabeld("label")({"label": values})["label"].tolist() == [[0, 1, 1, 1, 0, 0]]
+    with pytest.raises(ConfigError, match="ignore: voxels of this name are left out"):
+        RecodeLabeld("label", {"0": "background", "1": "ignore"}, ["ignore"])
+
+
+@pytest.mark.parametrize(("boxes", "ignored"), [([[1, 1, 3, 3], [torch.nan] * 4], False), ([[torch.nan] * 4], True)])
+def test_slices_without_a_box_are_out_of_the_loss(boxes, ignored):
+    label = torch.ones(1, 4, 4, dtype=torch.uint8)
+    found = UnpromptedIgnoredd()({"label": label, "boxes": torch.tensor(boxes)})["label"]
+    assert bool((found == 255).all()) is ignored and torch.equal(label, torch.ones_like(label))
+    assert torch.equal(UnpromptedIgnoredd()({"label": label})["label"], label)  # a network without boxes
+
+
 def test_classes_that_the_labels_lack_are_listed_at_once():
     with pytest.raises(ConfigError, match="2 problems") as error:
         RecodeLabeld("label", labels_in("samed"), ["liver", "oesophagus", "background"])
@@ -122,7 +172,7 @@ def test_classes_that_the_labels_lack_are_listed_at_once():
     assert "background: no value" in str(error.value)
     with pytest.raises(ConfigError, match="liver: named twice"):
         RecodeLabeld("label", labels_in("samed"), ["liver", "liver"])
-    with pytest.raises(ConfigError, match="list of 1 to 254"):
+    with pytest.raises(ConfigError, match="list of 1 to 253"):
         RecodeLabeld("label", labels_in("samed"), "liver")
     with pytest.raises(ConfigError, match="labels must be"):
         RecodeLabeld("label", {"one": "liver"}, ["liver"])

@@ -7,6 +7,7 @@ is its client.
 A job's ``die`` says where a process kills itself with SIGKILL, which nothing can catch: before the ``call``-th call of
 ``at`` (``module:function`` or ``module:Class.method``), counting only calls whose second argument is a path named
 ``of``, if given; with ``torn`` it first cuts the file of the first argument in half, as if killed while writing it.
+``by`` is another signal, or the number of an error of the system that is raised there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import signal
 import socket
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -110,8 +110,11 @@ def _child(job: dict, rank: int, port: int) -> int:
 
     try:
         run(config_file=job["files"], **job["overrides"])
-    except Exception:  # noqa: BLE001  whatever it was, a forked process must not go on as its parent
-        traceback.print_exc()
+    except BaseException:  # noqa: BLE001  whatever it was, a forked process must not go on as its parent
+        try:  # as Python itself does at the end of a program
+            sys.excepthook(*sys.exc_info())
+        except SystemExit as stop:
+            return int(stop.code)
         return 1
     finally:
         sys.stdout.flush()
@@ -119,7 +122,7 @@ def _child(job: dict, rank: int, port: int) -> int:
     return 0
 
 
-def _arm(at: str, call: int = 1, of: str | None = None, torn: bool = False) -> None:
+def _arm(at: str, call: int = 1, of: str | None = None, torn: bool = False, by: str | int = "SIGKILL") -> None:
     module, _, path = at.partition(":")
     *owners, name = path.split(".")
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
@@ -131,7 +134,9 @@ def _arm(at: str, call: int = 1, of: str | None = None, torn: bool = False) -> N
         if (of is None or Path(args[1]).name == of) and next(calls) == call:
             if torn:
                 os.truncate(args[0], os.stat(args[0]).st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+            if isinstance(by, int):
+                raise OSError(by, os.strerror(by))
+            os.kill(os.getpid(), signal.Signals[by])
         return real(*args, **kwargs)
 
     setattr(owner, name, deadly)

@@ -19,6 +19,7 @@ from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.metrics import (
     CaseScores,
     aggregate,
+    mean_dice,
     merge_rows,
     paired_difference,
     read_history,
@@ -140,6 +141,49 @@ def test_no_case_that_counts_gives_nan_and_a_warning(caplog):
     assert math.isnan(metrics["val_dice"]) and math.isnan(metrics["hd95_mm_mean"])
     assert (metrics["n"], metrics["n_excluded"]) == (0.0, 1.0)
     assert "no case could be scored" in caplog.text
+
+
+@pytest.mark.parametrize("classes", [("tumour",), ("a", "b")])
+@pytest.mark.parametrize("policy", ["honest", "transunet"])
+def test_voxels_that_nobody_has_judged_are_in_no_score(classes, policy):
+    """Whatever is predicted there; scores are those of the rest, and a row tells how much was left out."""
+
+    def labels(values):
+        volume = torch.zeros(1, *SHAPE)
+        volume[:, 1:5, 2:6, 1:3] = 1
+        volume[:, 5:7, 2:6, 1:3] = len(classes)
+        return values(volume)
+
+    reference = MetaTensor(labels(lambda volume: volume), affine=torch.as_tensor(AFFINE))
+    judged = reference.clone()
+    judged[:, :, :4] = 255
+    seen = []
+    for fill in (0, 1, len(classes)):
+        pred = labels(lambda volume: torch.roll(volume, 1, 1))
+        pred[:, :, :4] = fill
+        lesions = {"ignored_mm3": 0} if policy == "honest" else None
+        metric = CaseScores(classes=classes, policy=policy, lesions=lesions)
+        metric.update([{"case": "a", "pred": pred, "reference": judged}])
+        seen.append(metric._own["a"])
+        assert mean_dice(pred, judged, len(classes)) == pytest.approx(
+            np.mean([row["dice_transunet" if policy == "transunet" else "dice"] for row in seen[-1]])
+        )
+    assert same(seen[0], seen[1]) and same(seen[0], seen[2])
+    cut, whole = reference.clone(), labels(lambda volume: torch.roll(volume, 1, 1))
+    cut[:, :, :4] = whole[:, :, :4] = 0
+    metric.update([{"case": "cut", "pred": whole, "reference": cut}])
+    left_out = 10 * 4 * 4 * math.prod(SPACING) / 1000
+    for row, by_hand in zip(seen[0], metric._own["cut"], strict=True):
+        assert row.pop("ignored_ml") == pytest.approx(left_out)
+        assert same({**row, "case": "cut"}, by_hand)
+    with pytest.raises(DataError, match="other values than"):  # nobody predicts such voxels
+        metric.update([{"case": "b", "pred": judged, "reference": reference}])
+
+
+def test_rows_of_cases_with_and_without_such_voxels_stand_in_one_file(tmp_path):
+    rows = [row("a", 0.5), row("b", 0.75, ignored_ml=2.5)]
+    assert [one["ignored_ml"] for one in read_rows(write_rows(rows, tmp_path / "cases.csv"))] == [0.0, 2.5]
+    assert aggregate(rows) == aggregate([{**rows[0], "ignored_ml": 0.0}, rows[1]])
 
 
 def test_summary_of_no_rows_is_nan_for_every_score():

@@ -8,6 +8,7 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -215,8 +216,27 @@ def test_everything_that_does_not_fit_is_listed_with_both_shapes_and_nothing_is_
 
 def test_a_file_that_fits_nowhere_is_refused(tmp_path):
     torch.save({"layer.weight": torch.ones(2)}, tmp_path / "other.pth")
-    with pytest.raises(WeightsError, match=r"unexpected: layer\.weight"):
+    with pytest.raises(WeightsError, match=r"unexpected: layer\.weight") as error:
         load_sam_weights(build_sam("tiny"), tmp_path / "other.pth")
+    count = len(build_sam("tiny").state_dict())
+    heading, *lines = str(error.value).splitlines()
+    assert f"({count} missing, 1 unexpected of {count} tensors)" in heading
+    assert len(lines) == 11 and lines[-1] == f"  - ... and {count - 9} more"
+
+
+def test_values_of_numpy_beside_the_weights_are_passed_over(state, tmp_path):
+    """As a best score is stored with a checkpoint; nothing of them is made, and among the weights they are refused."""
+    beside = {"score": np.float64(0.5), "epoch": np.int64(3), "done": np.bool_(True), "curve": np.ones((2, 3))}
+    torch.save({"model": state, "epoch": 3, **beside}, tmp_path / "sam.pth")
+    sam = build_sam("tiny")
+    load_sam_weights(sam, tmp_path / "sam.pth")
+    _assert_same(_snapshot(sam), state)
+    torch.save({**state, **beside}, tmp_path / "mixed.pth")
+    with pytest.raises(WeightsError, match="these entries are none: score, epoch, done, curve"):
+        load_sam_weights(sam, tmp_path / "mixed.pth")
+    torch.save({"model": state, "odd": np.random.default_rng(0)}, tmp_path / "odd.pth")
+    with pytest.raises(WeightsError, match="is no file of tensors only"):
+        load_sam_weights(sam, tmp_path / "odd.pth")
 
 
 def test_a_file_of_another_variant_is_called_by_its_name(file):

@@ -110,6 +110,7 @@ def test_default_changes_nothing_of_the_published_recipe(tmp_path):
         assert changed == {key: recipe[key] for key in ("seed", "batch_size", "epochs", "accumulation_steps")}
         assert (recipe["store_size"], recipe["image_size"], recipe["val_interval"]) == (224, 512, 0)
     assert published.evaluation("zero_shot")["store_size"] == 224
+    assert published.evaluation("zero_shot")["strategy::random_masks"] is True  # a row of noise, asked for
 
 
 def cli_bundle(folder, name):

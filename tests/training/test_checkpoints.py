@@ -170,6 +170,25 @@ def test_all_differences_are_listed_at_once_and_nothing_is_loaded(build, output,
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
+def test_an_adapter_of_another_scan_is_refused_by_name(base, tmp_path):
+    """Their number is equal; a card or a network that names none, as older ones, says nothing against it."""
+
+    def network(scans):
+        made = SamSegmenter("tiny", LoRA(rank=2), scans=scans)
+        made.load_base(base)
+        return made
+
+    save_adapter(network(["t1c"]), tmp_path)
+    assert read_card(tmp_path)["scan_names"] == ["t1c"]
+    for scans in (1, ["t1c"]):
+        load_adapter(network(scans), tmp_path)
+    with pytest.raises(CheckpointError, match="scans: adapter of t1c, network of t1n"):
+        load_adapter(network(["t1n"]), tmp_path)
+    save_model(network(["t1c"]), tmp_path / "model.safetensors")  # a packed bundle has the card beside it
+    with pytest.raises(CheckpointError, match="scans: adapter of t1c, network of t1n"):
+        load_trained(network(["t1n"]), checkpoint=tmp_path / "model.safetensors")
+
+
 def test_other_dropout_is_no_reason_to_refuse(build, output, tmp_path):
     trained = build(trained=True, dropout=0.5)
     save_adapter(trained, tmp_path)

@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import logging
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,9 @@ from torch import nn
 
 from samseg_monai import handlers
 from samseg_monai.errors import ConfigError, TrainingError
+from samseg_monai.handlers.keeping import UNSCORED
 from samseg_monai.handlers.provenance import config_hash, plain, scrub
+from samseg_monai.training import SegmentationLoss
 
 ITEMS = 10
 
@@ -105,6 +108,80 @@ def test_accumulated_gradients_are_clipped_once_as_a_whole(network):
         optimizer.step()
     torch.testing.assert_close(list(network.parameters()), list(other.parameters()), rtol=1e-6, atol=1e-7)
     assert clip.last_norm == pytest.approx(float(norm), rel=1e-5)
+
+
+def slices(count=10, size=6):
+    """Slices with labels, of which number 3 has been judged by nobody."""
+    draw = torch.Generator().manual_seed(2)
+    found = [
+        {"image": torch.randn(1, size, size, generator=draw),
+         "label": torch.randint(0, 2, (1, size, size), generator=draw).to(torch.uint8)}
+        for _ in range(count)
+    ]  # fmt: skip
+    found[3]["label"].fill_(255)
+    return found
+
+
+@pytest.mark.parametrize(("batch_size", "steps"), [(4, 3), (4, 2), (3, 2)])
+def test_accumulated_batches_are_the_big_batch_also_when_cut_short(batch_size, steps):
+    """Of 10 slices: a smaller last batch, a leftover group of one batch, and a slice that is out of the loss."""
+    torch.manual_seed(0)
+    network = nn.Conv2d(1, 1, 3, padding=1)
+    other, data = copy.deepcopy(network), slices()
+    run = trainer(network, [handlers.Accumulation(network)], data=data, batch_size=batch_size, accumulation_steps=steps)
+    run.loss_function = loss = SegmentationLoss(["tumour"])
+    run.run()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for start in range(0, len(data), batch_size * steps):
+        group = data[start : start + batch_size * steps]
+        optimizer.zero_grad()
+        image, label = (torch.stack([item[key] for item in group]) for key in ("image", "label"))
+        loss(other(image), label).backward()
+        optimizer.step()
+    torch.testing.assert_close(list(network.parameters()), list(other.parameters()), rtol=1e-6, atol=1e-7)
+    assert not hasattr(run.state, "warnings")  # one batch of their size is what these are
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_what_accumulation_cannot_make_one_batch_is_said(steps):
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Conv2d(2, 1, 1))
+    run = trainer(network, [handlers.Accumulation(network)], data=slices(), accumulation_steps=steps)
+    run.loss_function = SegmentationLoss(["tumour"], batch=True)
+    run.run()
+    expected = "2 batches per step are not one batch of their size: 1 normalise by the statistics of each batch; Dice"
+    assert steps == 1 or run.state.warnings[0].startswith(expected)
+    assert hasattr(run.state, "warnings") == (steps > 1)
+
+
+def test_batches_without_anything_to_learn_are_left_out_of_the_curve(tmp_path, caplog):
+    """Slices 2 and 3 of 10 are one batch and out of the loss; the mean is that of the four others."""
+    network, data = nn.Conv2d(1, 1, 1), slices()
+    data[2]["label"].fill_(255)
+    run = trainer(network, [handlers.CurveLog(tmp_path)], data=data, lr=1e-12)
+    run.loss_function = loss = SegmentationLoss(["tumour"])
+    with caplog.at_level(logging.INFO):
+        run.run()
+    pairs = [data[start : start + 2] for start in (0, 4, 6, 8)]
+    losses = [loss(network(torch.stack([i["image"] for i in p])), torch.stack([i["label"] for i in p])) for p in pairs]
+    row = next(row for row in read(tmp_path / "history.csv") if row["name"] == "train_loss")
+    assert float(row["value"]) == pytest.approx(float(torch.stack(losses).mean().detach()), rel=1e-5)
+    assert "(1 of 5 batches have nothing to learn from)" in caplog.text
+
+
+def test_without_any_scored_validation_the_last_epoch_is_kept(network, tmp_path, monkeypatch, caplog):
+    saved = []
+    monkeypatch.setattr(
+        "samseg_monai.handlers.keeping.save_adapter",
+        lambda network, folder, *, metrics: (saved.append(metrics["epoch"]), (folder / "adapter.safetensors").touch()),
+    )
+    best = handlers.BestAdapter(network, tmp_path)
+    validator = evaluator(network, [(value, []) for value in (math.nan, math.nan, 0.5, math.nan, 0.4)], [best])
+    card = handlers.RunCard(tmp_path / "run", settings={}, evaluator=validator, best=best)
+    for epoch, kept in enumerate([1, 2, 3, 3, 3], start=1):
+        validator.run(global_epoch=epoch)
+        assert (saved[-1], best.epoch, best.score) == (kept, kept, None if epoch < 3 else 0.5)
+        assert card._seen(validator)["warnings"] == ([UNSCORED] if epoch < 3 else [])
+    assert "the adapter is that of the last validated epoch" in caplog.text
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -513,6 +590,19 @@ def test_the_run_card_of_a_failed_run_says_why_also_beside_a_stats_handler(netwo
     assert written["error"].startswith("TrainingError: epoch 1, iteration 3: the loss is nan for case case-1 slice 14")
 
 
+def test_a_card_that_cannot_be_written_does_not_hide_why_the_run_failed(network, tmp_path, caplog):
+    def fail(engine):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        (tmp_path / "run").write_text("a file")
+        raise TrainingError("the first of all")
+
+    run = trainer(network, [handlers.RunCard(tmp_path / "run", settings={})])
+    run.add_event_handler(Events.ITERATION_STARTED, fail)
+    with pytest.raises(TrainingError, match="the first of all"):
+        run.run()
+    assert "the card of this run could not be written: " in caplog.text
+
+
 def test_an_interrupted_run_and_an_evaluation_get_a_card_too(network, tmp_path):
     def interrupt(engine):
         raise KeyboardInterrupt
@@ -603,6 +693,7 @@ def test_plain_values_are_json_and_the_config_hash_ignores_places():
 def test_every_handler_can_be_written_in_json(network, tmp_path):
     run = trainer(network)
     arguments = {
+        "Accumulation": {"network": "@net"},
         "BestAdapter": {"network": "@net", "output_dir": "@out"},
         "CaseTable": {"output_dir": "@out", "prompt_source": "label"},
         "CollapseDetector": {"patience": 3},

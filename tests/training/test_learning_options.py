@@ -273,20 +273,32 @@ def test_a_validation_that_fails_leaves_the_weights_of_the_training(tmp_path):
     assert same(run.learnt(), before[-1]) and not same(run.learnt(), run.ema.average)
 
 
-def test_running_statistics_stay_those_of_the_training():
+def test_the_average_has_its_own_running_statistics():
+    """Those of the training's weights belong to other activations; counts of batches, whole numbers, stay."""
     network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     ema = handlers.EMA(network, 0.5)
     ema._begin(None)
-    nn.init.ones_(network[0].weight)
-    network(torch.randn(8, 4))
+    engine = SimpleNamespace(state=SimpleNamespace(iteration=1, epoch_length=None))
+    means = [network[1].running_mean.clone()]
+    for step in range(3):
+        network(torch.randn(8, 4) + step)
+        means.append(network[1].running_mean.clone())
+        ema._update(engine)
+    expected = means[0]
+    for step, mean in enumerate(means[1:]):
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * mean
+    before = {name: value.clone() for name, value in network.state_dict().items()}
     with ema.in_use():
-        mean = network[1].running_mean.clone()
-        assert not torch.equal(network[0].weight, torch.ones(3, 4))
-    assert (
-        torch.equal(network[0].weight, torch.ones(3, 4))
-        and ema.average.keys() == dict(network.named_parameters()).keys()
+        torch.testing.assert_close(network[1].running_mean, expected)
+        assert not torch.equal(network[1].running_var, before["1.running_var"])
+    assert same(network.state_dict(), before) and "1.num_batches_tracked" not in ema.average
+    old = {"steps": 3, "average": {name: ema.average[name] for name, _ in network.named_parameters()}}
+    ema.load_state_dict(old)  # an older file, which has no statistics: they go on from the training's
+    assert same(
+        {name: ema.average[name] for name in ("1.running_mean", "1.running_var")},
+        {name: before[name] for name in ("1.running_mean", "1.running_var")},
     )
-    assert torch.equal(network[1].running_mean, mean) and mean.abs().max() > 0
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -0.5])

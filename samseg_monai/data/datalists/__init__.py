@@ -9,6 +9,7 @@ name). Files are never rewritten: ``RecodeLabeld`` maps their numbers to classes
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections import Counter
@@ -37,6 +38,11 @@ from samseg_monai.files import read_json, write_json
 LOG = logging.getLogger(__name__)
 UNITS = ("mm", "px")
 _FILE_KEYS = ("image", "label", "reference")
+
+
+def case_hash(case: str) -> str:
+    """What cards keep of a case's name: the first 16 digits of its sha256, which tell nobody an id."""
+    return hashlib.sha256(case.encode()).hexdigest()[:16]
 
 
 def patient_of(case: str) -> str:
@@ -191,19 +197,32 @@ def trained_spacing(path: str | Path, dataset_dir: str | Path, orientation: str)
     return {name: getattr(np, name)(found, axis=0).tolist() for name in ("median", "min", "max")}
 
 
-def labels_of(path: str | Path) -> dict[str, str]:
+def labels_of(path: str | Path, *, needed: bool = True) -> dict[str, str]:
     """What the numbers in the label files of a datalist mean: ``{"0": "background", "1": "spleen", ...}``.
 
+    A name of ``choices.IGNORE_NAMES`` stands for voxels that nobody has judged.
+
+    Args:
+        needed: refuse a datalist without; else they are an empty table.
     Raises:
         DataError: the datalist has no ``labels``, or as ``read_datalist``.
     """
     labels = read_datalist(path).get("labels")
-    if not labels:
+    if not labels and needed:
         raise DataError(
             f'{path}: has no "labels", so that nobody knows what its numbers mean; add {{"0": "background", '
             '"1": "<name>", ...}, or let \'samseg prepare\' make the datalist'
         )
-    return dict(labels)
+    return dict(labels or {})
+
+
+def too_few_to_choose(datalist: Mapping[str, Any]) -> list[str]:
+    """A warning where a single case, or a single patient, is all there is to choose the epoch by."""
+    items = datalist.get("validation", [])
+    owners = {item.get("patient") or patient_of(item["case"]) for item in items}
+    what = "one case" if len(items) == 1 else f"{len(items)} cases of one patient" if len(owners) == 1 else ""
+    advice = "its chance decides which epoch is kept; validate on more, or keep the last epoch (val_interval 0)"
+    return [f"validation has {what}: {advice}"] if what else []
 
 
 def _with_boxes(

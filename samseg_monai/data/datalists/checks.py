@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from samseg_monai.data import IMAGES
-from samseg_monai.data.datalists import write_datalist
+from samseg_monai.data.datalists import too_few_to_choose, write_datalist
+from samseg_monai.data.datalists.label_maps import BACKGROUND, is_ignored
 from samseg_monai.data.files.volumes import Volume, grid_difference, is_phantom, read_volume, value_problem
 from samseg_monai.errors import DataError, raise_all
 
@@ -153,8 +154,14 @@ def check_label(array: np.ndarray, name: str, check: CaseCheck, *, legal: Collec
     strange = sorted(set(check.voxels_per_label) - set(legal))
     if strange:
         check.problems.append(f"{name}: labels {_ranges(strange)} are outside {_ranges(legal)}{hint(check, strange)}")
-    elif list(check.voxels_per_label) == [0]:
+    elif check.voxels_per_label.keys() <= _without_class(legal):
         check.warnings.append(f"{name}: the mask is empty: no training slice, and no Dice in an evaluation")
+
+
+def _without_class(legal: Collection[int]) -> set[int]:
+    """Values of background and of voxels that nobody has judged; only names tell the latter."""
+    names = legal if isinstance(legal, Mapping) else {}
+    return {0, *(value for value, name in names.items() if name == BACKGROUND or is_ignored(name))}
 
 
 def _ranges(values: Collection[int]) -> str:
@@ -263,7 +270,7 @@ def write_checked(
         "hashes": {check.case: check.sha256 for check in checks},
     }
     write_datalist(datalist, output)
-    warnings = [*_notes(good), *warnings]
+    warnings = [*_notes(good), *warnings, *too_few_to_choose(datalist)]
     for text in warnings:
         LOG.warning("%s", text)
     return Summary(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from samseg_monai.choices import IGNORE_NAMES
 from samseg_monai.errors import ConfigError
 
 BTCV = {
@@ -48,6 +49,11 @@ BRATS: dict[str, dict[int, str]] = {
     "2021": {1: "non-enhancing core", 2: "oedema", 4: "enhancing tumour"},
 }
 CODINGS = {**BRATS, **ABDOMEN}
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a datalist's name of a value says that nobody has judged its voxels (``choices.IGNORE_NAMES``)."""
+    return name.strip().lower() in IGNORE_NAMES
 
 
 def labels_in(coding: str, among: Mapping[str, Mapping[int, str]] = CODINGS) -> dict[str, str]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from samseg_monai.data import IMAGES
 from samseg_monai.data.datalists import labels_of, load_datalist, read_datalist
-from samseg_monai.data.datalists.label_maps import BACKGROUND, OTHER
+from samseg_monai.data.datalists.label_maps import BACKGROUND, OTHER, is_ignored
 from samseg_monai.data.datalists.splits import SECTIONS
 from samseg_monai.data.files.images import read_image
 from samseg_monai.data.files.volumes import read_grid, read_volume
@@ -87,7 +87,8 @@ def measure(datalist: str | Path, dataset_dir: str | Path, *, num_threads: int =
     """
     content = read_datalist(datalist)
     labels = {int(value): name for value, name in labels_of(datalist).items()}
-    named = {value: name for value, name in sorted(labels.items()) if value and name not in (BACKGROUND, OTHER)}
+    classes = {value: name for value, name in sorted(labels.items()) if name not in (BACKGROUND, OTHER)}
+    named = {value: name for value, name in classes.items() if value and not is_ignored(name)}
     if not named:
         raise DataError(f"{datalist}: its labels name no class, only {', '.join(labels.values())}; prepare it again")
     items = {section: load_datalist(datalist, dataset_dir, section) for section in SECTIONS if content[section]}

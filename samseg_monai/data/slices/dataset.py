@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from samseg_monai.choices import IGNORE
 from samseg_monai.data import CUT
 from samseg_monai.data.slices.cache import CachedCase, describe, describe_item, encode, frozen_encoder
 from samseg_monai.errors import CacheError, ConfigError, DataError, raise_all, reason_of
@@ -102,7 +103,7 @@ class RandomN(Picker):
 
 
 def _areas(label: torch.Tensor) -> torch.Tensor:
-    return (label > 0).any(dim=0).sum(dim=(0, 1))  # (C, H, W, D) -> (D,)
+    return ((label > 0) & (label != IGNORE)).any(dim=0).sum(dim=(0, 1))  # (C, H, W, D) -> (D,)
 
 
 class SliceDataset(Dataset):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from samseg_monai.errors import MOST_LINES, WeightsError, raise_all
+from samseg_monai.errors import FEW_TENSORS, WeightsError, in_turn, raise_all
 from samseg_monai.sam.backbone import Backbone
 from samseg_monai.sam.build import SamModel, build_sam
 from samseg_monai.sam.weights.find import RANDOM, sha256_of
@@ -104,8 +104,8 @@ def load_sam_weights(
             head stays as built). Equal starts part as soon as each learns its own class.
 
     Raises: WeightsError if the file is unreadable (see :func:`read_state`), is a trained network of SAMed or SAM-LST,
-        fits nowhere, or has missing, unexpected or differently shaped tensors: all are listed with both shapes, or the
-        first few of a file that was made for another variant.
+        fits nowhere, or has missing, unexpected or differently shaped tensors: ten are listed with both shapes, and how
+        many there are of each kind; of a file that was made for another variant four.
     """
     if str(path) == RANDOM:
         logger.warning("SAM starts from random weights, as asked")
@@ -202,24 +202,23 @@ def _refuse_trained(path: str | Path, state: Mapping[str, torch.Tensor]) -> None
 
 
 def _refuse(plan: _Plan, sam: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
-    targets = sam.state_dict()
-    problems = [
-        f"{word}: {name}: file {_shape(state, name)}, network {_shape(targets, name)}"
-        for word in ("shape", "missing", "unexpected")
-        for name in plan.names[word]
-    ]
+    targets, words = sam.state_dict(), ("shape", "missing", "unexpected")
+    kinds = ([f"{word}: {name}: {_shapes(name, state, targets)}" for name in plan.names[word]] for word in words)
+    problems = in_turn(*kinds)
     other = looks_like(state, targets)
     hint = ""  # the likely reason, so that nobody has to read two hundred shapes to find it
     if other:
         hint = f"; it looks like a file for {other}"
     elif plan.names["shape"] and all(MASK_HEAD.match(name) for name in plan.names["shape"]):
         hint = "; it was made for another number of masks: pass allow_new_masks=True to start the mask head anew"
-    heading = f"{path} does not fit this SAM{hint}"
-    raise_all(problems, WeightsError, heading, most=FEW if other else MOST_LINES)
+    counts = ", ".join(f"{len(plan.names[word])} {word}" for word in words if plan.names[word])
+    heading = f"{path} does not fit this SAM ({counts} of {len(targets)} tensors){hint}"
+    raise_all(problems, WeightsError, heading, most=FEW if other else FEW_TENSORS)
 
 
-def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> str:
-    return str(tuple(tensors[name].shape)) if name in tensors else "has none"
+def _shapes(name: str, state: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> str:
+    file, network = (str(tuple(held[name].shape)) if name in held else "has none" for held in (state, targets))
+    return f"file {file}, network {network}"
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from samseg_monai.errors import WeightsError, raise_all
+from samseg_monai.errors import FEW_TENSORS, WeightsError, raise_all
 from samseg_monai.sam.spec import SPECS
 
 MOST_LEVELS = 10  # of tables around a state dict
@@ -73,6 +73,22 @@ _VIT = "image_encoder.patch_embed.proj.weight"  # (embed_dim, 3, 16, 16)
 _MOBILE_SAM_WIDTH = 32
 
 
+# what a pickle calls to make a number or an array of numpy, in numpy 1 and 2
+_OF_NUMPY = ("_codecs.encode", "numpy.dtype", "numpy.ndarray") + tuple(
+    f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")
+)
+
+
+class Passed:
+    """Stands for a value of numpy in a file of weights, whatever it was made of: nothing of it is made."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
 def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     """Tensors of a ``.pth``/``.pt`` or ``.safetensors`` file by name, on the CPU, floating ones as float32.
 
@@ -91,7 +107,8 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise WeightsError(
-            f"{path} holds no state dict of tensors; these entries are none: {', '.join(others)}. "
+            f"{path} holds no state dict of tensors; these entries are none: {', '.join(others[:FEW_TENSORS])}"
+            f"{f' and {len(others) - FEW_TENSORS} more' if len(others) > FEW_TENSORS else ''}. "
             "Save the model's state_dict()"
         )
     larger = [f"{name}: shape {tuple(value.shape)}" for name, value in content.items()
@@ -103,6 +120,8 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
 
 def read_content(path: Path) -> object:
     """Whatever a file of safetensors or ``torch.save`` holds, read without running code from it.
+
+    Values of numpy, such as a best score beside the weights, are nobody's weights: a ``Passed`` stands for each.
 
     Raises: WeightsError saying what the file really is.
     """
@@ -133,7 +152,8 @@ def read_content(path: Path) -> object:
     if not head.startswith((ZIP_START, PICKLE_START)):
         raise WeightsError(f"{damaged} (neither torch.save nor safetensors wrote it)")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        with torch.serialization.safe_globals([(Passed, name) for name in _OF_NUMPY]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} is no file of tensors only, and reading anything else would run code from it: "
@@ -173,7 +193,9 @@ def official_names(state: State) -> dict[str, torch.Tensor]:
         if official in named and not torch.equal(named[official], value):
             problems.append(f"{name}: another tensor of the file has the same place, {official}, and other values")
         named[official] = value
-    raise_all(problems, WeightsError, "the file looks like a SamModel of Hugging Face, but does not fit one")
+    raise_all(
+        problems, WeightsError, "the file looks like a SamModel of Hugging Face, but does not fit one", most=FEW_TENSORS
+    )
     return named
 
 
@@ -258,7 +280,8 @@ def from_sam_lst(state: State) -> tuple[dict[str, torch.Tensor], tuple[str, ...]
         else:
             gate = "side.alpha" if name == "sam.alpha" else name
             named[re.sub(r"^CNN_encoder\.", "side.net.", gate)] = value
-    raise_all(problems, WeightsError, "the file looks like one of SAM-LST, but has two different image encoders")
+    heading = "the file looks like one of SAM-LST, but has two different image encoders"
+    raise_all(problems, WeightsError, heading, most=FEW_TENSORS)
     return named, tuple(passed_over)
 
 
