@@ -295,6 +295,37 @@ class Prompt(Model):
     """A box for each connected component."""
 
 
+class Intensity(Model):
+    """How the intensities of a volume are scaled; ``RunSettings.input_scale`` says which of the ways is used."""
+
+    window: Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Two] | None = None
+    """Lowest and highest intensity (CT: in HU) that become 0 and 1; null: percentiles of each volume."""
+    percentiles: Annotated[list[Annotated[float, Field(ge=0, le=100)]], Two] = [0.5, 99.5]
+    """Without a window: the two percentiles of a volume that become 0 and 1."""
+    nonzero: bool = False
+    """Mean and standard deviation of z-scores over voxels that are not 0: for skull-stripped brains."""
+    after_crop: bool = False
+    """Scale what the crop leaves, not the whole volume."""
+
+    @model_validator(mode="after")
+    def _fit(self) -> Intensity:
+        for name, pair in {"window": self.window, "percentiles": self.percentiles}.items():
+            if pair is not None and not pair[0] < pair[1]:
+                raise ValueError(f"{name} {pair}: the smaller number comes first")
+        return self
+
+
+Sides = Annotated[list[Annotated[float, Field(gt=0, le=1000)]], Two]
+
+
+class Spacing(Model):
+    """In-plane spacing of the training cases in mm, along the first and second axis."""
+
+    median: Sides
+    min: Sides
+    max: Sides
+
+
 class Schedule(Model):
     """Learning rate over the iterations."""
 

@@ -107,6 +107,14 @@ def in_turn(*kinds: Sequence[str]) -> list[str]:
     return [problem for row in zip_longest(*kinds) for problem in row if problem is not None]
 
 
+def reason_of(error: BaseException) -> str:
+    """What went wrong first, in one line: libraries wrap the cause once per level."""
+    while error.__cause__ is not None and not isinstance(error, SamsegError):
+        error = error.__cause__
+    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return text if isinstance(error, SamsegError) else f"{type(error).__name__}: {text}"
+
+
 def raise_all(problems: Sequence[str], error: type[SamsegError], heading: str, *, most: int = MOST_LINES) -> None:
     """Raise one ``error`` that lists every problem, or return when there is none.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from monai.bundle import ConfigParser
 
-from samseg_monai.bundles.door import open_bundle, own_errors
+from samseg_monai.bundles.door import literal, open_bundle, own_errors
 from samseg_monai.checkpoints import Network, load_trained
 from samseg_monai.errors import BundleError, WeightsError
 from samseg_monai.files import read_json
@@ -72,6 +72,8 @@ def read_source(path: str | Path, *, sam_checkpoint: str | None = None, trust: b
         if opened.checkpoint is not None and opened.checkpoint.is_file():  # a full model: its card knows its base
             known = opened.card.get("base_sha256")
             base_sha256 = known if isinstance(known, str) else None
+        if opened.checkpoint is not None:  # whose card tells the spacing that was trained on
+            parser["checkpoint"] = literal(str(opened.checkpoint))
         config, metadata = parser.get(), opened.config("metadata")
         uses = read_json(metadata, BundleError, "metadata").get("intended_use") if metadata.is_file() else None
         return Source(

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, ResizeWithPadOrCropd
-from monai.utils import fall_back_tuple
+from monai.transforms import MapTransform
 
 from samseg_monai.choices import IGNORE
+from samseg_monai.data.files.volumes import affine_difference
 from samseg_monai.errors import DataError, raise_all
 
+logger = logging.getLogger(__name__)
 MOST_PADDED = 1 << 28  # values: 1 GB as float32, more than four scans of a head at their full size
-AFFINE_TOLERANCE = 1e-3  # mm; the tolerance that MONAI itself uses for affines
 
 
 def on_grid_of(source: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -34,25 +35,19 @@ def foreground(label: torch.Tensor) -> torch.Tensor:
     return (plain > 0) & (plain != IGNORE)
 
 
-class CropOrPadd(ResizeWithPadOrCropd):
-    """MONAI's ``ResizeWithPadOrCropd``, which does not pad what it is given beyond all memory.
+def refuse_huge(shape: Sequence[int], sides: Sequence[int], what: str) -> None:
+    """Raise DataError where an array of ``shape`` (C, H, W, D) would grow to ``sides`` (H, W, D) beyond all memory.
 
-    Raises: DataError where a volume would be padded to more than 268 million values.
+
+    Args:
+        what: what would make it grow, with the key of the settings, for the message.
     """
-
-    def __call__(self, data: Mapping[Hashable, torch.Tensor], lazy: bool | None = None) -> dict[Hashable, torch.Tensor]:
-        padder: Any = self.padder
-        wanted = padder.padder.spatial_size
-        for key in self.key_iterator(dict(data)):
-            shape = tuple(data[key].shape)
-            sides = fall_back_tuple(wanted, shape[1:])
-            values = shape[0] * math.prod(sides)
-            if values > max(MOST_PADDED, math.prod(shape)):
-                raise DataError(
-                    f"crop_size: {list(sides[:2])} would pad {key} {shape[1:]} to {values:,} values; give the size "
-                    "that the data have, or null"
-                )
-        return super().__call__(data, lazy)
+    values = shape[0] * math.prod(sides)
+    if values > max(MOST_PADDED, math.prod(shape)):
+        raise DataError(
+            f"{what} would enlarge {tuple(shape[1:])} to {tuple(sides)}, {values:,} values; give the size that the "
+            "data have, or null"
+        )
 
 
 def name_of(d: Mapping[Hashable, Any]) -> str:
@@ -77,7 +72,8 @@ class EachKeyd(MapTransform):
 class CheckSameGridd(MapTransform):
     """Refuse a case whose ``keys`` are not on the grid of its "image", as a coarse mask made on another image.
 
-    Shapes are compared without the channel, affines (where both have one) within 0.001 mm per entry.
+    Shapes are compared without the channel, affines (where both have one) by ``affine_difference``: what is as good as
+    the image's grid is noted, and taken for it from here on.
 
     Args:
         keys: arrays to check, channel-first.
@@ -93,9 +89,12 @@ class CheckSameGridd(MapTransform):
             if shape != expected:
                 problems.append(f"{key} has shape {shape}, image has {expected}")
             elif isinstance(d[key], MetaTensor) and isinstance(image, MetaTensor):
-                affine, wanted = (np.asarray(torch.as_tensor(x.affine).cpu()) for x in (d[key], image))
-                if affine.shape != wanted.shape or not np.allclose(affine, wanted, rtol=0, atol=AFFINE_TOLERANCE):
-                    grids = [np.round(x, 4).tolist() for x in (affine, wanted)]
-                    problems.append(f"{key} has affine {grids[0]}, image has {grids[1]}")
+                affine, wanted = (np.asarray(torch.as_tensor(x.affine).cpu(), dtype=float) for x in (d[key], image))
+                difference, note = affine_difference(affine, wanted, shape)
+                problems += [f"{key}: its {difference} of image"] if difference else []
+                if note:
+                    logger.info("%s: %s: %s", name_of(d), key, note)
+                if not difference and not np.array_equal(affine, wanted):
+                    d[key] = on_grid_of(image, d[key].as_tensor())
         raise_all(problems, DataError, f"{name_of(d)}: not on the grid of image; resample it first")
         return d

@@ -237,11 +237,13 @@ def test_card_gives_the_transforms_with_the_values_of_the_run(made):
     transforms = json.loads((made[0] / "exported" / "pth" / "export.json").read_text(encoding="utf-8"))["transforms"]
     assert [t["_target_"] for t in transforms] == [
         "Orientationd",
-        "samseg_monai.transforms.CropOrPadd",
+        "samseg_monai.transforms.ResampleInPlaned",
+        "samseg_monai.transforms.CropInPlaned",
         "NormalizeIntensityd",
         "Resized",
     ]
-    assert transforms[1]["spatial_size"] == [32, 36, -1] and transforms[3]["spatial_size"] == 64
+    assert transforms[1]["trained"] is None and transforms[2]["spacing"] is None  # this run's card does not know it
+    assert transforms[2]["size"] == [32, 36] and transforms[4]["spatial_size"] == 64
     assert not any(mark in json.dumps(transforms) for mark in ("$", "@", "_disabled_"))
 
 

@@ -24,7 +24,7 @@ from samseg_monai.files import read_json
 from samseg_monai.report.runs import RunResult
 from samseg_monai.sam.weights import read_state
 from samseg_monai.settings import merged, read_settings
-from samseg_monai.transforms import CropOrPadd
+from samseg_monai.transforms import CropInPlaned
 from tests.bundles.test_door import small
 from tests.helpers.commands import samseg
 from tests.helpers.hostile_files import NAME
@@ -135,10 +135,10 @@ def test_processes_of_a_prediction_are_the_receivers(mine):
 
 
 def test_a_crop_pads_within_memory():
-    crop = CropOrPadd(["image"], spatial_size=[8, 8, -1])
+    crop = CropInPlaned(["image"], size=[8, 8])
     assert crop({"image": MetaTensor(torch.ones(1, 4, 9, 3))})["image"].shape == (1, 8, 8, 3)
     with pytest.raises(DataError, match="crop_size"):
-        CropOrPadd(["image"], spatial_size=[8192, 8192, -1])({"image": torch.ones(1, 4, 4, 9)})
+        CropInPlaned(["image"], size=[8192, 8192])({"image": torch.ones(1, 4, 4, 9)})
 
 
 # --- weights

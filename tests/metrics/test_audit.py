@@ -43,11 +43,11 @@ def audit_data(tmp_path_factory) -> Path:
     return folder
 
 
-def scores(bundle: Path, data: Path, output: Path, network: dict) -> tuple[dict, dict, dict]:
+def scores(bundle: Path, data: Path, output: Path, network: dict, **more: str) -> tuple[dict, dict, dict]:
     """Evaluate ``network`` through the bundle; return rows per case, rows of the ellipse, metrics."""
     overrides = {
         "dataset_dir": str(data), "output_dir": str(output), "network_def": network, "loaded": "$None",
-        "crop_size": [CROP, CROP], "image_size": CROP,
+        "crop_size": [CROP, CROP], "image_size": CROP, **more,
     }  # fmt: skip
     run_workflow([bundle / "configs" / "evaluate.json"], overrides)
     found = []
@@ -69,9 +69,25 @@ def test_every_bundle_is_audited():
 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda p: p.name)
-def test_perfect_prediction_scores_one_and_the_crop_costs_what_it_cuts(bundle, audit_data, tmp_path):
+def test_perfect_prediction_scores_one_because_the_crop_holds_what_is_asked_about(bundle, audit_data, tmp_path):
     known = {"_target_": "tests.helpers.audit_networks.Known", "threshold": 1.0}
-    rows, ellipse, metrics = scores(bundle, audit_data, tmp_path, known)
+    rows, ellipse, _ = scores(bundle, audit_data, tmp_path, known)
+    for case in ("inside", "across"):
+        found = {k: float(rows[case][k]) for k in ("dice", "hd95_mm", "nsd_1mm", "nsd_2mm")}
+        assert found == {"dice": 1.0, "hd95_mm": 0.0, "nsd_1mm": 1.0, "nsd_2mm": 1.0}
+    count = inscribed_ellipse(10, 6)
+    for case in ("inside", "across"):
+        assert float(ellipse[case]["dice"]) == pytest.approx(2 * count / (count + 60))
+    cut = json.loads((tmp_path / "evaluation" / "run_card.json").read_text())["cut"]
+    assert set(cut) == set(BOXES) and all(counts["label"] == 0 < counts["image"] for counts in cut.values())
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda p: p.name)
+def test_where_nobody_says_where_to_look_the_crop_costs_what_it_cuts(bundle, audit_data, tmp_path):
+    known = {"_target_": "tests.helpers.audit_networks.Known", "threshold": 1.0}
+    rows, _, metrics = scores(bundle, audit_data, tmp_path, known, **{"prompt::source": "image"})
+    cut = json.loads((tmp_path / "evaluation" / "run_card.json").read_text())["cut"]
+    assert {case: counts["label"] for case, counts in cut.items()} == {"inside": 0, "across": 4 * 6 * 3, "without": 0}
 
     inside = {k: float(rows["inside"][k]) for k in ("dice", "hd95_mm", "nsd_1mm", "nsd_2mm")}
     assert inside == {"dice": 1.0, "hd95_mm": 0.0, "nsd_1mm": 1.0, "nsd_2mm": 1.0}
@@ -82,9 +98,6 @@ def test_perfect_prediction_scores_one_and_the_crop_costs_what_it_cuts(bundle, a
     assert rows["without"]["excluded"] == "True" and rows["without"]["dice"] in ("", "nan")
     assert (metrics["n"], metrics["n_excluded"]) == (2, 1)
     assert metrics["dice_mean"] == pytest.approx((1 + 0.75) / 2)
-
-    count = inscribed_ellipse(10, 6)
-    assert float(ellipse["inside"]["dice"]) == pytest.approx(2 * count / (count + 60))
 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda p: p.name)

@@ -33,6 +33,11 @@ from samseg_monai.errors import ConfigError, DataError, PromptError, raise_all
 from samseg_monai.files import file_name
 
 VOLUMES = "volumes"
+NO_PROMPTS = (
+    "this bundle was trained with a box around each object and got none, so that it could find anything: give boxes "
+    "(--boxes FILE) or coarse masks (--prompts FOLDER), or take the whole slice as the prompt on purpose (samseg "
+    "predict --whole-slice, monai.bundle --prompt::source image, whole_slice=True in Python)"
+)
 MASK_ENDINGS = ("_mask", "-mask", "_seg", "-seg")
 LOG = logging.getLogger(__name__)
 _AT_ONCE = 2  # cases read at the same time
@@ -71,6 +76,12 @@ class CaseList:
             LOG.error("%s will be skipped: %s", case, reason)
         if not self.good:
             self.refuse("no case can be predicted")
+
+    def fail(self, case: str, reason: str) -> None:
+        """Move a case to the bad ones, when it turns out in the run that it cannot be predicted."""
+        LOG.error("%s is not predicted: %s", case, reason)
+        self.good = [item for item in self.good if item["case"] != case]
+        self.bad[case] = reason
 
     def finish(self) -> None:
         """Raise DataError naming every bad case; to be called last, when the good ones are done."""
@@ -141,6 +152,16 @@ def find_cases(
     return cases
 
 
+def check_prompts(source: str, *, boxes: str | Path | None, prompts: str | Path | None) -> None:
+    """Raise PromptError where a prediction gets no file of the prompts that it was told to take.
+
+    Args:
+        source: "json" needs ``boxes``, "mask" needs ``prompts``; any other (image, none) nothing.
+    """
+    if (source == "json" and boxes is None) or (source == "mask" and prompts is None):
+        raise PromptError(NO_PROMPTS)
+
+
 def _check_volumes(
     case: str, paths: list[Path], scans: Sequence[str], boxes: Mapping[str, Any] | None, prompts: Path | None
 ) -> dict[str, Any]:
@@ -159,7 +180,7 @@ def _check_volumes(
         volume = first if number == 0 else _read(path)
         for note in volume.notes:
             LOG.warning("%s: %s", case, note)
-        if difference := grid_difference(volume, first):
+        if difference := _same_grid(volume, first, f"{case}: {path.name}"):
             raise DataError(f"{path.name}: {difference} of {paths[0].name}")
         if problem := value_problem(volume.array):
             raise DataError(f"{path.name}: {problem}")
@@ -179,6 +200,14 @@ def _read(path: Path) -> Volume:
     return read_series(path) if path.is_dir() else read_volume(path)
 
 
+def _same_grid(volume: Volume, image: Volume, what: str) -> str:
+    """Why ``volume`` is not on the grid of ``image``, or ""; a note of a difference that does not matter is logged."""
+    difference, note = grid_difference(volume, image)
+    if note:
+        LOG.warning("%s: %s", what, note)
+    return difference
+
+
 def _mask_of(prompts: Path, case: str, image: Volume) -> Path:
     """File of the coarse mask, on the image's grid and not empty."""
     path: Path | None = prompts
@@ -192,7 +221,7 @@ def _mask_of(prompts: Path, case: str, image: Volume) -> Path:
         raise PromptError(f"no coarse mask in {prompts}; expected {names}")
     mask = read_volume(path)
     first_scan = Volume(image.array[..., 0] if image.array.ndim == 4 else image.array, image.affine, image.sha256)
-    if difference := grid_difference(mask, first_scan):
+    if difference := _same_grid(mask, first_scan, f"{case}: prompt {path.name}"):
         raise PromptError(f"prompt {path.name}: {difference} of the image; resample it to the image's grid")
     if not (mask.array > 0).any():
         raise PromptError(f"prompt {path.name}: the mask is empty, so there is nothing to look for")
