@@ -77,6 +77,19 @@ def test_a_task_is_written_with_its_reasons_and_builds_with_every_strategy(tmp_p
     assert "Right kidney and left kidney are segmented on CT" in page and "```\n\n```" not in page
 
 
+@pytest.mark.parametrize("classes", [("liver",), ("liver", "spleen")])
+def test_the_demo_of_a_task_looks_once_at_about_a_thousand_slices(classes):
+    few = drafted(classes=classes, cases={"training": 3}, shapes=((64, 64, 40),))["demo"]["run"]
+    many = drafted(classes=classes, cases={"training": 138}, shapes=((43, 59, 47), (34, 48, 30)))["demo"]["run"]
+    assert few["embeddings"] == many["embeddings"] == {"variants": 1}
+    if len(classes) == 1:
+        assert few["slices"]["picker"]["n"] == 8 and many["slices"]["picker"]["n"] * 138 <= 1000
+    else:
+        assert few["slices"]["picker"]["n"] == 1
+        assert 800 <= 138 * -(-47 // many["slices"]["picker"]["n"]) <= 1100
+    assert drafted(cases={"training": 10**6})["demo"]["run"]["slices"]["picker"]["n"] == 1
+
+
 def test_images_make_a_task_of_images(tmp_path, monkeypatch):
     pictures = make_pictures(tmp_path / "discs")
     words = ("--datalist", pictures / "datalist.json", "--out", tmp_path, "--modality", "us")
