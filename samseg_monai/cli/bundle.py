@@ -31,9 +31,12 @@ def build(
     out: Annotated[Path, typer.Option(help="folder that will hold the bundle's folder")] = Path("bundles"),
 ) -> None:
     """Expand a task and a strategy into a complete MONAI bundle."""
-    from samseg_monai.bundles import build_bundle
+    from samseg_monai.bundles.build import compose, write_bundle
+    from samseg_monai.bundles.words import next_words
 
-    typer.echo(str(build_bundle(task, strategy, out)))
+    settings = compose(task, strategy)
+    folder = write_bundle(settings, out / settings.name)
+    typer.echo(f"{folder}\n{next_words(settings, folder)}")
 
 
 @bundle_app.command("pack")
