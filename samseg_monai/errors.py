@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+_MANY = 6  # cases with the same reason: fewer have a line each
 MOST_LINES, LONGEST_LINE = 200, 4000  # of an error: beyond them its reason is told, and a sender could hide it
 
 
@@ -83,7 +84,35 @@ def own_cause(error: BaseException) -> SamsegError | None:
     return cause
 
 
-def raise_all(problems: Sequence[str], error: type[SamsegError], heading: str, *, most: int = MOST_LINES) -> None:
+def by_reason(problems: Sequence[str], cases: int) -> list[str]:
+    """Lines ``<case>: <reason>`` with those of one reason as a single line where they are many.
+
+    Args:
+        problems: the lines; the name of the case may be part of its reason, too.
+        cases: number of cases that were looked at.
+    """
+    groups: dict[str, list[str]] = {}
+    for line in problems:
+        case, colon, reason = line.partition(": ")
+        groups.setdefault(reason.replace(case, "CASE") if colon and case else line, []).append(line)
+    told = []
+    for reason, lines in groups.items():
+        if len(lines) < _MANY:
+            told += lines
+        else:
+            first = ", ".join(line.partition(": ")[0] for line in lines[:3])
+            told.append(f"{len(lines)} of {cases} cases: {reason}; first: {first}")
+    return told
+
+
+def raise_all(
+    problems: Sequence[str],
+    error: type[SamsegError],
+    heading: str,
+    *,
+    most: int = MOST_LINES,
+    cases: int | None = None,
+) -> None:
     """Raise one ``error`` that lists every problem, or return when there is none.
 
     Args:
@@ -91,11 +120,14 @@ def raise_all(problems: Sequence[str], error: type[SamsegError], heading: str, *
         error: class to raise.
         heading: first line; the number of problems is put behind it.
         most: problems to be shown; fewer where the heading tells the reason and the rest would hide it.
+        cases: number of cases that were looked at. Lines are then ``<case>: <reason>``, and a reason that many cases
+            share is told once (``by_reason``).
     """
     if problems:
-        shown = [problem.replace("\n", "\n    ") for problem in problems[:most]]
-        if len(shown) < len(problems):
-            shown.append(f"... and {len(problems) - len(shown)} more")
+        told = problems if cases is None else by_reason(problems, cases)
+        shown = [problem.replace("\n", "\n    ") for problem in told[:most]]
+        if len(shown) < len(told):
+            shown.append(f"... and {len(told) - len(shown)} more")
         lines = "\n".join(f"  - {problem}" for problem in shown)
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise error(f"{heading} ({count}):\n{lines}")

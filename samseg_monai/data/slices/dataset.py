@@ -313,7 +313,9 @@ class SliceDataset(Dataset):
         with ThreadPoolExecutor(num_threads) as pool:
             jobs = pool.map(attempt, range(len(self.data)))
             found = list(tqdm(jobs, "Caching slices", len(self.data), disable=not progress))
-        raise_all([f for f in found if isinstance(f, str)], DataError, "These cases cannot be prepared")
+        raise_all(
+            [f for f in found if isinstance(f, str)], DataError, "These cases cannot be prepared", cases=len(found)
+        )
         return [f for f in found if not isinstance(f, str)]
 
     def _from_file(self, position: int) -> list[int]:
