@@ -85,7 +85,7 @@ def check_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name.lower().endswith(".json"):
         raise ConfigError(
             f"{name!r} is no name of a task: it takes letters, digits, _ . and -, begins with a letter or digit, and "
-            "has no folder and no .json (--out names the folder)"
+            "has no folder and no .json (--output names the folder)"
         )
     if len(name) > longest:
         raise ConfigError(f"{name!r} has {len(name)} characters; {longest} fit into the names of bundles")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from samseg_monai.cli.places import check_places
 from samseg_monai.errors import BundleError, ConfigError
 from samseg_monai.workflow import run_workflow
 
@@ -28,7 +29,7 @@ def predict(
             help="case folder, folder of cases or of NIfTI/MHA/NRRD files or 2-D images, one file, or a DICOM series"
         ),
     ],
-    output: Annotated[Path, typer.Option(help="folder for the segmentations")],
+    output: Annotated[Path, typer.Option("--output", "--out", help="folder for the segmentations")],
     boxes: Annotated[Path | None, typer.Option(help="JSON of boxes per case")] = None,
     prompts: Annotated[Path | None, typer.Option(help="coarse mask, or folder of <case>.nii.gz")] = None,
     sam_checkpoint: Annotated[str | None, typer.Option(help="base weights, if the bundle holds none")] = None,
@@ -44,10 +45,11 @@ def predict(
     Prompts of a bundle that takes boxes: --boxes, or --prompts, or (neither) the whole slice. Bad cases are named and
     left out; the exit code is then 1.
     """
-    from samseg_monai.bundles.door import open_bundle
-
     if boxes and prompts:
         raise BundleError("predict: got both --boxes and --prompts; give one source of prompts")
+    check_places("predict", {"BUNDLE": bundle, "--input": input, "--boxes": boxes, "--prompts": prompts})
+    from samseg_monai.bundles.door import open_bundle
+
     given = {key: os.path.abspath(value) for key, value in {"boxes": boxes, "prompts": prompts}.items() if value}
     places = {"dataset_dir": input, "output_dir": output, "predictions_dir": output}
     overrides: dict[str, Any] = {key: os.path.abspath(place) for key, place in places.items()}

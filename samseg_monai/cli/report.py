@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from samseg_monai.cli.places import check_places
 from samseg_monai.errors import BundleError, DataError, visible_lines
 from samseg_monai.workflow import run_workflow
 
@@ -21,7 +22,7 @@ def report(
             help="output_dir of trainings, or evaluation folders (with run_card.json, metrics.json, cases.csv)"
         ),
     ],
-    output: Annotated[Path, typer.Option(help="HTML file to write")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "--out", help="HTML file to write")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="heading of the page")] = "samseg-monai report",
     dataset_dir: Annotated[
         Path | None, typer.Option(help="folder of the data, for a run not evaluated yet; default: as of its bundle")
@@ -35,6 +36,11 @@ def report(
     A training that was not evaluated since it ended is evaluated first, on the test cases of its data, with its own
     settings.
     """
+    check_places(
+        "report",
+        {**{f"run {number}": run for number, run in enumerate(runs, start=1)}, "--dataset-dir": dataset_dir},
+        "; give the output_dir of a training, or a folder with run_card.json, metrics.json and cases.csv",
+    )
     from samseg_monai.report.page import write_report
     from samseg_monai.report.runs import RunResult
     from samseg_monai.report.tables import table_text
