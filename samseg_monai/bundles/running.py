@@ -161,6 +161,8 @@ def guard() -> None:
     # LoadImaged tries every reader there is, and one that nobody asked for tells each time that its GPU codec is absent
     logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
+    # "Engine run resuming from iteration 0" of a fresh run: its terms are not ours, and CurveLog tells the same
+    logging.getLogger("ignite.engine.engine").setLevel(logging.WARNING)
     found = running()
     if found is None:
         return
