@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -39,6 +38,7 @@ from samseg_monai.choices import (
     Two,
     Voxels,
     Workers,
+    for_users,
     unsafe,
 )
 from samseg_monai.errors import MOST_LINES, ConfigError, raise_all
@@ -456,18 +456,11 @@ def _problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
         elif detail["type"] == "string_pattern_mismatch":
             lines.append(f"{at}: got {got}; that is no name or text of this kind{example}")
         else:
-            message = _for_users(detail["msg"].replace("Input should be", "expected").replace("'", '"'))
+            message = for_users(detail["msg"].replace("Input should be", "expected").replace("'", '"'))
             lines.append(f"{at}: got {got}; {message}{example}")
     if error.error_count() > MOST_LINES:
         lines.insert(0, f"{TOO_MUCH}: {error.error_count():,} problems, of which the first are told")
     return list(dict.fromkeys(lines))
-
-
-def _for_users(message: str) -> str:
-    """The values that are possible, without the networks that only tests use."""
-    for name in ("tiny", "tiny_t"):
-        message = message.replace(f', "{name}"', "").replace(f' or "{name}"', "")
-    return message if " or " in message else re.sub(r', ("[^"]*")$', r" or \1", message)
 
 
 def _at(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None, Any]:

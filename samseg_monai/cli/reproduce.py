@@ -14,6 +14,7 @@ from samseg_monai.demo.story import Story, write_results
 from samseg_monai.errors import ConfigError, raise_all
 
 reproduce_app = typer.Typer(help="Repeat published experiments, protocol and all.", no_args_is_help=True)
+Output = Annotated[Path, typer.Option("--output", "--out", help="folder for datalists, runs and report")]
 RANKS = (64, 128, 256)  # of the first experiment; what follows is of the second
 PAPER = ("zero_shot", "sam_only", "cnn_only", "ladder_paper")
 REPAIRED = "ladder"
@@ -27,9 +28,7 @@ BATCH, EPOCHS, WARMUP = 24, 200, 250
 def honours(
     brats: Annotated[Path, typer.Option(help="folder of BraTS 2023 meningioma cases")],
     weights: Annotated[str, typer.Option(help="sam_vit_b_01ec64.pth, or 'random' for a dry run")],
-    output: Annotated[Path, typer.Option("--output", "--out", help="folder for datalist, runs and report")] = Path(
-        "runs/honours"
-    ),
+    output: Output = Path("runs/honours"),
     rank: Annotated[list[int] | None, typer.Option(help="LoRA ranks; default 64, 128 and 256")] = None,
     scan: Annotated[
         list[str] | None,
@@ -93,9 +92,7 @@ def sam_lst(
     synapse: Annotated[Path, typer.Option(help="BTCV's RawData, or the folder in it that holds img and label")],
     weights: Annotated[str, typer.Option(help="sam_vit_b_01ec64.pth, or 'random' for a dry run")],
     resnet: Annotated[str, typer.Option(help="torchvision's resnet18-f37072fd.pth, or 'random' for a dry run")],
-    output: Annotated[Path, typer.Option("--output", "--out", help="folder for datalists, runs and report")] = Path(
-        "runs/sam_lst"
-    ),
+    output: Output = Path("runs/sam_lst"),
     only: Annotated[
         list[str] | None, typer.Option(help=f"run only this one of {', '.join(PAPER)}; may be given several times")
     ] = None,

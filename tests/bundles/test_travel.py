@@ -329,7 +329,7 @@ def test_wrong_paths_end_in_one_sentence(words, expected, archive, phantoms, tmp
     [
         "predict nowhere.zip --input nowhere --output out", "report nowhere", "bundle pack nowhere --output x.zip",
         "prepare folders --src nowhere --output d.json", "task new mine --datalist nowhere/datalist.json",
-        "prepare images --images nowhere --masks nowhere --labels 1=a --output d.json",
+        "prepare brats-men --src nowhere --split-file nowhere --output d.json",
     ],
 )  # fmt: skip
 def test_a_path_that_leads_nowhere_is_told_before_torch_is_imported(words, tmp_path):
