@@ -25,7 +25,9 @@ from samseg_monai.bundles.check import EDITED, check_bundle
 from samseg_monai.bundles.record import write_record
 from samseg_monai.bundles.running import Running
 from samseg_monai.bundles.wheel import WHEEL, build_wheel
+from samseg_monai.checkpoints import BASE
 from samseg_monai.errors import BundleError, SamsegError
+from samseg_monai.sam.build import build_sam
 from samseg_monai.workflow import run_workflow
 from tests.conftest import TINY
 from tests.helpers.commands import samseg
@@ -172,6 +174,19 @@ def test_packed_bundle_needs_no_pickle(run, archive, phantoms, tmp_path, monkeyp
         assert samseg(monkeypatch, *words) == 0
     [one], [other] = ([*(tmp_path / out).iterdir()] for out in "ab")
     assert one.read_bytes() == other.read_bytes() or np.array_equal(nib.load(one).dataobj, nib.load(other).dataobj)
+
+
+def test_a_run_knows_its_file_of_weights_and_the_packed_bundle_does_not(phantoms, offline, tmp_path, monkeypatch):
+    weights, folder = tmp_path / "weights of mine.pth", tmp_path / "run"
+    torch.save(build_sam("tiny").state_dict(), weights)
+    shared = {**TINY, "sam_checkpoint": str(weights), "dataset_dir": str(phantoms), "output_dir": str(folder)}
+    run_workflow([LORA / "train.json"], {**shared, "strategy::rank": 2, "epochs": 1, "batch_size": 2})
+    words = ["report", folder, "--dataset-dir", phantoms, "--output", tmp_path / "page.html"]
+    assert samseg(monkeypatch, *words) == 0
+    assert samseg(monkeypatch, "bundle", "pack", folder, "--output", tmp_path / "x.zip", "--no-pt") == 0
+    with zipfile.ZipFile(tmp_path / "x.zip") as packed:
+        assert not any(str(tmp_path).encode() in packed.read(name) for name in packed.namelist())
+        assert not any(name.endswith(BASE) for name in packed.namelist())
 
 
 def test_pack_says_that_it_names_the_cases_and_leaves_them_out(run, tmp_path, monkeypatch, capsys):
