@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from samseg_monai.cli.places import check_places
 from samseg_monai.errors import BundleError, ConfigError
 
 task_app = typer.Typer(help="Write settings of a task of your own.", no_args_is_help=True)
@@ -30,9 +29,6 @@ def new(
     Reads the grids of all cases and the voxels of up to 20 training cases. The reasons are printed, and stand in the
     file as keys that begin with //. Change what you know better; samseg bundle build checks it.
     """
-    check_places(
-        "task new", {"--datalist": datalist, "--dataset-dir": dataset_dir}, "; samseg prepare writes a datalist"
-    )
     from samseg_monai.bundles.draft import check_name, draft_task, write_task
     from samseg_monai.data.datalists.measure import measure
 

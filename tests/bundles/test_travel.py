@@ -343,7 +343,7 @@ def test_wrong_paths_end_in_one_sentence(words, expected, archive, phantoms, tmp
     "words",
     [
         "predict nowhere.zip --input nowhere --output out", "report nowhere", "bundle pack nowhere --output x.zip",
-        "prepare folders --src nowhere --output d.json", "task new mine --datalist nowhere/datalist.json",
+        "prepare folders --src nowhere --output d.json",
         "prepare brats-men --src nowhere --split-file nowhere --output d.json",
     ],
 )  # fmt: skip
