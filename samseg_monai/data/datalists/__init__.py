@@ -145,7 +145,8 @@ def load_datalist(
                 problems += [f"{item['case']}: {problem}" for problem in found if problem]
             item[key] = paths[0] if isinstance(files, str) else paths
         items.append(item)
-    raise_all(problems, DataError, f"{path}: files of section {section!r} are missing or refused; is dataset_dir right")
+    heading = f"{path}: files of section {section!r} are missing or refused; is dataset_dir right"
+    raise_all(problems, DataError, heading, cases=len(items))
     return items if boxes is None else _with_boxes(items, datalist, Path(boxes), name=str(path))
 
 

@@ -29,7 +29,7 @@ from samseg_monai.data.files.volumes import (
     stem_of,
     value_problem,
 )
-from samseg_monai.errors import ConfigError, DataError, PromptError, raise_all
+from samseg_monai.errors import ConfigError, DataError, PromptError, by_reason, raise_all
 from samseg_monai.files import file_name
 
 VOLUMES = "volumes"
@@ -72,10 +72,10 @@ class CaseList:
         """Take what the check of each case gave, an item or a reason; DataError if no case is good."""
         self.good = [result for result in results.values() if not isinstance(result, str)]
         self.bad |= {case: result for case, result in results.items() if isinstance(result, str)}
-        for case, reason in sorted(self.bad.items()):
-            LOG.error("%s will be skipped: %s", case, reason)
         if not self.good:
             self.refuse("no case can be predicted")
+        for line in by_reason([f"{case}: {reason}" for case, reason in sorted(self.bad.items())], len(results)):
+            LOG.error("will be skipped: %s", line)
 
     def fail(self, case: str, reason: str) -> None:
         """Move a case to the bad ones, when it turns out in the run that it cannot be predicted."""
@@ -85,12 +85,17 @@ class CaseList:
 
     def finish(self) -> None:
         """Raise DataError naming every bad case; to be called last, when the good ones are done."""
-        total = len(self.good) + len(self.bad)
-        self.refuse(f"{len(self.bad)} of {total} cases were not predicted, the others are done")
+        total, bad = len(self.good) + len(self.bad), sorted(self.bad)
+        if bad:
+            named = ", ".join(bad[:20]) + (f" and {len(bad) - 20} more" if len(bad) > 20 else "")
+            raise DataError(
+                f"{len(bad)} of {total} cases were not predicted, the others are done; why is told above: {named}"
+            )
 
     def refuse(self, heading: str) -> None:
         """Raise DataError naming every bad case, if there is one."""
-        raise_all([f"{case}: {reason}" for case, reason in sorted(self.bad.items())], DataError, heading)
+        problems = [f"{case}: {reason}" for case, reason in sorted(self.bad.items())]
+        raise_all(problems, DataError, heading, cases=len(self.good) + len(self.bad))
 
 
 def find_cases(
@@ -409,9 +414,11 @@ def _check_image(case: str, path: Path, scans: Sequence[str], boxes: Mapping[str
     if len(picture.scans) != len(scans):
         kinds = ("in grey", "in RGB") if picture.scans == GREY else ("in RGB", "in grey")
         wants = kinds[1] if len(scans) in (1, 3) else f"of {len(scans)} channels"
+        mode = {1: "L", 3: "RGB"}.get(len(scans))
+        how = f", in Python by PIL: Image.open(FILE).convert({mode!r}).save('NAME.png')" if mode else ""
         raise DataError(
             f"{path.name}: is {kinds[0]}, but the network was trained on images {wants} ({', '.join(scans)}); "
-            f"save it {wants}"
+            f"save it {wants}{how}"
         )
     if problem := value_problem(picture.array, "pixel"):
         raise DataError(f"{path.name}: {problem}")
