@@ -125,8 +125,8 @@ class SliceVolumeInferer(Inferer):
             )
         expected = (len(images), *images.shape[2:])
         if prompt.ndim != 5 or (len(prompt), *prompt.shape[2:]) != expected:
-            fitting = (len(images), "N", *images.shape[2:])
-            raise PromptError(f"prompt must have shape {fitting} to fit the image, got {tuple(prompt.shape)}")
+            fitting = ", ".join(map(str, (len(images), "N", *images.shape[2:])))
+            raise PromptError(f"prompt must have shape ({fitting}) to fit the image, got {tuple(prompt.shape)}")
         return prompt.as_subclass(torch.Tensor)
 
     def _volume(self, image: torch.Tensor, prompt: torch.Tensor | None, network: Network) -> torch.Tensor:

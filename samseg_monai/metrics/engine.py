@@ -179,7 +179,7 @@ class CaseScores(Metric):
                 f"{key} has shape {tuple(volume.shape)}, needs ({count}, H, W, D) for {list(self.classes)}, "
                 "or one channel of whole numbers"
             ]
-        fits = (volume >= 0) & (volume <= count) & (volume == volume.round())
+        fits = (volume >= 0) & (volume <= count) & (volume == volume.long())
         if len(volume) == count or bool((fits | (volume == IGNORE) if key == self.reference_key else fits).all()):
             return []
         return [f"{key} holds other values than the whole numbers 0 to {count} of {list(self.classes)}"]

@@ -458,7 +458,7 @@ def test_folders_that_are_neither_bundle_nor_run_are_named(tmp_path, monkeypatch
     assert samseg(monkeypatch, "export", tmp_path, "--format", "pth", "--output", tmp_path / "out") == 1
     assert "configs/inference.json" in capsys.readouterr().err
     assert samseg(monkeypatch, "export", tmp_path / "no", "--format", "pth", "--output", tmp_path / "out") == 1
-    assert "there is no" in capsys.readouterr().err
+    assert "no such file or folder" in capsys.readouterr().err
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="a file is where a folder is wanted"):
         export_network(Source(SamSegmenter("tiny")), "pth", tmp_path / "file")

@@ -72,7 +72,7 @@ def test_a_report_evaluates_what_was_trained_since(trained, pictures, tmp_path, 
     before = table.read_text()
     os.utime(run / "evaluation" / "metrics.json")  # copies have times of their own
     table.write_text(before.replace("scan_0004", "scan_kept"))
-    assert samseg(monkeypatch, *words, "nowhere") == 0  # nothing to evaluate: the data are not asked for
+    assert samseg(monkeypatch, *words, str(tmp_path)) == 0  # nothing to evaluate: the data are not asked for
     assert "scan_kept" in table.read_text() and "LoRA, rank 2 + decoder" in capsys.readouterr().out
     late = (run / "evaluation" / "metrics.json").stat().st_mtime + 10
     os.utime(run / "adapter.safetensors", (late, late))

@@ -133,8 +133,8 @@ def test_an_empty_mask_is_a_warning(src):
     rewrite(file_of(src, 0, "seg"), lambda a: a * 0)
     summary = prepare(src)
     assert sum(summary.sections.values()) == 6
-    (warning,) = summary.warnings
-    assert warning.startswith("BraTS-MEN-00000-000: ")
+    warning, one = summary.warnings
+    assert one.startswith("validation has one case") and warning.startswith("BraTS-MEN-00000-000: ")
     assert "the mask is empty" in warning
 
 
@@ -163,7 +163,7 @@ def test_a_split_file_is_followed_and_what_it_leaves_out_is_named(src):
     (src / "split.json").write_text(json.dumps(split))
     summary = prepare(src, split_file=src / "split.json")
     assert summary.sections == {"training": 2, "validation": 1, "testing": 1}
-    assert [w.split(":")[0] for w in summary.warnings] == [f"{ids[4]}-000", f"{ids[5]}-000"]
+    assert [w.split(":")[0] for w in summary.warnings] == [f"{ids[4]}-000", f"{ids[5]}-000", "validation has one case"]
 
 
 def test_a_split_file_with_leaks_or_strangers_is_refused(src):

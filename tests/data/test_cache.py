@@ -218,7 +218,7 @@ def test_truncated_and_foreign_files_are_told_and_built_again(tmp_path, caplog, 
     if other is not None:
         filled(tmp_path, 1)
         changed = case_in(tmp_path, 1).path.read_bytes()
-        file.path.write_bytes(changed if harm == "of another case" else whole.replace(b'layout\\": 2', b'layout\\": 1'))
+        file.path.write_bytes(changed if harm == "of another case" else whole.replace(b'layout\\": 3', b'layout\\": 2'))
     else:
         broken = {"shorter": whole[:-5], "longer": whole + b"12345", "empty": b"", "no header": b"x" * len(whole)}
         file.path.write_bytes(broken[harm])

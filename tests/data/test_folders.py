@@ -16,6 +16,10 @@ from samseg_monai.data.datalists.label_maps import parse_labels
 from samseg_monai.errors import ConfigError, DataError
 
 LABELS = {"1": "anterior", "2": "posterior"}
+ONE = (
+    "validation has one case: its chance decides which epoch is kept; validate on more, or keep the last epoch "
+    "(val_interval 0)"
+)
 AFFINE = np.diag([1.0, 2.0, 1.5, 1.0])
 SHAPE = (7, 6, 5)
 
@@ -230,7 +234,8 @@ def test_labels_stored_as_fractions_are_counted_and_pass(plain):
     write_pair(plain, "vol_003", ("images", "labels"), label_dtype=np.float32)
     write_pair(plain, "vol_004", ("images", "labels"), label_dtype=np.float32)
     assert prepare(plain, labels=LABELS).warnings == [
-        "2 labels are stored as float32 and hold whole numbers only: they are read as integers"
+        "2 labels are stored as float32 and hold whole numbers only: they are read as integers",
+        ONE,
     ]
 
 
@@ -238,7 +243,7 @@ def test_the_same_volume_under_two_names_and_labels_nobody_has_are_warned_of(pla
     for sub in ("images", "labels"):
         shutil.copy(plain / sub / "vol_001.nii.gz", plain / sub / "vol_008.nii.gz")
     warnings = prepare(plain, labels={**LABELS, "3": "tail"}).warnings
-    assert warnings == ["vol_001 and vol_008 have the same content", "no case has tail (3)"]
+    assert warnings == ["vol_001 and vol_008 have the same content", "no case has tail (3)", ONE]
 
 
 def test_a_folder_one_level_too_high_or_too_low_is_pointed_out(plain, decathlon):

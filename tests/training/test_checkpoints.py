@@ -81,7 +81,7 @@ def test_the_card_explains_the_file(build, base, tmp_path):
         "metrics": {"dice_mean": 0.81}, "extra": {"data": "phantoms"}, "base_file": "tiny.pth",
     }  # fmt: skip
     assert {key: card[key] for key in expected} == expected
-    assert card.keys() == expected.keys() | {"strategy", "package_version", "git_commit"}
+    assert card.keys() == expected.keys() | {"strategy", "package_version", "git_commit", "spacing"}
     assert set(load_file(folder / "adapter.safetensors")) == set(network.owned)
 
 

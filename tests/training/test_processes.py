@@ -95,6 +95,7 @@ def test_two_processes_evaluate_like_one_also_uneven_and_with_nothing_for_one_of
     configs = bundles["meningioma", "lora"]
     for ranks in (1, 2):
         results = {"results_dir": str(tmp_path / str(ranks)), "section": section, "save_predictions": True}
+        results |= {"allow_seen": True}  # validation has chosen the epoch
         run("evaluate", configs, {**split, **results, "strategy::rank": 2}, trained[1], ranks)
     for name in ("cases.csv", "ellipse_cases.csv", "metrics.json", "ellipse_metrics.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
