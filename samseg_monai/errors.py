@@ -53,6 +53,14 @@ def own_cause(error: BaseException) -> SamsegError | None:
     return cause
 
 
+def root_of(error: BaseException) -> str:
+    """What went wrong first, in one line: MONAI wraps the cause once per level of Compose."""
+    while error.__cause__ is not None and not isinstance(error, SamsegError):
+        error = error.__cause__
+    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return text if isinstance(error, SamsegError) else f"{type(error).__name__}: {text}"
+
+
 def raise_all(problems: Sequence[str], error: type[SamsegError], heading: str, *, most: int | None = None) -> None:
     """Raise one ``error`` that lists every problem, or return when there is none.
 

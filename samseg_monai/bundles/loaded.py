@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from samseg_monai.bundles.door import literal, open_bundle, own_errors
+from samseg_monai.data.files.case_list import run_engine
 from samseg_monai.errors import BundleError, DataError, PromptError
 from samseg_monai.files import write_json
 
@@ -71,6 +72,7 @@ class LoadedBundle:
         boxes: str | Path | Sequence[Any] | Mapping[str, Any] | None = None,
         mask: str | Path | None = None,
         affine: np.ndarray | None = None,
+        allow_modality: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Segment one case.
 
@@ -82,6 +84,8 @@ class LoadedBundle:
                 ``samseg predict``, or its content. None, without ``mask``: the whole slice.
             mask: file of a coarse mask on the image's grid.
             affine: (4, 4), voxels to RAS mm, of an array; default: 1 mm.
+            allow_modality: go on with an image that is, or by its values seems to be, of another modality than those
+                that the bundle was trained on.
 
         Returns:
             Labels (0 is the background) with the shape of one scan, and the affine of the image; for a 2-D image the
@@ -98,7 +102,8 @@ class LoadedBundle:
         source = (BOXES if boxes is not None else MASK if mask is not None else WHOLE) if self.prompted else "none"
         with own_errors(), tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             place = Path(image) if isinstance(image, (str, Path)) else self._written(image, affine, Path(folder))
-            places: dict[str, Path | None] = {"dataset_dir": place, "boxes": None, "prompts": None}
+            places: dict[str, Any] = {"dataset_dir": place, "boxes": None, "prompts": None}
+            self._parser(source)["allow_modality"] = allow_modality
             places["prompts"] = None if mask is None else Path(mask)
             if isinstance(boxes, (str, Path)):
                 places["boxes"] = Path(boxes)
@@ -151,9 +156,8 @@ class LoadedBundle:
                 parser.get_parsed_content("dataset"),
             )
         evaluator, dataset = self._ready[f"{source} engine"]
-        dataset.data = cases
         folder = self._scratch / "predictions"
-        evaluator.run()
+        run_engine(evaluator, dataset, cases)
         made = sorted(folder.glob("*_seg.*"))
         if len(made) != 1:
             raise BundleError(f"predict: {self.name} wrote {len(made)} segmentations, expected one")

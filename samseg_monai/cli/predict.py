@@ -30,6 +30,9 @@ def predict(
     prompts: Annotated[Path | None, typer.Option(help="coarse mask, or folder of <case>.nii.gz")] = None,
     sam_checkpoint: Annotated[str | None, typer.Option(help="base weights, if the bundle holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")] = None,
+    allow_modality: Annotated[
+        bool, typer.Option("--allow-modality", help="go on where an image seems to be of another modality")
+    ] = False,
     trust: Annotated[bool, typer.Option("--trust", help=TRUST)] = False,
 ) -> None:
     """Segment cases without labels; the result has exactly the grid and the affine of its image.
@@ -39,7 +42,8 @@ def predict(
     Of the bundle its settings and its weights are read; its own JSON is not run, unless --trust says so.
 
     Prompts of a bundle that takes boxes: --boxes, or --prompts, or (neither) the whole slice. Bad cases are named and
-    left out; the exit code is then 1.
+    left out; the exit code is then 1. An image of another modality than the bundle's (by DICOM, or by its values: a CT
+    must be in Hounsfield units) is bad, unless --allow-modality says that it is right.
     """
     from samseg_monai.bundles.door import open_bundle
 
@@ -50,6 +54,7 @@ def predict(
     overrides: dict[str, Any] = {key: os.path.abspath(place) for key, place in places.items()}
     overrides |= {} if sam_checkpoint is None else {"sam_checkpoint": sam_checkpoint}
     overrides |= {} if device is None else {"device": device_of(device)}
+    overrides |= {"allow_modality": True} if allow_modality else {}
     with open_bundle(bundle, trust=trust) as opened:
         overrides |= _prompt_overrides(opened, given)
         if opened.checkpoint is not None:  # the folder of predictions is no place to look for an adapter

@@ -18,6 +18,7 @@ from samseg_monai.transforms.augmentation import (
 from samseg_monai.transforms.boxes import boxes_of, clip_boxes, move_boxes
 from samseg_monai.transforms.grids import CheckSameGridd
 from samseg_monai.transforms.labels import RecodeLabeld, RemoveSmallComponentsd
+from samseg_monai.transforms.loading import LoadCased
 from samseg_monai.transforms.pixels import ScaleGreysd, ScaleInputd, SplineResized, resized_slices, stored_slices
 from samseg_monai.transforms.prompts import (
     BoxFromPromptd,
@@ -28,11 +29,12 @@ from samseg_monai.transforms.prompts import (
     SimulatedBoxesd,
     SimulatedPromptd,
 )
-from samseg_monai.transforms.saving import NameAfterCased, SaveImagePngd
+from samseg_monai.transforms.saving import NameAfterCased, SaveImagePngd, SaveVolumed
 
 __all__ = [
     "BoxFromPromptd", "CheckSameGridd", "EllipseFromBoxesd", "EllipseFromPromptd", "FinalBoxesd", "GivenPromptd",
-    "NameAfterCased", "RandBiasFromMinimumd", "RandMirroredd", "RecodeLabeld", "RemoveSmallComponentsd",
-    "SaveImagePngd", "ScaleGreysd", "ScaleInputd", "SimulatedBoxesd", "SimulatedPromptd", "SplineResized", "boxes_of",
-    "clip_boxes", "left_right_axis", "move_boxes", "named_transforms", "resized_slices", "side_mirror", "stored_slices",
+    "LoadCased", "NameAfterCased", "RandBiasFromMinimumd", "RandMirroredd", "RecodeLabeld", "RemoveSmallComponentsd",
+    "SaveImagePngd", "SaveVolumed", "ScaleGreysd", "ScaleInputd", "SimulatedBoxesd", "SimulatedPromptd",
+    "SplineResized", "boxes_of", "clip_boxes", "left_right_axis", "move_boxes", "named_transforms", "resized_slices",
+    "side_mirror", "stored_slices",
 ]  # fmt: skip

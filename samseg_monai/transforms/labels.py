@@ -32,6 +32,7 @@ class RecodeLabeld(EachKeyd):
         labels: value -> name for every value that is legal in the files (``datalists.labels_of``). Several values may
             have one name; a name that is not among the classes becomes 0.
         classes: names of the classes in the order of the network's channels, without the background.
+        merged: every named value above 0 is the one class, whatever its name. Without ``labels`` all from 0.5 on is.
         codings: other tables like ``labels`` by name; those in which a strange label would be legal are suggested.
     Returns: uint8 of the same shape; device, geometry and history of the label.
     Raises:
@@ -46,6 +47,7 @@ class RecodeLabeld(EachKeyd):
         labels: Mapping[str, str],
         classes: Sequence[str],
         *,
+        merged: bool = False,
         codings: Mapping[str, Mapping[Any, str]] | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
@@ -54,15 +56,22 @@ class RecodeLabeld(EachKeyd):
             names = {int(value): name for value, name in labels.items()}
         except (TypeError, ValueError) as error:
             raise ConfigError(f'labels must be {{"0": "background", "1": "<name>", ...}}, got {labels!r}') from error
-        _check_classes(classes, names)
+        if merged and len(classes) != 1:
+            raise ConfigError(f"merged labels are one class, got {list(classes)!r}")
+        if not merged:
+            _check_classes(classes, names)
         self.classes = tuple(classes)
         self.names = names
         self.codings = {coding: {0, *map(int, table)} for coding, table in (codings or {}).items()}
+        if not names:
+            self.table = None
+            return
         # one slot more at both ends: values beyond the table are clipped into them
         self.lowest = min(names) - 1
         table = np.full(max(names) - min(names) + 3, _UNKNOWN, dtype=np.uint8)
         for value, name in names.items():
-            table[value - self.lowest] = self.classes.index(name) + 1 if name in self.classes else 0
+            of_class = value > 0 if merged else self.classes.index(name) + 1 if name in self.classes else 0
+            table[value - self.lowest] = of_class
         self.table = table
 
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
@@ -77,6 +86,8 @@ class RecodeLabeld(EachKeyd):
         d[key] = on_grid_of(d[key], torch.from_numpy(recoded.reshape(values.shape)))
 
     def _look_up(self, values: np.ndarray, where: str) -> np.ndarray:
+        if self.table is None:
+            return values >= 0.5
         if values.dtype.kind == "f":
             odd = values[~np.isfinite(values) | (values != np.rint(values))]
             if odd.size:

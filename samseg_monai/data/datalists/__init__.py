@@ -9,6 +9,7 @@ name). Files are never rewritten: ``RecodeLabeld`` maps their numbers to classes
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -102,6 +103,9 @@ def load_datalist(
         scans: names of the scans wanted, in this order; None takes all as they are listed.
         boxes: box file of images (see ``boxes``): every item gets its ``boxes``, a list of lists of four floats.
 
+    Returns: items as they stand in the datalist, with absolute paths and, where the datalist has a hash of the case,
+        "recorded": {"sha256", "files": name -> path}, which ``LoadCased`` compares when it reads these files.
+
     Raises:
         DataError: unknown or empty section, scans that the datalist does not have, no such folder, all missing files at
             once, all cases of the section without a box, or as ``read_datalist``.
@@ -116,6 +120,8 @@ def load_datalist(
         filled = ", ".join(f"{s} {len(datalist[s])}" for s in SECTIONS)
         raise DataError(f"{path}: section {section!r} has no cases ({filled}); prepare it with another split")
     root = root.resolve()
+    hashes = datalist.get("hashes") or {}
+    recorded = {item["case"]: _recorded(item, datalist.get("scans"), root) for item in datalist[section]}
     items, problems = [], []
     for stored in _select_scans(datalist, scans, name=str(path))[section]:
         item = dict(stored)
@@ -127,9 +133,30 @@ def load_datalist(
             if key != "reference" or files != stored.get("label"):
                 problems += [f"{item['case']}: no file {file}" for file in paths if not os.path.isfile(file)]
             item[key] = paths[0] if isinstance(files, str) else paths
+        if item["case"] in hashes:
+            item["recorded"] = {"sha256": hashes[item["case"]], "files": recorded[item["case"]]}
         items.append(item)
     raise_all(problems, DataError, f"{path}: files of section {section!r} are missing; is dataset_dir right")
     return items if boxes is None else _with_boxes(items, datalist, Path(boxes), name=str(path))
+
+
+def case_hashes(hashes: Mapping[str, str]) -> list[str]:
+    """The sha256 of a case, from those of its files by name: of the lines ``<name> <sha256>``, in their order.
+
+    What lists name "label" has also been called "seg": the first hash is with the names as they are, the second with
+    that one.
+    """
+    ways = (hashes, {("seg" if name == "label" else name): value for name, value in hashes.items()})
+    texts = ("".join(f"{name} {value}\n" for name, value in way.items()) for way in ways)
+    return [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+
+
+def _recorded(item: Mapping[str, Any], scans: Sequence[str] | None, root: Path) -> dict[str, str]:
+    """Every file of a case by the name that its hash was made with, those of scans that are not used as well."""
+    image = item["image"]
+    files = {"image": image} if isinstance(image, str) else dict(zip(scans or ["image"], image, strict=False))
+    files |= {"label": item["label"]} if item.get("label") else {}
+    return {name: str(root / file) for name, file in files.items()}
 
 
 def unit_of(path: str | Path) -> str:
@@ -143,19 +170,23 @@ def spacing_of(path: str | Path) -> float | None:
     return None if spacing is None else float(spacing)
 
 
-def labels_of(path: str | Path) -> dict[str, str]:
+def labels_of(path: str | Path, *, needed: bool = True) -> dict[str, str]:
     """What the numbers in the label files of a datalist mean: ``{"0": "background", "1": "spleen", ...}``.
+
+    Args:
+        path: datalist file.
+        needed: False gives an empty table for one that has no ``labels``.
 
     Raises:
         DataError: the datalist has no ``labels``, or as ``read_datalist``.
     """
     labels = read_datalist(path).get("labels")
-    if not labels:
+    if not labels and needed:
         raise DataError(
             f'{path}: has no "labels", so that nobody knows what its numbers mean; add {{"0": "background", '
             '"1": "<name>", ...}, or let \'samseg prepare\' make the datalist'
         )
-    return dict(labels)
+    return dict(labels or {})
 
 
 def _with_boxes(

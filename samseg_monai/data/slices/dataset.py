@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from samseg_monai.data.slices.cache import CachedCase, describe, describe_item, encode, frozen_encoder
-from samseg_monai.errors import CacheError, ConfigError, DataError, SamsegError, raise_all
+from samseg_monai.errors import CacheError, ConfigError, DataError, raise_all, root_of
 
 logger = logging.getLogger(__name__)
 
@@ -300,7 +300,7 @@ class SliceDataset(Dataset):
                 found, self._slices[position] = self._build(position)
                 return found
             except Exception as error:  # noqa: BLE001  whatever a transform raises is a problem of its case
-                return f"{self.data[position]['case']}: {_root_of(error)}"
+                return f"{self.data[position]['case']}: {root_of(error)}"
 
         with ThreadPoolExecutor(num_threads) as pool:
             jobs = pool.map(attempt, range(len(self.data)))
@@ -394,11 +394,3 @@ def seed_of(*numbers: int) -> int:
 def _device_of(network: Any) -> torch.device:
     parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
     return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _root_of(error: BaseException) -> str:
-    """What went wrong first: MONAI wraps the cause once per level of Compose."""
-    while error.__cause__ is not None and not isinstance(error, SamsegError):
-        error = error.__cause__
-    text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    return text if isinstance(error, SamsegError) else f"{type(error).__name__}: {text}"

@@ -1,0 +1,145 @@
+"""The cases of one prediction: those that are good, those that are not and why, and the run over the good ones."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Events
+
+from samseg_monai.errors import DataError, raise_all, root_of
+from samseg_monai.files import file_name
+
+LOG = logging.getLogger(__name__)
+SHOWN = 20  # names of one line in the log
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no other case can be written either
+
+
+@dataclass
+class CaseList:
+    """Cases of one prediction run.
+
+    Attributes:
+        good: items ``{"case", "image": path or [one path per scan]}``, with ``"boxes"`` (list) or ``"prompt"`` (file)
+            when prompts were given; sorted by case. A path is a file, or the folder of a DICOM series.
+        bad: case -> why it cannot be predicted.
+        files: case -> one path per scan, or the single path that holds them all.
+        passed: reason -> names of entries that are no cases.
+    """
+
+    good: list[dict[str, Any]] = field(default_factory=list)
+    bad: dict[str, str] = field(default_factory=dict)
+    files: dict[str, list[Path]] = field(default_factory=dict)
+    passed: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, case: str, paths: list[Path]) -> None:
+        """Add a case; a second one of the same name would overwrite the first one's result, so it is refused."""
+        case = file_name(case)
+        if case in self.files:
+            name = f"{paths[0].parent.name}/{case}"
+            self.bad[name] = f"another case is called {case} too ({self.files[case][0]}); rename one"
+        else:
+            self.files[case] = paths
+
+    def pass_over(self, reason: str, names: Iterable[str]) -> None:
+        """Note entries that are no cases."""
+        for name in names:
+            self.passed.setdefault(reason, []).append(name)
+
+    def sort(self, results: Mapping[str, dict[str, Any] | str]) -> None:
+        """Take what the check of each case gave, an item or a reason; DataError if no case is good."""
+        for reason, names in self.passed.items():
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            LOG.warning("passed over, %s: %s%s", reason, ", ".join(names[:SHOWN]), more)
+        self.good = [result for result in results.values() if not isinstance(result, str)]
+        self.bad |= {case: result for case, result in results.items() if isinstance(result, str)}
+        for case, reason in sorted(self.bad.items()):
+            LOG.error("%s will be skipped: %s", case, reason)
+        if not self.good:
+            self.refuse("no case can be predicted")
+
+    def run(self, evaluator: Any, dataset: Any, folder: str | Path) -> None:
+        """Predict the good cases; one that fails, whatever the error, costs itself alone and is bad from then on.
+
+        Args:
+            evaluator: engine of MONAI over ``dataset``, in order, that writes ``<case>...`` into ``folder``; of a batch
+                of several cases all fail together.
+            dataset: its ``data`` become the cases that are left to do.
+            folder: of the results, made if need be. A case without a new file in it is bad.
+
+        Raises:
+            DataError: nothing can be written into ``folder``; told before the first case.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                before = _stamps(folder)
+        except OSError as error:
+            raise DataError(f"{folder}: no results can be written there ({error.strerror or error})") from error
+        size = getattr(evaluator.data_loader, "batch_size", None) or 1
+        left, done = list(self.good), [0]
+
+        def count() -> None:
+            done[0] += size
+
+        handle = evaluator.add_event_handler(Events.ITERATION_COMPLETED, count)
+        while left:
+            done[0] = 0
+            try:
+                run_engine(evaluator, dataset, left)
+                break
+            except Exception as error:  # noqa: BLE001  whatever goes wrong with one case must not cost the others
+                for item in left[done[0] : done[0] + size]:
+                    self._fail(item["case"], root_of(error))
+                left = left[done[0] + size :]
+                if _errno(error) in _FULL:
+                    for item in left:
+                        self._fail(item["case"], "not tried, as nothing more can be written")
+                    break
+        handle.remove()
+        now = _stamps(folder)
+        written = [name for name, stamp in now.items() if stamp != before.get(name)]
+        for item in list(self.good):
+            if not any(name.startswith(file_name(item["case"])) for name in written):
+                self._fail(item["case"], f"no result of it was written to {folder}")
+
+    def _fail(self, case: str, reason: str) -> None:
+        LOG.error("%s was not predicted: %s", case, reason)
+        self.bad[case] = reason
+        self.good = [item for item in self.good if item["case"] != case]
+
+    def finish(self) -> None:
+        """Raise DataError naming every bad case; to be called last, when the good ones are done."""
+        total = len(self.good) + len(self.bad)
+        self.refuse(f"{len(self.bad)} of {total} cases were not predicted, the others are done")
+
+    def refuse(self, heading: str) -> None:
+        """Raise DataError naming every bad case, if there is one."""
+        raise_all([f"{case}: {reason}" for case, reason in sorted(self.bad.items())], DataError, heading)
+
+
+def run_engine(evaluator: Any, dataset: Any, items: list[dict[str, Any]]) -> None:
+    """Run an engine of MONAI once over ``items``, also after a run that has ended with an error."""
+    dataset.data = items
+    evaluator.state.epoch_length = len(evaluator.data_loader)
+    evaluator.state.batch = evaluator.state.output = None  # of the case before, which may have been too large
+    # ignite keeps the generator that an error has ended, and the next run would end at once without a word
+    evaluator._internal_run_generator = evaluator._dataloader_iter = None
+    evaluator.run()
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """File -> its inode and time of change."""
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file()}
+
+
+def _errno(error: BaseException | None) -> int | None:
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error.errno if isinstance(error, OSError) else None
