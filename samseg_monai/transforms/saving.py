@@ -75,8 +75,9 @@ class SaveVolumed(EachKeyd):
         array = values[0].astype(np.uint8)
         if not np.array_equal(array, values[0]):
             raise DataError(f"{case}: {key} has values other than whole numbers from 0 to 255")
-        image = _nifti(array, np.asarray(torch.as_tensor(d[key].affine), dtype=float), Path(meta["filename_or_obj"]))
-        if image is None:
+        affine, own = (np.asarray(torch.as_tensor(a), dtype=float) for a in (d[key].affine, meta["original_affine"]))
+        image = _nifti(array, own, Path(meta["filename_or_obj"]))
+        if image is None or not np.allclose(affine, own, rtol=0, atol=AFFINE_TOLERANCE):
             raise DataError(f"{case}: {key} {array.shape} is not on the grid of its image's file; undo the transforms")
         write_result(
             self.folder / f"{file_name(case)}_{self.postfix}.nii.gz", gzip.compress(image.to_bytes(), 1, mtime=0)
@@ -84,7 +85,7 @@ class SaveVolumed(EachKeyd):
 
 
 def _nifti(array: np.ndarray, affine: np.ndarray, source: Path) -> Any:
-    """NIfTI image of an array with the geometry of the file that it belongs to; None where it is on another grid."""
+    """NIfTI image of an array with the geometry of the file that it belongs to; None where its shape is another one."""
     if not source.name.lower().endswith((".nii", ".nii.gz")):
         image: Any = nib.Nifti1Image(array, affine)
         image.header.set_xyzt_units("mm")
@@ -94,7 +95,7 @@ def _nifti(array: np.ndarray, affine: np.ndarray, source: Path) -> Any:
         image.set_qform(affine, _SCANNER if upright else 0)
         return image
     stored: Any = nib.load(source)
-    if stored.shape[:3] != array.shape or not np.allclose(stored.affine, affine, rtol=0, atol=AFFINE_TOLERANCE):
+    if stored.shape[:3] != array.shape:
         return None
     header = type(stored.header)()
     header.set_data_dtype(np.uint8)

@@ -307,7 +307,10 @@ def _header_notes(image: nib.Nifti1Image) -> list[str]:
     if qform is None and sform is None:
         notes.append("has neither qform nor sform: left and right are a guess")
     if qform is not None and sform is not None and np.abs(qform - sform).max() > _FORM_TOLERANCE_MM:
-        notes.append("qform and sform differ: the sform is used")
+        sides = np.linalg.norm(sform[:3, :3], axis=0)
+        # MONAI goes by the form whose voxels have the size that the header states (pixdim)
+        used = "sform" if np.allclose(sides, image.header["pixdim"][1:4]) else "qform"
+        notes.append(f"qform and sform differ: the {used} is used")
     axes = image.affine[:3, :3] / np.maximum(np.linalg.norm(image.affine[:3, :3], axis=0), 1e-12)
     if np.abs(axes.T @ axes - np.eye(3)).max() > _SHEAR_TOLERANCE:
         notes.append("its axes are not at right angles: distances in mm will be off")
