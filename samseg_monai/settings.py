@@ -215,17 +215,19 @@ class Places(BaseModel):
 PLACES = tuple(field.alias or name for name, field in Places.model_fields.items())
 
 
-def _patch(model: type[BaseModel]) -> type[BaseModel]:
+def _patch(model: type[BaseModel], *without: str) -> type[BaseModel]:
     """The same model with every key optional, groups of keys included: what a recipe's part may set."""
     fields: dict[str, Any] = {}
     for name, field in model.model_fields.items():
+        if name in without:
+            continue
         kind = field.annotation
         group = isinstance(kind, type) and issubclass(kind, BaseModel)
         fields[name] = (_patch(kind) if group else Annotated[field.rebuild_annotation(), field], None)  # type: ignore[arg-type]
     return create_model(f"{model.__name__}Patch", __base__=Model, __doc__=model.__doc__, **fields)
 
 
-RunPatch = _patch(RunSettings)
+RunPatch = _patch(RunSettings, "optimizer")  # a component of train.json, which no overlay of inference.json can reach
 
 
 class DemoSettings(Model):

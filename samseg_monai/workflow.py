@@ -30,24 +30,27 @@ def run_workflow(configs: Sequence[str | Path], overrides: dict[str, Any], *, ec
 
     Raises:
         BundleError: a config file does not exist.
+        ConfigError: overrides of what the configs do not have.
         SamsegError: what our code raised, wherever MONAI wrapped it.
     """
-    configs = [part for config in configs for part in _with_base(Path(config), configs)]
-    missing = [str(c) for c in configs if not Path(c).is_file()]
+    files = [part for config in configs for part in _with_base(Path(config), configs)]
+    missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise BundleError(f"no such config: {', '.join(missing)}; give the folder of a bundle")
     from samseg_monai.bundles.door import literal, own_errors
+    from samseg_monai.bundles.running import check_groups
     from samseg_monai.settings import PLACES
 
     overrides = {key: literal(value, place=key in PLACES) for key, value in overrides.items()}
-    command = shell_command(configs, overrides)
+    check_groups(files, overrides)
+    command = shell_command(files, overrides)
     if echo:
         typer.echo(f"$ {command}", err=True)
     from monai.bundle import run
 
     with own_errors(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="parsing config_file")  # "only from a source you trust": from us
-        run(config_file=[str(c) for c in configs], **overrides)
+        run(config_file=[str(file) for file in files], **overrides)
     return command
 
 

@@ -38,12 +38,13 @@ SLOW = {
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what is slow, and begin with the files that take minutes, or one worker would be left alone with them."""
-    long = ("test_docs.py", "test_bundles.py", "test_export.py", "test_strategy_laws.py", "test_demo_abdomen.py")
+    """Mark what is slow, and begin with the longest files, or one worker would be left alone with one of them."""
+    long = ("strategy_laws", "export", "docs", "bundles", "demo_abdomen", "contributing")
+    order = {name: place for place, name in enumerate([*long, *sorted(SLOW - set(long))])}
     for item in items:
         if item.path.stem.removeprefix("test_") in SLOW:
             item.add_marker("slow")
-    items.sort(key=lambda item: long.index(item.path.name) if item.path.name in long else len(long))
+    items.sort(key=lambda item: order.get(item.path.stem.removeprefix("test_"), len(order)))
 
 
 def pytest_runtest_setup():

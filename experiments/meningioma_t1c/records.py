@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from monai.bundle import ConfigParser
 
-from samseg_monai.demo.story import ABSENT, recorded
 from samseg_monai.errors import ConfigError, raise_all
 from samseg_monai.files import write_text, write_whole
 from samseg_monai.handlers.provenance import plain, read_json
@@ -56,11 +56,13 @@ def is_trained(folder: Path, settings: Mapping[str, Any]) -> bool:
     card = read_json(folder / "run_card.json")
     if not card:
         return False
-    others = []
-    for key, wanted in settings.items():
-        was = recorded(card.get("settings", {}), key)
-        if was is not ABSENT and was != plain(wanted):
-            others.append(f"{key}: {was!r} there, {wanted!r} in the plan")
+    recorded = ConfigParser(card.get("settings", {}))  # places and wiring are none: what is absent does not count
+    found = {key: recorded.get(key, plain(wanted)) for key, wanted in settings.items()}
+    others = [
+        f"{key}: {found[key]!r} there, {wanted!r} in the plan"
+        for key, wanted in settings.items()
+        if found[key] != plain(wanted)
+    ]
     raise_all(others, ConfigError, f"{folder}: is a training with other settings; move it away")
     return bool(card.get("status") == "completed")
 

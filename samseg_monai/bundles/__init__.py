@@ -2,7 +2,7 @@
 
 from samseg_monai.bundles.build import build_bundle, recipe_names, write_bundle
 from samseg_monai.bundles.loaded import LoadedBundle, load_bundle
-from samseg_monai.bundles.pack import pack_bundle, verify_sums
+from samseg_monai.bundles.pack import pack_bundle
 from samseg_monai.bundles.record import facts, record_bundle, settings
 from samseg_monai.bundles.running import (
     bundle_root,
@@ -32,6 +32,5 @@ __all__ = [
     "recipe_names",
     "record_bundle",
     "settings",
-    "verify_sums",
     "write_bundle",
 ]

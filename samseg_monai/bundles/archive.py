@@ -7,7 +7,6 @@ end (format: PKWARE's APPNOTE 6.3.10, sections 4.3 to 4.5).
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -17,12 +16,13 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
 from samseg_monai.errors import BundleError, raise_all
-from samseg_monai.files import parse_json
+from samseg_monai.files import hash_stream, parse_json
 
 SUMS = "SHA256SUMS"
 TEXT_BYTES = 8 << 20  # no text of a bundle is longer
@@ -69,20 +69,14 @@ class BundleFiles:
         """Content of a file of at most ``most`` bytes."""
         if self.sizes[name] > most:
             raise BundleError(f"{self.place}: {name}: {self.sizes[name]:,} bytes, expected at most {most:,}")
-        try:
-            with self.open(name) as stream:
-                return stream.read(most + 1)
-        except DAMAGED as error:
-            raise self._damaged(name, error) from error
+        with self._reading(name) as stream:
+            return stream.read(most + 1)
 
     def copy(self, name: str, target: Path) -> Path:
         """Write a file's content to ``target``."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with self.open(name) as stream, target.open("wb") as copy:
-                shutil.copyfileobj(stream, copy, 1 << 20)
-        except DAMAGED as error:
-            raise self._damaged(name, error) from error
+        with self._reading(name) as stream, target.open("wb") as copy:
+            shutil.copyfileobj(stream, copy, 1 << 20)
         return target
 
     def bring(self, name: str, folder: Path) -> Path:
@@ -95,14 +89,8 @@ class BundleFiles:
 
     def sha256(self, name: str) -> str:
         """Hexadecimal sha256 of a file."""
-        digest = hashlib.sha256()
-        try:
-            with self.open(name) as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-        except DAMAGED as error:
-            raise self._damaged(name, error) from error
-        return digest.hexdigest()
+        with self._reading(name) as stream:
+            return hash_stream(stream)
 
     def changed(self) -> list[str]:
         """Files that are missing or are not the ones listed in ``SHA256SUMS``; nothing where a bundle has no sums."""
@@ -119,8 +107,14 @@ class BundleFiles:
         lines = self.read(SUMS, TEXT_BYTES).decode("utf-8", "replace").splitlines() if SUMS in self.sizes else []
         return {line[66:]: line[:64] for line in lines}
 
-    def _damaged(self, name: str, error: BaseException) -> BundleError:
-        return BundleError(f"{self.place}: {name}: cannot be read ({visible(str(error))}); get the bundle again")
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[IO[bytes]]:
+        try:
+            with self.open(name) as stream:
+                yield stream
+        except DAMAGED as error:
+            problem = f"{name}: cannot be read ({visible(str(error))}); get the bundle again"
+            raise BundleError(f"{self.place}: {problem}") from error
 
 
 class Folder(BundleFiles):
@@ -227,14 +221,10 @@ class Archive(BundleFiles):
         Raises:
             BundleError: the ZIP has problems, all of which are listed, or is damaged.
         """
-        self.refuse()
+        raise_all(self.problems, BundleError, f"{self.place} does not unpack to what it shows; do not use it")
         for name in self.sizes:
             self.copy(name, folder / name)
         return folder
-
-    def refuse(self) -> None:
-        """Raise BundleError with all problems, or return where there are none."""
-        raise_all(self.problems, BundleError, f"{self.place} does not unpack to what it shows; do not use it")
 
 
 def open_files(path: str | Path) -> BundleFiles:

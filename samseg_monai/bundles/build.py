@@ -125,12 +125,13 @@ def build_bundle(task: str, strategy: str, output: str | Path) -> Path:
     return write_bundle(settings, Path(output) / settings.name)
 
 
-def write_bundle(settings: BundleSettings, folder: Path) -> Path:
+def write_bundle(settings: BundleSettings, folder: Path, *, wheel: bool = False) -> Path:
     """Write the bundle of ``settings`` into ``folder``; the same settings give the same bytes.
 
-    Everything is rendered before the first file is written, and files of the same names are replaced.
+    Everything is rendered before the first file is written, and files of the same names are replaced. ``wheel`` says
+    that a wheel of the package lies in it, which its README then tells to install.
     """
-    content = render(settings)
+    content = render(settings, wheel=wheel)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         for name, text in content.items():
@@ -143,18 +144,26 @@ def write_bundle(settings: BundleSettings, folder: Path) -> Path:
     return folder
 
 
-def render(settings: BundleSettings) -> dict[str, str]:
+def render(settings: BundleSettings, *, wheel: bool = False) -> dict[str, str]:
     """Text of every file of the bundle by its name, relative to the bundle's folder."""
-    values = _values(settings)
+    values = {**_values(settings), "install": install_words(settings.name, settings.engine, wheel=wheel)}
     names = [*(CONFIGS if settings.trains else CONFIGS[1:]), *(o for o in OVERLAYS if _has(settings, o)), "metadata"]
     configs = {f"configs/{name}.json": config_text(_config(name, values)) for name in names}
     configs[f"configs/{SETTINGS}"] = config_text(dump_settings(settings))
     return {**configs, **{target: _rendered(name, values) for name, target in TEXTS.items()}}
 
 
-def render_config(settings: BundleSettings, name: str) -> dict[str, Any]:
-    """One config of the bundle (``train``, ``inference``, ``evaluate``, ``demo`` ...) as a JSON object."""
-    return _config(name, _values(settings))
+def wheel_name(version: str) -> str:
+    """Path in a bundle of the wheel of samseg-monai that it may hold."""
+    return f"wheel/samseg_monai-{version}-py3-none-any.whl"
+
+
+def install_words(name: str, version: str, *, wheel: bool) -> str:
+    """What the README of the bundle ``name`` says of installing the package."""
+    if not wheel:
+        return f"samseg-monai {version} has to be installed (`pip install .` in its source folder)."
+    told = f"Install samseg-monai {version} from the wheel that lies in this bundle; what it needs comes from PyPI:"
+    return f"{told}\n\n```\npip install {name}/{wheel_name(version)}\n```"
 
 
 def _has(settings: BundleSettings, overlay: str) -> bool:

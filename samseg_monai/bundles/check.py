@@ -22,13 +22,15 @@ from samseg_monai.bundles.door import SETTINGS, WEIGHTS, differences, engine_of,
 from samseg_monai.bundles.old import VERSION
 from samseg_monai.bundles.pack import RESULTS
 from samseg_monai.bundles.pickles import pickle_problems
-from samseg_monai.bundles.record import NAME, RECORD
+from samseg_monai.bundles.record import NAME, PARTS, RECORD
+from samseg_monai.bundles.wheel import WHEEL, wheel_problems
 from samseg_monai.checkpoints import CARD, TENSORS
 from samseg_monai.errors import BundleError, SamsegError
 
 AS_BUILT, EDITED, ANOTHER_VERSION = "as built", "edited", "made by another version"
 RUNS = "eval/"  # what a run leaves in the bundle's folder, where MONAI bundles have it
-OWN = (SETTINGS, SUMS, NAME, *WEIGHTS, f"models/{TENSORS}", f"models/{CARD}", *(f"metrics/{name}" for name in RESULTS))
+MODELS = (*WEIGHTS, f"models/{TENSORS}", f"models/{CARD}")
+OWN = (SETTINGS, SUMS, NAME, PARTS, WHEEL, *MODELS, *(f"metrics/{name}" for name in RESULTS))
 _DATA = re.compile(
     r".*\.(nii|nii\.gz|mha|nrrd|png|csv|json|md|txt|html|pt|safetensors|bank|rows|lock|log|db|tmp|part)|"
     r"(.*/)?events\.out\.tfevents\.[\w.-]+"
@@ -44,6 +46,7 @@ class Verdict:
         name: of the bundle.
         engine: version of samseg-monai that it says it was made by.
         problems: everything that is not as built, one line each.
+        code: wheels in it, and whether they are what this package would build; empty for a bundle without one.
         sums: files whose sha256 was compared with ``SHA256SUMS``. Sums show damage, not who sent a bundle.
     """
 
@@ -51,6 +54,7 @@ class Verdict:
     name: str
     engine: str
     problems: tuple[str, ...]
+    code: tuple[str, ...]
     sums: int
 
 
@@ -66,20 +70,32 @@ def check_bundle(path: str | Path) -> Verdict:
         try:
             engine = engine_of(files)
             judged = SETTINGS in files.sizes and engine == __version__
-            if judged:
+            if judged or PARTS in files.sizes:
                 settings = settings_of(files)
                 name = settings.name
-                root = write_bundle(settings, Path(scratch) / "built")
+                root = write_bundle(settings, Path(scratch) / "built", wheel=WHEEL in files.sizes)
                 built = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} - {SETTINGS}
                 problems += [line for file in sorted(built) for line in _against(files, root, file)]
         except SamsegError as error:
-            judged = True
+            judged = SETTINGS in files.sizes
             problems += [visible(line, 500) for line in str(error).splitlines()]
         problems += [line for file in sorted(files.sizes.keys() - built) for line in _own_file(files, file, judged)]
         problems += _record(files)
+        code = tuple(_code(files, problems))
         compared = 0 if problems else len(files.sums())
     answer = EDITED if problems else AS_BUILT if judged else ANOTHER_VERSION
-    return Verdict(answer, name, engine, tuple(dict.fromkeys(problems)), compared)
+    return Verdict(answer, name, engine, tuple(dict.fromkeys(problems)), code, compared)
+
+
+def _code(files: BundleFiles, problems: list[str]) -> Iterator[str]:
+    """One line for each wheel: what it is, and whether it was compared with the package that runs here."""
+    for name in sorted(name for name in files.sizes if name.lower().endswith(".whl")):
+        found = f"samseg-monai {__version__} that runs here"
+        if name != WHEEL:
+            found = f"not compared, as it is no wheel of the {found}"
+        else:
+            found = f"{'not' if any(WHEEL in problem for problem in problems) else 'byte for byte'} the {found}"
+        yield f"{visible(name)} is code, which runs once it is installed: {found}"
 
 
 def _against(files: BundleFiles, root: Path, name: str) -> list[str]:
@@ -99,6 +115,8 @@ def _own_file(files: BundleFiles, name: str, judged: bool) -> Iterator[str]:
                 yield from (f"{name}: {line}" for line in _evaluable(files.json(name)))
         elif name == NAME and not re.fullmatch(rb"[A-Za-z0-9][\w.-]*\n?", files.read(name, TEXT_BYTES)):
             yield f"{name}: no plain name"
+        elif name == WHEEL:
+            yield from wheel_problems(files)
         elif name in OWN and b"\0" in files.read(name, TEXT_BYTES):
             yield f"{name}: not the text that its name says"
         if name not in OWN and judged and not (result and (_DATA.fullmatch(name.lower()) or f"/{RECORD}/" in name)):

@@ -25,7 +25,7 @@ from samseg_monai.bundles.build import SETTINGS as FILE
 from samseg_monai.bundles.build import write_bundle
 from samseg_monai.bundles.old import VERSION, old_settings
 from samseg_monai.bundles.pickles import pickle_problems
-from samseg_monai.bundles.record import NAME, RECORD
+from samseg_monai.bundles.record import NAME, PARTS, RECORD
 from samseg_monai.checkpoints import CARD, TENSORS, Network
 from samseg_monai.errors import BundleError, ConfigError, own_cause, raise_all
 from samseg_monai.files import read_json
@@ -162,6 +162,12 @@ def settings_of(files: BundleFiles) -> BundleSettings:
             raise ConfigError(
                 f"{error}\nIt says that samseg-monai {engine} made it, this is {__version__}: use that"
             ) from error
+    if PARTS in files.sizes:
+        parts = visible(", ".join(map(str, files.json(PARTS).get("parts", ()))), 500)
+        raise BundleError(
+            f"{files.place}: has parts of its own ({parts}), which no settings describe; --trust runs what its maker "
+            "wrote"
+        )
     configs = {n: files.json(f"configs/{n}.json") for n in ("inference", "train", "evaluate", "metadata")
                if f"configs/{n}.json" in files.sizes}  # fmt: skip
     if "inference" not in configs:
@@ -178,7 +184,8 @@ def settings_of(files: BundleFiles) -> BundleSettings:
 
 def engine_of(files: BundleFiles) -> str:
     """Version of samseg-monai that a bundle says it was made by."""
-    engine = files.json(SETTINGS).get("engine", __version__) if SETTINGS in files.sizes else VERSION
+    source = next((name for name in (SETTINGS, PARTS) if name in files.sizes), None)
+    engine = VERSION if source is None else files.json(source).get("engine", __version__)
     return engine if isinstance(engine, str) and re.fullmatch(r"[0-9][\w.+-]{0,63}", engine) else __version__
 
 

@@ -78,12 +78,12 @@ class LoadedBundle:
 
         Args:
             image: file, folder of a case or DICOM series; or an array: a volume (X, Y, Z), of several scans
-                (X, Y, Z, S); a 2-D image (rows, columns) or (rows, columns, 3).
+                (X, Y, Z, S); a 2-D image (rows, columns), or uint8 (rows, columns, 3) for RGB.
             boxes: for a bundle that takes prompts: of a volume ``[{"slices": [k0, k1], "box": [i0, j0, i1, j1]}]`` in
                 voxels, both ends inclusive; of a 2-D image ``[[x0, y0, x1, y1]]`` in pixels. Or the JSON file of
                 ``samseg predict``, or its content. None, without ``mask``: the whole slice.
             mask: file of a coarse mask on the image's grid.
-            affine: (4, 4), voxels to RAS mm, of an array; default: 1 mm.
+            affine: (4, 4), voxels to RAS mm, of an array that is a volume; default: 1 mm.
             allow_modality: go on with an image that is, or by its values seems to be, of another modality than those
                 that the bundle was trained on.
 
@@ -93,12 +93,14 @@ class LoadedBundle:
 
         Raises:
             PromptError: prompts for a bundle that takes none, or two kinds of them.
-            DataError: image or prompts cannot be used, or there are several cases.
+            DataError: image or prompts cannot be used, there are several cases, or ``affine`` of what needs none.
         """
         if boxes is not None and mask is not None:
             raise PromptError("predict: got boxes and mask; give one source of prompts")
         if not self.prompted and not (boxes is None and mask is None):
             raise PromptError(f"predict: {self.name} takes no prompts; leave boxes and mask out")
+        if affine is not None and (self._images or isinstance(image, (str, Path))):
+            raise DataError("predict: affine is for arrays that are volumes: files have their own, 2-D images none")
         source = (BOXES if boxes is not None else MASK if mask is not None else WHOLE) if self.prompted else "none"
         with own_errors(), tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             place = Path(image) if isinstance(image, (str, Path)) else self._written(image, affine, Path(folder))
@@ -108,17 +110,14 @@ class LoadedBundle:
             if isinstance(boxes, (str, Path)):
                 places["boxes"] = Path(boxes)
             elif boxes is not None:
-                case = self._case(source, places) if isinstance(image, (str, Path)) else CASE
+                case = self._cases(source, places)[0]["case"] if isinstance(image, (str, Path)) else CASE
                 named = boxes if isinstance(boxes, Mapping) else {case: list(boxes)}
                 places["boxes"] = table = Path(folder) / "boxes.json"
                 write_json(table, named)
             return self._run(source, places)
 
-    def _case(self, source: str, places: Mapping[str, Any]) -> str:
-        """Name of the one case that there is."""
-        return str(self._cases(source, places)[0]["case"])
-
     def _cases(self, source: str, places: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The one case that there is."""
         parser = self._parser(source)
         for key, value in places.items():
             parser[key] = None if value is None else literal(str(Path(value).absolute()))
@@ -173,6 +172,12 @@ class LoadedBundle:
     def _written(self, array: np.ndarray, affine: np.ndarray | None, folder: Path) -> Path:
         """A file that holds an array as the bundle reads it."""
         array = np.asarray(array)
+        grey = array.ndim == 2 and array.dtype.kind in "buif"
+        if self._images and not grey and (array.shape[2:] != (3,) or array.dtype != np.uint8):
+            got = f"an array {array.shape} of {array.dtype}"
+            raise DataError(
+                f"predict: got {got}, expected numbers (rows, columns), or uint8 (rows, columns, 3) for RGB"
+            )
         if self._images:
             kept = array.dtype in (np.uint8, np.uint16)
             path = folder / f"{CASE}{'.png' if kept else '.tif'}"

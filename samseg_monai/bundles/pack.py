@@ -5,19 +5,19 @@ from __future__ import annotations
 import shutil
 import tempfile
 import zipfile
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from samseg_monai import __version__, checkpoints
-from samseg_monai.bundles.archive import SUMS, open_files
-from samseg_monai.bundles.build import write_bundle
+from samseg_monai.bundles.archive import SUMS
+from samseg_monai.bundles.build import install_words, write_bundle
 from samseg_monai.bundles.door import WEIGHTS, Opened, open_bundle
 from samseg_monai.bundles.record import RECORD
+from samseg_monai.bundles.wheel import WHEEL, build_wheel
 from samseg_monai.errors import BundleError, raise_all
-from samseg_monai.files import hash_file, read_json, write_json, write_whole
+from samseg_monai.files import hash_file, read_json, write_json, write_text, write_whole
 from samseg_monai.settings import BundleSettings, dump_settings, merged, read_settings
 
 STORED = (".pt", ".safetensors")  # floating-point numbers hardly shrink, and large files take half a minute to try
@@ -33,19 +33,6 @@ def write_sums(folder: Path) -> None:
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def verify_sums(path: str | Path) -> int:
-    """Check the files of a bundle against its ``SHA256SUMS`` and return their number (0: the bundle has no sums).
-
-    Sums show damage; whoever changes a file on purpose changes them, too.
-
-    Raises:
-        BundleError: files that are missing or were changed; all are listed.
-    """
-    with closing(open_files(path)) as files:
-        raise_all(files.changed(), BundleError, f"{path}: not the bundle that was packed; ask for it again")
-        return len(files.sums())
-
-
 def _check_run(run: Path) -> list[str]:
     problems = []
     configs = run / RECORD / "configs"
@@ -59,7 +46,13 @@ def _check_run(run: Path) -> list[str]:
 
 
 def pack_bundle(
-    run: str | Path, output: str | Path, *, sam_checkpoint: str | None = None, pt: bool = True, trust: bool = False
+    run: str | Path,
+    output: str | Path,
+    *,
+    sam_checkpoint: str | None = None,
+    pt: bool = True,
+    package: bool = False,
+    trust: bool = False,
 ) -> Path:
     """Pack the run in folder ``run`` as ``output`` (a ZIP that holds one folder, the bundle).
 
@@ -68,6 +61,7 @@ def pack_bundle(
         output: the ZIP to write; replaced if it exists.
         sam_checkpoint: base weights, where they are not found by name (see ``find_weights``).
         pt: write ``models/model.pt``, too, which MONAI's own loaders read.
+        package: put a wheel of this package into it, and the line that installs it into its README.
         trust: pack the configs of the run as they are, however they came about (see ``open_bundle``).
 
     Returns:
@@ -82,10 +76,11 @@ def pack_bundle(
         raise BundleError(f"pack: there is no folder {run}; give the output_dir of a run")
     raise_all(_check_run(run), BundleError, f"pack: {run} is not a finished run")
     card = read_json(run / "evaluation" / "run_card.json", BundleError, "run card", FIX)
+    wheel = build_wheel() if package else None
     with open_bundle(run, trust=trust) as opened, tempfile.TemporaryDirectory() as temporary:
         raise_all(_mismatches(opened, card), BundleError, f"pack: {run} cannot be packed as one bundle")
         root = Path(temporary) / opened.name
-        steps = _write_configs(run, opened, card, root)
+        steps = _write_configs(run, opened, card, root, package)
         with torch.random.fork_rng():
             torch.manual_seed(int(card.get("seed") or 0))  # a random base is that of the evaluation
             _write_models(run, opened, root / "models", sam_checkpoint, steps, pt)
@@ -93,6 +88,9 @@ def pack_bundle(
         for result in RESULTS:
             if (run / "evaluation" / result).is_file():
                 shutil.copy(run / "evaluation" / result, root / "metrics" / result)
+        if wheel is not None:
+            (root / WHEEL).parent.mkdir()
+            (root / WHEEL).write_bytes(wheel)
         write_sums(root)
         write_whole(output, lambda path: _zip(root, path))
     return output
@@ -122,7 +120,7 @@ def _mismatches(opened: Opened, card: dict[str, Any]) -> list[str]:
     return problems + [f"{edit}: {fix}" for edit in opened.edited if edit.startswith(PREDICTING)]
 
 
-def _write_configs(run: Path, opened: Opened, card: dict[str, Any], root: Path) -> dict[str, Any]:
+def _write_configs(run: Path, opened: Opened, card: dict[str, Any], root: Path, package: bool) -> dict[str, Any]:
     """Write everything but weights and results to ``root``, so that it predicts as it was evaluated.
 
     Returns: the steps of the evaluation that belong to its numbers and to every prediction.
@@ -134,12 +132,22 @@ def _write_configs(run: Path, opened: Opened, card: dict[str, Any], root: Path) 
         for path in (opened.config(name) for name in ("evaluate", "inference")):
             if path.is_file():
                 write_json(root / "configs" / path.name, {**read_json(path, BundleError, "config"), **steps}, indent=4)
+        if package:
+            _tell_of_wheel(root / "docs" / "README.md", opened.name)
         return steps
-    write_bundle(evaluated(opened.settings, card), root)
+    write_bundle(evaluated(opened.settings, card), root, wheel=package)
     edited = {edit.partition(": ")[0] for edit in opened.edited}
     for name in edited & {"configs/train.json", "configs/evaluate.json"}:  # wiring that was changed in training travels
         shutil.copy(run / RECORD / name, root / name)
     return steps
+
+
+def _tell_of_wheel(readme: Path, name: str) -> None:
+    """Tell in the README of a bundle that is packed as it is how its wheel is installed, in front of all else."""
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else f"# {name}\n"
+    title, _, rest = text.partition("\n")
+    readme.parent.mkdir(exist_ok=True)
+    write_text(readme, f"{title}\n\n{install_words(name, __version__, wheel=True)}\n{rest}")
 
 
 def evaluated(settings: BundleSettings, card: dict[str, Any]) -> BundleSettings:

@@ -13,17 +13,19 @@ import ignite.distributed as idist
 from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 
+from samseg_monai import __version__
 from samseg_monai.bundles.build import CONFIGS, SETTINGS, config_text, write_bundle
 from samseg_monai.bundles.running import Running, running
 from samseg_monai.bundles.values import KEYS, TASK_KEYS, custom_parts, differences, effective_settings
 from samseg_monai.errors import BundleError
-from samseg_monai.files import read_json, write_text
+from samseg_monai.files import read_json, write_json, write_text
 from samseg_monai.sam.weights import RANDOM, sha256_of
 from samseg_monai.settings import PLACES, read_settings
 
 logger = logging.getLogger(__name__)
 RECORD = "bundle"
 NAME = "name.txt"  # in every record: the name of the bundle that ran
+PARTS = "parts.json"  # in place of settings: what this version wrote, and ids of the parts that no settings describe
 # what belongs to the machine of the run, or to the way it was started
 LOCAL = {
     "_meta_", "bundle_root", "checkpoint", "datalist", "dataset_dir", "device", "finalize", "imports", "initialize",
@@ -168,7 +170,7 @@ def _copy(configs: Path, target: Path) -> None:
     """Copy a bundle that has no settings; the demo's values are in the other configs now, or not wanted."""
     leave = shutil.ignore_patterns("demo.json")
     shutil.copytree(configs, target / "configs", ignore=leave)
-    for name in ("docs", "LICENSE", "large_files.yml"):
+    for name in ("docs", "LICENSE", "large_files.yml", PARTS):
         source = configs.parent / name
         if source.is_dir():
             shutil.copytree(source, target / name)
@@ -194,6 +196,7 @@ def _patch(configs: Path, changes: Mapping[str, Any]) -> None:
         write_text(path, config_text(after))
         if name == "inference" and (configs / SETTINGS).is_file():
             (configs / SETTINGS).unlink()
+            write_json(configs.parent / PARTS, {"engine": __version__, "parts": list(changes)})
             logger.warning(
                 "This run has parts of its own (%s), which no settings describe: a bundle packed from it is predicted "
                 "with only where its receiver trusts its configs.",

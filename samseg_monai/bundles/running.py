@@ -10,32 +10,38 @@ import os
 import sys
 import types
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.utils import optional_import
 
 from samseg_monai.bundles.build import SETTINGS
 from samseg_monai.bundles.values import custom_parts, effective_settings
 from samseg_monai.errors import ConfigError, own_cause, raise_all
 from samseg_monai.files import read_json
-from samseg_monai.settings import PLACES, BundleSettings, problems_of, read_settings
+from samseg_monai.settings import PLACES, BundleSettings, RunSettings, problems_of, read_settings
 
 logger = logging.getLogger(__name__)
 INTERNAL = {"_meta_"}
+REFUSED = "config: this bundle cannot run as asked"
 
 
 @dataclass(frozen=True)
 class Running:
-    """The bundle whose expression is being evaluated: folder of its configs, and the config that runs."""
+    """The bundle whose expression is being evaluated: folder of its configs, and the parser of the one that runs."""
 
     configs: Path
-    config: dict[str, Any]
-    parser: Any
+    parser: ConfigParser
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config with its overrides, not evaluated."""
+        return dict(self.parser.get())
 
     @property
     def kind(self) -> str:
@@ -54,7 +60,7 @@ def running() -> Running | None:
     while frame is not None:
         found = frame.f_locals.get("self")
         if isinstance(found, ConfigWorkflow):
-            return Running(Path(found.config_root_path).resolve(), found.parser.get(), found.parser)
+            return Running(Path(found.config_root_path).resolve(), found.parser)
         frame = frame.f_back
     return None
 
@@ -162,13 +168,40 @@ def guard() -> None:
         raise ConfigError(
             f'evaluate.json only changes inference.json; give both, in this order: --config_file "{files}"'
         )
-    known: dict[str, Any] = {}
-    for path in sorted(found.configs.glob("*.json")):
-        if path.name not in ("metadata.json", SETTINGS):
-            known.update(_ids(read_json(path, ConfigError, "config")))
-    problems = [f"{line}: no such key" for line in unknown_keys(found.config, known)]
-    problems += _wrong_values(found) + _wrong_places(found)
-    raise_all(problems, ConfigError, "config: this bundle cannot run as asked")
+    problems = unknown_keys(found.config, _known(found.configs)) + _wrong_values(found) + _wrong_places(found)
+    raise_all(problems, ConfigError, REFUSED)
+
+
+def check_groups(configs: Sequence[Path], overrides: Mapping[str, Any]) -> None:
+    """Refuse overrides within a group or component that the configs do not have (``promt::source``).
+
+    MONAI answers them with a KeyError, before it evaluates anything of a bundle: ``guard`` never comes to see them.
+
+    Raises:
+        ConfigError: unknown keys; all are listed.
+    """
+    parser = ConfigParser(ConfigParser.load_config_files([str(config) for config in configs]))
+    known, lost = _known(configs[0].parent), []
+    for key, value in overrides.items():
+        try:
+            parser[key] = value
+        except (LookupError, TypeError, ValueError):
+            lost.append(_no_such_key(key.replace("#", "::"), known))
+    raise_all(lost and lost + unknown_keys(parser.get(), known), ConfigError, REFUSED)
+
+
+def _known(configs: Path) -> dict[str, dict[str, Any]]:
+    """Every id in the configs of a bundle, and the object it is a key of."""
+    paths = [path for path in sorted(configs.glob("*.json")) if path.name not in ("metadata.json", SETTINGS)]
+    return {key: owner for path in paths for key, owner in _ids(read_json(path, ConfigError, "config")).items()}
+
+
+def _no_such_key(name: str, known: Mapping[str, Any]) -> str:
+    group = name.split("::")[0]
+    if group in RunSettings.model_fields and group not in known:
+        return f"{name}: no such key (other bundles have {group!r}, this one has no use for it)"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"{name}" + (f" (did you mean {close[0]}?)" if close else "") + ": no such key"
 
 
 # where the settings of a part lie in the configs
@@ -271,8 +304,7 @@ def unknown_keys(config: dict[str, Any], known: dict[str, Any]) -> list[str]:
         parent = name.rpartition("::")[0]
         if parent and (parent not in known or known[parent].get(parent.rpartition("::")[2], "") is None):
             continue  # its parent is reported, is a component given whole, or a mapping in place of null
-        close = difflib.get_close_matches(name, known, n=1)
-        problems.append(f"{name}" + (f" (did you mean {close[0]}?)" if close else ""))
+        problems.append(_no_such_key(name, known))
     return problems
 
 

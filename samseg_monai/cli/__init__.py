@@ -13,8 +13,7 @@ from typing import Annotated
 import typer
 
 from samseg_monai import __version__
-from samseg_monai.cli.bundle import bundle_app
-from samseg_monai.cli.check import check
+from samseg_monai.cli.bundle import bundle_app, check
 from samseg_monai.cli.data import bbox, phantom_app, prepare_app
 from samseg_monai.cli.export import export
 from samseg_monai.cli.find_lr import find_lr
@@ -38,7 +37,6 @@ app.add_typer(phantom_app, name="phantom")
 app.add_typer(task_app, name="task")
 app.add_typer(bundle_app, name="bundle")
 app.command(name="predict")(predict)
-bundle_app.command(name="check")(check)
 app.command(name="lint", help="The same as samseg bundle check.", hidden=True)(check)
 app.command(name="export")(export)
 app.command(name="report")(report)

@@ -1,13 +1,15 @@
-"""``samseg bundle build|list|pack``."""
+"""``samseg bundle build|list|pack|check``; the last is also ``samseg lint``."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from samseg_monai.cli.predict import TRUST
+from samseg_monai.cli.predict import BaseWeights, Trust
 from samseg_monai.errors import WeightsError
 
 bundle_app = typer.Typer(help="Build bundles from recipes and pack runs to share them.", no_args_is_help=True)
@@ -38,9 +40,12 @@ def build(
 def pack(
     run: Annotated[Path, typer.Argument(help="output_dir of a training and its evaluation")],
     output: Annotated[Path, typer.Option(help="ZIP to write")],
-    sam_checkpoint: Annotated[str | None, typer.Option(help="base weights, if not found by name")] = None,
+    sam_checkpoint: BaseWeights = None,
     pt: Annotated[bool, typer.Option("--pt/--no-pt", help="write models/model.pt for MONAI's own loaders, too")] = True,
-    trust: Annotated[bool, typer.Option("--trust", help=TRUST)] = False,
+    with_package: Annotated[
+        bool, typer.Option("--with-package", help="put a wheel of samseg-monai into it, for who has not installed it")
+    ] = False,
+    trust: Trust = False,
 ) -> None:
     """Pack a run as one ZIP that predicts and evaluates alone, offline.
 
@@ -50,9 +55,50 @@ def pack(
     from samseg_monai.bundles import pack_bundle
 
     try:
-        path = pack_bundle(run, output, sam_checkpoint=sam_checkpoint, pt=pt, trust=trust)
+        path = pack_bundle(run, output, sam_checkpoint=sam_checkpoint, pt=pt, package=with_package, trust=trust)
     except WeightsError as error:
         raise WeightsError(
             f"pack: {error}\nHere sam_checkpoint is --sam-checkpoint FILE: the file that the training was given"
         ) from error
     typer.echo(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+@bundle_app.command("check")
+def check(
+    bundle: Annotated[Path, typer.Argument(help="folder or ZIP of a bundle", exists=True)],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, for machines")] = False,
+) -> None:
+    """Compare a bundle with what this package writes from its settings; nothing of it is run.
+
+    Do this before "python -m monai.bundle run" on a bundle from elsewhere, which evaluates its JSON. (samseg predict,
+    export and find-lr do not: they write the configs anew.)
+
+    Exit code 0: as built. 1: edited, or damaged; all differences are listed by key. 2: a wrong command line. 3: made by
+    another version of samseg-monai, so that its JSON was not judged.
+    """
+    from samseg_monai import __version__
+    from samseg_monai.bundles.check import ANOTHER_VERSION, AS_BUILT, EDITED, check_bundle
+
+    verdict = check_bundle(bundle)
+    code = {AS_BUILT: 0, EDITED: 1, ANOTHER_VERSION: 3}[verdict.answer]
+    if as_json:
+        typer.echo(json.dumps(asdict(verdict), indent=2))
+        raise typer.Exit(code)
+    typer.echo(f"{verdict.name}: {verdict.answer}")
+    for problem in verdict.problems:
+        typer.echo(f"  - {problem}")
+    for line in verdict.code:
+        typer.echo(line)
+    if verdict.sums:
+        typer.echo(f"the sums of {verdict.sums} files fit: nothing was damaged; they do not tell who sent it")
+    if verdict.answer == AS_BUILT:
+        typer.echo(f"every other file is what samseg-monai {__version__} writes from configs/settings.json")
+    elif verdict.answer == EDITED:
+        typer.echo("do not run its JSON (monai.bundle run, --trust) unless you know who made these changes")
+    else:
+        typer.echo(
+            f"its JSON is from samseg-monai {verdict.engine}, which others write otherwise: not judged.\n"
+            f"To do so: install samseg-monai {verdict.engine} in an environment of its own, by pip install . in its "
+            "source folder, and run samseg bundle check there"
+        )
+    raise typer.Exit(code)

@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from samseg_monai.cli.predict import TRUST
+from samseg_monai.cli.predict import BaseWeights, Trust
 from samseg_monai.errors import ConfigError
-
-
-class Format(str, Enum):
-    """Formats that a network can be exported to."""
-
-    PTH = "pth"
-    TORCH = "torch"
-    ONNX = "onnx"
 
 
 def export(
     bundle: Annotated[Path, typer.Argument(help="folder or ZIP of a bundle, or output_dir of a run")],
     format: Annotated[
-        Format,
+        Literal["pth", "torch", "onnx"],
         typer.Option(help="pth: plain SAM in the official layout; torch: torch.export programs (.pt2); onnx"),
     ],
     output: Annotated[Path, typer.Option(help="folder for the files and export.json, which explains them")],
-    sam_checkpoint: Annotated[str | None, typer.Option(help="base weights, if not found by name")] = None,
+    sam_checkpoint: BaseWeights = None,
     size: Annotated[
         str | None, typer.Option(help="height,width of the slices of a rectangular network; default: its square")
     ] = None,
-    trust: Annotated[bool, typer.Option("--trust", help=TRUST)] = False,
+    trust: Trust = False,
 ) -> None:
     """Write a trained network in another format, after its files were read back and compared with it.
 
@@ -40,20 +31,16 @@ def export(
     """
     from samseg_monai.export import export_network, read_source
 
-    sides = None if size is None else _sides(size)
+    words = (size or "").split(",")
+    if size is not None and (len(words) != 2 or not all(word.strip().isdigit() for word in words)):
+        raise ConfigError(f"--size: got {size!r}; give height,width in pixels, such as 700,1024")
+    sides = None if size is None else (int(words[0]), int(words[1]))
     source = read_source(bundle, sam_checkpoint=sam_checkpoint, trust=trust)
     typer.echo(source.loaded)
     if source.warning:
         typer.echo(f"note: {source.warning}")
-    done = export_network(source, format.value, output, size=sides)
+    done = export_network(source, format, output, size=sides)
     for difference in done.differences:
         typer.echo(str(difference))
     for path in done.files:
         typer.echo(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
-
-
-def _sides(text: str) -> tuple[int, int]:
-    words = text.split(",")
-    if len(words) != 2 or not all(word.strip().isdigit() for word in words):
-        raise ConfigError(f"--size: got {text!r}; give height,width in pixels, such as 700,1024")
-    return int(words[0]), int(words[1])

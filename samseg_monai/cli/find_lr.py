@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from samseg_monai.cli.predict import TRUST
+from samseg_monai.cli.predict import Trust
 from samseg_monai.errors import ConfigError
 from samseg_monai.workflow import run_workflow
 
@@ -30,7 +30,7 @@ def find_lr(
     start_lr: Annotated[float, typer.Option(help="rate of the first step")] = 1e-6,
     end_lr: Annotated[float, typer.Option(help="rate of the last step, unless the loss diverges before")] = 1.0,
     steps: Annotated[int, typer.Option(help="optimiser steps", min=10)] = 100,
-    trust: Annotated[bool, typer.Option("--trust", help=TRUST)] = False,
+    trust: Trust = False,
 ) -> None:
     """Try learning rates on a bundle's training data and suggest one; --KEY VALUE overrides a value of the bundle.
 
@@ -44,16 +44,11 @@ def find_lr(
         raise ConfigError(f"find-lr: 0 < start-lr < end-lr needed, got {start_lr:g} and {end_lr:g}")
     test = {
         "_target_": "samseg_monai.cli.range_test.range_test",
-        "network": "@network",
+        **{name: f"@{name}" for name in ("network", "device", "output_dir", "lr", "accumulation_steps", "clip_norm")},
         "optimizer": "@train::optimizer",
         "loss": "@train::criterion",
         "loader": "@train::dataloader",
         "prepare_batch": "@train::trainer::prepare_batch",
-        "device": "@device",
-        "output_dir": "@output_dir",
-        "lr": "@lr",
-        "accumulation_steps": "@accumulation_steps",
-        "clip_norm": "@clip_norm",
         "start_lr": start_lr,
         "end_lr": end_lr,
         "steps": steps,

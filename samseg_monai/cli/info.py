@@ -35,24 +35,16 @@ def _lines() -> Iterator[str]:
     yield "weights (hashes are checked when they are loaded):"
     for variant, file in KNOWN.items():
         place = next((folder / file.name for folder in weights_folders() if (folder / file.name).is_file()), None)
-        told = f"{place}{_size(place, file.size)}" if place else f"not here; {file.name}, {file.size / 1e6:,.0f} MB"
+        told = f"not here; {file.name}, {file.size / 1e6:,.0f} MB"
+        if place:
+            size = place.stat().st_size
+            wrong = f" ({size:,} bytes, but the published file has {file.size:,}: it is refused)"
+            told = f"{place}{wrong if size != file.size else ''}"
         yield f"  {variant:8} {told}"
     yield "  pico     in the package (a toy of 2 million parameters for demos and tests)"
     yield f"{ENVIRONMENT}: {os.environ.get(ENVIRONMENT) or 'not set'}"
     cache = cache_folder()
-    yield f"cache: {cache}, {_used(cache) / 1e6:,.0f} MB used, {_free(cache) / 1e9:,.0f} GB free"
+    used = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
+    disk = next(place for place in (cache, *cache.parents) if place.exists())
+    yield f"cache: {cache}, {used / 1e6:,.0f} MB used, {shutil.disk_usage(disk).free / 1e9:,.0f} GB free"
     yield "shell completion: samseg --install-completion"
-
-
-def _size(path: Path, expected: int) -> str:
-    size = path.stat().st_size
-    return "" if size == expected else f" ({size:,} bytes, but the published file has {expected:,}: it is refused)"
-
-
-def _used(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _free(folder: Path) -> int:
-    """Bytes free where ``folder`` is, or will be."""
-    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free

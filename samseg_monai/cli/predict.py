@@ -14,7 +14,10 @@ from samseg_monai.workflow import run_workflow
 if TYPE_CHECKING:
     from samseg_monai.bundles.door import Opened
 
-TRUST = "run the JSON of the bundle itself, which can do whatever its maker likes"
+Trust = Annotated[
+    bool, typer.Option("--trust", help="run the JSON of the bundle itself, which can do whatever its maker likes")
+]
+BaseWeights = Annotated[str | None, typer.Option(help="base weights, if not found by name")]
 
 
 def predict(
@@ -33,7 +36,7 @@ def predict(
     allow_modality: Annotated[
         bool, typer.Option("--allow-modality", help="go on where an image seems to be of another modality")
     ] = False,
-    trust: Annotated[bool, typer.Option("--trust", help=TRUST)] = False,
+    trust: Trust = False,
 ) -> None:
     """Segment cases without labels; the result has exactly the grid and the affine of its image.
 
@@ -53,24 +56,20 @@ def predict(
     places = {"dataset_dir": input, "output_dir": output, "predictions_dir": output}
     overrides: dict[str, Any] = {key: os.path.abspath(place) for key, place in places.items()}
     overrides |= {} if sam_checkpoint is None else {"sam_checkpoint": sam_checkpoint}
-    overrides |= {} if device is None else {"device": device_of(device)}
     overrides |= {"allow_modality": True} if allow_modality else {}
+    if device is not None:
+        import torch
+
+        try:
+            overrides["device"] = f"$torch.device({str(torch.device(device))!r})"
+        except RuntimeError as error:
+            raise ConfigError(f"--device: got {device!r}; give cpu, cuda or cuda:1") from error
     with open_bundle(bundle, trust=trust) as opened:
         overrides |= _prompt_overrides(opened, given)
         if opened.checkpoint is not None:  # the folder of predictions is no place to look for an adapter
             overrides["checkpoint"] = str(opened.checkpoint)
         run_workflow([opened.config("inference")], overrides, echo=False)
     typer.echo(f"segmentations: {overrides['predictions_dir']}")
-
-
-def device_of(name: str) -> str:
-    """The value of ``device`` for a name that a person gave. Raises ConfigError for what is no device."""
-    import torch
-
-    try:
-        return f"$torch.device({str(torch.device(name))!r})"
-    except RuntimeError as error:
-        raise ConfigError(f"--device: got {name!r}; give cpu, cuda or cuda:1") from error
 
 
 def _prompt_overrides(opened: Opened, prompts: dict[str, str]) -> dict[str, str]:

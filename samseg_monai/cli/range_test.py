@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,18 @@ def range_test(
 ) -> float:
     """Run the test, write its table and curve, and leave network and optimiser as they were.
 
+    All but the schedule is of the training: the test is one, and the rate it suggests is that which warm-up leads to.
+
     Args:
-        network, optimizer, loss, loader, prepare_batch, accumulation_steps, clip_norm: of the training. Its schedule
-            is left out: the test is one, and the rate it suggests is that which warm-up leads to.
-        device: where to compute.
         output_dir: folder of ``lr_finder.csv`` and ``lr_finder.png``, made if need be.
         lr: the rate of the config, shown in the curve; groups of ``optimizer`` keep their ratio to it.
         start_lr, end_lr, steps: first and last rate and the number of steps between them.
     Returns: the rate where the smoothed loss falls most steeply.
     Raises: ConfigError where ``lr`` is not above 0; TrainingError where the loss fell nowhere, or never was finite.
     """
-    ratios = _ratios(optimizer, lr)
+    if not lr > 0:
+        raise ConfigError(f"find-lr: lr must be above 0, got {lr:g}: the rates of parts are told as multiples of it")
+    ratios = [group["lr"] / lr for group in optimizer.param_groups]
 
     def before_step(stepping: torch.optim.Optimizer, *_: Any) -> None:
         for group, ratio in zip(stepping.param_groups, ratios, strict=True):
@@ -69,7 +71,8 @@ def range_test(
         return image, args, kwargs
 
     hook = optimizer.register_step_pre_hook(before_step)
-    finder = LearningRateFinder(_OneInput(network), optimizer, _Finite(loss), device=device)
+    criterion: Any = partial(_finite, loss)
+    finder = LearningRateFinder(_OneInput(network), optimizer, criterion, device=device)
     try:
         finder.range_test(
             loader,
@@ -85,12 +88,6 @@ def range_test(
         finder.reset()
         hook.remove()
     return _conclude(finder, Path(output_dir), lr)
-
-
-def _ratios(optimizer: torch.optim.Optimizer, lr: float) -> list[float]:
-    if not lr > 0:
-        raise ConfigError(f"find-lr: lr must be above 0, got {lr:g}: the rates of parts are told as multiples of it")
-    return [group["lr"] / lr for group in optimizer.param_groups]
 
 
 def _conclude(finder: Any, folder: Path, lr: float) -> float:
@@ -118,6 +115,11 @@ def _conclude(finder: Any, folder: Path, lr: float) -> float:
     return float(suggested)
 
 
+def _finite(loss: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, label: Tensor) -> Tensor:
+    """Mean loss, infinite where it would be NaN, which the finder would not take for divergence."""
+    return torch.nan_to_num(loss(prediction, label).mean(), nan=math.inf, posinf=math.inf)
+
+
 class _OneInput(nn.Module):
     """A network whose image and further inputs come as one tuple."""
 
@@ -128,14 +130,3 @@ class _OneInput(nn.Module):
     def forward(self, inputs: tuple[Tensor, tuple[Any, ...], Mapping[str, Any]]) -> Tensor:
         image, args, kwargs = inputs
         return self.network(image, *args, **kwargs)
-
-
-class _Finite(nn.Module):
-    """A loss that is infinite where it would be NaN, which the finder would not take for divergence."""
-
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, prediction: Tensor, label: Tensor) -> Tensor:
-        return torch.nan_to_num(self.loss(prediction, label).mean(), nan=math.inf, posinf=math.inf)

@@ -38,15 +38,9 @@ NOTES = {
 
 
 def tell(output: Path, *, cases: int, epochs: int | None, seed: int) -> tuple[list[str], str]:
-    """Run the whole story; see ``samseg demo``.
+    """Run the whole story (see ``samseg demo``); returns the shell lines that do the same, and the table as text.
 
-    Args:
-        output: folder for everything.
-        cases: labelled phantoms, 8 to 30, about 3 to train for 2 to test; 2 of those to train validate.
-        epochs: of each training; None takes those of the bundle's demo.json.
-        seed: of phantoms, split and training.
-    Returns: the shell lines that do the same, and the table as text.
-    Raises: DataError for more cases than there are published ids.
+    Of the ``cases`` (8 to 30, else DataError) 2 test for 3 that train, of which 2 in all validate.
     """
     from samseg_monai.bundles import build_bundle
 
@@ -79,12 +73,7 @@ def _phantoms(story: Story, output: Path, cases: int, seed: int) -> Path:
     from samseg_monai.data.datalists.synapse import prepare_synapse
     from samseg_monai.demo.abdomen_phantoms import write_btcv_cases
 
-    data = output / "phantoms"
-    story.step(
-        f"phantoms: {cases} labelled, 1 unlabelled",
-        f"samseg phantom btcv --cases {cases} --unlabelled 1 --seed {seed} --output {data}",
-    )
-    write_btcv_cases(data, cases, seed=seed, unlabelled=1, progress=True)
+    data = story.phantoms("btcv", write_btcv_cases, output, cases, seed)
     datalist = data / "datalist.json"
     story.step(
         "datalist with the published split",

@@ -7,7 +7,6 @@ vary between cases, and organs share theirs with bowel, vessels, muscle and hear
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,14 +17,13 @@ from tqdm import tqdm
 from samseg_monai.data.datalists.label_maps import BTCV_TESTING, BTCV_TRAINING
 from samseg_monai.demo import abdomen_anatomy as anatomy
 from samseg_monai.demo.abdomen_anatomy import Abdomen, make_abdomen
-from samseg_monai.demo.drawing import Grid, checked_grid, save, smooth_field
+from samseg_monai.demo.drawing import Grid, checked_shape, save, smooth_field
 from samseg_monai.errors import DataError, raise_all
 
 DEMO_SHAPE = (96, 80, 40)
 SMALLEST_SHAPE = (40, 32, 16)
 FIELD_MM = (360.0, 300.0, 200.0)
 FIRST_UNLABELLED = 41
-LOG = logging.getLogger(__name__)
 
 # HU: (mean, spread between cases). Both kidneys share one draw.
 _HU = {
@@ -52,27 +50,17 @@ def default_spacing_mm(shape: Sequence[int]) -> tuple[float, float, float]:
     return plane, plane, round(FIELD_MM[2] / shape[2], 4)
 
 
-def make_case(
-    seed: int | Sequence[int],
-    shape: Sequence[int] = DEMO_SHAPE,
-    spacing_mm: Sequence[float] | None = None,
-) -> dict[str, np.ndarray]:
-    """Draw one case.
+def make_case(seed: int | Sequence[int], shape: Sequence[int] = DEMO_SHAPE) -> dict[str, np.ndarray]:
+    """Draw one case of ``shape``, at least 40 x 32 x 16 voxels (else DataError); the same seed gives the same bytes.
 
-    Args:
-        seed: everything is drawn from it; the same seed, shape and spacing give the same bytes. The anatomy follows
-            from the seed alone: another grid samples the same organs, to about a voxel.
-        shape: voxels along the three axes, at least 40 x 32 x 16.
-        spacing_mm: voxel size; default ``default_spacing_mm(shape)``. The grid must cover 95 % of 360 x 300 x 200 mm.
+    The anatomy follows from the seed alone: another grid samples the same organs, to about a voxel.
 
     Returns:
         ``img``: (X, Y, Z) int16 HU; ``label``: (X, Y, Z) uint8 of 0 to 13, every organ present;
         ``affine``: (4, 4) float64 to RAS mm, axes L, A, S, with the middle of the field at the origin.
-
-    Raises:
-        DataError: the shape is too small, the spacing is not positive, or the grid is smaller than an abdomen.
     """
-    shape, spacing = _checked_grid(shape, spacing_mm)
+    shape = checked_shape(shape, SMALLEST_SHAPE)
+    spacing = default_spacing_mm(shape)
     grid = Grid(shape, spacing)
     rng = np.random.default_rng(seed)
     abdomen = make_abdomen(grid, rng)
@@ -86,7 +74,6 @@ def write_btcv_cases(
     cases: int = 30,
     *,
     shape: Sequence[int] = DEMO_SHAPE,
-    spacing_mm: Sequence[float] | None = None,
     seed: int = 0,
     unlabelled: int = 0,
     progress: bool = False,
@@ -94,13 +81,8 @@ def write_btcv_cases(
     """Write ``output/img/imgXXXX.nii.gz`` and ``output/label/labelXXXX.nii.gz``, as in BTCV's RawData/Training.
 
     The ids are the first ``cases`` of ``case_order()``, so that the published split applies. Unlabelled cases go to
-    ``output/unlabelled/img0041.nii.gz`` onwards. A case depends only on (seed, id) and the grid.
-
-    Returns:
-        The ids of the labelled cases, for example "0005", in the order of ``case_order()``.
-
-    Raises:
-        DataError: a count or the seed is out of range, or as ``make_case``.
+    ``output/unlabelled/img0041.nii.gz`` onwards. A case depends only on (seed, id) and the grid. Returns the ids of the
+    labelled cases, such as "0005". Raises DataError for counts or seeds out of range, and as ``make_case``.
     """
     problems = []
     order = case_order()
@@ -111,32 +93,17 @@ def write_btcv_cases(
     if seed < 0:
         problems.append(f"seed must not be negative, got {seed}")
     raise_all(problems, DataError, "BTCV phantoms cannot be written")
-    _checked_grid(shape, spacing_mm)
+    checked_shape(shape, SMALLEST_SHAPE)
     output = Path(output)
     ids = order[:cases] + [f"{FIRST_UNLABELLED + number:04d}" for number in range(unlabelled)]
     for number, case_id in enumerate(tqdm(ids, desc="phantoms", disable=not progress)):
-        case = make_case([seed, int(case_id)], shape, spacing_mm)
+        case = make_case([seed, int(case_id)], shape)
         if number < cases:
             save(case["img"], case["affine"], output / "img" / f"img{case_id}.nii.gz")
             save(case["label"], case["affine"], output / "label" / f"label{case_id}.nii.gz")
         else:
             save(case["img"], case["affine"], output / "unlabelled" / f"img{case_id}.nii.gz")
-    LOG.info("wrote %d labelled and %d unlabelled phantoms to %s", cases, unlabelled, output)
     return ids[:cases]
-
-
-def _checked_grid(
-    shape: Sequence[int], spacing_mm: Sequence[float] | None
-) -> tuple[tuple[int, int, int], tuple[float, float, float]]:
-    shape, spacing = checked_grid(shape, spacing_mm, SMALLEST_SHAPE, default_spacing_mm)
-    held = [n * step for n, step in zip(shape, spacing, strict=True)]
-    if any(has < 0.95 * needs for has, needs in zip(held, FIELD_MM, strict=True)):
-        needs, has = (" x ".join(f"{side:.0f}" for side in sides) for sides in (FIELD_MM, held))
-        raise DataError(
-            f"an abdomen needs {needs} mm, got {has} mm from shape {shape} and spacing {spacing}; "
-            "enlarge one of them, or leave the spacing out"
-        )
-    return shape, spacing
 
 
 def _image(grid: Grid, abdomen: Abdomen, rng: np.random.Generator) -> np.ndarray:

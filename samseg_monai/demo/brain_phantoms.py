@@ -7,7 +7,6 @@ overlaps grey matter, white matter lesions and vessels, so that no threshold fin
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from samseg_monai.data import BRATS_SCANS
-from samseg_monai.demo.drawing import Grid, checked_grid, save, smooth_field
+from samseg_monai.demo.drawing import Grid, checked_shape, save, smooth_field
 from samseg_monai.errors import DataError
 
 CSF, GREY, WHITE = 1, 2, 3
@@ -27,7 +26,6 @@ _HALF_AXES_MM = (68.0, 79.0, 63.0)
 DEMO_SHAPE = (64, 72, 24)
 FIELD_MM = (160.0, 180.0, 144.0)
 SMALLEST_SHAPE = (16, 16, 8)
-LOG = logging.getLogger(__name__)
 
 # Mean intensity by scan, relative to the scan's own gain; tumour entries are (low, high), drawn per case.
 _TISSUE = {
@@ -50,26 +48,15 @@ def default_spacing_mm(shape: Sequence[int]) -> tuple[float, float, float]:
     return x, y, z
 
 
-def make_case(
-    seed: int | Sequence[int],
-    shape: Sequence[int] = DEMO_SHAPE,
-    spacing_mm: Sequence[float] | None = None,
-) -> dict[str, np.ndarray]:
-    """Draw one case.
-
-    Args:
-        seed: everything is drawn from it; the same seed, shape and spacing give the same bytes.
-        shape: voxels along the three axes, at least 16 x 16 x 8.
-        spacing_mm: voxel size; default ``default_spacing_mm(shape)``.
+def make_case(seed: int | Sequence[int], shape: Sequence[int] = DEMO_SHAPE) -> dict[str, np.ndarray]:
+    """Draw one case of ``shape``, at least 16 x 16 x 8 voxels (else DataError); the same seed gives the same bytes.
 
     Returns:
         ``t1n t1c t2w t2f``: (X, Y, Z) int16, 0 outside the brain and positive inside;
         ``seg``: (X, Y, Z) uint8 of 0 to 3; ``affine``: (4, 4) float64, to RAS mm, as BraTS stores it (axes L, P, S).
-
-    Raises:
-        DataError: the shape is too small, or the spacing is not positive.
     """
-    shape, spacing = checked_grid(shape, spacing_mm, SMALLEST_SHAPE, default_spacing_mm)
+    shape = checked_shape(shape, SMALLEST_SHAPE)
+    spacing = default_spacing_mm(shape)
     rng = np.random.default_rng(seed)
     inner, window = _head_window(shape, spacing)
     brain = make_brain(inner, rng)
@@ -94,7 +81,6 @@ def write_brats_cases(
     cases: int,
     *,
     shape: Sequence[int] = DEMO_SHAPE,
-    spacing_mm: Sequence[float] | None = None,
     seed: int = 0,
     unlabelled: int = 0,
     progress: bool = False,
@@ -102,27 +88,21 @@ def write_brats_cases(
     """Write ``cases`` labelled cases to ``output/<case>/`` and ``unlabelled`` more to ``output/unlabelled/<case>/``.
 
     Ids are BraTS-MEN-00000-000 onwards, unlabelled ones continue the count; case ``n`` depends only on (seed, n).
-    Files are ``<case>-{t1n,t1c,t2w,t2f,seg}.nii.gz``, int16 scans and a uint8 segmentation.
-
-    Returns:
-        The ids of the labelled cases.
-
-    Raises:
-        DataError: a count is negative, or as ``make_case``.
+    Files are ``<case>-{t1n,t1c,t2w,t2f,seg}.nii.gz``, int16 scans and a uint8 segmentation. Returns the ids of the
+    labelled cases. Raises DataError for negative counts, and as ``make_case``.
     """
     if cases < 0 or unlabelled < 0:
         raise DataError(f"numbers of cases must not be negative, got {cases} labelled and {unlabelled} unlabelled")
     output = Path(output)
     ids = [f"BraTS-MEN-{number:05d}-000" for number in range(cases + unlabelled)]
     for number, case_id in enumerate(tqdm(ids, desc="phantoms", disable=not progress)):
-        case = make_case([seed, number], shape, spacing_mm)
+        case = make_case([seed, number], shape)
         affine = case.pop("affine")
         if number >= cases:
             del case["seg"]
         folder = (output if number < cases else output / "unlabelled") / case_id
         for name, values in case.items():
             save(values, affine, folder / f"{case_id}-{name}.nii.gz")
-    LOG.info("wrote %d labelled and %d unlabelled phantoms to %s", cases, unlabelled, output)
     return ids[:cases]
 
 

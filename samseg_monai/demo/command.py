@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import shutil
 import time
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from samseg_monai.errors import ConfigError, raise_all
 
 
-class DemoTask(str, Enum):
-    """Tasks that have a demo."""
-
-    MENINGIOMA = "meningioma"
-    ABDOMEN = "abdomen"
-
-
-class DemoSam(str, Enum):
-    """SAMs that a demo can use."""
-
-    PICO = "pico"
-    VIT_T = "vit_t"
-
-
 def demo(
     task: Annotated[
-        DemoTask, typer.Option(help="meningioma: boxes and LoRA; abdomen: eight organs and the ladder")
-    ] = DemoTask.MENINGIOMA,
+        Literal["meningioma", "abdomen"],
+        typer.Option(help="meningioma: boxes and LoRA; abdomen: eight organs and the ladder"),
+    ] = "meningioma",
     sam: Annotated[
-        DemoSam, typer.Option(help="pico: the toy in the package; vit_t: MobileSAM, from a file (meningioma only)")
-    ] = DemoSam.PICO,
+        Literal["pico", "vit_t"],
+        typer.Option(help="pico: the toy in the package; vit_t: MobileSAM, from a file (meningioma only)"),
+    ] = "pico",
     sam_checkpoint: Annotated[
         str | None, typer.Option(help="MobileSAM's weights, if not found by name; nothing is downloaded")
     ] = None,
@@ -52,14 +39,14 @@ def demo(
 
     began = time.monotonic()
     problems = []
-    if sam is not DemoSam.PICO and task is not DemoTask.MENINGIOMA:
-        problems.append(f"--sam {sam.value}: only the demo of --task meningioma has it, got --task {task.value}")
-    if sam is DemoSam.PICO and sam_checkpoint is not None:
+    if sam != "pico" and task != "meningioma":
+        problems.append(f"--sam {sam}: only the demo of --task meningioma has it, got --task {task}")
+    if sam == "pico" and sam_checkpoint is not None:
         problems.append(f"--sam-checkpoint {sam_checkpoint}: pico's weights come with the package; add --sam vit_t")
     raise_all(problems, ConfigError, "These options of the demo do not go together")
-    story = meningioma if task is DemoTask.MENINGIOMA else abdomen
-    which = {} if sam is DemoSam.PICO else {"sam": meningioma.mobile_sam(sam_checkpoint)}
-    output = output or Path(story.FOLDER if sam is DemoSam.PICO else f"{story.FOLDER}_{sam.value}")
+    story = meningioma if task == "meningioma" else abdomen
+    which = {} if sam == "pico" else {"sam": meningioma.mobile_sam(sam_checkpoint)}
+    output = output or Path(story.FOLDER if sam == "pico" else f"{story.FOLDER}_{sam}")
     shutil.rmtree(output / "runs", ignore_errors=True)  # a finished training would refuse to be trained again
     commands, table = story.tell(output, cases=cases or story.CASES, epochs=epochs, seed=seed, **which)
     typer.echo("\nCommands of this demo:\n" + "\n".join(f"  {command}" for command in commands))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +13,13 @@ from samseg_monai.data.files.volumes import PHANTOM_MARK
 from samseg_monai.errors import DataError
 
 Triple = tuple[int, int, int]
-TripleMm = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class Grid:
     """Voxel centres in mm, relative to the middle of the field; ``x, y, z`` broadcast to ``shape``."""
 
-    shape: tuple[int, int, int]
+    shape: Triple
     spacing_mm: tuple[float, float, float]
 
     @property
@@ -62,23 +61,12 @@ def _spline_weights(count: int, step_mm: float, length_mm: float) -> np.ndarray:
     return (weights / np.linalg.norm(weights, axis=1, keepdims=True)).astype(np.float32)
 
 
-def checked_grid(
-    shape: Sequence[int],
-    spacing_mm: Sequence[float] | None,
-    smallest: Triple,
-    default: Callable[[Sequence[int]], TripleMm],
-) -> tuple[Triple, TripleMm]:
-    """Shape and spacing as tuples, the spacing by ``default`` where none is given.
-
-    Raises: DataError for a shape below ``smallest`` or a spacing that is not positive.
-    """
-    shape = tuple(int(n) for n in shape)
+def checked_shape(shape: Sequence[int], smallest: Triple) -> Triple:
+    """``shape`` as three whole numbers; DataError where it is below ``smallest``."""
     if len(shape) != 3 or any(n < least for n, least in zip(shape, smallest, strict=True)):
-        raise DataError(f"phantom shape must be at least {' x '.join(map(str, smallest))}, got {shape}")
-    spacing = tuple(float(s) for s in (spacing_mm or default(shape)))
-    if len(spacing) != 3 or not min(spacing) > 0:
-        raise DataError(f"phantom spacing must be three positive numbers in mm, got {spacing}")
-    return (shape[0], shape[1], shape[2]), (spacing[0], spacing[1], spacing[2])
+        raise DataError(f"phantom shape must be at least {' x '.join(map(str, smallest))}, got {tuple(shape)}")
+    x, y, z = (int(n) for n in shape)
+    return x, y, z
 
 
 def save(values: np.ndarray, affine: np.ndarray, path: Path) -> None:

@@ -18,7 +18,7 @@ CASES = 44
 # SAM's weights know t1c's bright tumours; a fourth of the passes of four scans (scan_mode "mean_logits")
 MOBILE: dict[str, Any] = {"sam_variant": "vit_t", "image_size": 512, "scans": ["t1c"]}
 MOBILE_LORA: dict[str, Any] = {"strategy::rank": 4, "strategy::decoder": False}
-MOBILE_LR = 0.005
+MOBILE_TRAINING: dict[str, Any] = {"lr": 0.005}
 FRACTIONS = (0.6, 0.1, 0.3)  # of the phantoms, to train, choose the epoch and test
 TITLE = "samseg-monai demo: box-prompted tumour segmentation"
 NOTE = (
@@ -29,25 +29,14 @@ NOTE = (
 
 @dataclass(frozen=True)
 class DemoModel:
-    """Which SAM the story is told with.
-
-    Args:
-        text: how the note on the page calls it.
-        unsaid: what the numbers say nothing about, beside patients.
-        title: what follows the page's title.
-        checkpoint: file of its weights; None takes those of the package.
-        settings: keys of every config that differ from the bundles' demo.json.
-        training: the same for what is trained, in training and evaluation.
-        lr: learning rate; None takes that of the bundle's demo.json.
-    """
+    """Which SAM the story is told with: words for the page, and what differs from the bundles' demo.json."""
 
     text: str = PICO_TEXT
-    unsaid: str = "SAM"
-    title: str = ""
-    checkpoint: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
-    lr: float | None = None
+    unsaid: str = "SAM"  # what the numbers say nothing about, beside patients
+    title: str = ""  # behind the page's title
+    settings: dict[str, Any] = field(default_factory=dict)  # of every config; without weights those of the package
+    trained: dict[str, Any] = field(default_factory=dict)  # of what is trained, in training and evaluation
+    training: dict[str, Any] = field(default_factory=dict)  # of the training alone
 
 
 PICO = DemoModel()
@@ -68,20 +57,11 @@ def mobile_sam(checkpoint: str | None = None) -> DemoModel:
     name = sam_text("vit_t", RANDOM if path == RANDOM else sha256_of(path))
     text = f"{name} at {MOBILE['image_size']} pixels, which sees the scan {MOBILE['scans'][0]} alone"
     settings = {**MOBILE, "sam_checkpoint": path}
-    return DemoModel(text, "SAM's larger networks", f", {name}", path, settings, MOBILE_LORA, MOBILE_LR)
+    return DemoModel(text, "SAM's larger networks", f", {name}", settings, MOBILE_LORA, MOBILE_TRAINING)
 
 
 def tell(output: Path, *, cases: int, epochs: int | None, seed: int, sam: DemoModel = PICO) -> tuple[list[str], str]:
-    """Run the whole story; see ``samseg demo``.
-
-    Args:
-        output: folder for everything.
-        cases: labelled phantoms, at least 8.
-        epochs: of the LoRA training; None takes those of the bundle's demo.json.
-        seed: of phantoms, split and training.
-        sam: which SAM; pico by default.
-    Returns: the shell lines that do the same, and the table as text.
-    """
+    """Run the whole story (see ``samseg demo``); returns the shell lines that do the same, and the table as text."""
     from samseg_monai.bundles import build_bundle
 
     story = Story()
@@ -91,14 +71,16 @@ def tell(output: Path, *, cases: int, epochs: int | None, seed: int, sam: DemoMo
     shared: dict[str, Any] = {"dataset_dir": str(data), "seed": seed, **sam.settings}
     zero_shot = {**shared, "output_dir": str(runs["zero_shot"])}
     story.evaluate_demo("zero-shot: evaluate", configs["zero_shot"], zero_shot)
-    shared |= sam.training
-    length = {key: value for key, value in (("lr", sam.lr), ("epochs", epochs)) if value is not None}
+    shared |= sam.trained
+    training = {**sam.training, **({} if epochs is None else {"epochs": epochs})}
     shared["output_dir"] = str(runs["lora"])
-    story.run("LoRA: train", [configs["lora"] / name for name in ("train.json", "demo.json")], {**shared, **length})
+    story.run("LoRA: train", [configs["lora"] / name for name in ("train.json", "demo.json")], {**shared, **training})
     story.evaluate_demo("LoRA: evaluate", configs["lora"], shared)
     boxes, archive = output / "boxes.json", output / f"{TASK}_segmentation_lora.zip"
     write_json(boxes, _drawn_boxes(data / "unlabelled", seed), indent=1)
-    story.pack_and_predict(runs["lora"], archive, data / "unlabelled", boxes=boxes, weights=sam.checkpoint)
+    story.pack_and_predict(
+        runs["lora"], archive, data / "unlabelled", boxes=boxes, weights=sam.settings.get("sam_checkpoint")
+    )
     return story.commands, _write_report(story, output, runs, data, sam)
 
 
@@ -106,12 +88,7 @@ def _phantoms(story: Story, output: Path, cases: int, seed: int) -> Path:
     from samseg_monai.data.datalists.brats import prepare_brats_men
     from samseg_monai.demo.brain_phantoms import write_brats_cases
 
-    data = output / "phantoms"
-    story.step(
-        f"phantoms: {cases} labelled, 1 unlabelled",
-        f"samseg phantom brats --cases {cases} --unlabelled 1 --seed {seed} --output {data}",
-    )
-    write_brats_cases(data, cases, seed=seed, unlabelled=1, progress=True)
+    data = story.phantoms("brats", write_brats_cases, output, cases, seed)
     parts = ",".join(map(str, FRACTIONS))
     story.step(
         "datalist, split by patient",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,6 @@ from samseg_monai.workflow import run_workflow, shell_command
 if TYPE_CHECKING:
     from samseg_monai.report.montage import OverlayCase
     from samseg_monai.report.runs import RunResult
-
-ABSENT = object()
 
 
 class Story:
@@ -27,6 +25,14 @@ class Story:
         """Tell what begins now; ``command`` is the shell line of a step that the caller does itself."""
         typer.echo(f"\n== {len(self.commands) + 1}. {what}", err=True)
         self.commands.append(command)
+
+    def phantoms(self, kind: str, write: Callable[..., Any], output: Path, cases: int, seed: int) -> Path:
+        """Tell and draw ``cases`` labelled phantoms and an unlabelled one by ``write``: ``samseg phantom KIND``."""
+        data = output / "phantoms"
+        told = f"samseg phantom {kind} --cases {cases} --unlabelled 1 --seed {seed} --output {data}"
+        self.step(f"phantoms: {cases} labelled, 1 unlabelled", told)
+        write(data, cases, seed=seed, unlabelled=1, progress=True)
+        return data
 
     def run(self, what: str, configs: Sequence[Path], overrides: dict[str, Any]) -> None:
         """Tell and run a workflow of a bundle; raises as ``run_workflow``."""
@@ -54,14 +60,9 @@ class Story:
     def pack_and_predict(
         self, run: Path, archive: Path, cases: Path, *, boxes: Path | None = None, weights: str | None = None
     ) -> None:
-        """Pack a run, unpack the ZIP as its receiver would, and segment unlabelled cases into "predictions" beside it.
+        """Pack ``run`` as ``archive`` and segment unlabelled ``cases`` with it, into "predictions" beside the ZIP.
 
-        Args:
-            run: output_dir of the training.
-            archive: ZIP to write.
-            cases: folder of unlabelled cases.
-            boxes: JSON of their prompts, if the bundle takes some.
-            weights: file of the base weights, if they are not those of the package.
+        ``boxes`` is the JSON of their prompts, ``weights`` the file of base weights that the package does not have.
         """
         from samseg_monai.bundles import pack_bundle
         from samseg_monai.cli.predict import predict
@@ -81,6 +82,8 @@ def is_trained(overrides: Mapping[str, Any]) -> bool:
     Args:
         overrides: of the training's config, among them "output_dir", "datalist", "epochs" and "sam_checkpoint".
     """
+    from monai.bundle import ConfigParser
+
     from samseg_monai.handlers.provenance import file_hash, plain, read_json
     from samseg_monai.sam.weights import RANDOM, sha256_of
 
@@ -94,18 +97,8 @@ def is_trained(overrides: Mapping[str, Any]) -> bool:
         return False  # the training says what is wrong with them
     if card.get("base_sha256") != (RANDOM if weights == RANDOM else sha256_of(weights)):
         return False
-    pairs = ((recorded(card.get("settings", {}), key), plain(value)) for key, value in overrides.items())
-    return all(was in (ABSENT, now) for was, now in pairs)
-
-
-def recorded(settings: Mapping[str, Any], key: str) -> Any:
-    """Value at a MONAI id in the settings of a card, which holds no places and no wiring; else ``ABSENT``."""
-    value: Any = settings
-    for part in key.split("::"):
-        if not isinstance(value, Mapping) or part not in value:
-            return ABSENT
-        value = value[part]
-    return value
+    settings = ConfigParser(card.get("settings", {}))  # places and wiring are none: what is absent does not count
+    return all(settings.get(key, plain(value)) == plain(value) for key, value in overrides.items())
 
 
 def write_results(
@@ -120,14 +113,8 @@ def write_results(
 ) -> str:
     """Write ``results.json`` and ``report.html``, and return the table as text.
 
-    Args:
-        output: folder of both.
-        runs: rows of the table.
-        title, commands, montage, notes: as of ``write_report``.
-        organs: the table is that of the eight organs, with quoted rows; it is written to ``organs.json``, too.
-
-    Raises:
-        BundleError: runs that cannot stand in one table.
+    With ``organs`` it is the table of the eight organs, with quoted rows, which ``organs.json`` holds, too. Raises
+    BundleError for runs that cannot stand in one table.
     """
     from samseg_monai.files import write_json
     from samseg_monai.report.organs import organ_table, organs_json, organs_text

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from samseg_monai.export.limits import FORMATS, obstacles
 from samseg_monai.export.official import official_sam, official_state
 from samseg_monai.export.parts import Part, parts_of, run_parts
 from samseg_monai.export.source import Source, read_source
-from samseg_monai.export.write import Exported, export_network
+from samseg_monai.export.write import FORMATS, Exported, export_network, obstacles
 
 __all__ = [
     "FORMATS",

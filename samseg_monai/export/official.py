@@ -24,7 +24,7 @@ from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.spec import SPECS
 from samseg_monai.sam.vit import ViTSpec
 from samseg_monai.sam.weights import read_state
-from samseg_monai.sam.weights.load import resize_pos_embed, resize_rel_pos
+from samseg_monai.sam.weights.load import resize_table
 
 
 def official_shapes(spec: SamSpec) -> dict[str, torch.Size]:
@@ -66,19 +66,15 @@ def _enlarged(table: Tensor, shape: torch.Size, base: Tensor | None) -> Tensor:
     With D the linear map that resizes, and t the table: ``s = base + up(t - D base)``, then the least change of s that
     gives ``D s = t``, ``s + D^+ (t - D s)``. Where D makes the table larger, D^+ is the best that can be done.
     """
-    start = _resized(table, shape)
+    start = resize_table(table, shape)
     if base is not None and base.shape == shape:
-        start = base + _resized(table - _resized(base, table.shape), shape)
-    missing = (table - _resized(start, table.shape)).double()
+        start = base + resize_table(table - resize_table(base, table.shape), shape)
+    missing = (table - resize_table(start, table.shape)).double()
     for axis in (1, 2) if table.ndim == 4 else (0,):
         # bilinear interpolation works along each axis alone, so its matrix shows in a table of one column per row
-        down = resize_rel_pos(torch.eye(shape[axis], dtype=torch.float64), table.shape[axis])
+        down = resize_table(torch.eye(shape[axis], dtype=torch.float64), table.shape[axis : axis + 1])
         missing = torch.tensordot(torch.linalg.pinv(down), missing, dims=([1], [axis])).movedim(0, axis)
     return (start + missing).float()
-
-
-def _resized(table: Tensor, shape: torch.Size) -> Tensor:
-    return resize_pos_embed(table, (shape[1], shape[2])) if table.ndim == 4 else resize_rel_pos(table, shape[0])
 
 
 def official_sam(spec: SamSpec, path: str | Path) -> Sam:

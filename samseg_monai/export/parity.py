@@ -22,19 +22,12 @@ TOLERANCE = {"pth": 1e-4, "torch": 1e-5, "onnx": 1e-4}
 
 @dataclass(frozen=True)
 class Difference:
-    """Largest absolute difference between what is exported and what it was made of.
-
-    Args:
-        what: that was compared.
-        largest: absolute; infinite where shapes differ or numbers are not finite.
-        scale: largest absolute value of what was expected.
-        allowed: difference that passes, as a part of ``scale``.
-    """
+    """Largest absolute difference between what is exported and what it was made of."""
 
     what: str
-    largest: float
-    scale: float
-    allowed: float
+    largest: float  # infinite where shapes differ or numbers are not finite
+    scale: float  # largest absolute value of what was expected
+    allowed: float  # as a part of ``scale``
 
     @property
     def passes(self) -> bool:
@@ -120,10 +113,3 @@ def compare_predictor(network: SamSegmenter, sam: Sam, allowed: float) -> Differ
         maps.append(predictor.predict_torch(None, None, boxes, multimask_output=False, return_logits=True)[0])
     got = torch.cat(maps).mean(0, keepdim=True)
     return difference("SamPredictor", [(got, network(image, boxes))], allowed)
-
-
-@torch.no_grad()
-def compare_networks(network: SamSegmenter, other: SamSegmenter, what: str, allowed: float) -> Difference:
-    """Compare two networks on the same slices and boxes."""
-    batches = trials(network, parts_of(network))
-    return difference(what, [(other(**tensors), network(**tensors)) for tensors in batches], allowed)

@@ -1,22 +1,30 @@
-"""A network cut into the parts that are exported: image encoder, side network and gate, mask decoder.
+"""A network cut into the parts that are exported (image encoder, side network and gate, mask decoder), and their files.
 
 The encoder is the costly part and does not depend on the prompt: cut apart, it runs once per slice, whatever the number
 of boxes. Every part takes batches of any length; encoder and side network take slices of any size up to the network's
-square and pad them themselves, behind SAM's normalisation, as ``SamSegmenter`` does.
+square and pad them themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 
 from samseg_monai.checkpoints import Network
-from samseg_monai.errors import ConfigError
-from samseg_monai.networks import EMPTY_LOGIT, PlainSegmenter, SamSegmenter
+from samseg_monai.errors import BundleError, ConfigError
+from samseg_monai.networks import PlainSegmenter, SamSegmenter
+from samseg_monai.networks.common import empty_logits
 from samseg_monai.networks.segmenter import LOW_RES
 
 Shape = tuple[int | str, ...]
@@ -77,10 +85,11 @@ def parts_of(network: Network, size: tuple[int, int] | None = None) -> list[Part
     embedding: Shape = ("batch", views, network.spec.prompt_dim, *grid)
     found = []
     if network.side is None or getattr(network.side, "needs_embedding", True):
-        found.append(Part("encoder", EncoderPart(network, frame), {"image": image}, {"embedding": embedding}, frame))
+        encoder = EmbeddingPart(network, "image_encoder")
+        found.append(Part("encoder", encoder, {"image": image}, {"embedding": embedding}, frame))
     if network.side is not None:
         inputs = {"image": image, "embedding": embedding} if found else {"image": image}
-        found.append(Part("side", SidePart(network, frame), inputs, {"mixed": embedding}, frame))
+        found.append(Part("side", EmbeddingPart(network, "side"), inputs, {"mixed": embedding}, frame))
     inputs = {"embedding" if network.side is None else "mixed": embedding}
     if network.prompt == "box":
         inputs["boxes"] = ("batch", 4)
@@ -88,7 +97,7 @@ def parts_of(network: Network, size: tuple[int, int] | None = None) -> list[Part
         "low_res": ("batch", network.channels_out, LOW_RES * grid[0], LOW_RES * grid[1]),
         "logits": ("batch", network.channels_out, *frame),
     }
-    found.append(Part("decoder", DecoderPart(network), inputs, outputs, frame))
+    found.append(Part("decoder", DecoderPart(network, "prompt_encoder", "mask_decoder"), inputs, outputs, frame))
     return found
 
 
@@ -112,85 +121,41 @@ def _refuse_size(network: Network, size: tuple[int, int] | None) -> None:
         raise ConfigError(f"size: got {size}; height and width must be 1 to {network.image_size}")
 
 
-class _Prepared(nn.Module):
-    """(B, S, h, w) to (B * V, 3, *frame), as ``SamSegmenter`` hands it to SAM: normalised, then padded with zeros."""
+class SamPart(nn.Module):
+    """One step of a ``SamSegmenter``, with nothing in it but the modules of that step."""
 
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, network: SamSegmenter, frame: tuple[int, int]) -> None:
+    def __init__(self, network: SamSegmenter, *modules: str) -> None:
         super().__init__()
-        self.frame, self.views = frame, network.views
-        self.grey, self.normalise = network.scan_mode == "mean_logits", network.input_scale == "sam"
-        self.register_buffer("mean", network.sam.pixel_mean.clone(), persistent=False)
-        self.register_buffer("std", network.sam.pixel_std.clone(), persistent=False)
-
-    def prepare(self, image: Tensor) -> Tensor:
-        if self.grey:
-            image = image.flatten(0, 1)[:, None].expand(-1, 3, -1, -1)
-        if self.normalise:
-            image = (image - self.mean) / self.std
-        return F.pad(image, (0, self.frame[1] - image.shape[-1], 0, self.frame[0] - image.shape[-2]))
+        self.network = _only(network, "sam", *modules)
+        self.network.sam = _only(network.sam, *modules)
+        if "side" not in modules:
+            self.network.side = None
 
 
-class EncoderPart(_Prepared):
-    """Slices (B, S, h, w) to embeddings (B, V, C, gh, gw)."""
-
-    def __init__(self, network: SamSegmenter, frame: tuple[int, int]) -> None:
-        super().__init__(network, frame)
-        self.encoder = network.sam.image_encoder
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.encoder(self.prepare(image)).unflatten(0, (-1, self.views))
-
-
-class SidePart(_Prepared):
-    """Slices (B, S, h, w) and SAM's embeddings (B, V, C, gh, gw), if the side network wants them, to mixed ones."""
-
-    def __init__(self, network: SamSegmenter, frame: tuple[int, int]) -> None:
-        super().__init__(network, frame)
-        self.side = network.side
+class EmbeddingPart(SamPart):
+    """Slices (B, S, h, w), and for a side network that wants them SAM's embeddings (B, V, C, gh, gw), to such."""
 
     def forward(self, image: Tensor, embedding: Tensor | None = None) -> Tensor:
-        assert self.side is not None  # parts_of makes no such part without one
         flat = None if embedding is None else embedding.flatten(0, 1)
-        return self.side(self.prepare(image), flat, []).unflatten(0, (-1, self.views))
+        return self.network.mix(image, flat).unflatten(0, (-1, self.network.views))
 
 
-class DecoderPart(nn.Module):
+class DecoderPart(SamPart):
     """Embeddings (B, V, C, gh, gw), and boxes (B, 4) of a prompted network, to logits at a quarter and at full size.
 
-    Logits (B, K, 4 gh, 4 gw) and (B, K, *frame) are averaged over V. Where a box is NaN they are those of an empty
-    prediction, -20 (background +20).
+    Logits (B, K, 4 gh, 4 gw) and (B, K, *frame). Where a box is NaN they are those of an empty prediction.
     """
 
-    empty: Tensor
-
-    def __init__(self, network: SamSegmenter) -> None:
-        super().__init__()
-        self.prompt_encoder, self.mask_decoder = network.sam.prompt_encoder, network.sam.mask_decoder
-        self.patch, self.prompted, self.classes = network.spec.patch_size, network.prompt == "box", network.num_classes
-        empty = torch.full((network.channels_out, 1, 1), EMPTY_LOGIT)
-        empty[: -network.num_classes] = -EMPTY_LOGIT
-        self.register_buffer("empty", empty, persistent=False)
-
     def forward(self, embedding: Tensor, boxes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        views, flat = embedding.shape[1], embedding.flatten(0, 1)
-        grid = (embedding.shape[-2], embedding.shape[-1])
-        rows = None
-        if boxes is not None:
-            absent = boxes.isnan().any(-1)  # (B,)
-            rows = torch.where(absent[:, None], torch.zeros_like(boxes), boxes).repeat_interleave(views, 0)
-        sparse, dense = self.prompt_encoder(points=None, boxes=rows, masks=None, grid=grid)
+        flat = embedding.flatten(0, 1)
         if boxes is None:
-            sparse = sparse.expand(flat.shape[0], -1, -1)
-        multimask = False if self.classes == 1 else None
-        low = self.mask_decoder(flat, self.prompt_encoder.get_dense_pe(grid), sparse, dense, multimask)[0]
-        low = low.unflatten(0, (-1, views)).mean(1)
-        if boxes is not None:
-            low = torch.where(absent[:, None, None, None], self.empty, low)
-        size = [self.patch * side for side in grid]
-        return low, F.interpolate(low, size, mode="bilinear", align_corners=False)
+            low = self.network.decode(flat, None)
+        else:
+            absent = boxes.isnan().any(-1)[:, None]  # (B, 1)
+            low = self.network.decode(flat, torch.where(absent, torch.zeros_like(boxes), boxes))
+            empty = empty_logits(low, 1, self.network.num_classes, (1, 1))
+            low = torch.where(absent[..., None, None], empty, low)
+        return low, self.network.enlarge(low)
 
 
 class PlainPart(nn.Module):
@@ -202,3 +167,91 @@ class PlainPart(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.net(F.pad(image, (0, self.side - image.shape[-1], 0, self.side - image.shape[-2])))
+
+
+def _only(module: Any, *names: str) -> Any:
+    """``module`` with these of its submodules alone; all else is shared."""
+    found = copy.copy(module)
+    found._modules = {name: child for name, child in module._modules.items() if name in names}
+    return found
+
+
+def to_program(part: Part) -> ExportedProgram:
+    """Record a part with ``torch.export``, for all lengths of its free axes.
+
+    Raises:
+        BundleError: torch.export cannot record it (a side network of one's own may do what it does not know).
+    """
+    limits = {"height": part.frame[0], "width": part.frame[1]}
+    lengths = {"batch": 2, **{name: max(1, 3 * limit // 4) for name, limit in limits.items()}}
+    axes = {"batch": Dim("batch", min=1), **{name: Dim(name, min=1, max=limit) for name, limit in limits.items()}}
+    example = tuple(
+        torch.zeros([axis if isinstance(axis, int) else lengths[axis] for axis in shape])
+        for shape in part.inputs.values()
+    )
+    with torch.no_grad(), _told(part, "torch.export"):
+        return torch.export.export(part.module, example, dynamic_shapes=_free_axes(part, axes))
+
+
+def _free_axes(part: Part, axes: Mapping[str, Any]) -> tuple[dict[int, Any], ...]:
+    """Of every input the numbers of its free axes, and what stands in ``axes`` for them."""
+    return tuple({i: axes[a] for i, a in enumerate(shape) if isinstance(a, str)} for shape in part.inputs.values())
+
+
+def write_program(program: ExportedProgram, path: Path, facts: Mapping[str, str]) -> None:
+    """Save as .pt2; ``torch.export.load(path, extra_files=...)`` gives the facts back, one entry each."""
+    torch.export.save(program, path, extra_files=dict(facts))
+
+
+def read_program(path: Path) -> Call:
+    """Load a .pt2 as a module."""
+    return torch.export.load(path).module()
+
+
+def write_onnx(program: ExportedProgram, part: Part, path: Path, facts: Mapping[str, str]) -> None:
+    """Save as ONNX, with ``facts`` as its metadata. Above 1.5 GB the weights go into a second file beside it."""
+    with torch.no_grad(), _told(part, "torch.onnx.export"):
+        model = torch.onnx.export(
+            program,
+            dynamo=True,
+            input_names=list(part.inputs),
+            output_names=list(part.outputs),
+            dynamic_shapes=_free_axes(part, {name: name for name in ("batch", "height", "width")}),
+            verbose=False,
+        )
+        assert model is not None  # with dynamo=True
+        model.model.metadata_props.update(facts)
+        model.save(path)
+
+
+def read_onnx(path: Path) -> Call:
+    """Load an ONNX file for the CPU with onnxruntime, with torch's number of threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = session.run(None, {n: t.numpy() for n, t in zip(names, tensors, strict=True)})
+        return tuple(torch.from_numpy(output) for output in outputs)
+
+    return call
+
+
+@contextmanager
+def _told(part: Part, what: str) -> Iterator[None]:
+    """Turn what an exporter raises into one error that names the part, and keep its remarks for itself."""
+    noisy = logging.getLogger("torch.onnx")
+    level = noisy.level
+    noisy.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BundleError(f"{part.name}: {what} cannot record {type(part.module).__name__}: {reason}") from error
+    finally:
+        noisy.setLevel(level)

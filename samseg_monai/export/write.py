@@ -3,36 +3,58 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
+from torch import nn
 
+from samseg_monai import __version__
 from samseg_monai.adapters.lora import merge_all
-from samseg_monai.checkpoints import Network
-from samseg_monai.errors import ConfigError
-from samseg_monai.export import card, programs
-from samseg_monai.export.limits import FORMATS, mergeable, refuse
-from samseg_monai.export.official import official_sam, official_state
+from samseg_monai.checkpoints import Network, git_commit
+from samseg_monai.errors import BundleError, ConfigError, raise_all
+from samseg_monai.export.official import official_sam, official_shapes, official_state
 from samseg_monai.export.parity import (
     TOLERANCE,
     Difference,
-    compare_networks,
     compare_parts,
     compare_predictor,
+    difference,
     require,
+    trials,
 )
-from samseg_monai.export.parts import parts_of
+from samseg_monai.export.parts import Shape, parts_of, read_onnx, read_program, to_program, write_onnx, write_program
 from samseg_monai.export.source import Source
+from samseg_monai.files import write_json
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.weights import load_sam_weights, sha256_of
+from samseg_monai.training.owned import owned_state
 
+FORMATS = ("pth", "torch", "onnx")
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+CARD = "export.json"  # beside the files: what they are, and what goes before and behind them
 SUFFIX = {"torch": "pt2", "onnx": "onnx"}
+SCALES = {
+    "zscore": "z-scores of the volume, as `transforms` make them",
+    "unit": "0 to 1, as `transforms` make them",
+    "sam": "0 to 255, as `transforms` make them; SAM's own mean and standard deviation are applied inside",
+}
+MEANING = {
+    "image": "slices, one channel per scan; at most `image_size` high and wide",
+    "boxes": "x0 y0 x1 y1 in pixels of `image`, x along its width; a row with NaN is no box, its logits are -20",
+    "embedding": "SAM's image embedding; does not depend on the box: keep it and decode as many boxes as there are",
+    "mixed": "SAM's image embedding mixed with the side network's",
+    "low_res": "logits, one per 4 x 4 pixels",
+    "logits": "logits, one per pixel of the padded slice",
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +91,7 @@ def export_network(source: Source, fmt: str, output: str | Path, *, size: tuple[
         raise ConfigError(f"output: {output} is a file; give a folder")
     output.mkdir(parents=True, exist_ok=True)
     network = _exact(source.network)
-    known = card.facts(source)
+    known = _facts(source)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output) as temporary:
         folder = Path(temporary)
         if isinstance(network, SamSegmenter) and fmt == "pth":
@@ -111,9 +133,10 @@ def _write_pth(source: Source, network: SamSegmenter, folder: Path) -> tuple[dic
             rectangular=network.sam.rectangular,
         )
         load_sam_weights(again.sam, path)
-        what = f"read back at image_size {network.image_size}"
-        differences = [compare_networks(network, again, what, allowed)]
-    return {path.name: {"use": card.use_of_pth(source)}}, differences
+        with torch.no_grad():
+            pairs = [(again(**tensors), network(**tensors)) for tensors in trials(network, parts_of(network))]
+        differences = [difference(f"read back at image_size {network.image_size}", pairs, allowed)]
+    return {path.name: {"use": _use_of_pth(source)}}, differences
 
 
 def _write_parts(
@@ -124,18 +147,22 @@ def _write_parts(
         plain = copy.deepcopy(network)
         merge_all(plain)
     parts = parts_of(plain, size)
-    texts = card.as_texts(known)
+    # others than text as JSON: what ONNX metadata can hold
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in known.items()}
     calls = {}
     for part in parts:
         path = folder / f"{part.name}.{SUFFIX[fmt]}"
-        program = programs.to_program(part)
+        program = to_program(part)
         if fmt == "torch":
-            programs.write_program(program, path, texts)
-            calls[part.name] = programs.read_program(path)
+            write_program(program, path, texts)
+            calls[part.name] = read_program(path)
         else:
-            programs.write_onnx(program, part, path, texts)
-            calls[part.name] = programs.read_onnx(path)
-    return card.parts_table(parts, SUFFIX[fmt]), compare_parts(network, parts, calls, TOLERANCE[fmt])
+            write_onnx(program, part, path, texts)
+            calls[part.name] = read_onnx(path)
+    described = {
+        f"{p.name}.{SUFFIX[fmt]}": {"inputs": _tensors(p.inputs), "outputs": _tensors(p.outputs)} for p in parts
+    }
+    return described, compare_parts(network, parts, calls, TOLERANCE[fmt])
 
 
 def _write_card(
@@ -155,9 +182,160 @@ def _write_card(
         **known,
         "torch": str(torch.__version__),
         "files": files,
-        "preprocessing": card.preprocessing(source),
-        "postprocessing": card.postprocessing(source),
+        "preprocessing": _preprocessing(source),
+        "postprocessing": _postprocessing(source),
         "parity": [asdict(difference) for difference in differences],
     }
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    (folder / programs.CARD).write_text(text, encoding="utf-8")
+    write_json(folder / CARD, content)
+
+
+def _facts(source: Source) -> dict[str, Any]:
+    """What is known of the network, as JSON values; the same in the card, in ONNX metadata and within .pt2 files."""
+    network = source.network
+    tensors = owned_state(network, network.state_dict())  # adapters unmerged
+    known = {
+        "bundle": source.name,
+        "warning": source.warning,
+        "intended_use": source.intended_use or "Research only. Not a medical device.",
+        "sam_variant": network.spec.name,
+        "strategy": None if network.strategy is None else network.strategy.card(),
+        "image_size": network.image_size,
+        "classes": list(source.classes),
+        "num_classes": network.num_classes,
+        "scans": list(source.scans),
+        "scan_mode": network.scan_mode,
+        "input_scale": network.input_scale,
+        "prompt": network.prompt,
+        "rectangular": isinstance(network, SamSegmenter) and network.sam.rectangular,
+        "base_sha256": source.base_sha256,
+        "weights_sha256": hashlib.sha256(save(tensors)).hexdigest(),
+        "transforms": source.transforms,
+        "package_version": __version__,
+        "git_commit": git_commit(),
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _tensors(shapes: dict[str, Shape]) -> dict[str, Any]:
+    """Shape, type and meaning of the inputs or outputs of a part."""
+    return {name: {"shape": list(s), "dtype": "float32", "is": MEANING[name]} for name, s in shapes.items()}
+
+
+def _preprocessing(source: Source) -> list[str]:
+    """What has to be done to a volume before the files see it, in order."""
+    network = source.network
+    steps = [
+        "`transforms` are MONAI's, in order: on the volume, but Resized and SplineResized on each slice",
+        f"intensities: {SCALES[network.input_scale]}",
+    ]
+    if network.scan_mode == "mean_logits" and network.scans > 1:
+        steps.append("each scan goes through SAM as a grey image with the same box; the logits are averaged")
+    return steps
+
+
+def _postprocessing(source: Source) -> list[str]:
+    """What has to be done with the logits, in order."""
+    network = source.network
+    if network.num_classes == 1:
+        decide = "one map: logit > 0, which is a probability (sigmoid) above 0.5"
+        several = "several boxes in one slice: the largest logit of theirs"
+    else:
+        decide = "one map per class behind the background's: softmax for probabilities, argmax for labels"
+        several = "several boxes in one slice: the largest logit of theirs, of the background the smallest"
+    steps = ["cut the padding off: logits[..., :height, :width] of the slice"]
+    steps += [several] if network.prompt == "box" else []
+    return [*steps, "resize the logits to the slice before Resized, bilinearly", decide, "undo the other transforms"]
+
+
+def _use_of_pth(source: Source) -> list[str]:
+    """How segment_anything gives this network's logits with an official-layout file."""
+    network: Any = source.network
+    size, native = network.image_size, network.spec.image_size
+    steps = [f"sam = sam_model_registry['{network.spec.name}'](checkpoint=FILE)"] if native == 1024 else []
+    if network.spec.name == "vit_t":
+        steps[0] += "; with MobileSAM's mobile_sam, since segment_anything has no vit_t"
+    if network.input_scale != "sam":
+        steps.append("SamPredictor normalises: give set_torch_image() the slice * sam.pixel_std + sam.pixel_mean")
+    if network.scan_mode == "mean_logits":
+        steps.append("every scan is a grey image: three equal channels; average the logits of several scans")
+    steps.append("predict_torch(..., multimask_output=False): only the first mask was trained")
+    if size != native:
+        steps.append(
+            f"trained at {size} pixels, while segment_anything works at {native}: its logits are others. To get the "
+            f"network's own, load the file as sam_checkpoint at image_size {size}"
+        )
+    if network.sam.rectangular:
+        steps.append("trained with padding to full patches; segment_anything pads to the square, which changes logits")
+    return steps
+
+
+def obstacles(network: Network) -> dict[str, list[str]]:
+    """Reasons why ``network`` cannot be exported, by format; an empty list means that it can.
+
+    The formats are those of ``samseg export`` (pth, torch, onnx) and, as ``ckpt_export``, MONAI's TorchScript command.
+    """
+    parts, tracing, absent = _against_parts(network), [], []
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        absent = [f"packages {', '.join(missing)} are not installed: pip install 'samseg-monai[onnx]'"]
+    if network.prompt != "none":
+        tracing = [
+            "box prompts: MONAI's ckpt_export traces a network with one random image, so boxes are no input of the "
+            "result, and which slices have a box is decided in Python, which tracing does not record"
+        ]
+    return {"pth": _against_pth(network), "torch": parts, "onnx": parts + absent, "ckpt_export": tracing}
+
+
+def refuse(network: Network, fmt: str) -> None:
+    """Raise BundleError with all reasons against ``fmt`` and the formats that are possible instead."""
+    found = obstacles(network)
+    possible = [name for name in FORMATS if not found[name]]
+    instead = f"possible: {', '.join(possible)}" if possible else "no other format is possible either"
+    raise_all(found[fmt], BundleError, f"format {fmt} cannot hold this network; {instead}")
+
+
+def mergeable(module: nn.Module) -> list[str]:
+    """Names of the adapter layers below ``module`` that can be folded into a plain layer."""
+    return [name for name, layer in module.named_modules() if name and callable(getattr(layer, "merge", None))]
+
+
+def _against_pth(network: Network) -> list[str]:
+    if not isinstance(network, SamSegmenter):
+        return [f"{type(network.net).__name__}: there is no SAM in it, whose layout the file would have"]
+    reasons = _against_best(network)
+    if network.side is not None:
+        side = type(getattr(network.side, "net", network.side)).__name__
+        reasons.append(f"side network {side}: no layer of SAM can take in what it adds to SAM's embedding")
+    if network.num_classes > 1:
+        masks = network.channels_out
+        fit = "would fit, but be taken for" if masks == 4 else "have other shapes than"
+        reasons.append(
+            f"{network.num_classes} classes: the {masks} masks, one per class and the background, {fit} SAM's 4 "
+            "(one object, and three guesses at its parts)"
+        )
+        return reasons  # its tensors cannot be compared one by one
+    folded = tuple(f"{name}." for name in mergeable(network.sam))
+    foreign = [
+        name for name in network.sam.state_dict().keys() - official_shapes(network.spec) if not name.startswith(folded)
+    ]
+    if foreign:
+        reasons.append(
+            f"{type(network.strategy).__name__}: {len(foreign)} tensors that SAM does not have and that cannot be "
+            f"merged into its layers (first: {min(foreign)})"
+        )
+    return reasons
+
+
+def _against_parts(network: Network) -> list[str]:
+    if not isinstance(network, SamSegmenter):
+        boxes = f"boxes '{network.boxes}': only networks without boxes, or with SAM, have a part that takes them"
+        return [] if network.boxes == "none" else [boxes]
+    reasons, taps = _against_best(network), tuple(getattr(network.side, "taps", ()))
+    if taps:
+        side = type(network.side).__name__
+        reasons.append(f"side network {side}: it reads blocks {taps}, which the encoder does not hand out")
+    return reasons
+
+
+def _against_best(network: SamSegmenter) -> list[str]:
+    best = "masks 'best': the file would give the single mask, not the one of highest quality; set masks to 'single'"
+    return [] if network.masks == "single" else [best]

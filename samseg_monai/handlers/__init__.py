@@ -11,7 +11,7 @@ from samseg_monai.handlers.records import CaseTable, CurveLog, RunCard
 from samseg_monai.handlers.resume import EpochSeeder, ResumeSaver
 from samseg_monai.handlers.steps import GradientClip, GradientFlow, NonFiniteGuard
 from samseg_monai.handlers.tracking import Tracking
-from samseg_monai.handlers.validation import SameBuffers, ValidationLoss, WorstCaseImage
+from samseg_monai.handlers.validation import SameBuffers, TensorBoard, ValidationLoss, WorstCaseImage
 
 __all__ = [
     "EMA",
@@ -28,6 +28,7 @@ __all__ = [
     "ResumeSaver",
     "RunCard",
     "SameBuffers",
+    "TensorBoard",
     "Tracking",
     "ValidationLoss",
     "WorstCaseImage",

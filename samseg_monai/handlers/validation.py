@@ -1,11 +1,11 @@
-"""What validations add: the training's loss on volumes, a picture of the worst case, and one network on all ranks."""
+"""What validations and TensorBoard show: loss on volumes, a picture of the worst case; one network on all ranks."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from ignite.engine import Events
 from monai.engines.utils import IterationEvents
+from monai.handlers import TensorBoardStatsHandler
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -47,6 +48,30 @@ class SameBuffers:
         if idist.get_world_size() > 1:
             for buffer in self.network.buffers():
                 dist.broadcast(buffer, src=0)
+
+
+class TensorBoard:
+    """MONAI's ``TensorBoardStatsHandler``, which writes on rank 0 alone.
+
+    Args: as there.
+    """
+
+    def __init__(
+        self,
+        log_dir: str | os.PathLike[str],
+        *,
+        iteration_log: bool | int = True,
+        epoch_log: bool | int = True,
+        tag_name: str = "Loss",
+        output_transform: Callable[[Any], Any] = lambda output: output[0],
+    ) -> None:
+        self.options: dict[str, Any] = {"log_dir": str(log_dir), "iteration_log": iteration_log, "epoch_log": epoch_log}
+        self.options |= {"tag_name": tag_name, "output_transform": output_transform}
+
+    def attach(self, engine: Any) -> None:
+        """Attach to the trainer or the evaluator, on every rank."""
+        if idist.get_rank() == 0:
+            TensorBoardStatsHandler(**self.options).attach(engine)
 
 
 class ValidationLoss:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,15 +28,9 @@ OPTIONS: dict[str, tuple[str | None, ...]] = {
 
 
 def check_options(
-    chosen: Mapping[str, str | None],
-    *,
-    num_classes: int,
-    scans: int,
-    low_res_training: bool = False,
-    masks: str = "single",
+    chosen: Mapping[str, str | None], *, num_classes: int, scans: int, low_res_training: bool = False
 ) -> None:
     """Raise ConfigError listing all constructor arguments that are unknown or contradict each other."""
-    chosen = {**chosen, "masks": masks}
     problems = [
         f"{key}: got {value!r}; choose one of {', '.join(map(repr, OPTIONS[key]))}"
         for key, value in chosen.items()
@@ -47,40 +41,37 @@ def check_options(
         problems.append(f"scans: got {scans}, but scan_mode 'channels' needs exactly 3; or use 'mean_logits'")
     if low_res_training and chosen.get("prompt") != "none":
         problems.append("low_res_training: got true with prompts; it is for networks with prompt='none'")
-    if masks == "best" and num_classes != 1:
+    if chosen.get("masks") == "best" and num_classes != 1:
         problems.append(f"masks: got 'best' with {num_classes} classes, whose masks are no guesses; use 'single'")
     raise_all(problems, ConfigError, "the segmenter cannot be built")
 
 
-def check_image(network: SamSegmenter | PlainSegmenter, image: Tensor) -> None:
-    """Raise ConfigError naming the shape of image that was got and the one expected."""
+def plain_inputs(
+    network: SamSegmenter | PlainSegmenter, image: Tensor, boxes: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Image and boxes as plain tensors, whose metadata would be paid for in every layer; the image in float32.
+
+    Raises:
+        ConfigError: naming the shape that was got and the one expected, or there are boxes that the network refuses.
+    """
     if image.ndim != 4 or image.shape[1] != network.scans or max(image.shape[-2:]) > network.image_size:
         raise ConfigError(
             f"image: got shape {tuple(image.shape)}, expected (B, {network.scans}, H, W) with H and W at most "
             f"{network.image_size}; check scans and image_size"
         )
-
-
-def check_boxes(network: SamSegmenter | PlainSegmenter, image: Tensor, boxes: Tensor | None) -> None:
-    """Raise ConfigError if there are boxes that this network does not take, or in a shape that it does not take."""
-    if boxes is not None and network.prompt == "none":
+    image = image.as_subclass(Tensor).float()
+    if boxes is None:
+        return image, None
+    if network.prompt == "none":
         how = "boxes='channel', 'crop' or 'given'" if hasattr(network, "boxes") else "'box'"
         raise ConfigError(f"boxes: got some, but this network was built with prompt='none'; build it with {how}")
-    if boxes is not None and (boxes.ndim not in (2, 3) or len(boxes) != len(image) or boxes.shape[-1] != 4):
+    if boxes.ndim not in (2, 3) or len(boxes) != len(image) or boxes.shape[-1] != 4:
         raise ConfigError(f"boxes: got shape {tuple(boxes.shape)}, expected (B, 4) or (B, N, 4) with B={len(image)}")
+    return image, boxes.as_subclass(Tensor).float()
 
 
-def check_inputs(network: SamSegmenter, image: Tensor, boxes: Tensor | None, embedding: Tensor | None) -> None:
-    """Raise ConfigError naming the shape that was got and the one expected, or that these masks cannot be trained."""
-    check_image(network, image)
-    check_boxes(network, image, boxes)
-    if network.masks == "best" and network.training and network.owned:
-        raise ConfigError(
-            "masks: got 'best' in training, but the masks that it chooses from would not learn; train with 'single' "
-            "and evaluate with either"
-        )
-    if embedding is None:
-        return
+def check_embedding(network: SamSegmenter, image: Tensor, embedding: Tensor) -> None:
+    """Raise ConfigError naming the shape that was got and the one expected."""
     patch, size = network.spec.patch_size, network.image_size
     sides = image.shape[-2:] if network.sam.rectangular else (size, size)
     wanted = (len(image) * network.views, network.spec.prompt_dim, *(-(-side // patch) for side in sides))
@@ -128,6 +119,37 @@ def empty_logits(like: Tensor, count: int, num_classes: int, size: Sequence[int]
     logits = torch.full((count, channels, *size), EMPTY_LOGIT, dtype=torch.float32, device=like.device)
     logits[:, :-num_classes] = -EMPTY_LOGIT
     return logits
+
+
+def whole_slice(image: Tensor) -> Tensor:
+    """A box (1, 1, 4) around all of a slice of (B, S, H, W)."""
+    return image.new_tensor([[[0, 0, image.shape[-1], image.shape[-2]]]])
+
+
+def where_boxes_are(
+    network: SamSegmenter | PlainSegmenter,
+    image: Tensor,
+    boxes: Tensor,
+    segment: Callable[[list[int], Tensor, Tensor], Sequence[Tensor]],
+) -> Tensor:
+    """Logits (B, C, H, W) of images (B, S, H, W), those without a box empty.
+
+    Args:
+        boxes: (B, 4) or (B, N, 4); a row with NaN is no box.
+        segment: numbers of n images, their boxes (n, N, 4) and which are given (n, N), some for each, to n (C, H, W).
+    """
+    boxes = boxes[:, None] if boxes.ndim == 2 else boxes
+    given = ~boxes.isnan().any(-1)
+    seen = given.any(1).nonzero()[:, 0].tolist()
+    empty = empty_logits(image, len(image), network.num_classes, image.shape[-2:])
+    if not seen:
+        # A batch without any box must still reach every owned tensor, or backward() and DDP would fail.
+        reach = torch.is_grad_enabled() and network.owned and len(image)
+        return empty + 0 * segment([0], whole_slice(image), given.new_ones(1, 1))[0].sum() if reach else empty
+    result = list(empty)
+    for index, logits in zip(seen, segment(seen, boxes[seen], given[seen]), strict=True):
+        result[index] = logits
+    return torch.stack(result)
 
 
 def join_boxes(logits: Tensor, counts: Sequence[int], num_classes: int) -> list[Tensor]:

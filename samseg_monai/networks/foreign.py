@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from samseg_monai.adapters.ladder import GatedSide, ResNetSide
@@ -21,6 +20,7 @@ from samseg_monai.networks.common import tensor_differences
 from samseg_monai.networks.plain import PlainSegmenter
 from samseg_monai.networks.segmenter import SamSegmenter
 from samseg_monai.sam.weights import is_sam_lst, is_samed, read_state, sha256_of
+from samseg_monai.sam.weights.load import copy_tensors
 from samseg_monai.sam.weights.read import from_sam_lst, is_samed_s, samed_tensors
 from samseg_monai.strategies import LoRA
 
@@ -67,7 +67,7 @@ def load_foreign(
     else:
         values, passed_over = _sam_lst_values(network, state, heading)
         on = ""
-    _copy(network, values)
+    copy_tensors(network, values)
     network.base_sha256, network.base_file = sha256_of(path), path.name
     used = [f"{key} {getattr(network, key)!r}" for key, usual in _USUAL.items() if getattr(network, key) != usual]
     if used:
@@ -108,21 +108,16 @@ def _samed_arguments(network: SamSegmenter, rank: int) -> list[str]:
             f"strategy: the file needs LoRA(rank={rank}, targets=['q', 'v'], decoder=True), "
             f"got {type(strategy).__name__}"
         ]
-    problems = []
-    if strategy.rank != rank:
-        problems.append(f"rank: the file needs rank={rank}, got {strategy.rank}")
-    if strategy.rank_stabilised or strategy.alpha not in (None, strategy.rank):
-        problems.append(
-            f"alpha: the file needs a scaling of 1, alpha={rank} or null without rank_stabilised, "
-            f"got alpha={strategy.alpha}, rank_stabilised={strategy.rank_stabilised}"
-        )
-    if sorted(strategy.targets) != list(_PARTS):
-        problems.append(f"targets: the file needs ['q', 'v'], got {list(strategy.targets)}")
-    if not strategy.decoder:
-        problems.append("decoder: the file needs decoder=True, got False")
-    if strategy.dora:
-        problems.append("dora: the file needs dora=False, got True")
-    return problems
+    scaled = strategy.alpha in (None, strategy.rank) and not strategy.rank_stabilised
+    needs = {
+        f"rank: the file needs rank={rank}, got {strategy.rank}": strategy.rank == rank,
+        f"alpha: the file needs a scaling of 1, alpha={rank} or null without rank_stabilised, "
+        f"got alpha={strategy.alpha}, rank_stabilised={strategy.rank_stabilised}": scaled,
+        f"targets: the file needs ['q', 'v'], got {list(strategy.targets)}": sorted(strategy.targets) == list(_PARTS),
+        "decoder: the file needs decoder=True, got False": strategy.decoder,
+        "dora: the file needs dora=False, got True": not strategy.dora,
+    }
+    return [problem for problem, fits in needs.items() if not fits]
 
 
 def _classes(network: SamSegmenter, tokens: Tensor | None) -> list[str]:
@@ -162,10 +157,3 @@ def _fitting(
     expected = {name: tensor for name, tensor in network.state_dict().items() if name in wanted}
     raise_all([*problems, *tensor_differences(named, expected)], CheckpointError, heading)
     return named
-
-
-@torch.no_grad()
-def _copy(network: SamSegmenter, values: Mapping[str, Tensor]) -> None:
-    targets = network.state_dict()  # shares storage with the network
-    for name, value in values.items():
-        targets[name].copy_(value)

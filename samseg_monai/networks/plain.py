@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from samseg_monai.errors import AdapterError, ConfigError, raise_all
 from samseg_monai.networks.common import (
     EMPTY_LOGIT,
-    check_boxes,
-    check_image,
     check_options,
     empty_logits,
     join_boxes,
+    plain_inputs,
+    where_boxes_are,
+    whole_slice,
 )
 from samseg_monai.sam.weights import RANDOM
 from samseg_monai.strategies import Scratch, Segmenter, Strategy
@@ -83,11 +84,6 @@ class PlainSegmenter(Segmenter):
         self.adopt(strategy)
         self.eval()
 
-    @property
-    def channels_out(self) -> int:
-        """Number of logit maps: 1, or the number of classes and the background."""
-        return 1 if self.num_classes == 1 else self.num_classes + 1
-
     def load_base(self, checkpoint: str | os.PathLike[str] | None = None, **options: Any) -> None:
         """Start at random: there are no base weights. ``checkpoint`` may be None or "random"."""
         if checkpoint is not None and os.fspath(checkpoint) != RANDOM:
@@ -114,26 +110,11 @@ class PlainSegmenter(Segmenter):
         Raises:
             ConfigError: naming the shape that was got and the one expected.
         """
-        image = image.as_subclass(torch.Tensor).float()
-        check_image(self, image)
-        boxes = None if boxes is None else boxes.as_subclass(torch.Tensor).float()
-        check_boxes(self, image, boxes)
+        image, boxes = plain_inputs(self, image, boxes)
         if self.boxes == "none":
             return self._on_square(image)
-        whole = image.new_tensor([[[0, 0, image.shape[-1], image.shape[-2]]]])  # (1, 1, 4)
-        boxes = whole.expand(len(image), -1, -1) if boxes is None else boxes
-        boxes = boxes[:, None] if boxes.ndim == 2 else boxes  # (B, N, 4)
-        given = ~boxes.isnan().any(-1)  # (B, N)
-        seen = given.any(1).nonzero()[:, 0].tolist()
-        empty = empty_logits(image, len(image), self.num_classes, image.shape[-2:])
-        if not seen:
-            # A batch without any box must still reach every tensor, or backward() and DDP would fail.
-            reach = torch.is_grad_enabled() and len(image) > 0
-            return empty + 0 * self._segment(image[:1], whole, given.new_ones(1, 1))[0].sum() if reach else empty
-        result = list(empty)
-        for index, logits in zip(seen, self._segment(image[seen], boxes[seen], given[seen]), strict=True):
-            result[index] = logits
-        return torch.stack(result)
+        boxes = whole_slice(image).expand(len(image), -1, -1) if boxes is None else boxes
+        return where_boxes_are(self, image, boxes, lambda images, *rows: self._segment(image[images], *rows))
 
     def _segment(self, image: Tensor, boxes: Tensor, given: Tensor) -> list[Tensor]:
         """(B, S, H, W), boxes (B, N, 4) and which of them are given (B, N), some for each image, to B of (C, H, W)."""

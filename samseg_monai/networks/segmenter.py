@@ -12,17 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samseg_monai.adapters.lora import LoRALinear, merge_all
-from samseg_monai.errors import AdapterError
+from samseg_monai.errors import AdapterError, ConfigError
 from samseg_monai.files import unwrap
 from samseg_monai.networks.common import (
     best_mask,
-    check_inputs,
+    check_embedding,
     check_new_masks,
     check_options,
-    empty_logits,
     join_boxes,
+    plain_inputs,
     tensors_hash,
     versions_of,
+    where_boxes_are,
 )
 from samseg_monai.sam.backbone import SamSpec
 from samseg_monai.sam.build import build_sam
@@ -89,10 +90,9 @@ class SamSegmenter(Segmenter):
         masks: Literal["single", "best"] = "single",
     ) -> None:
         super().__init__()
-        check_options(
-            {"scan_mode": scan_mode, "input_scale": input_scale, "prompt": prompt, "autocast": autocast}, masks=masks,
-            num_classes=num_classes, scans=scans, low_res_training=low_res_training,
-        )  # fmt: skip
+        chosen: dict[str, str | None] = {"scan_mode": scan_mode, "input_scale": input_scale, "prompt": prompt}
+        chosen |= {"autocast": autocast, "masks": masks}
+        check_options(chosen, num_classes=num_classes, scans=scans, low_res_training=low_res_training)
         # 3 masks behind the single one for a single class: SAM's own layout, which its checkpoints fit
         self.sam = build_sam(
             sam_variant,
@@ -101,6 +101,7 @@ class SamSegmenter(Segmenter):
             rectangular=rectangular,
             checkpointing=checkpointing,
         )
+        self.spec, self.image_size = self.sam.spec, self.sam.image_size
         self.num_classes, self.scans, self.scan_mode = num_classes, scans, scan_mode
         self.input_scale, self.prompt, self.autocast = input_scale, prompt, autocast
         self.low_res_training, self.masks = low_res_training, masks
@@ -108,21 +109,6 @@ class SamSegmenter(Segmenter):
         self.side = None
         self.adopt(ZeroShot() if strategy is None else strategy)
         self.eval()
-
-    @property
-    def spec(self) -> SamSpec:
-        """Sizes of the SAM variant."""
-        return self.sam.spec
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square, in pixels."""
-        return self.sam.image_size
-
-    @property
-    def channels_out(self) -> int:
-        """Number of logit maps: 1, or the number of classes and the background."""
-        return 1 if self.num_classes == 1 else self.num_classes + 1
 
     def train(self, mode: bool = True) -> SamSegmenter:
         """As usual, but frozen layers with running statistics stay in evaluation mode."""
@@ -202,72 +188,46 @@ class SamSegmenter(Segmenter):
         Raises:
             ConfigError: naming the shape that was got and the one expected.
         """
-        # MetaTensor bookkeeping would be paid for in every layer
-        image = image.as_subclass(torch.Tensor).float()
-        boxes = None if boxes is None else boxes.as_subclass(torch.Tensor)
-        if embedding is not None and embedding.ndim == 5:
-            embedding = embedding.flatten(0, 1)
-        check_inputs(self, image, boxes, embedding)
+        image, boxes = plain_inputs(self, image, boxes)
+        if self.masks == "best" and self.training and self.owned:
+            raise ConfigError(
+                "masks: got 'best' in training, but the masks that it chooses from would not learn; train with "
+                "'single' and evaluate with either"
+            )
+        if embedding is not None:
+            embedding = embedding.flatten(0, 1) if embedding.ndim == 5 else embedding
+            check_embedding(self, image, embedding)
         if boxes is None:
-            return self._segment(image, None, embedding)
-        boxes = boxes[:, None] if boxes.ndim == 2 else boxes  # (B, N, 4)
-        given = ~boxes.isnan().any(-1)  # (B, N)
-        counts = given.sum(1).tolist()
-        seen = [index for index, count in enumerate(counts) if count]
-        if not seen and torch.is_grad_enabled() and self.owned:
-            # A batch without any box must still reach every owned tensor, or backward() and DDP would fail.
-            box = image.new_tensor([[0, 0, image.shape[-1], image.shape[-2]]])
-            return self._empty(image) + 0 * self._segment(image[:1], box, self._of_images(embedding, [0])).sum()
-        result = list(self._empty(image))
-        if seen:
-            owner = [row for row, index in enumerate(seen) for _ in range(counts[index])]
-            logits = self._segment(image[seen], boxes[given], self._of_images(embedding, seen), owner=owner)
-            for index, joined in zip(
-                seen, join_boxes(logits, [counts[i] for i in seen], self.num_classes), strict=True
-            ):
-                result[index] = joined
-        return torch.stack(result)
+            return self._segment(image, embedding)
+
+        def of_boxes(images: list[int], boxes: Tensor, given: Tensor) -> list[Tensor]:
+            counts = given.sum(1).tolist()
+            own = None if embedding is None else embedding.unflatten(0, (-1, self.views))[images].flatten(0, 1)
+            return join_boxes(self._segment(image[images], own, boxes[given], counts), counts, self.num_classes)
+
+        return where_boxes_are(self, image, boxes, of_boxes)
+
+    def _segment(
+        self, image: Tensor, embedding: Tensor | None, boxes: Tensor | None = None, counts: Sequence[int] = ()
+    ) -> Tensor:
+        """Logits of B images; with boxes (R, 4) of the R boxes, ``counts[i]`` of them on image i."""
+        embedding = self.mix(image, embedding)  # (B * V, C, gh, gw)
+        if set(counts) - {1}:
+            rows = torch.tensor(counts, device=image.device)
+            embedding = embedding.unflatten(0, (-1, self.views)).repeat_interleave(rows, 0).flatten(0, 1)
+        low = self.decode(embedding, boxes)
+        if self.low_res_training and self.training:
+            return low[..., : -(-image.shape[-2] // LOW_RES), : -(-image.shape[-1] // LOW_RES)]
+        return self.enlarge(low)[..., : image.shape[-2], : image.shape[-1]]
 
     def encode(self, image: Tensor) -> Tensor:
         """Normalise, pad and encode (B, S, H, W) to the (B * S, C, gh, gw) that ``forward`` takes (channels: B)."""
-        return self._run_encoder(self._prepare(image.as_subclass(torch.Tensor).float()), ())[0].float()
+        return self._encode(image.as_subclass(torch.Tensor).float())
 
-    def _run_encoder(self, prepared: Tensor, taps: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        with self._encoder_precision(prepared):
-            encoded = self.sam.embed(prepared, taps)
-        return encoded if isinstance(encoded, tuple) else (encoded, [])
-
-    def _segment(
-        self, image: Tensor, boxes: Tensor | None, embedding: Tensor | None, *, owner: list[int] | None = None
-    ) -> Tensor:
-        """Logits (R, C, H, W) of R boxes (R, 4), box r on image ``owner[r]``; without boxes of the B images."""
-        views = self.views
-        embedding = self._embed(image, embedding)  # (B * V, C, gh, gw)
-        owner = list(range(len(image))) if owner is None else owner
-        if owner != list(range(len(image))):
-            rows = torch.tensor(owner, device=image.device)
-            embedding = embedding.unflatten(0, (-1, views))[rows].flatten(0, 1)
-        if boxes is not None:
-            boxes = boxes.float().repeat_interleave(views, 0)
-        low = self._decode(embedding, boxes)
-        with torch.autocast(image.device.type, enabled=False):
-            low = low.unflatten(0, (-1, views)).mean(1)  # resizing is linear: the mean may be taken first
-            if self.low_res_training and self.training:
-                return low[..., : -(-image.shape[-2] // LOW_RES), : -(-image.shape[-1] // LOW_RES)]
-            size = [side * self.spec.patch_size for side in embedding.shape[-2:]]
-            full = F.interpolate(low, size, mode="bilinear", align_corners=False)
-        return full[..., : image.shape[-2], : image.shape[-1]]
-
-    def _decode(self, embedding: Tensor, boxes: Tensor | None) -> Tensor:
-        """Low-resolution logits (R, M, 4 gh, 4 gw) in the wanted precision, whatever the surroundings'."""
-        multimask = self.masks == "best" if self.num_classes == 1 else None
-        with torch.autocast(embedding.device.type, dtype=torch.bfloat16, enabled=self.autocast == "bf16_all"):
-            low, quality = self.sam.decode(embedding, boxes=boxes, multimask=multimask)
-        return (best_mask(low, quality, self.views) if multimask else low).float()
-
-    def _embed(self, image: Tensor, embedding: Tensor | None) -> Tensor:
+    def mix(self, image: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """What the decoder sees of (B, S, H, W): SAM's embedding, run or given, behind the side network if any."""
         if self.side is None:
-            return self.encode(image) if embedding is None else embedding.float()
+            return self._encode(image) if embedding is None else embedding.float()
         taps: list[Tensor] = []
         wanted = tuple(getattr(self.side, "taps", ()))
         prepared = self._prepare(image)
@@ -275,6 +235,32 @@ class SamSegmenter(Segmenter):
             embedding, taps = self._run_encoder(prepared, wanted)  # block outputs are not part of a stored embedding
         with self._encoder_precision(image):
             return self.side(prepared, embedding, taps).float()
+
+    def decode(self, embedding: Tensor, boxes: Tensor | None) -> Tensor:
+        """Embeddings (R * V, C, gh, gw), and boxes (R, 4) if any, to logits (R, K, 4 gh, 4 gw), float32, over V views.
+
+        They have the wanted precision, whatever that of the surroundings is.
+        """
+        boxes = None if boxes is None else boxes.float().repeat_interleave(self.views, 0)
+        multimask = self.masks == "best" if self.num_classes == 1 else None
+        with torch.autocast(embedding.device.type, dtype=torch.bfloat16, enabled=self.autocast == "bf16_all"):
+            low, quality = self.sam.decode(embedding, boxes=boxes, multimask=multimask)
+        low = best_mask(low, quality, self.views) if multimask else low
+        return low.float().unflatten(0, (-1, self.views)).mean(1)  # resizing is linear: the mean may be taken first
+
+    def enlarge(self, low: Tensor) -> Tensor:
+        """Logits of the decoder to those of the padded slice, one per pixel, in float32."""
+        size = [side * self.spec.patch_size // LOW_RES for side in low.shape[-2:]]
+        with torch.autocast(low.device.type, enabled=False):
+            return F.interpolate(low, size, mode="bilinear", align_corners=False)
+
+    def _encode(self, image: Tensor) -> Tensor:
+        return self._run_encoder(self._prepare(image), ())[0].float()
+
+    def _run_encoder(self, prepared: Tensor, taps: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        with self._encoder_precision(prepared):
+            encoded = self.sam.embed(prepared, taps)
+        return encoded if isinstance(encoded, tuple) else (encoded, [])
 
     def _prepare(self, image: Tensor) -> Tensor:
         """(B, S, H, W) to (B * V, 3, h, w) as SAM's encoder takes it: normalised, then padded with zeros."""
@@ -288,12 +274,6 @@ class SamSegmenter(Segmenter):
     def views(self) -> int:
         """Passes through SAM per image."""
         return self.scans if self.scan_mode == "mean_logits" else 1
-
-    def _of_images(self, embedding: Tensor | None, images: list[int]) -> Tensor | None:
-        return None if embedding is None else embedding.unflatten(0, (-1, self.views))[images].flatten(0, 1)
-
-    def _empty(self, image: Tensor) -> Tensor:
-        return empty_logits(image, len(image), self.num_classes, image.shape[-2:])
 
     def _encoder_precision(self, image: Tensor) -> AbstractContextManager[object]:
         return nullcontext() if self.autocast is None else torch.autocast(image.device.type, dtype=torch.bfloat16)

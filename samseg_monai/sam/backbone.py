@@ -20,45 +20,27 @@ TARGETS = ("q", "k", "v", "proj", "lin1", "lin2")
 
 @dataclass(frozen=True)
 class Rows:
-    """Where a target lies: which rows of the weight of which linear layer of a block.
+    """Where a target lies: which rows of the weight of which linear layer of a block."""
 
-    Args:
-        layer: path of the layer within the block.
-        part: which of the ``parts`` equal pieces of a group of rows.
-        parts: pieces of a group; 3 where query, key and value are one layer.
-        groups: how often the sequence of pieces repeats: 1 for [q, k, v], the number of heads for [q, k, v] per head.
-    """
-
-    layer: str
-    part: int = 0
-    parts: int = 1
-    groups: int = 1
+    layer: str  # path within the block
+    part: int = 0  # which of the pieces of a group of rows
+    parts: int = 1  # equal pieces of a group; 3 where query, key and value are one layer
+    groups: int = 1  # how often the pieces repeat: the number of heads for [q, k, v] per head
 
 
 @dataclass(frozen=True)
 class SamSpec(ABC):
-    """The numbers that every SAM has, and how its image encoder is built.
+    """The numbers that every SAM has, and how its image encoder is built."""
 
-    Args:
-        name: variant name, as used for ``sam_variant``.
-        image_size: side of the (padded, square) input that the published weights were made for, in pixels.
-        patch_size: stride of the image embedding, in pixels.
-        prompt_dim: channels of the image embedding, prompts and mask decoder.
-        decoder_mlp_dim: hidden width of the mask decoder's transformer.
-        decoder_heads: attention heads of the mask decoder's transformer.
-        mask_in_chans: hidden channels that encode a mask prompt.
-        iou_hidden_dim: hidden width of the head that predicts mask quality.
-    """
-
-    name: str
+    name: str  # as used for ``sam_variant``
     _: KW_ONLY
-    image_size: int = 1024
-    patch_size: int = 16
-    prompt_dim: int = 256
-    decoder_mlp_dim: int = 2048
-    decoder_heads: int = 8
-    mask_in_chans: int = 16
-    iou_hidden_dim: int = 256
+    image_size: int = 1024  # side in pixels of the padded square that the published weights were made for
+    patch_size: int = 16  # stride of the image embedding, in pixels
+    prompt_dim: int = 256  # channels of the image embedding, prompts and mask decoder
+    decoder_mlp_dim: int = 2048  # hidden width of the mask decoder's transformer
+    decoder_heads: int = 8  # of the mask decoder's transformer
+    mask_in_chans: int = 16  # hidden channels that encode a mask prompt
+    iou_hidden_dim: int = 256  # hidden width of the head that predicts mask quality
 
     @abstractmethod
     def encoder(self, *, image_size: int, checkpointing: bool = False) -> Backbone:

@@ -61,20 +61,13 @@ class MaskDecoder(SamMaskDecoder):
         dense_prompt_embeddings: torch.Tensor,
         multimask_output: bool | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Predict masks.
+        """Logits (B, M, 4 gh, 4 gw) and predicted mask qualities (B, M).
 
         Args:
-            image_embeddings: (B, C, gh, gw), or (1, C, gh, gw) for one image with B prompt rows.
+            image_embeddings: (B, C, gh, gw), or (1, C, gh, gw) for one image with B prompt rows; else ConfigError.
             image_pe: (1, C, gh, gw).
-            sparse_prompt_embeddings: (B, N, C).
-            dense_prompt_embeddings: (B, C, gh, gw).
+            sparse_prompt_embeddings, dense_prompt_embeddings: (B, N, C) and (B, C, gh, gw).
             multimask_output: False for the single mask, True for the masks behind it, None for all.
-
-        Returns:
-            Logits (B, M, 4 gh, 4 gw) and predicted mask qualities (B, M).
-
-        Raises:
-            ConfigError: the number of images is neither 1 nor that of the prompt rows.
         """
         rows = sparse_prompt_embeddings.shape[0]
         if image_embeddings.shape[0] not in (1, rows):
@@ -218,11 +211,9 @@ def build_sam(
     spec = get_spec(variant)
     if num_masks < 1:
         raise ConfigError(f"num_masks: got {num_masks}; SAM's decoder needs at least 1")
-    model = SamModel(
-        spec,
-        image_size=spec.image_size if image_size is None else image_size,
-        num_masks=num_masks,
-        rectangular=rectangular,
-        checkpointing=checkpointing,
-    )
-    return model.eval()
+    size = spec.image_size if image_size is None else image_size
+    if size <= 0 or size % spec.patch_size:
+        raise ConfigError(f"image_size: got {size}; SAM needs a positive multiple of its patch size {spec.patch_size}")
+    return SamModel(
+        spec, image_size=size, num_masks=num_masks, rectangular=rectangular, checkpointing=checkpointing
+    ).eval()

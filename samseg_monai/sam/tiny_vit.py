@@ -8,6 +8,7 @@ evaluation mode would be stale after loading weights.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,24 +27,15 @@ STRIDES = (2, 2, 1)  # of the merges between the four stages: SAM's embedding ha
 
 @dataclass(frozen=True)
 class TinyViTSpec(SamSpec):
-    """A SAM around a TinyViT.
+    """A SAM around a TinyViT: numbers of its four stages, the first of which has no attention."""
 
-    Args:
-        widths: channels of the four stages.
-        depths: blocks of the four stages.
-        num_heads: attention heads of the stages; the first has no attention.
-        windows: side of the attention windows of the stages, in tokens; the first has none.
-    """
-
-    widths: tuple[int, int, int, int]
-    depths: tuple[int, int, int, int]
+    widths: tuple[int, int, int, int]  # channels
+    depths: tuple[int, int, int, int]  # blocks
     num_heads: tuple[int, int, int, int]
-    windows: tuple[int, int, int, int]
+    windows: tuple[int, int, int, int]  # side of the attention windows, in tokens
 
     def encoder(self, *, image_size: int, checkpointing: bool = False) -> TinyViT:
         """Build the encoder; no tensor depends on ``image_size``."""
-        if image_size <= 0 or image_size % self.patch_size:
-            raise ConfigError(f"image_size: got {image_size}; SAM needs a positive multiple of {self.patch_size}")
         return TinyViT(self, image_size=image_size, checkpointing=checkpointing)
 
 
@@ -118,16 +110,10 @@ class WindowAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(n, tokens, dim))
 
 
-class FeedForward(nn.Module):
-    """Normalisation and two linear layers, (..., C) to the same."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.fc1, self.fc2 = nn.Linear(dim, EXPANSION * dim), nn.Linear(EXPANSION * dim, dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+def feed_forward(dim: int) -> nn.Sequential:
+    """A normalised MLP."""
+    layers = {"norm": nn.LayerNorm(dim), "fc1": nn.Linear(dim, EXPANSION * dim), "act": nn.GELU()}
+    return nn.Sequential(OrderedDict(**layers, fc2=nn.Linear(EXPANSION * dim, dim)))
 
 
 class AttentionBlock(nn.Module):
@@ -137,7 +123,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.window = window
         self.attn = WindowAttention(dim, num_heads, window)
-        self.mlp = FeedForward(dim)
+        self.mlp = feed_forward(dim)
         self.local_conv = ConvNorm(dim, dim, 3, groups=dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -173,19 +159,6 @@ class Stage(nn.Module):
             self.downsample = Bottleneck(width, wider, wider, stride=STRIDES[number])
 
 
-class PatchEmbed(nn.Module):
-    """Two convolutions of stride 2: (B, 3, H, W) to (B, width, H / 4, W / 4)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.seq = nn.Sequential(
-            ConvNorm(3, width // 2, 3, stride=2), nn.GELU(), ConvNorm(width // 2, width, 3, stride=2)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.seq(x)
-
-
 class TinyViT(Backbone):
     """MobileSAM's encoder: (B, 3, h, w) to an embedding (B, prompt_dim, h / 16, w / 16), h and w multiples of 16.
 
@@ -204,7 +177,9 @@ class TinyViT(Backbone):
         self.unused_in_files = {  # what training on ImageNet's classes left in the published file
             "norm_head.weight": (last,), "norm_head.bias": (last,), "head.weight": (1000, last), "head.bias": (1000,),
         }  # fmt: skip
-        self.patch_embed = PatchEmbed(first)
+        # two convolutions of stride 2: (B, 3, H, W) to (B, first, H / 4, W / 4)
+        stem = ConvNorm(3, first // 2, 3, stride=2), nn.GELU(), ConvNorm(first // 2, first, 3, stride=2)
+        self.patch_embed = nn.Sequential(OrderedDict(seq=nn.Sequential(*stem)))
         self.layers = nn.ModuleList(Stage(spec, number) for number in range(len(spec.widths)))
         self.neck = nn.Sequential(
             nn.Conv2d(last, spec.prompt_dim, 1, bias=False),

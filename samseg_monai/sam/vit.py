@@ -19,21 +19,13 @@ from samseg_monai.sam.backbone import Backbone, Rows, SamSpec
 
 @dataclass(frozen=True)
 class ViTSpec(SamSpec):
-    """A SAM around a ViT, as segment_anything's build_sam.py has it.
-
-    Args:
-        embed_dim: width of the encoder.
-        depth: number of transformer blocks.
-        num_heads: attention heads per block.
-        global_attn_indexes: blocks with global attention; the others attend within windows.
-        window_size: side of an attention window, in tokens.
-    """
+    """A SAM around a ViT, as segment_anything's build_sam.py has it."""
 
     embed_dim: int
-    depth: int
-    num_heads: int
-    global_attn_indexes: tuple[int, ...]
-    window_size: int = 14
+    depth: int  # number of transformer blocks
+    num_heads: int  # per block
+    global_attn_indexes: tuple[int, ...]  # blocks with global attention; the others attend within windows
+    window_size: int = 14  # side of an attention window, in tokens
 
     def encoder(self, *, image_size: int, checkpointing: bool = False) -> ImageEncoder:
         """Build the encoder with position tables for a square of ``image_size`` pixels."""
@@ -41,18 +33,10 @@ class ViTSpec(SamSpec):
 
 
 def relative_rows(table: torch.Tensor, size: int) -> torch.Tensor:
-    """Look up the embeddings of all offsets between ``size`` positions.
+    """Embeddings (size, size, d) of all offsets i - j between ``size`` positions, out of ``table`` (2 * n - 1, d).
 
-    Args:
-        table: (2 * n - 1, d) embeddings of the offsets -(n - 1) ... n - 1; its middle row is offset 0.
-        size: number of positions, at most n. Fewer than n positions use the middle of the table: offsets keep their
-            meaning, the table is not stretched.
-
-    Returns:
-        (size, size, d): entry (i, j) belongs to the offset i - j.
-
-    Raises:
-        ConfigError: the table has no row for the largest offset.
+    The middle row of the table is offset 0. Fewer than n positions use its middle: offsets keep their meaning, the
+    table is not stretched. ConfigError where it has no row for the largest offset.
     """
     centre = (table.shape[0] - 1) // 2
     if size - 1 > centre:
@@ -126,9 +110,6 @@ class ImageEncoder(ImageEncoderViT, Backbone):
         spec: sizes.
         image_size: side of the square the position tables cover, in pixels; a multiple of the patch size.
         checkpointing: recompute the blocks in the backward pass instead of storing their activations.
-
-    Raises:
-        ConfigError: image_size is not a positive multiple of the patch size.
     """
 
     # segment_anything has no type hints
@@ -141,10 +122,6 @@ class ImageEncoder(ImageEncoderViT, Backbone):
     stem = ("patch_embed.", "pos_embed")
 
     def __init__(self, spec: ViTSpec, *, image_size: int, checkpointing: bool = False) -> None:
-        if image_size <= 0 or image_size % spec.patch_size:
-            raise ConfigError(
-                f"image_size: got {image_size}; SAM needs a positive multiple of its patch size {spec.patch_size}"
-            )
         super().__init__(
             img_size=image_size,
             patch_size=spec.patch_size,

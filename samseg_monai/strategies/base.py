@@ -38,6 +38,11 @@ class Segmenter(nn.Module):
     base_sha256: str | None = None
     base_file: str | None = None
 
+    @property
+    def channels_out(self) -> int:
+        """Number of logit maps: 1, or the number of classes and the background."""
+        return 1 if self.num_classes == 1 else self.num_classes + 1
+
     def adopt(self, strategy: Strategy) -> None:
         """Install ``strategy``; its tensors learn from now on and all others stay frozen.
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from samseg_monai.adapters.dora import DoRALinear
-from samseg_monai.adapters.lora import LoRALinear
+from samseg_monai.adapters.lora import DoRALinear, LoRALinear
 from samseg_monai.errors import AdapterError, raise_all
 from samseg_monai.sam.backbone import TARGETS, Rows
 from samseg_monai.strategies.base import Segmenter, Strategy, decoder_names, unused_of_decoder

@@ -1,7 +1,11 @@
 """``samseg bundle check``: ours are as built, every change of one is named, and looking at it runs nothing."""
 
+import io
 import json
+import re
 import shutil
+import subprocess
+import sys
 import zipfile
 from contextlib import suppress
 from itertools import product
@@ -13,11 +17,13 @@ from monai.bundle import ConfigParser
 from safetensors.torch import save_file
 
 from samseg_monai import __version__
-from samseg_monai.bundles import build_bundle, recipe_names
+from samseg_monai.bundles import build_bundle, recipe_names, wheel, write_bundle
 from samseg_monai.bundles.check import ANOTHER_VERSION, AS_BUILT, EDITED, check_bundle
 from samseg_monai.bundles.door import open_bundle
 from samseg_monai.bundles.pack import write_sums
+from samseg_monai.bundles.wheel import INFO, WHEEL, build_wheel
 from samseg_monai.errors import BundleError, ConfigError
+from samseg_monai.settings import read_settings
 from tests.helpers.commands import samseg
 from tests.helpers.hostile_files import BUNDLES, NAME, SUMS
 from tests.helpers.old_bundles import LORA, UNET, old_bundle, unpacked
@@ -155,7 +161,7 @@ def test_another_version_is_not_judged_and_how_to_get_it_is_told(bundle, tmp_pat
     assert check_bundle(bundle).answer == ANOTHER_VERSION
     assert samseg(monkeypatch, "bundle", "check", bundle) == 3
     told = capsys.readouterr().out
-    assert "another version" in told and "pip install samseg-monai==9.8.7" in told
+    assert "another version" in told and "install samseg-monai 9.8.7" in told
     newer = json.loads(path.read_text(encoding="utf-8"))
     newer["run"]["key_of_tomorrow"] = 1
     path.write_text(json.dumps(newer))
@@ -209,3 +215,107 @@ def test_command_tells_its_answer_and_json(bundle, monkeypatch, capsys):
     assert told["answer"] == EDITED and "configs/extra.json: no file of a bundle" in told["problems"]
     assert samseg(monkeypatch, "bundle", "check", bundle / "nowhere") == 2
     assert samseg(monkeypatch, "bundle", "check") == 2
+
+
+# ---- a wheel of the package, which is code ----
+
+
+def with_wheel(bundle: Path, content: bytes | None = None) -> Path:
+    settings = read_settings(json.loads((bundle / "configs" / "settings.json").read_text(encoding="utf-8")), "test")
+    write_bundle(settings, bundle, wheel=True)
+    (bundle / WHEEL).parent.mkdir()
+    (bundle / WHEEL).write_bytes(build_wheel() if content is None else content)
+    return bundle
+
+
+def rewritten(change) -> bytes:
+    """The package's wheel with its members changed: ``change`` gets their content by name."""
+    with zipfile.ZipFile(io.BytesIO(build_wheel())) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    change(members)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, value in members.items():
+            archive.writestr(name, value)
+    return buffer.getvalue()
+
+
+def test_a_wheel_holds_the_files_of_the_package_and_is_the_same_whenever_it_is_made():
+    assert build_wheel() == build_wheel()
+    with zipfile.ZipFile(io.BytesIO(build_wheel())) as archive:
+        names = archive.namelist()
+        told = archive.read(f"{INFO}/METADATA").decode()
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "samseg_monai"]
+    listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode == 0:  # in a checkout
+        assert [name for name in names if not name.startswith(INFO)] == sorted(listed.stdout.split())
+    assert f"Version: {__version__}\n" in told and "Requires-Dist: torch>=" in told
+    assert f"{INFO}/licenses/LICENSE" in names
+
+
+def test_pip_installs_the_wheel_of_a_packed_bundle_and_what_it_installs_makes_it_again(bundle, tmp_path, monkeypatch):
+    content = build_wheel()
+    with zipfile.ZipFile(pack(with_wheel(bundle))) as archive:
+        archive.extractall(tmp_path / "sent")
+    [line] = re.findall(r"^pip install (\S+)$", (tmp_path / "sent" / NAME / "docs" / "README.md").read_text(), re.M)
+    bare = tmp_path / "bare"
+    alone = ["--no-deps", "--no-index", "--target", str(bare), "--no-compile", "--disable-pip-version-check"]
+    installing = [sys.executable, "-m", "pip", "install", line, *alone]
+    done = subprocess.run(installing, cwd=tmp_path / "sent", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    code = f"import sys; sys.path.insert(0, {str(bare)!r}); import samseg_monai as s; print(s.__file__, s.__version__)"
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(bare / "samseg_monai" / "__init__.py"), __version__]
+    monkeypatch.syspath_prepend(bare)
+    monkeypatch.setattr(wheel, "RECIPES", bare / "samseg_monai" / "recipes")
+    assert build_wheel() == content
+
+
+def test_the_own_wheel_is_as_built_and_said_to_be_code(bundle, monkeypatch, capsys):
+    for path in (with_wheel(bundle), pack(bundle)):
+        verdict = check_bundle(path)
+        assert (verdict.answer, verdict.problems) == (AS_BUILT, ())
+        assert samseg(monkeypatch, "bundle", "check", path) == 0
+        assert f"{WHEEL} is code, which runs once it is installed: byte for byte the" in capsys.readouterr().out
+        with open_bundle(path) as opened:
+            assert not opened.edited
+
+
+MORE = b"Requires-Dist: x\n"
+CHANGED = {
+    "samseg_monai/__init__.py: not that": lambda m: m.update({"samseg_monai/__init__.py": b"import os"}),
+    "samseg_monai/evil.py: added": lambda m: m.update({"samseg_monai/evil.py": b""}),
+    "x.pth: added": lambda m: m.update({"x.pth": b"import os"}),
+    "samseg_monai/files.py: taken out": lambda m: m.pop("samseg_monai/files.py"),
+    f"{INFO}/METADATA: not that": lambda m: m.update({f"{INFO}/METADATA": m[f"{INFO}/METADATA"] + MORE}),
+    "packed in another way": lambda m: m.update({f"{INFO}/RECORD": b""}),
+}
+
+
+@pytest.mark.parametrize("said", CHANGED)
+def test_another_wheel_is_told_apart_by_file(said, bundle):
+    verdict = check_bundle(with_wheel(bundle, rewritten(CHANGED[said])))
+    assert verdict.answer == EDITED and any(WHEEL in line and said in line for line in verdict.problems)
+    assert "is code, which runs once it is installed: not the" in verdict.code[0]
+
+
+def test_wheels_that_cannot_be_compared_are_not_passed_over(bundle):
+    with_wheel(bundle, b"PK\x03\x04 no wheel")
+    assert any("no wheel" in line for line in check_bundle(bundle).problems)
+    (bundle / WHEEL).rename(bundle / "wheel" / "samseg_monai-9.8.7-py3-none-any.whl")
+    verdict = check_bundle(bundle)
+    assert "wheel/samseg_monai-9.8.7-py3-none-any.whl: no file of a bundle" in verdict.problems
+    assert "not compared" in verdict.code[0]
+    path = bundle / "configs" / "settings.json"
+    path.write_text(path.read_text(encoding="utf-8").replace(f'"engine": "{__version__}"', '"engine": "9.8.7"'))
+    verdict = check_bundle(bundle)
+    assert verdict.answer == ANOTHER_VERSION and "not compared" in verdict.code[0]
+
+
+def test_a_package_that_is_not_installed_as_it_runs_makes_no_wheel(monkeypatch):
+    monkeypatch.setattr(wheel, "__version__", "9.8.7")
+    with pytest.raises(BundleError, match=r"9\.8\.7 runs; install it again"):
+        build_wheel()
+    monkeypatch.setattr(wheel, "PROJECT", "samseg-monai-that-nobody-has")
+    with pytest.raises(BundleError, match="not installed here"):
+        build_wheel()

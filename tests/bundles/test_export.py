@@ -29,16 +29,15 @@ from samseg_monai.export import (
     FORMATS,
     Source,
     export_network,
-    limits,
     obstacles,
     official_state,
     parts_of,
-    programs,
     read_source,
     write,
 )
 from samseg_monai.export.official import official_shapes
 from samseg_monai.export.parity import compare_parts, difference
+from samseg_monai.export.parts import read_onnx, to_program, write_onnx
 from samseg_monai.networks import PlainSegmenter, SamSegmenter
 from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.spec import SPECS
@@ -277,9 +276,9 @@ def test_parts_in_turn_are_the_network(name):
 def test_side_network_as_onnx(tmp_path):
     network = lively(NETWORKS["ladder"]())
     part = parts_of(network)[1]
-    programs.write_onnx(programs.to_program(part), part, tmp_path / "side.onnx", {"bundle": "ladder"})
+    write_onnx(to_program(part), part, tmp_path / "side.onnx", {"bundle": "ladder"})
     image, embedding = torch.randn(3, 2, 30, 64), torch.randn(3, 2, 32, 4, 4)
-    [got] = programs.read_onnx(tmp_path / "side.onnx")(image, embedding)
+    [got] = read_onnx(tmp_path / "side.onnx")(image, embedding)
     with torch.no_grad():
         torch.testing.assert_close(got, part.module(image, embedding), rtol=0, atol=1e-4)
 
@@ -399,7 +398,7 @@ def test_obstacles_are_listed_for_every_format():
 
 
 def test_absent_packages_are_named_with_the_extra_that_brings_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(limits, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(write, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(BundleError, match=r"onnxscript are not installed: pip install 'samseg-monai\[onnx\]'"):
         export_network(Source(SamSegmenter("tiny")), "onnx", tmp_path)
 

@@ -5,6 +5,7 @@ import json
 import shutil
 import socket
 import zipfile
+from contextlib import closing
 from pathlib import Path
 
 import nibabel as nib
@@ -15,10 +16,13 @@ import torch
 from monai.bundle import ConfigParser
 from safetensors.torch import load_file
 
-from samseg_monai.bundles import pack_bundle, verify_sums
-from samseg_monai.bundles.check import check_bundle
+from samseg_monai import __version__
+from samseg_monai.bundles import pack_bundle
+from samseg_monai.bundles.archive import open_files
+from samseg_monai.bundles.check import EDITED, check_bundle
 from samseg_monai.bundles.record import write_record
 from samseg_monai.bundles.running import Running
+from samseg_monai.bundles.wheel import WHEEL, build_wheel
 from samseg_monai.errors import BundleError, SamsegError
 from samseg_monai.workflow import run_workflow
 from tests.conftest import TINY
@@ -78,7 +82,8 @@ def test_archive_holds_everything_and_its_sums_fit(unpacked):
                  "metrics/cases.csv", "SHA256SUMS"):  # fmt: skip
         assert (unpacked / name).is_file(), name
     assert [p.name for p in (unpacked / "models").glob("*.pt")] == ["model.pt"]
-    assert verify_sums(unpacked) > 10
+    with closing(open_files(unpacked)) as files:
+        assert not files.changed() and len(files.sums()) > 10
     config = json.loads((unpacked / "configs" / "inference.json").read_text())
     assert (config["sam_variant"], config["strategy"]["rank"], config["crop_size"]) == ("tiny", 2, [32, 36])
     assert json.loads((unpacked / "configs" / "train.json").read_text())["epochs"] == 2
@@ -110,13 +115,28 @@ def test_record_of_several_processes_is_a_bundle_for_one(name, tmp_path):
     effective = ConfigParser(ConfigParser.load_config_files(files))
     for key, value in own.items():
         effective[key] = value
-    write_record(Running(LORA, effective.get(), effective), tmp_path / "bundle")
+    write_record(Running(LORA, effective), tmp_path / "bundle")
     for file in ("train.json", "inference.json", "evaluate.json"):
         alone = ConfigParser(json.loads((LORA / file).read_text()))
         for key in own.keys() & {"crop_size", *WITHIN}:
             if key in alone:
                 alone[key] = own[key]
         assert json.loads((tmp_path / "bundle" / "configs" / file).read_text()) == alone.get(), file
+
+
+def test_a_run_with_a_strategy_of_its_own_is_named_by_that_strategy(run, tmp_path, monkeypatch, capsys):
+    mine = shutil.copytree(run, tmp_path / "mine")
+    own = {"strategy": {"_target_": "mine.Strategy", "rank": 2}}
+    effective = ConfigParser({**json.loads((LORA / "train.json").read_text()), **own})
+    write_record(Running(LORA, effective), mine / "bundle")
+    for words in (["bundle", "pack", mine, "--output", tmp_path / "x.zip"],
+                  ["predict", mine, "--input", tmp_path, "--output", tmp_path / "out"]):  # fmt: skip
+        assert samseg(monkeypatch, *words) == 1
+        told = capsys.readouterr().err
+        assert "parts of its own (strategy), which no settings describe; --trust" in told and "::" not in told
+    verdict = check_bundle(mine / "bundle")
+    assert (verdict.answer, verdict.engine) == (EDITED, __version__)
+    assert len(verdict.problems) == 1 and "parts of its own (strategy)" in verdict.problems[0]
 
 
 def test_archive_names_no_folder_of_the_machine_it_was_made_on(unpacked, run, phantoms):
@@ -150,6 +170,24 @@ def test_packed_bundle_needs_no_pickle(run, archive, phantoms, tmp_path, monkeyp
         assert samseg(monkeypatch, *words) == 0
     [one], [other] = ([*(tmp_path / out).iterdir()] for out in "ab")
     assert one.read_bytes() == other.read_bytes() or np.array_equal(nib.load(one).dataobj, nib.load(other).dataobj)
+
+
+def test_packed_with_the_package_it_is_the_same_bundle_and_a_wheel(run, archive, phantoms, tmp_path, monkeypatch):
+    out = tmp_path / "with.zip"
+    words = ["bundle", "pack", run, "--output", out, "--sam-checkpoint", "random", "--with-package"]
+    assert samseg(monkeypatch, *words) == 0
+    with zipfile.ZipFile(out) as content, zipfile.ZipFile(archive) as other:
+        root = other.namelist()[0].partition("/")[0]
+        assert {*content.namelist()} - {*other.namelist()} == {f"{root}/{WHEEL}"}
+        assert f"\npip install {root}/{WHEEL}\n" in content.read(f"{root}/docs/README.md").decode()
+        assert "pip install" not in other.read(f"{root}/docs/README.md").decode().replace("pip install .", "")
+        assert content.read(f"{root}/{WHEEL}") == build_wheel()
+    assert check_bundle(out).problems == check_bundle(archive).problems
+    words = ["predict", out, "--input", phantoms / "unlabelled", "--output", tmp_path / "masks"]
+    assert samseg(monkeypatch, *words) == 0 and len([*(tmp_path / "masks").iterdir()]) == 1
+    trusted = pack_bundle(run, tmp_path / "as_it_is.zip", sam_checkpoint="random", pt=False, package=True, trust=True)
+    with zipfile.ZipFile(trusted) as content:
+        assert f"\npip install {root}/{WHEEL}\n" in content.read(f"{root}/docs/README.md").decode()
 
 
 def test_evaluation_elsewhere_and_offline_reproduces_the_card(unpacked, phantoms, offline, monkeypatch):

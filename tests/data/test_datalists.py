@@ -4,7 +4,9 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from samseg_monai.data.datalists import (
     check_datalist,
@@ -13,7 +15,9 @@ from samseg_monai.data.datalists import (
     read_datalist,
     write_datalist,
 )
+from samseg_monai.data.datalists.checks import CaseCheck, check_files
 from samseg_monai.data.datalists.splits import SECTIONS, split_by_patient
+from samseg_monai.data.files.images import read_image
 from samseg_monai.errors import DataError
 
 
@@ -142,3 +146,56 @@ def test_scans_are_picked_by_name_and_in_order(tmp_path):
     assert [Path(file).name for file in found["image"]] == ["c", "a"]
     with pytest.raises(DataError, match="t4"):
         load_datalist(path, tmp_path, "training", scans=["t3", "t4"])
+
+
+VOXELS = np.arange(504, dtype=np.uint16).reshape(7, 8, 9)
+
+
+def foreign(folder, name):
+    """A file that MONAI's readers would take for another one's voxels, or hand to a program that runs it."""
+    (folder / "secret.raw").write_bytes(VOXELS.tobytes())
+    path = folder / name
+    if name.endswith(".png"):
+        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(secret) (r) file\n")
+    elif name.endswith(".npy"):
+        np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    elif name.endswith(".nii"):  # ITK goes by the content
+        path.write_bytes(b"NRRD0004\ntype: uint16\ndimension: 3\nsizes: 9 8 7\ndata file: secret.raw\n\n")
+    else:
+        sitk.WriteImage(sitk.GetImageFromArray(VOXELS), str(path))
+        header, mark, _ = path.read_bytes().partition(b"ElementDataFile" if name.endswith("mha") else b"\n\n")
+        named = b"ElementDataFile = secret.raw\n" if mark[:1] == b"E" else b"\ndata file: secret.raw\n\n"
+        path.write_bytes(header.replace(b"gzip", b"raw") + named)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("evil.mha", "volumes", "its header names another file ('secret.raw')"),
+        ("evil.nrrd", "volumes", "its header names another file ('secret.raw')"),
+        ("evil.nii", "volumes", "its header names another file ('secret.raw')"),
+        ("evil.npy", "volumes", "is no image; expected one of .nii.gz"),
+        ("evil.png", "volumes", "is no image; expected one of .nii.gz"),
+        ("evil.png", "images", "is a PostScript program"),
+    ],
+)
+@pytest.mark.parametrize("key", ["image", "label"])
+def test_files_that_would_have_others_read_or_run_are_refused_in_training(name, kind, said, key, tmp_path):
+    good = "good.png" if kind == "images" else "good.nii.gz"
+    (tmp_path / good).touch()
+    pair = {"image": good, "label": good, key: foreign(tmp_path, name)}
+    content = {"training": [{"case": "one", **pair}], "validation": [], "testing": []}
+    (tmp_path / "d.json").write_text(json.dumps(content if kind == "volumes" else {**content, "kind": kind}))
+    with pytest.raises(DataError) as error:
+        load_datalist(tmp_path / "d.json", tmp_path, "training")
+    assert f"one: {name}: {said}" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["evil.mha", "evil.nrrd"])
+def test_and_when_a_datalist_is_made(name, tmp_path):
+    check = CaseCheck("one", {"image": tmp_path / foreign(tmp_path, name)})
+    check_files(check, label="label", legal=(0, 1))
+    assert len(check.problems) == 1 and "its header names another file ('secret.raw')" in check.problems[0]
+    with pytest.raises(DataError, match="PostScript program"):
+        read_image(tmp_path / foreign(tmp_path, "evil.png"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import pickle
 from multiprocessing.reduction import ForkingPickler
@@ -27,7 +28,7 @@ from monai.transforms import (
 )
 from torch.utils.data import DataLoader as TorchDataLoader
 
-from samseg_monai.bundles.build import compose, render_config
+from samseg_monai.bundles.build import compose, render
 from samseg_monai.data.slices import AllSlices, EveryNth, Foreground, MaxArea, RandomN, SliceDataset
 from samseg_monai.data.slices.cache import describe, describe_item
 from samseg_monai.errors import ConfigError, DataError
@@ -212,7 +213,7 @@ def test_workers_and_collates_give_the_same_items(cases):
 
 
 def test_slices_of_unequal_shape_stay_under_their_boxes_in_a_batch():
-    config = render_config(compose("meningioma", "lora"), "train")
+    config = json.loads(render(compose("meningioma", "lora"))["configs/train.json"])
     collate = ConfigParser({"collate_fn": config["train"]["dataloader"]["collate_fn"]}).get_parsed_content("collate_fn")
     items = []
     for shape in ((64, 36), (36, 64), (64, 64)):

@@ -45,7 +45,7 @@ def tell(output: Path, checkpoint: Path) -> str:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         make = drawn.make_case
-        patch.setattr(drawn, "make_case", lambda seed, shape=SHAPE, spacing=None: make(seed, SHAPE, spacing))
+        patch.setattr(drawn, "make_case", lambda seed, shape=SHAPE: make(seed, SHAPE))
         patch.setattr(bundles, "build_bundle", small_bundle)
         patch.setattr(demo_meningioma, "MOBILE", {**demo_meningioma.MOBILE, "image_size": 64})
         words = ["demo", "--sam", "vit_t", "--sam-checkpoint", checkpoint, "--output", output]

@@ -9,7 +9,7 @@ from segment_anything import SamPredictor
 
 from samseg_monai.checkpoints import load_adapter, save_adapter
 from samseg_monai.errors import ConfigError
-from samseg_monai.export.limits import obstacles
+from samseg_monai.export import obstacles
 from samseg_monai.networks import EMPTY_LOGIT, SamSegmenter
 from samseg_monai.networks.common import best_mask
 from samseg_monai.sam.spec import get_spec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import get_args
 
 import pytest
@@ -12,11 +13,11 @@ from monai.data import MetaTensor
 from monai.networks.nets import UNet
 from torch import nn
 
-from samseg_monai.bundles.build import compose, render_config
+from samseg_monai.bundles.build import compose, render
 from samseg_monai.checkpoints import load_adapter, load_trained, read_card, save_adapter, save_model
 from samseg_monai.choices import Network
 from samseg_monai.errors import AdapterError, CheckpointError, ConfigError
-from samseg_monai.export.limits import obstacles
+from samseg_monai.export import obstacles
 from samseg_monai.networks import EMPTY_LOGIT, BoxEllipse, PlainSegmenter, SamSegmenter
 from samseg_monai.settings import dump_settings, read_settings
 from samseg_monai.strategies import LoRA, Scratch, ZeroShot
@@ -211,7 +212,8 @@ def test_every_network_of_the_settings_is_built_and_answers(name, task):
                 settings_of(task, network, boxes)
             continue
         settings = settings_of(task, network, boxes)
-        network = ConfigParser({**render_config(settings, "train"), "device": "cpu"}).get_parsed_content("network_def")
+        config = json.loads(render(settings)["configs/train.json"])
+        network = ConfigParser({**config, "device": "cpu"}).get_parsed_content("network_def")
         scans, classes = len(settings.task.scans), len(settings.task.classes)
         given = None if boxes == "none" else torch.tensor([[3.0, 4.0, 20.0, 30.0]] * 2)
         logits = network.train()(torch.randn(2, scans, 48, 40), given)

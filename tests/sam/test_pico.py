@@ -216,4 +216,4 @@ def test_the_command_writes_weights_that_load(tmp_path):
     written = write_weights(run, tmp_path, held_out=2)
     assert written["status"] == "interim" and written["steps_done"] == 0
     report = load_sam_weights(build_sam("tiny"), tmp_path / "tiny.safetensors")
-    assert not report.missing and not report.unexpected
+    assert report.loaded == len(build_sam("tiny").state_dict())

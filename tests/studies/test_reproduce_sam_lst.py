@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torchvision.models import resnet18
 
 from samseg_monai import cli
-from samseg_monai.cli.reproduce_sam_lst import PAPER, _Plan
+from samseg_monai.cli.reproduce import PAPER, _Plan
 from samseg_monai.data.datalists.label_maps import BTCV_TESTING as TESTING
 from samseg_monai.data.datalists.label_maps import BTCV_TRAINING as TRAINING
 from samseg_monai.demo.abdomen_phantoms import make_case

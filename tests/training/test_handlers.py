@@ -605,6 +605,7 @@ def test_every_handler_can_be_written_in_json(network, tmp_path):
         "ResumeSaver": {"output_dir": "@out", "network": "@net", "optimizer": "$@trainer.optimizer"},
         "RunCard": {"output_dir": "@out", "settings": {"lr": 0.1}},
         "SameBuffers": {"network": "@net"},
+        "TensorBoard": {"log_dir": "@out"},
         "Tracking": {
             "card": {"_target_": "samseg_monai.handlers.RunCard", "output_dir": "@out", "settings": {"lr": 0.1}},
             "output_dir": "@out",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,8 @@ from samseg_monai.data import IMAGES
 from samseg_monai.data.datalists.label_maps import CODINGS, labels_in
 from samseg_monai.data.datalists.splits import SECTIONS, in_two_sections
 from samseg_monai.data.files.boxes import read_boxes
-from samseg_monai.data.files.volumes import image_stem, stem_of
+from samseg_monai.data.files.dicom import is_dicom
+from samseg_monai.data.files.volumes import IMAGE_SUFFIXES, SUFFIXES, image_stem, refuse_foreign, stem_of
 from samseg_monai.errors import DataError, raise_all
 from samseg_monai.files import read_json, write_json
 
@@ -107,8 +107,9 @@ def load_datalist(
         "recorded": {"sha256", "files": name -> path}, which ``LoadCased`` compares when it reads these files.
 
     Raises:
-        DataError: unknown or empty section, scans that the datalist does not have, no such folder, all missing files at
-            once, all cases of the section without a box, or as ``read_datalist``.
+        DataError: unknown or empty section, scans that the datalist does not have, no such folder; all at once, files
+            that are missing, are no images or would have another file read in their place; all cases of the section
+            without a box; or as ``read_datalist``.
         PromptError: as ``boxes.read_boxes``.
     """
     if section not in SECTIONS:
@@ -131,12 +132,13 @@ def load_datalist(
                 continue
             paths = [str(root / file) for file in ([files] if isinstance(files, str) else files)]
             if key != "reference" or files != stored.get("label"):
-                problems += [f"{item['case']}: no file {file}" for file in paths if not os.path.isfile(file)]
+                found = (_file_problem(Path(file), datalist.get("kind")) for file in paths)
+                problems += [f"{item['case']}: {problem}" for problem in found if problem]
             item[key] = paths[0] if isinstance(files, str) else paths
         if item["case"] in hashes:
             item["recorded"] = {"sha256": hashes[item["case"]], "files": recorded[item["case"]]}
         items.append(item)
-    raise_all(problems, DataError, f"{path}: files of section {section!r} are missing; is dataset_dir right")
+    raise_all(problems, DataError, f"{path}: files of section {section!r} are missing or refused; is dataset_dir right")
     return items if boxes is None else _with_boxes(items, datalist, Path(boxes), name=str(path))
 
 
@@ -157,6 +159,20 @@ def _recorded(item: Mapping[str, Any], scans: Sequence[str] | None, root: Path) 
     files = {"image": image} if isinstance(image, str) else dict(zip(scans or ["image"], image, strict=False))
     files |= {"label": item["label"]} if item.get("label") else {}
     return {name: str(root / file) for name, file in files.items()}
+
+
+def _file_problem(path: Path, kind: str | None) -> str:
+    """Why a file must not be given to MONAI's readers, which try whatever format a name or a content may mean."""
+    if not path.is_file():
+        return f"no file {path}"
+    known = (image_stem if kind == IMAGES else stem_of)(path) is not None or is_dicom(path)
+    if path.suffix and not known:
+        return f"{path.name}: is no image; expected one of {', '.join(IMAGE_SUFFIXES if kind == IMAGES else SUFFIXES)}"
+    try:
+        refuse_foreign(path)
+    except (DataError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def unit_of(path: str | Path) -> str:

@@ -40,6 +40,8 @@ _NO_MODALITY = {"", "OT", "SC"}  # of DICOM files that do not tell: none, other,
 # intensities that only Hounsfield units give: lung and fat, and the air around a patient
 _LUNG_AND_FAT, _AIR = (-950.0, -40.0), (-1100.0, -900.0)
 _FEW_LUNG_AND_FAT, _MUCH_AIR = 1e-3, 0.05  # parts of all voxels
+_POSTSCRIPT = (b"%!", b"\xc5\xd0\xd3\xc6")  # the latter with a preview, as DOS had it
+_HEADER_BYTES = 1 << 20
 PHANTOM_MARK = b"samseg-monai phantom"  # in the header of every phantom of the demos
 
 
@@ -122,12 +124,42 @@ def content_of(path: Path) -> bytes:
         raise DataError(f"{path.name}: is a git-lfs pointer, not the image; run 'git lfs pull' where it came from")
     if content[:1000].lstrip()[:5].lower() in (b"<html", b"<!doc", b"<?xml"):
         raise DataError(f"{path.name}: is a web page, not an image: the download failed; log in and download it again")
+    refuse_foreign(path, content)
     return content
 
 
 def is_dead_link(path: Path) -> bool:
     """Whether ``path`` is a link that leads nowhere, as git-annex leaves behind for files that were not fetched."""
     return path.is_symlink() and not path.exists()
+
+
+def refuse_foreign(path: Path, content: bytes | None = None) -> None:
+    """Refuse a file whose loader would read another file in its place, or run it.
+
+    Args:
+        path: file, whatever its name says.
+        content: its bytes; None: the first of them are read, which hold any header.
+
+    Raises:
+        DataError: ``<file name>: <reason>``: a MetaImage or NRRD header without its voxels, or one that is damaged; a
+            PostScript program.
+    """
+    if content is None:
+        with path.open("rb") as stream:
+            content = stream.read(_HEADER_BYTES)
+    if content.startswith(_POSTSCRIPT):
+        raise DataError(f"{path.name}: is a PostScript program, no PNG, JPEG, TIFF or BMP file; save it as an image")
+    if not content.startswith(b"NRRD") and not path.name.lower().endswith((".mha", ".mhd", ".nrrd", ".nhdr")):
+        return
+    try:
+        named = named_file(content)
+    except ValueError as error:
+        raise DataError(f"{path.name}: truncated or damaged file ({error}); copy it again") from error
+    if named is not None:
+        raise DataError(
+            f"{path.name}: its header names another file ({named!r}) that would be read in its place; save header and "
+            "voxels as one file"
+        )
 
 
 def value_problem(array: np.ndarray, what: str = "voxel") -> str:
@@ -339,15 +371,6 @@ def named_file(content: bytes) -> str | None:
 
 
 def _parse_itk(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        named = named_file(content)
-    except ValueError as error:
-        raise DataError(f"{path.name}: truncated or damaged file ({error}); copy it again") from error
-    if named is not None:
-        raise DataError(
-            f"{path.name}: its header names another file ({named!r}) that would be read in its place; save header and "
-            "voxels as one file"
-        )
     try:
         image = sitk.ReadImage(str(path), imageIO="NrrdImageIO" if content.startswith(b"NRRD") else "MetaImageIO")
     except RuntimeError as error:

@@ -1,8 +1,8 @@
 """SAM's weights: find (or download) the file, read it whatever its layout, load it with an exact report.
 
-``find`` knows the official files and where they may lie; ``download`` fetches one, resumed; ``read`` turns any file
-into a flat float32 state dict or says what the file really is, with the names that ``layouts`` knows of other projects;
-``load`` fits position tables to the image size of the network and refuses everything else that does not fit.
+``find`` knows the official files, where they may lie and how to fetch them; ``read`` turns any file into a flat float32
+state dict or says what the file really is; ``load`` fits position tables to the image size of the network and refuses
+everything else that does not fit.
 """
 
 from __future__ import annotations

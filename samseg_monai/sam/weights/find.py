@@ -31,6 +31,7 @@ ENVIRONMENT = "SAMSEG_WEIGHTS_DIR"
 RANDOM = "random"  # the word that asks for a random start, in place of a file
 BLOCK = 1 << 16  # bytes written at a time; a broken connection loses at most these
 TIMEOUT_S = 30.0  # of silence, not of the whole download
+ATTEMPTS = 5  # connections, each of which goes on where the one before broke off
 
 
 @dataclass(frozen=True)
@@ -217,28 +218,21 @@ class ResumingDownloader:
     Bytes survive an error or a killed process; a server that knows no ranges is read from the start again. pooch
     compares the hash afterwards and throws a wrong file away, so a ``.part`` of something else costs one download.
 
-    Args:
-        part: file that keeps the bytes between tries.
-        attempts: connections per call; each goes on where the one before broke off.
-        timeout_s: seconds without a byte that end a connection.
-
     Raises: requests.RequestException (when called) if the last connection failed or the server refused.
     """
 
-    def __init__(self, part: Path, *, attempts: int = 5, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, part: Path) -> None:
         self.part = part
-        self.attempts = attempts
-        self.timeout_s = timeout_s
 
     def __call__(self, url: str, output_file: Any, pooch: Any) -> None:
-        for attempt in range(1, self.attempts + 1):
+        for attempt in range(1, ATTEMPTS + 1):
             before = self._have()
             try:
                 self._fetch(url)
                 break
             except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
                 # No byte gained means that there is no server to go on with: trying again only hides the error.
-                if attempt == self.attempts or self._have() <= before:
+                if attempt == ATTEMPTS or self._have() <= before:
                     raise
                 logger.warning("%s: connection lost at %d bytes (%s); going on", url, self._have(), error)
         shutil.move(self.part, output_file)
@@ -250,7 +244,7 @@ class ResumingDownloader:
         have = self._have()
         # identity: byte positions of a compressed transfer would not be those of the file
         headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-        with requests.get(url, headers=headers, stream=True, timeout=self.timeout_s) as response:
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
             start, total = _range_of(response)
             if response.status_code == requests.codes.requested_range_not_satisfiable:
                 if have != total:  # the part is longer than the file, so it is not part of it

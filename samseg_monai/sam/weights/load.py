@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +30,7 @@ MASK_HEAD = re.compile(r"mask_decoder\.(mask_tokens|output_hypernetworks_mlps|io
 TOKENS = "mask_decoder.mask_tokens.weight"
 HYPER_NETWORK = re.compile(r"(mask_decoder\.output_hypernetworks_mlps\.)(\d+)(\..+)")
 ADAPTER = "lora_"
+LISTS = ("resized", "skipped", "ignored", "passed_over")  # of a report
 FEW = 4  # problems shown of a file for another variant: none of the hundreds tells more than the heading
 
 
@@ -43,8 +44,6 @@ class LoadReport:
         loaded: number of the network's tensors that now hold the file's values.
         changed: how many of those had other values before; 0 means that the network already held this file.
         resized: position tables that were interpolated to the network's image size.
-        missing: the network's tensors that the file lacks (only with ``strict=False``).
-        unexpected: the file's tensors that the network lacks (only with ``strict=False``).
         skipped: tensors of the mask head left as built because the number of masks differs.
         ignored: adapter tensors, which no base file has.
         passed_over: the file's tensors that the image encoder knows by name and nobody uses (``unused_in_files``).
@@ -55,8 +54,6 @@ class LoadReport:
     loaded: int = 0
     changed: int = 0
     resized: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()
@@ -65,39 +62,28 @@ class LoadReport:
         """One line for the log."""
         if self.sha256 is None:
             return "random start: no base weights were loaded"
-        counts = [f"{len(names)} {word}" for word, names in self._lists().items() if names]
+        counts = [f"{len(getattr(self, word))} {word.replace('_', ' ')}" for word in LISTS if getattr(self, word)]
         extra = f" ({', '.join(counts)})" if counts else ""
         return f"{self.path}: {self.loaded} tensors loaded, {self.changed} changed{extra}, sha256 {self.sha256[:12]}"
-
-    def _lists(self) -> dict[str, tuple[str, ...]]:
-        words = ("resized", "missing", "unexpected", "skipped", "ignored", "passed_over")
-        return {word.replace("_", " "): getattr(self, word) for word in words}
-
-
-def _parts(names: Collection[str]) -> list[str]:
-    """Modules that the tensors ``names`` belong to, two levels deep, each once."""
-    return list(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
 
 
 @dataclass
 class _Plan:
-    """Decisions taken before the first tensor is touched, so that a refused file leaves the network as it was."""
+    """Decisions taken before the first tensor is touched, so that a refused file leaves the network as it was.
+
+    ``names`` are those of each list of the report, and of the tensors that do not fit, by what is wrong with them.
+    """
 
     values: dict[str, torch.Tensor] = field(default_factory=dict)
-    resized: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
-    passed_over: list[str] = field(default_factory=list)
-    mismatched: list[str] = field(default_factory=list)
+    names: dict[str, list[str]] = field(
+        default_factory=lambda: {word: [] for word in (*LISTS, "shape", "missing", "unexpected")}
+    )
 
 
 def load_sam_weights(
     sam: nn.Module,
     path: str | Path,
     *,
-    strict: bool = True,
     ignore: Collection[str] = (),
     allow_new_masks: bool = False,
     tile_masks: bool = False,
@@ -110,7 +96,6 @@ def load_sam_weights(
     Args:
         sam: SAM with SAM's own names; device and dtype of its tensors are kept.
         path: weights file, or ``"random"``: nothing is read and the network stays as built.
-        strict: False reports missing and unexpected names instead of raising; other shapes raise in any case.
         ignore: names that a base file cannot have (adapter tensors); names with ``lora_`` always count as such. A
             leading ``sam.`` is dropped. Names that plain SAM has too (a trained decoder) are required all the same.
         allow_new_masks: True leaves the mask head (tokens, hyper-networks, IoU head) as built when the file was made
@@ -129,36 +114,23 @@ def load_sam_weights(
     _refuse_trained(path, state)
     owned = {name.removeprefix("sam.") for name in ignore}
     plan = _plan(sam, state, owned=owned - plain_names(sam), new_masks=allow_new_masks, tile=tile_masks)
-    _refuse(plan, sam, state, path=path, strict=strict)
-    changed = _copy(sam, plan.values)
-    report = LoadReport(
-        str(path),
-        sha256_of(path),
-        loaded=len(plan.values),
-        changed=changed,
-        resized=tuple(plan.resized),
-        missing=tuple(plan.missing),
-        unexpected=tuple(plan.unexpected),
-        skipped=tuple(plan.skipped),
-        ignored=tuple(plan.ignored),
-        passed_over=tuple(plan.passed_over),
-    )
-    for word in ("missing", "unexpected", "skipped"):
-        if names := getattr(report, word):
-            logger.warning("%s: %s: %d tensors of %s", path, word, len(names), ", ".join(_parts(names)))
+    _refuse(plan, sam, state, path)
+    changed = copy_tensors(sam, plan.values)
+    lists = {word: tuple(plan.names[word]) for word in LISTS}
+    report = LoadReport(str(path), sha256_of(path), loaded=len(plan.values), changed=changed, **lists)
+    if skipped := lists["skipped"]:
+        modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in skipped)
+        logger.warning("%s: skipped: %d tensors of %s", path, len(skipped), ", ".join(modules))
     logger.info(report.summary())
     return report
 
 
-def resize_pos_embed(table: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Absolute position table (1, h, w, C) to (1, *size, C), bilinear."""
-    image = table.permute(0, 3, 1, 2)  # (1, h, w, C) -> (1, C, h, w)
-    return F.interpolate(image, size, mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
-
-
-def resize_rel_pos(table: torch.Tensor, length: int) -> torch.Tensor:
-    """Relative position table (2 n - 1, C) to (length, C), bilinear along the first axis; C is kept."""
-    size = (length, table.shape[1])
+def resize_table(table: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Position table in another size, bilinear: absolute (1, h, w, C) to (1, h', w', C), relative (n, C) to (n', C)."""
+    if table.ndim == 4:
+        image = table.permute(0, 3, 1, 2)  # (1, h, w, C) -> (1, C, h, w)
+        return F.interpolate(image, list(shape[1:3]), mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
+    size = (shape[0], table.shape[1])
     return F.interpolate(table[None, None], size, mode="bilinear", align_corners=False)[0, 0]
 
 
@@ -174,23 +146,23 @@ def _plan(sam: nn.Module, state: Mapping[str, torch.Tensor], *, owned: set[str],
         if new_head and MASK_HEAD.match(name):
             value = _tiled(state, name, len(targets[TOKENS])) if tile else None
             if value is None or value.shape != target.shape:
-                plan.skipped.append(name)
+                plan.names["skipped"].append(name)
             else:
                 plan.values[name] = value
         elif name not in state:
-            (plan.ignored if name in owned or ADAPTER in name else plan.missing).append(name)
+            plan.names["ignored" if name in owned or ADAPTER in name else "missing"].append(name)
         elif state[name].shape == target.shape:
             plan.values[name] = state[name]
         elif name in tables and state[name].shape[-1] == target.shape[-1] and state[name].ndim == target.ndim:
-            plan.values[name] = _resized(state[name], target)
-            plan.resized.append(name)
+            plan.values[name] = resize_table(state[name], target.shape)
+            plan.names["resized"].append(name)
         else:
-            plan.mismatched.append(name)
+            plan.names["shape"].append(name)
     for name in state:
         if name in unused:
-            plan.passed_over.append(name)
+            plan.names["passed_over"].append(name)
         elif name not in targets:
-            (plan.skipped if new_head and MASK_HEAD.match(name) else plan.unexpected).append(name)
+            plan.names["skipped" if new_head and MASK_HEAD.match(name) else "unexpected"].append(name)
     return plan
 
 
@@ -215,12 +187,6 @@ def plain_names(sam: nn.Module) -> set[str]:
     return set(plain.state_dict())
 
 
-def _resized(table: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    if target.ndim == 4:
-        return resize_pos_embed(table, (target.shape[1], target.shape[2]))
-    return resize_rel_pos(table, target.shape[0])
-
-
 def _refuse_trained(path: str | Path, state: Mapping[str, torch.Tensor]) -> None:
     """Raise WeightsError if the file is what another project's training wrote, not a SAM to start from."""
     if is_samed(state):
@@ -235,33 +201,31 @@ def _refuse_trained(path: str | Path, state: Mapping[str, torch.Tensor]) -> None
         )
 
 
-def _refuse(plan: _Plan, sam: nn.Module, state: Mapping[str, torch.Tensor], *, path: str | Path, strict: bool) -> None:
-    shapes = {name: tuple(value.shape) for name, value in sam.state_dict().items()}
-    problems = [f"shape: {name}: file {tuple(state[name].shape)}, network {shapes[name]}" for name in plan.mismatched]
-    if strict:
-        problems += [f"missing: {name}: file has none, network {shapes[name]}" for name in plan.missing]
-        problems += [
-            f"unexpected: {name}: file {tuple(state[name].shape)}, network has none" for name in plan.unexpected
-        ]
-    other = looks_like(state, sam.state_dict())
-    heading = f"{path} does not fit this SAM{_hint(plan, other)}"
-    raise_all(problems, WeightsError, heading, most=FEW if other else None)
-    if not plan.values:
-        raise WeightsError(f"{heading}: none of its {len(state)} tensors has a name that the network knows")
-
-
-def _hint(plan: _Plan, other: str) -> str:
-    """The likely reason, so that nobody has to read two hundred shapes to find it."""
+def _refuse(plan: _Plan, sam: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+    targets = sam.state_dict()
+    problems = [
+        f"{word}: {name}: file {_shape(state, name)}, network {_shape(targets, name)}"
+        for word in ("shape", "missing", "unexpected")
+        for name in plan.names[word]
+    ]
+    other = looks_like(state, targets)
+    hint = ""  # the likely reason, so that nobody has to read two hundred shapes to find it
     if other:
-        return f"; it looks like a file for {other}"
-    if plan.mismatched and all(MASK_HEAD.match(name) for name in plan.mismatched):
-        return "; it was made for another number of masks: pass allow_new_masks=True to start the mask head anew"
-    return ""
+        hint = f"; it looks like a file for {other}"
+    elif plan.names["shape"] and all(MASK_HEAD.match(name) for name in plan.names["shape"]):
+        hint = "; it was made for another number of masks: pass allow_new_masks=True to start the mask head anew"
+    heading = f"{path} does not fit this SAM{hint}"
+    raise_all(problems, WeightsError, heading, most=FEW if other else None)
+
+
+def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> str:
+    return str(tuple(tensors[name].shape)) if name in tensors else "has none"
 
 
 @torch.no_grad()
-def _copy(sam: nn.Module, values: Mapping[str, torch.Tensor]) -> int:
-    targets = sam.state_dict()  # shares storage with the network
+def copy_tensors(network: nn.Module, values: Mapping[str, torch.Tensor]) -> int:
+    """Copy ``values`` into the tensors of these names; returns how many had other values before."""
+    targets = network.state_dict()  # shares storage with the network
     changed = 0
     for name, value in values.items():
         value = value.to(targets[name])

@@ -76,7 +76,7 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     """Tensors of a ``.pth``/``.pt`` or ``.safetensors`` file by name, on the CPU, floating ones as float32.
 
     Knows plain SAM files, MedSAM's layouts (``{"model": ...}``, ``{"state_dict": ...}``), any prefix that all names
-    share, and Hugging Face's names, which become SAM's own (see ``layouts``). Files of SAMed and SAM-LST keep their
+    share, and Hugging Face's names, which become SAM's own. Files of SAMed and SAM-LST keep their
     names. Never runs code from the file (``weights_only=True``).
 
     Raises: WeightsError if the file is absent, empty, truncated, a git-lfs pointer or a web page, or holds anything but
@@ -85,7 +85,8 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     path = Path(path).expanduser()
     content = _unwrap(read_content(path))
     if not isinstance(content, Mapping) or not content:
-        raise WeightsError(f"{path} holds no state dict but {_describe(content)}: save the model's state_dict()")
+        held = "an empty table" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        raise WeightsError(f"{path} holds no state dict but {held}: save the model's state_dict()")
     others = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise WeightsError(
@@ -148,10 +149,6 @@ def _unwrap(content: object) -> object:
             break
         content = inner
     return content
-
-
-def _describe(content: object) -> str:
-    return "an empty table" if isinstance(content, Mapping) else f"a {type(content).__name__}"
 
 
 def official_names(state: State) -> dict[str, torch.Tensor]:
