@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,37 +90,24 @@ def find_cases(
         DataError: nothing found, or no case at all is good.
         PromptError: both kinds of prompts given, masks for images, or their file or folder cannot be read.
     """
-    if boxes is not None and prompts is not None:
-        raise PromptError("got boxes and prompts (masks): give one of them")
-    if kind not in (VOLUMES, IMAGES):
-        raise ConfigError(f"unknown kind of cases {kind!r}; choose one of {VOLUMES}, {IMAGES}")
-    if kind == IMAGES and prompts is not None:
-        raise PromptError("masks as prompts are for volumes; of 2-D images give boxes in pixels")
+    _check_arguments(boxes, prompts, kind)
     table = None if boxes is None else read_table(boxes, IMAGE_BOXES if kind == IMAGES else VOLUME_BOXES)
     sources = [Path(source)] if isinstance(source, (str, Path)) else [Path(path) for path in source]
     masks = None if prompts is None else Path(prompts)
     cases = _group_images(sources) if kind == IMAGES else _group_files(sources, scans, masks)
-    if prompts is not None and not Path(prompts).exists():
-        raise PromptError(f"prompts {prompts}: no such file or folder")
-    if prompts is not None and Path(prompts).is_file() and len(cases.files) > 1:
+    if masks is not None and masks.is_file() and len(cases.files) > 1:
         raise PromptError(f"prompts {prompts} is one file for {len(cases.files)} cases; give a folder of <case>.nii.gz")
-
-    def fits(volume: Volume, name: str) -> None:
-        doubt = modality_problem(volume.modality, modality)
-        if kind == VOLUMES:  # pictures of a CT are grey values
-            doubt = doubt or modality_doubt(volume.array, modality)
-        if doubt and not allow_modality:
-            raise DataError(f"{name}: {doubt}; if it is right all the same, allow it (--allow-modality)")
-        if doubt:
-            LOG.warning("%s: %s", name, doubt)
+    fits = partial(_check_modality, kind=kind, modality=modality, allowed=allow_modality)
 
     def check(case: str) -> dict[str, Any] | str:
         try:
             if kind == IMAGES:
                 return _check_image(case, cases.files[case][0], scans, table, fits)
             return _check_volumes(case, cases.files[case], scans, table, masks, fits)
+        except (DataError, PromptError) as error:
+            return str(error)
         except Exception as error:  # noqa: BLE001  whatever is wrong with one case must not cost the others
-            return root_of(error) if not isinstance(error, (DataError, PromptError)) else str(error)
+            return root_of(error)
 
     for case in sorted(set(table or {}) - set(cases.files) - set(cases.bad)):
         LOG.warning("boxes are given for %s, but there is no such case", case)
@@ -127,6 +115,27 @@ def find_cases(
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         cases.sort(dict(zip(names, pool.map(check, names), strict=True)))
     return cases
+
+
+def _check_arguments(boxes: str | Path | None, prompts: str | Path | None, kind: str) -> None:
+    if kind not in (VOLUMES, IMAGES):
+        raise ConfigError(f"unknown kind of cases {kind!r}; choose one of {VOLUMES}, {IMAGES}")
+    if boxes is not None and prompts is not None:
+        raise PromptError("got boxes and prompts (masks): give one of them")
+    if kind == IMAGES and prompts is not None:
+        raise PromptError("masks as prompts are for volumes; of 2-D images give boxes in pixels")
+    if prompts is not None and not Path(prompts).exists():
+        raise PromptError(f"prompts {prompts}: no such file or folder")
+
+
+def _check_modality(volume: Volume, name: str, *, kind: str, modality: str, allowed: bool) -> None:
+    doubt = modality_problem(volume.modality, modality)
+    if kind == VOLUMES:  # pictures of a CT are grey values
+        doubt = doubt or modality_doubt(volume.array, modality)
+    if doubt and not allowed:
+        raise DataError(f"{name}: {doubt}; if it is right all the same, allow it (--allow-modality)")
+    if doubt:
+        LOG.warning("%s: %s", name, doubt)
 
 
 def _check_volumes(
