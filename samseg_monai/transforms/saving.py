@@ -21,6 +21,7 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from PIL import Image, ImageDraw
 
+from samseg_monai.data.files.volumes import stem_of
 from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.files import file_name, write_bytes
 from samseg_monai.pictures import outline_of
@@ -46,7 +47,8 @@ class SaveVolumed(EachKeyd):
 
     Of a NIfTI image shape, units and both forms with their codes are those of its header, bit for bit, so that every
     reader puts the two in the same place, whichever form it goes by. Of other formats, and of arrays, the sform (and
-    the qform, where axes are at right angles) are the affine, in mm. Items pass unchanged.
+    the qform, where axes are at right angles) are the affine, in mm. A case without a name is called like its file.
+    Items pass unchanged.
 
     Args:
         keys: segmentations on the grid of the file that "image" was loaded from, MetaTensors (1, X, Y, Z) of whole
@@ -68,15 +70,17 @@ class SaveVolumed(EachKeyd):
         self.folder, self.postfix = Path(output_dir), postfix
 
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
-        case, meta = str(d["case"]), d["image"].meta
+        meta = d["image"].meta
+        file = Path(meta["filename_or_obj"])
+        case = str(d.get("case") or stem_of(file) or file.name)
         values = torch.as_tensor(d[key]).as_subclass(torch.Tensor).detach().cpu().numpy()
         if values.ndim != 4 or values.shape[0] != 1:
             raise DataError(f"{case}: {key} must be one volume (1, X, Y, Z), got {values.shape}")
         array = values[0].astype(np.uint8)
         if not np.array_equal(array, values[0]):
             raise DataError(f"{case}: {key} has values other than whole numbers from 0 to 255")
-        affine, own = (np.asarray(torch.as_tensor(a), dtype=float) for a in (d[key].affine, meta["original_affine"]))
-        image = _nifti(array, own, Path(meta["filename_or_obj"]))
+        affine, own = (np.asarray(torch.as_tensor(a).cpu(), float) for a in (d[key].affine, meta["original_affine"]))
+        image = _nifti(array, own, file)
         if image is None or not np.allclose(affine, own, rtol=0, atol=AFFINE_TOLERANCE):
             raise DataError(f"{case}: {key} {array.shape} is not on the grid of its image's file; undo the transforms")
         write_result(

@@ -10,6 +10,7 @@ import pytest
 from samseg_monai.data.datalists import load_datalist
 from samseg_monai.data.datalists.brats import prepare_brats_men
 from samseg_monai.data.datalists.folders import prepare_folders
+from samseg_monai.data.datalists.images import prepare_images
 from samseg_monai.data.files.volumes import modality_doubt
 from samseg_monai.demo.brain_phantoms import write_brats_cases
 from samseg_monai.errors import ConfigError, DataError
@@ -56,8 +57,11 @@ def test_hashes_of_every_kind_of_datalist_are_compared(tmp_path):
     write_brats_cases(tmp_path / "brats", 3, shape=(32, 36, 8), seed=2)
     prepare_brats_men(tmp_path / "brats", tmp_path / "brats" / "d.json", fractions=(0.34, 0.33, 0.33), progress=False)
     pictures = make_pictures(tmp_path / "pictures")
-    for root, name, scans in ((tmp_path / "brats", "d.json", ["t1c"]), (pictures, "datalist.json", ["image"])):
-        item = load_datalist(root / name, root, "training", scans=scans)[0]
+    prepare_images(
+        pictures / "images", pictures / "labels", pictures / "d.json", labels={"255": "disc"}, progress=False
+    )
+    for root, scans in ((tmp_path / "brats", ["t1c"]), (pictures, ["image"])):
+        item = load_datalist(root / "d.json", root, "training", scans=scans)[0]
         given = {"reader": "samseg_monai.data.files.images.ImageFileReader"} if root == pictures else {}
         assert "recorded" in item and load(item, **given)["image"].shape[0] == 1
         other = next(iter(item["recorded"]["files"].values()))  # a scan that is not used
