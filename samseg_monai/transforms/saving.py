@@ -26,7 +26,7 @@ from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.files import file_name, write_bytes
 from samseg_monai.pictures import outline_of
 from samseg_monai.transforms.boxes import move_boxes
-from samseg_monai.transforms.grids import AFFINE_TOLERANCE, EachKeyd
+from samseg_monai.transforms.grids import EachKeyd
 from samseg_monai.transforms.pixels import bytes_of
 
 BACKGROUND = "background"  # as datalists name it
@@ -39,6 +39,7 @@ _GEOMETRY = (
     "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
     "qoffset_z", "srow_x", "srow_y", "srow_z",
 )  # fmt: skip
+_SAME_MM = 1e-3  # entries of affines before and after transforms that undo each other
 _SCANNER = 1  # code of a form that says where voxels lie in the scanner
 
 
@@ -81,7 +82,7 @@ class SaveVolumed(EachKeyd):
             raise DataError(f"{case}: {key} has values other than whole numbers from 0 to 255")
         affine, own = (np.asarray(torch.as_tensor(a).cpu(), float) for a in (d[key].affine, meta["original_affine"]))
         image = _nifti(array, own, file)
-        if image is None or not np.allclose(affine, own, rtol=0, atol=AFFINE_TOLERANCE):
+        if image is None or not np.allclose(affine, own, rtol=0, atol=_SAME_MM):
             raise DataError(f"{case}: {key} {array.shape} is not on the grid of its image's file; undo the transforms")
         write_result(
             self.folder / f"{file_name(case)}_{self.postfix}.nii.gz", gzip.compress(image.to_bytes(), 1, mtime=0)
