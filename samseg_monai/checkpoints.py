@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from samseg_monai import __version__
+from samseg_monai.choices import Spacing
 from samseg_monai.errors import CheckpointError, WeightsError, raise_all
 from samseg_monai.files import StrPath, hash_file, read_json, write_whole
 from samseg_monai.networks import PlainSegmenter, SamSegmenter
@@ -27,6 +28,7 @@ from samseg_monai.networks.common import tensor_differences
 from samseg_monai.networks.foreign import load_foreign
 from samseg_monai.sam.weights import RANDOM, name_of, sha256_of
 from samseg_monai.sam.weights.read import read_content
+from samseg_monai.settings import problems_of
 from samseg_monai.training.owned import owned_state
 
 FORMAT_VERSION = 1
@@ -133,6 +135,7 @@ def save_adapter(
             "tensors": len(state),
             "values": sum(tensor.numel() for tensor in state.values()),
             **strategy.facts(network),
+            "spacing": getattr(network, "spacing", None),
             "adapter_sha256": hash_file(tensors),
             "package_version": __version__,
             "git_commit": git_commit(),
@@ -189,7 +192,25 @@ def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
     expected = {name: mine[name] for name in network.owned}
     raise_all(tensor_differences(state, expected), CheckpointError, f"{path}: does not fit this network")
     network.load_state_dict(state, strict=False)  # the names were compared one by one above
+    setattr(network, "spacing", card.get("spacing"))  # noqa: B010 a fact of what was trained, which any card keeps
     return card
+
+
+def spacing_of(checkpoint: StrPath | None, packed: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """In-plane spacing that an adapter was trained on, as ``Spacing`` of the settings; None where nobody knows.
+
+    Args:
+        checkpoint: as of ``load_trained``; of an adapter's folder the card tells.
+        packed: what is true of any other checkpoint, the bundle's own model.
+    Raises: CheckpointError: a card that cannot be read, or with another thing for a spacing.
+    """
+    if checkpoint is None or not (Path(checkpoint).is_dir() and _card_path(Path(checkpoint)).is_file()):
+        return None if packed is None else dict(packed)
+    spacing = read_card(checkpoint).get("spacing")
+    if spacing is not None:
+        heading = f"{_card_path(Path(checkpoint))}: no spacing in mm; get the card again"
+        raise_all(problems_of(spacing, Spacing, "spacing"), CheckpointError, heading)
+    return spacing
 
 
 def save_model(network: nn.Module, path: StrPath) -> Path:

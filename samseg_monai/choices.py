@@ -290,6 +290,17 @@ class Prompt(Model):
     """A box for each connected component."""
 
 
+Sides = Annotated[list[Annotated[float, Field(gt=0, le=1000)]], Two]
+
+
+class Spacing(Model):
+    """In-plane spacing of the training cases in mm, along the first and second axis."""
+
+    median: Sides
+    min: Sides
+    max: Sides
+
+
 class Schedule(Model):
     """Learning rate over the iterations."""
 

@@ -53,8 +53,8 @@ def own_cause(error: BaseException) -> SamsegError | None:
     return cause
 
 
-def root_of(error: BaseException) -> str:
-    """What went wrong first, in one line: MONAI wraps the cause once per level of Compose."""
+def reason_of(error: BaseException) -> str:
+    """What went wrong first, in one line: libraries wrap the cause once per level."""
     while error.__cause__ is not None and not isinstance(error, SamsegError):
         error = error.__cause__
     text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())

@@ -59,11 +59,12 @@ class SliceVolumeInferer(Inferer):
         direct: take logits back by one bilinear resize to the slice's own size, not step by step; for transforms that
             only resize, which then need not be invertible.
         labels: return class numbers, the channel of the largest logit in the grid of the volume, instead of logits.
-    Shape: inputs (B, S, H, W, D), prompt (B, 1, H, W, D), or boxes (B, N, 4) in pixel edges of the input where D is 1
-        (rows of NaN are none), to logits (B, C, H, W, D), float32. The network sees (b, S, h, w), with boxes (b, 4) or
-        (b, N, 4), and returns (b, C, h, w). With ``labels`` the result is (B, 1, H, W, D), float32, whole numbers 0
-        to C - 1, and 0 in slices without a box. Where the input is a MetaTensor, so is the result, with the same
-        metadata and history: ``Invertd`` takes both back to the file's grid.
+    Shape: inputs (B, S, H, W, D), prompt (B, N, H, W, D) with a channel for each box of a slice, or boxes (B, N, 4) in
+        pixel edges of the input where D is 1 (rows of NaN are none), to logits (B, C, H, W, D), float32. The network
+        sees (b, S, h, w), with boxes (b, 4) or (b, N, 4), and returns (b, C, h, w). With ``labels`` the result is
+        (B, 1, H, W, D), float32, whole numbers 0 to C - 1, and 0 in slices without a box. Where the input is a
+        MetaTensor, so is the result, with the same metadata and history: ``Invertd`` takes both back to the file's
+        grid.
     Raises: ConfigError if ``slice_transforms`` hold a random transform or ``BoxFromPromptd``, cannot be undone, or the
         prompt is missing; if ``labels`` are asked of one channel; if embeddings are to be kept that change, because
         the encoder learns or because they depend on the prompt. PromptError if prompt or boxes do not fit the input.
@@ -122,13 +123,14 @@ class SliceVolumeInferer(Inferer):
                 "a prompted inferer needs the prompt volume: give the evaluator "
                 'PrepareBatchExtraInput(extra_keys={"prompt": "prompt"}), or the inferer prompted=False'
             )
-        expected = (len(images), 1, *images.shape[2:])
-        if tuple(prompt.shape) != expected:
-            raise PromptError(f"prompt must have shape {expected} to fit the image, got {tuple(prompt.shape)}")
+        expected = (len(images), *images.shape[2:])
+        if prompt.ndim != 5 or (len(prompt), *prompt.shape[2:]) != expected:
+            fitting = (len(images), "N", *images.shape[2:])
+            raise PromptError(f"prompt must have shape {fitting} to fit the image, got {tuple(prompt.shape)}")
         return prompt.as_subclass(torch.Tensor)
 
     def _volume(self, image: torch.Tensor, prompt: torch.Tensor | None, network: Network) -> torch.Tensor:
-        """(S, H, W, D) and a prompt (1, H, W, D), or boxes (N, 4) of a single slice, to (C, H, W, D)."""
+        """(S, H, W, D) and a prompt (N, H, W, D), or boxes (N, 4) of a single slice, to (C, H, W, D)."""
         size, depth = image.shape[1:3], image.shape[3]
         if prompt is None:
             wanted = list(range(depth))
@@ -191,7 +193,7 @@ class SliceVolumeInferer(Inferer):
         return [z for z, _, _ in kept], [prepared for _, prepared, _ in kept], boxes
 
     def _prepare(self, image: torch.Tensor, prompt: torch.Tensor | None) -> tuple[MetaTensor, torch.Tensor | None]:
-        """A slice (S, H, W) as the network sees it, (S, h, w), and its boxes, of a prompt (1, H, W) or moved (N, 4)."""
+        """A slice (S, H, W) as the network sees it, (S, h, w), and its boxes, of a prompt (N, H, W) or moved (N, 4)."""
         d: dict[str, torch.Tensor] = {IMAGE: MetaTensor(image.clone())}
         mask = None if prompt is None or prompt.ndim == 2 else prompt
         if mask is not None:

@@ -34,6 +34,7 @@ from samseg_monai.choices import (
     Seed,
     Side,
     SliceSettings,
+    Spacing,
     Text,
     Two,
     Voxels,
@@ -82,6 +83,8 @@ class TaskSettings(Model):
     intensity: Intensity = Intensity()
     label_values: dict[Annotated[str, StringConstraints(pattern="^-?[0-9]{1,9}$")], Label] | None = None
     """2-D images: value -> name of the label files, which predictions have, too; known once a run is packed."""
+    trained_spacing: Spacing | None = None
+    """Volumes: in-plane spacing of the training cases; known once a run is packed."""
     mirrored_classes: list[Annotated[list[Label], Two]] | None = None
     """Pairs of classes that change places in a mirror, for ``augmentation`` strong; ``[]``: none does."""
     title: Text = Field(examples=["Liver on abdominal CT"])
@@ -130,8 +133,14 @@ class RunSettings(Model):
     """Which SAM; null for networks without SAM."""
     image_size: Side = Field(default=1024, examples=[512])
     """Longest side in pixels that the network sees; for SAM a multiple of 16."""
+    crop_mm: Annotated[list[Annotated[float, Field(gt=0, le=10_000)]], Two] | None = Field(
+        default=None, examples=[[138.0, 202.0]]
+    )
+    """Crop of each slice in mm, first and second axis: in the middle, or where it cuts no prompt; null: none."""
     crop_size: Annotated[list[Voxels], Two] | None = Field(default=None, examples=[[138, 202]])
-    """Central crop of each slice in voxels, first and second axis."""
+    """The crop in voxels of the spacing that was trained on, in place of ``crop_mm``; null: ``crop_mm`` counts."""
+    resample: bool = True
+    """Cases of another in-plane spacing than the trained (beyond its range by more than 5 %) are resampled to it."""
     batch_size: Cases = Field(default=1, examples=[4])
     seed: Seed = 0
     rectangular: bool = False

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from samseg_monai.bundles.door import literal, open_bundle, own_errors
-from samseg_monai.data.files.case_list import run_engine
+from samseg_monai.data.files.case_list import CaseList
+from samseg_monai.data.files.cases import NO_PROMPTS
 from samseg_monai.errors import BundleError, DataError, PromptError
 from samseg_monai.files import write_json
 
@@ -71,6 +72,7 @@ class LoadedBundle:
         *,
         boxes: str | Path | Sequence[Any] | Mapping[str, Any] | None = None,
         mask: str | Path | None = None,
+        whole_slice: bool = False,
         affine: np.ndarray | None = None,
         allow_modality: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -81,8 +83,9 @@ class LoadedBundle:
                 (X, Y, Z, S); a 2-D image (rows, columns), or uint8 (rows, columns, 3) for RGB.
             boxes: for a bundle that takes prompts: of a volume ``[{"slices": [k0, k1], "box": [i0, j0, i1, j1]}]`` in
                 voxels, both ends inclusive; of a 2-D image ``[[x0, y0, x1, y1]]`` in pixels. Or the JSON file of
-                ``samseg predict``, or its content. None, without ``mask``: the whole slice.
+                ``samseg predict``, or its content.
             mask: file of a coarse mask on the image's grid.
+            whole_slice: take the whole of each slice as the prompt.
             affine: (4, 4), voxels to RAS mm, of an array that is a volume; default: 1 mm.
             allow_modality: go on with an image that is, or by its values seems to be, of another modality than those
                 that the bundle was trained on.
@@ -92,16 +95,20 @@ class LoadedBundle:
             values of the labels that the bundle was trained on, and the unit matrix.
 
         Raises:
-            PromptError: prompts for a bundle that takes none, or two kinds of them.
+            PromptError: prompts for a bundle that takes none, none for one that takes some, or two kinds of them.
             DataError: image or prompts cannot be used, there are several cases, or ``affine`` of what needs none.
         """
-        if boxes is not None and mask is not None:
-            raise PromptError("predict: got boxes and mask; give one source of prompts")
-        if not self.prompted and not (boxes is None and mask is None):
-            raise PromptError(f"predict: {self.name} takes no prompts; leave boxes and mask out")
+        given = {BOXES: boxes is not None, MASK: mask is not None, WHOLE: whole_slice}
+        sources = [source for source, there in given.items() if there]
+        if len(sources) > 1:
+            raise PromptError("predict: got several of boxes, mask and whole_slice; give one source of prompts")
+        if not self.prompted and sources:
+            raise PromptError(f"predict: {self.name} takes no prompts; leave boxes, mask and whole_slice out")
         if affine is not None and (self._images or isinstance(image, (str, Path))):
             raise DataError("predict: affine is for arrays that are volumes: files have their own, 2-D images none")
-        source = (BOXES if boxes is not None else MASK if mask is not None else WHOLE) if self.prompted else "none"
+        if self.prompted and not sources:
+            raise PromptError(f"predict: {NO_PROMPTS}")
+        source = sources[0] if sources else "none"
         with own_errors(), tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             place = Path(image) if isinstance(image, (str, Path)) else self._written(image, affine, Path(folder))
             places: dict[str, Any] = {"dataset_dir": place, "boxes": None, "prompts": None}
@@ -110,13 +117,13 @@ class LoadedBundle:
             if isinstance(boxes, (str, Path)):
                 places["boxes"] = Path(boxes)
             elif boxes is not None:
-                case = self._cases(source, places)[0]["case"] if isinstance(image, (str, Path)) else CASE
+                case = self._cases(WHOLE, places).good[0]["case"] if isinstance(image, (str, Path)) else CASE
                 named = boxes if isinstance(boxes, Mapping) else {case: list(boxes)}
                 places["boxes"] = table = Path(folder) / "boxes.json"
                 write_json(table, named)
             return self._run(source, places)
 
-    def _cases(self, source: str, places: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _cases(self, source: str, places: Mapping[str, Any]) -> CaseList:
         """The one case that there is."""
         parser = self._parser(source)
         for key, value in places.items():
@@ -126,7 +133,7 @@ class LoadedBundle:
         if len(found.good) != 1:
             names = ", ".join(item["case"] for item in found.good[:5])
             raise DataError(f"predict: takes one case at a time, there are {len(found.good)} ({names} ...)")
-        return list(found.good)
+        return found
 
     def _parser(self, source: str) -> Any:
         """The bundle's inference config for one source of prompts; what was built from it before stays built."""
@@ -155,8 +162,10 @@ class LoadedBundle:
                 parser.get_parsed_content("dataset"),
             )
         evaluator, dataset = self._ready[f"{source} engine"]
+        dataset.data, evaluator.cases = cases.good, cases
         folder = self._scratch / "predictions"
-        run_engine(evaluator, dataset, cases)
+        evaluator.run()
+        cases.finish()
         made = sorted(folder.glob("*_seg.*"))
         if len(made) != 1:
             raise BundleError(f"predict: {self.name} wrote {len(made)} segmentations, expected one")

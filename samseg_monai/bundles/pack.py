@@ -135,7 +135,8 @@ def _write_configs(run: Path, opened: Opened, card: dict[str, Any], root: Path, 
         if package:
             _tell_of_wheel(root / "docs" / "README.md", opened.name)
         return steps
-    write_bundle(evaluated(opened.settings, card), root, wheel=package)
+    trained = run if (run / checkpoints.TENSORS).is_file() else None
+    write_bundle(evaluated(opened.settings, card, checkpoints.spacing_of(trained)), root, wheel=package)
     edited = {edit.partition(": ")[0] for edit in opened.edited}
     for name in edited & {"configs/train.json", "configs/evaluate.json"}:  # wiring that was changed in training travels
         shutil.copy(run / RECORD / name, root / name)
@@ -150,19 +151,20 @@ def _tell_of_wheel(readme: Path, name: str) -> None:
     write_text(readme, f"{title}\n\n{install_words(name, __version__, wheel=True)}\n{rest}")
 
 
-def evaluated(settings: BundleSettings, card: dict[str, Any]) -> BundleSettings:
+def evaluated(settings: BundleSettings, card: dict[str, Any], spacing: dict[str, Any] | None = None) -> BundleSettings:
     """The settings of a run with what its evaluation did and every prediction does, too.
 
     Args:
         settings: of the training.
         card: the evaluation's run card.
+        spacing: that the adapter was trained on.
     """
     told = card.get("settings", {})
-    changes: dict[str, Any] = {"engine": __version__, "run": {}}
+    changes: dict[str, Any] = {"engine": __version__, "run": {}, "task": {"trained_spacing": spacing}}
     if "min_component_mm3" in told:
         changes["run"]["min_component_mm3"] = told["min_component_mm3"]
     if settings.task.kind == "images":
-        changes["task"] = {"label_values": card.get("label_values")}
+        changes["task"]["label_values"] = card.get("label_values")
         changes["run"]["prompt"] = {"shrink": told.get("prompt", {}).get("shrink", 0.0)}
     return read_settings(merged(dump_settings(settings), changes), "pack: settings of the run")
 

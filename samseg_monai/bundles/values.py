@@ -11,7 +11,7 @@ from samseg_monai.choices import Optimizer, Picker
 from samseg_monai.settings import NOTHING, PLACES, BundleSettings, RunSettings, dump_settings
 
 KEYS = tuple(RunSettings.model_fields)
-TASK_KEYS = ("scans", "classes", "mirrored_classes", "label_values")
+TASK_KEYS = ("scans", "classes", "mirrored_classes", "label_values", "trained_spacing")
 _METHODS = {f"samseg_monai.strategies.{kind}": name for name, kind in METHODS.items()}
 _SIDES = {f"samseg_monai.adapters.{kind}": name for name, kind in SIDES.items()}
 _PICKERS = {f"{PICKERS}.{kind.__name__}" for kind in Picker.__origin__.__args__}  # type: ignore[attr-defined]

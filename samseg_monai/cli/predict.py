@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from samseg_monai.errors import BundleError, ConfigError
+from samseg_monai.data.files.cases import NO_PROMPTS
+from samseg_monai.errors import BundleError, ConfigError, PromptError
 from samseg_monai.workflow import run_workflow
 
 if TYPE_CHECKING:
@@ -31,6 +32,12 @@ def predict(
     output: Annotated[Path, typer.Option(help="folder for the segmentations")],
     boxes: Annotated[Path | None, typer.Option(help="JSON of boxes per case")] = None,
     prompts: Annotated[Path | None, typer.Option(help="coarse mask, or folder of <case>.nii.gz")] = None,
+    whole_slice: Annotated[
+        bool, typer.Option("--whole-slice", help="Take the whole slice as the prompt, on purpose.")
+    ] = False,
+    no_resample: Annotated[
+        bool, typer.Option("--no-resample", help="Keep the in-plane spacing, though another was trained on.")
+    ] = False,
     sam_checkpoint: Annotated[str | None, typer.Option(help="base weights, if the bundle holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")] = None,
     allow_modality: Annotated[
@@ -44,14 +51,17 @@ def predict(
 
     Of the bundle its settings and its weights are read; its own JSON is not run, unless --trust says so.
 
-    Prompts of a bundle that takes boxes: --boxes, or --prompts, or (neither) the whole slice. Bad cases are named and
-    left out; the exit code is then 1. An image of another modality than the bundle's (by DICOM, or by its values: a CT
-    must be in Hounsfield units) is bad, unless --allow-modality says that it is right.
+    Prompts of a bundle that takes boxes: --boxes, --prompts, or --whole-slice. Cases whose in-plane spacing is not one
+    that the bundle was trained on are resampled to it, and the masks come back on the images' own grids. Bad cases are
+    named and left out; the exit code is then 1. An image of another modality than the bundle's (by DICOM, or by its
+    values: a CT must be in Hounsfield units) is bad, unless --allow-modality says that it is right.
     """
     from samseg_monai.bundles.door import open_bundle
 
-    if boxes and prompts:
-        raise BundleError("predict: got both --boxes and --prompts; give one source of prompts")
+    asked = {"boxes": boxes, "prompts": prompts, "whole-slice": whole_slice}
+    sources = [f"--{key}" for key, value in asked.items() if value]
+    if len(sources) > 1:
+        raise BundleError(f"predict: got both {' and '.join(sources)}; give one source of prompts")
     given = {key: os.path.abspath(value) for key, value in {"boxes": boxes, "prompts": prompts}.items() if value}
     places = {"dataset_dir": input, "output_dir": output, "predictions_dir": output}
     overrides: dict[str, Any] = {key: os.path.abspath(place) for key, place in places.items()}
@@ -65,31 +75,33 @@ def predict(
         except RuntimeError as error:
             raise ConfigError(f"--device: got {device!r}; give cpu, cuda or cuda:1") from error
     with open_bundle(bundle, trust=trust) as opened:
-        overrides |= _prompt_overrides(opened, given)
+        overrides |= _prompt_overrides(opened, given, sources)
+        if no_resample and "resample" in opened.parser().get():
+            overrides["resample"] = False
         if opened.checkpoint is not None:  # the folder of predictions is no place to look for an adapter
             overrides["checkpoint"] = str(opened.checkpoint)
         run_workflow([opened.config("inference")], overrides, echo=False)
     typer.echo(f"segmentations: {overrides['predictions_dir']}")
 
 
-def _prompt_overrides(opened: Opened, prompts: dict[str, str]) -> dict[str, str]:
+def _prompt_overrides(opened: Opened, prompts: dict[str, str], sources: list[str]) -> dict[str, str]:
     """What tells a bundle where its prompts come from; nothing for one that takes none.
+
+    Args:
+        prompts: files of prompts by key.
+        sources: options that name the one source of prompts.
 
     Raises:
         BundleError: it takes none and got some.
+        PromptError: it takes some and got none.
     """
+    if opened.prompted and not sources:
+        raise PromptError(f"predict: {NO_PROMPTS}")
     if opened.prompted:
         source = {"boxes": "json", "prompts": "mask"}.get(next(iter(prompts), ""), "image")
-        if source == "image":
-            typer.echo(
-                "no --boxes and no --prompts: the whole slice is the prompt; what was trained with a box around each "
-                "object may then find anything",
-                err=True,
-            )
         return {**prompts, "prompt::source": source}
-    if prompts:
+    if sources:
         raise BundleError(
-            f"predict: this bundle takes no prompts, but got --{next(iter(prompts))}; leave it out, whole slices are "
-            "segmented"
+            f"predict: this bundle takes no prompts, but got {sources[0]}; leave it out, whole slices are segmented"
         )
     return {}

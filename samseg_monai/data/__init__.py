@@ -2,3 +2,4 @@
 
 BRATS_SCANS = ("t1n", "t1c", "t2w", "t2f")  # of BraTS 2023, in the order in which networks get them
 IMAGES = "images"  # the kind of datalists and cases of 2-D images
+CUT = ("image", "image_of", "label", "label_of")  # voxels that a crop leaves out of the foreground, and of how many

@@ -6,6 +6,7 @@ written by rank 0 only; attach them on every rank nevertheless, since those that
 
 from __future__ import annotations
 
+from samseg_monai.handlers.cases import CaseDataset, CaseEvaluator
 from samseg_monai.handlers.keeping import EMA, BestAdapter, CollapseDetector, EarlyStop, LastAdapter
 from samseg_monai.handlers.records import CaseTable, CurveLog, RunCard
 from samseg_monai.handlers.resume import EpochSeeder, ResumeSaver
@@ -16,6 +17,8 @@ from samseg_monai.handlers.validation import SameBuffers, TensorBoard, Validatio
 __all__ = [
     "EMA",
     "BestAdapter",
+    "CaseDataset",
+    "CaseEvaluator",
     "CaseTable",
     "CollapseDetector",
     "CurveLog",

@@ -17,6 +17,7 @@ from ignite.engine import Events
 from monai.engines.utils import IterationEvents
 
 from samseg_monai.checkpoints import git_commit, read_card
+from samseg_monai.data import CUT
 from samseg_monai.errors import CheckpointError, TrainingError
 from samseg_monai.files import StrPath, unwrap, write_json, write_whole
 from samseg_monai.handlers import provenance
@@ -47,6 +48,7 @@ class RunCard:
         evaluator: engine whose last and best metrics are recorded; not needed when attached to the evaluator.
         best: BestAdapter, whose epoch and score then count as the best.
         datalist: datalist JSON, whose hash is recorded.
+        cut: case -> what the crop leaves out of it (``SliceDataset.cut``); None: the batches of the evaluator tell.
         facts: more keys for the card's top level, e.g. ``{"dataset": "phantoms", "phantoms": true}``.
     """
 
@@ -60,6 +62,7 @@ class RunCard:
     best: Any = None
     datalist: StrPath | None = None
     cases_file: str | None = "cases.csv"
+    cut: Mapping[str, Any] | None = None
     facts: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +75,7 @@ class RunCard:
     def attach(self, engine: Any) -> None:
         """Attach to the trainer, or to the evaluator of a run without training."""
         engine.add_event_handler(Events.STARTED, self.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._note_cut)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._progress)
         engine.add_event_handler(Events.COMPLETED, self.complete)
         engine.add_event_handler(Events.EXCEPTION_RAISED, self.fail)
@@ -97,6 +101,7 @@ class RunCard:
             "hardware": provenance.hardware(),
             "processes": idist.get_world_size(),
             "cases_file": self.cases_file,
+            "cut": dict(self.cut or {}),
         }
         if resumed:  # the next kill may come before the first epoch ends
             self._progress(engine)
@@ -112,9 +117,17 @@ class RunCard:
             "sam_variant": getattr(getattr(self.network, "spec", None), "name", None),
             "base_sha256": getattr(self.network, "base_sha256", None),
             "image_size": getattr(self.network, "image_size", None),
+            "spacing": getattr(self.network, "spacing", None),
             "strategy": None if strategy is None else {"name": strategy.name, "arguments": strategy.arguments()},
             "trainable_parameters": count_trainable(self.network),
         }
+
+    def _note_cut(self, engine: Any) -> None:
+        """What the crop left out of the cases of an evaluation."""
+        for item in engine.state.batch if isinstance(engine.state.batch, list) else []:
+            counts = dict(zip(CUT, item["cut"].tolist(), strict=True)) if "cut" in item else {}
+            if counts.get("image") or counts.get("label"):
+                self.card["cut"][str(item["case"])] = counts
 
     def _progress(self, engine: Any) -> None:
         # a run that is killed gets no chance to write its end

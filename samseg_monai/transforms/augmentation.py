@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
-from monai.transforms import Orientationd, RandBiasField, RandBiasFieldd, RandFlipd
+from monai.transforms import Orientationd, RandAffined, RandBiasField, RandBiasFieldd, RandFlipd
 from monai.utils import TraceKeys
 
+from samseg_monai.data.files.boxes import is_number
 from samseg_monai.errors import ConfigError, DataError, raise_all
 from samseg_monai.transforms.grids import on_grid_of
 
@@ -31,6 +32,27 @@ def named_transforms(presets: Mapping[str, Mapping[str, Transform | None]], name
             "augmentation_transforms, as a list"
         )
     return [transform for transform in presets[name].values() if transform is not None]
+
+
+class RandShiftedAffined(RandAffined):
+    """MONAI's ``RandAffined`` with shifts as a fraction of each slice's own sides, whatever its size.
+
+    Args:
+        keys, settings: as of ``RandAffined``, but ``translate_range``.
+        shift: largest shift along each axis, as a fraction of the side, 0 to 1.
+    Raises: ConfigError for another ``shift``.
+    """
+
+    def __init__(self, keys: KeysCollection, *, shift: float = 0.0, **settings: Any) -> None:
+        if not is_number(shift) or not 0 <= shift <= 1:
+            raise ConfigError(f"shift is a fraction of a slice's side, 0 to 1, got {shift!r}")
+        super().__init__(keys, **settings)
+        self.shift = float(shift)
+
+    def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
+        size = data[self.first_key(dict(data))].shape[1:]
+        self.rand_affine.rand_affine_grid.translate_range = tuple(self.shift * side for side in size)
+        return dict(super().__call__(data, lazy=lazy))
 
 
 class RandBiasFromMinimumd(RandBiasFieldd):

@@ -49,17 +49,20 @@ def boxes_of(prompt: torch.Tensor, *, per_component: bool = False, max_boxes: in
     that was averaged away by a downscale keeps its box.
 
     Args:
-        prompt: (H, W) or (1, H, W).
-        per_component: one box per connected component; the ``max_boxes`` largest are kept.
+        prompt: (H, W), or (N, H, W) with a box in each channel.
+        per_component: of one channel: one box per connected component; the ``max_boxes`` largest are kept.
         max_boxes: number of rows when ``per_component``.
-    Returns: float32 (4,), or (max_boxes, 4) with unused rows NaN; on the device of ``prompt``.
+    Returns: float32 (4,), of several channels (N, 4), or (max_boxes, 4); unused rows are NaN; on the device of
+        ``prompt``.
     Raises: PromptError if ``prompt`` is not one slice.
     """
     plane = prompt.as_subclass(torch.Tensor)
     if plane.ndim == 3 and plane.shape[0] == 1:
         plane = plane[0]
+    if plane.ndim == 3:
+        return torch.stack([boxes_of(channel) for channel in plane])
     if plane.ndim != 2:
-        raise PromptError(f"a prompt slice is (H, W) or (1, H, W), got {tuple(prompt.shape)}; take one slice at a time")
+        raise PromptError(f"a prompt slice is (H, W) or (N, H, W), got {tuple(prompt.shape)}; take one slice at a time")
     level = 0.5 * plane.max().float().clamp(0.0, 1.0) if plane.numel() else 0.5
     boxes = torch.full((max_boxes if per_component else 1, 4), torch.nan, dtype=torch.float32, device=plane.device)
     found = rectangles(plane > level, per_component=per_component)[: len(boxes)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
 
+from samseg_monai.data.files.volumes import affine_difference
 from samseg_monai.errors import DataError, raise_all
 
-AFFINE_TOLERANCE = 1e-3  # mm; the tolerance that MONAI itself uses for affines
+logger = logging.getLogger(__name__)
 
 
 def on_grid_of(source: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -46,7 +48,8 @@ class EachKeyd(MapTransform):
 class CheckSameGridd(MapTransform):
     """Refuse a case whose ``keys`` are not on the grid of its "image", as a coarse mask made on another image.
 
-    Shapes are compared without the channel, affines (where both have one) within 0.001 mm per entry.
+    Shapes are compared without the channel, affines (where both have one) by ``affine_difference``: what is as good as
+    the image's grid is noted, and taken for it from here on.
 
     Args:
         keys: arrays to check, channel-first.
@@ -62,9 +65,12 @@ class CheckSameGridd(MapTransform):
             if shape != expected:
                 problems.append(f"{key} has shape {shape}, image has {expected}")
             elif isinstance(d[key], MetaTensor) and isinstance(image, MetaTensor):
-                affine, wanted = (np.asarray(torch.as_tensor(x.affine).cpu()) for x in (d[key], image))
-                if affine.shape != wanted.shape or not np.allclose(affine, wanted, rtol=0, atol=AFFINE_TOLERANCE):
-                    grids = [np.round(x, 4).tolist() for x in (affine, wanted)]
-                    problems.append(f"{key} has affine {grids[0]}, image has {grids[1]}")
+                affine, wanted = (np.asarray(torch.as_tensor(x.affine).cpu(), dtype=float) for x in (d[key], image))
+                difference, note = affine_difference(affine, wanted, shape)
+                problems += [f"{key}: its {difference} of image"] if difference else []
+                if note:
+                    logger.info("%s: %s: %s", name_of(d), key, note)
+                if not difference and not np.array_equal(affine, wanted):
+                    d[key] = on_grid_of(image, d[key].as_tensor())
         raise_all(problems, DataError, f"{name_of(d)}: not on the grid of image; resample it first")
         return d

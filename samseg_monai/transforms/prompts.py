@@ -183,7 +183,8 @@ class SimulatedBoxesd(_FromLabeld):
 class GivenPromptd(EachKeyd):
     """The "prompt" that a person or another network gives, straight after loading, before any reorientation.
 
-    It is uint8, one channel, 0 or 1, with geometry and history of "image" (C, H, W, D).
+    It is uint8, 0 or 1, with geometry and history of "image" (C, H, W, D); one channel, or as many as the slice with
+    most boxes has: each box of a slice is a prompt of its own.
 
     Args:
         source: "json": "boxes", a list of ``{"slice": k, "box": [i0, j0, i1, j1]}`` or ``{"slices": [k0, k1], "box":
@@ -206,15 +207,31 @@ class GivenPromptd(EachKeyd):
 
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
         shape = tuple(d[key].shape[1:])
-        prompt = torch.full(shape, self.source == "image", dtype=torch.uint8)
+        prompt = torch.full((1, *shape), self.source == "image", dtype=torch.uint8)
         if self.source == "json":
             boxes = d.pop("boxes", None)
             if not isinstance(boxes, (list, tuple)):
                 raise PromptError(f"{name_of(d)}: 'boxes' must be a list of boxes (it may be empty), got {boxes!r}")
             heading = f"{name_of(d)}: bad boxes for an image of {shape} voxels"
-            for i0, j0, i1, j1, k0, k1 in volume_boxes(boxes, shape, heading):
-                prompt[i0 : i1 + 1, j0 : j1 + 1, k0 : k1 + 1] = 1
-        d["prompt"] = on_grid_of(d[key], prompt[None])
+            rows = _in_channels(volume_boxes(boxes, shape, heading))
+            prompt = prompt.repeat(max(1, len(rows)), 1, 1, 1)
+            for row, found in zip(prompt, rows, strict=False):
+                for i0, j0, i1, j1, k0, k1 in found:
+                    row[i0 : i1 + 1, j0 : j1 + 1, k0 : k1 + 1] = 1
+        d["prompt"] = on_grid_of(d[key], prompt)
+
+
+def _in_channels(boxes: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Boxes (i0, j0, i1, j1, k0, k1) in as few rows as hold no two boxes of one slice."""
+    rows: list[list[tuple[int, ...]]] = []
+    for box in dict.fromkeys(boxes):
+        free = (row for row in rows if all(box[5] < other[4] or other[5] < box[4] for other in row))
+        row = next(free, None)
+        if row is None:
+            rows.append([box])
+        else:
+            row.append(box)
+    return rows
 
 
 class FinalBoxesd(MapTransform):
@@ -242,7 +259,7 @@ class FinalBoxesd(MapTransform):
             return d
         boxes = d.get("boxes")
         if self.source == "json":
-            boxes = _given(d)
+            boxes = boxes_on_image(d)
         elif self.source == "image":
             height, width = d["image"].shape[1:3]
             boxes = torch.tensor([[0, 0, width, height]], dtype=torch.float32)
@@ -256,8 +273,11 @@ class FinalBoxesd(MapTransform):
         return {**d, "boxes": torch.cat([low + inwards, high - inwards], dim=1)}
 
 
-def _given(d: Mapping[Hashable, Any]) -> torch.Tensor:
-    """The list of boxes in a case on the image as it is now, whose file's affine is its ``original_affine``."""
+def boxes_on_image(d: Mapping[Hashable, Any]) -> torch.Tensor:
+    """The list of boxes in a case, (N, 4), on the image as it is now, whose file's affine is its ``original_affine``.
+
+    Raises: PromptError, naming the case: no boxes, no numbers, or a box that lies wholly outside.
+    """
     given, image = d.get("boxes"), d["image"]
     try:
         boxes = torch.as_tensor(given, dtype=torch.float64)
@@ -295,8 +315,8 @@ class EllipseFromPromptd(EachKeyd):
     """The ellipse inscribed in the box of every slice: how good is the box alone, without any network?
 
     Args:
-        prompt_key: prompt volume (1, H, W, D) or slice (1, H, W).
-        key: where the float32 mask of 0 and 1 goes; same shape, metadata and history as the prompt.
+        prompt_key: prompt volume (N, H, W, D) or slice (N, H, W), a channel for each box of a slice.
+        key: where the float32 mask of 0 and 1 goes, one channel; shape, metadata and history of the prompt else.
     """
 
     def __init__(self, prompt_key: str = "prompt", key: str = "ellipse") -> None:
@@ -306,8 +326,8 @@ class EllipseFromPromptd(EachKeyd):
     def _change(self, d: dict[Hashable, Any], prompt_key: Hashable) -> None:
         prompt = d[prompt_key].as_subclass(torch.Tensor)
         planes = [prompt] if prompt.ndim == 3 else prompt.unbind(-1)
-        ellipses = [inscribed(boxes_of(plane)[None], plane.shape[-2:]) for plane in planes]
-        d[self.key] = on_grid_of(d[prompt_key], torch.stack(ellipses, dim=-1).reshape(prompt.shape))
+        ellipses = [inscribed(boxes_of(plane).reshape(-1, 4), plane.shape[-2:]) for plane in planes]
+        d[self.key] = on_grid_of(d[prompt_key], torch.stack(ellipses, dim=-1).reshape(1, *prompt.shape[1:]))
 
 
 class EllipseFromBoxesd(EachKeyd):

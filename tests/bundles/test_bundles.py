@@ -16,7 +16,7 @@ from samseg_monai.bundles.build import OVERLAYS, RECIPES, compose, read_recipe, 
 from samseg_monai.bundles.door import own_errors
 from samseg_monai.bundles.running import unknown_keys
 from samseg_monai.bundles.values import effective_settings
-from samseg_monai.errors import BundleError, CheckpointError, ConfigError
+from samseg_monai.errors import BundleError, CheckpointError, ConfigError, PromptError
 from samseg_monai.settings import read_settings
 from samseg_monai.workflow import run_workflow
 from tests.conftest import TINY
@@ -429,7 +429,9 @@ def test_train_evaluate_inference_from_another_folder(phantoms, tmp_path, monkey
     assert metrics["cases"] == 2
     assert 0 <= metrics["metrics"]["dice_mean"] <= 1
     shared["dataset_dir"] = str(phantoms / "unlabelled")
-    run_workflow([configs / "inference.json"], {**shared, **rank})
+    with pytest.raises(PromptError, match="prompt::source image"):
+        run_workflow([configs / "inference.json"], {**shared, **rank})
+    run_workflow([configs / "inference.json"], {**shared, **rank, "prompt::source": "image"})
     assert len(list(Path("run/predictions").glob("*_seg.nii.gz"))) == 1
 
 
@@ -448,7 +450,7 @@ def test_three_named_scans_become_sams_three_channels(phantoms, tmp_path):
     run_workflow([configs / "evaluate.json"], overrides)
     assert read_json(tmp_path / "card.json")["scan_mode"] == "channels"
     overrides["dataset_dir"] = str(phantoms / "unlabelled")
-    run_workflow([configs / "inference.json"], overrides)
+    run_workflow([configs / "inference.json"], {**overrides, "prompt::source": "image"})
     assert len(list((tmp_path / "predictions").glob("*_seg.nii.gz"))) == 1
 
 
@@ -533,7 +535,8 @@ def test_networks_without_sam_take_the_boxes_of_a_prompted_task(strategy, phanto
     assert adapter["prompt"] == "box" and adapter["metrics"]["val_loss"] > 0
     names = [line.split(",")[2] for line in (tmp_path / "history.csv").read_text().splitlines()]
     assert names.count("val_loss") == names.count("train_loss") == 2
-    run_workflow([configs / "inference.json"], {**shared, "dataset_dir": str(phantoms / "unlabelled")})
+    places = {"dataset_dir": str(phantoms / "unlabelled"), "prompt::source": "image"}
+    run_workflow([configs / "inference.json"], {**shared, **places})
     assert len(list((tmp_path / "predictions").glob("*_seg.nii.gz"))) == 1
 
 

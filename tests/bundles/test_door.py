@@ -124,7 +124,7 @@ def test_commands_run_none_of_a_bundles_own_json(kind, mine, phantoms, tmp_path,
         (mine / "configs" / f"{name}.json").write_text(json.dumps(config))
     path = mine if kind == "folder" else pack(mine)
     data = ["--input", phantoms / "unlabelled", "--output", tmp_path / "out"]
-    assert samseg(monkeypatch, "predict", path, *data) == 0
+    assert samseg(monkeypatch, "predict", path, *data, "--whole-slice") == 0
     assert "edits of its configs are not used" in caplog.text
     assert (tmp_path / "out" / f"{CASE}_seg.nii.gz").is_file()
     assert samseg(monkeypatch, "export", path, "--format", "pth", "--output", tmp_path / "pth") == 0
@@ -182,7 +182,7 @@ def test_base_weights_are_a_path_and_no_expression(value, mine, phantoms, tmp_pa
     settings = json.loads((mine / "configs" / "settings.json").read_text(encoding="utf-8"))
     zero = merged(settings, {"strategy": {"method": {"name": "zero_shot"}}})
     bundle = write_bundle(read_settings(zero, "test"), tmp_path / "zero")
-    words = ["--input", phantoms / "unlabelled", "--output", "out", "--sam-checkpoint", value]
+    words = ["--input", phantoms / "unlabelled", "--output", "out", "--whole-slice", "--sam-checkpoint", value]
     assert samseg(monkeypatch, "predict", bundle, *words) == 1
     message = capsys.readouterr().err
     assert f"sam_checkpoint {value!r} is not a file" in message or repr(value)[1:-1] in message
@@ -219,7 +219,7 @@ def expected(folder: str) -> nib.Nifti1Image:
 
 @pytest.mark.parametrize(("name", "cases", "masks"), GOLDEN)
 def test_zip_of_an_earlier_version_gives_the_masks_that_it_gave(name, cases, masks, old, tmp_path, monkeypatch, caplog):
-    boxes = ["--boxes", FOLDER / "boxes.json"] if masks == "boxes" else []
+    boxes = {"boxes": ["--boxes", FOLDER / "boxes.json"], "image": ["--whole-slice"]}.get(masks, [])
     assert samseg(monkeypatch, "predict", old[name], "--input", FOLDER / cases, "--output", tmp_path, *boxes) == 0
     [path] = tmp_path.iterdir()
     np.testing.assert_array_equal(np.asarray(nib.load(path).dataobj), np.asarray(expected(masks).dataobj))
@@ -233,7 +233,7 @@ def test_the_same_from_python_again_and_again(name, cases, masks, old):
     [case] = (FOLDER / cases).iterdir()
     boxes = FOLDER / "boxes.json" if masks == "boxes" else None
     for _ in range(2):
-        mask, affine = loaded.predict(case, boxes=boxes)
+        mask, affine = loaded.predict(case, boxes=boxes, whole_slice=masks == "image")
         np.testing.assert_array_equal(mask, np.asarray(expected(masks).dataobj))
         np.testing.assert_array_equal(affine, expected(masks).affine)
     assert loaded.classes == (("tumour",) if name == LORA else ("anterior", "posterior"))
@@ -313,7 +313,8 @@ def test_old_weights_are_a_state_dict_of_tensors_or_refused(content, old, tmp_pa
     root = unpacked(Path(shutil.copy(old[LORA], tmp_path)))
     (root / "SHA256SUMS").unlink()
     (root / "models" / "model.pt").write_bytes(content)
-    assert samseg(monkeypatch, "predict", root, "--input", FOLDER / "brats", "--output", tmp_path / "out") == 1
+    words = ["--input", FOLDER / "brats", "--output", tmp_path / "out", "--whole-slice"]
+    assert samseg(monkeypatch, "predict", root, *words) == 1
     message = capsys.readouterr().err
     assert "model.pt" in message and "Traceback" not in message
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
@@ -328,9 +329,9 @@ def test_arrays_and_boxes_give_what_files_do(mine, phantoms):
     volumes = [nib.load(folder / f"{CASE}-{scan}.nii.gz") for scan in loaded.scans]
     array = np.stack([np.asarray(v.dataobj) for v in volumes], axis=-1)
     boxes = [{"slices": [3, 6], "box": [5, 5, 20, 20]}]
-    for given in (boxes, None):
-        one, affine = loaded.predict(folder, boxes=given)
-        other, same = loaded.predict(array, affine=volumes[0].affine, boxes=given)
+    for given in ({"boxes": boxes}, {"whole_slice": True}):
+        one, affine = loaded.predict(folder, **given)
+        other, same = loaded.predict(array, affine=volumes[0].affine, **given)
         np.testing.assert_array_equal(one, other)
         np.testing.assert_allclose(affine, same)
         assert one.shape == array.shape[:3]
@@ -340,7 +341,9 @@ def test_arrays_and_boxes_give_what_files_do(mine, phantoms):
     with pytest.raises(DataError, match="not within"):
         loaded.predict(folder, boxes=[{"slice": 99, "box": [5, 5, 20, 20]}])
     with pytest.raises(DataError, match="numbers"):
-        loaded.predict(np.zeros(3))
+        loaded.predict(np.zeros(3), whole_slice=True)
+    with pytest.raises(PromptError, match="whole_slice=True in Python"):
+        loaded.predict(folder)
 
 
 def test_scratch_folders_are_gone_when_a_bundle_is(mine, tmp_path, monkeypatch):
@@ -357,7 +360,8 @@ def test_what_lies_in_the_users_folder_stays(mine, phantoms, tmp_path, monkeypat
     before = {p: p.stat().st_mtime_ns for p in mine.rglob("*")}
     monkeypatch.chdir(tmp_path)
     listed = set(os.listdir(tmp_path))
-    assert samseg(monkeypatch, "predict", mine, "--input", phantoms / "unlabelled", "--output", "out") == 0
+    words = ["--input", phantoms / "unlabelled", "--output", "out", "--whole-slice"]
+    assert samseg(monkeypatch, "predict", mine, *words) == 0
     assert set(os.listdir(tmp_path)) == listed | {"out"}
     assert [p.name for p in (tmp_path / "out").iterdir()] == [f"{CASE}_seg.nii.gz"]
     assert {p: p.stat().st_mtime_ns for p in mine.rglob("*")} == before

@@ -412,7 +412,9 @@ def test_results_lie_where_they_were_asked_for_whatever_the_folder_is_called(pac
 def test_images_without_boxes_are_predicted_as_a_whole_and_bad_boxes_cost_one_image(
     box, packed, pictures, tmp_path, monkeypatch, capsys
 ):
-    assert predict(monkeypatch, packed, "--input", pictures / "unlabelled", "--output", tmp_path / "whole") == 0
+    words = ["--input", pictures / "unlabelled", "--output", tmp_path / "whole"]
+    assert predict(monkeypatch, packed, *words) == 1 and "--whole-slice" in capsys.readouterr().err
+    assert predict(monkeypatch, packed, *words, "--whole-slice") == 0
     assert (tmp_path / "whole" / "new_overlay.png").is_file()
     boxes = box_file(tmp_path, {**BOXES, "scan_0005": [box]})
     found = [pictures / "images" / f"{name}.png" for name in BOXES]

@@ -166,7 +166,7 @@ def test_packed_bundle_needs_no_pickle(run, archive, phantoms, tmp_path, monkeyp
         gone = {name.partition("/")[2] for name in {*other.namelist()} - {*content.namelist()}}
     assert gone == {"models/model.pt"} and alone.stat().st_size < 0.6 * archive.stat().st_size
     for path, out in ((alone, "a"), (archive, "b")):
-        words = ["predict", path, "--input", phantoms / "unlabelled", "--output", tmp_path / out]
+        words = ["predict", path, "--input", phantoms / "unlabelled", "--output", tmp_path / out, "--whole-slice"]
         assert samseg(monkeypatch, *words) == 0
     [one], [other] = ([*(tmp_path / out).iterdir()] for out in "ab")
     assert one.read_bytes() == other.read_bytes() or np.array_equal(nib.load(one).dataobj, nib.load(other).dataobj)
@@ -183,7 +183,7 @@ def test_packed_with_the_package_it_is_the_same_bundle_and_a_wheel(run, archive,
         assert "pip install" not in other.read(f"{root}/docs/README.md").decode().replace("pip install .", "")
         assert content.read(f"{root}/{WHEEL}") == build_wheel()
     assert check_bundle(out).problems == check_bundle(archive).problems
-    words = ["predict", out, "--input", phantoms / "unlabelled", "--output", tmp_path / "masks"]
+    words = ["predict", out, "--input", phantoms / "unlabelled", "--output", tmp_path / "masks", "--whole-slice"]
     assert samseg(monkeypatch, *words) == 0 and len([*(tmp_path / "masks").iterdir()]) == 1
     trusted = pack_bundle(run, tmp_path / "as_it_is.zip", sam_checkpoint="random", pt=False, package=True, trust=True)
     with zipfile.ZipFile(trusted) as content:
@@ -209,6 +209,38 @@ def test_changed_file_is_named(unpacked, phantoms, monkeypatch, capsys):
     assert code == 1 and "configs/inference.json: changed" in message and "LICENSE: missing" in message
 
 
+SPACING = {name: [5.0, 5.0] for name in ("median", "min", "max")}
+
+
+def test_spacing_that_was_trained_on_travels(run, unpacked):
+    """In the adapter's card, the run card and the packed settings; nothing was left out of these cases."""
+    for path in (run / "card.json", run / "run_card.json", unpacked / "models" / "card.json"):
+        assert json.loads(path.read_text())["spacing"] == SPACING, path
+    settings = json.loads((unpacked / "configs" / "settings.json").read_text())
+    assert settings["task"]["trained_spacing"] == SPACING
+    for card in (run / "run_card.json", run / "evaluation" / "run_card.json"):
+        assert all(counts["label"] == 0 for counts in json.loads(card.read_text())["cut"].values())
+
+
+@pytest.mark.parametrize("option", [None, "--no-resample"])
+def test_other_spacing_is_resampled_and_comes_back(option, archive, phantoms, tmp_path, monkeypatch, capfd):
+    case = "BraTS-MEN-00008-000"
+    (tmp_path / "in" / case).mkdir(parents=True)
+    for path in (phantoms / "unlabelled" / case).iterdir():
+        image = nib.load(path)
+        fine = np.asarray(image.dataobj).repeat(2, axis=0).repeat(2, axis=1)
+        affine = image.affine @ np.diag([0.5, 0.5, 1, 1])
+        nib.save(nib.Nifti1Image(fine, affine), tmp_path / "in" / case / path.name)
+    boxes = tmp_path / "boxes.json"
+    boxes.write_text(json.dumps({case: [{"slices": [4, 8], "box": [16, 16, 48, 48]}]}))
+    words = ["predict", archive, "--input", tmp_path / "in", "--output", tmp_path / "out", "--boxes", boxes]
+    assert samseg(monkeypatch, *words, *([option] if option else [])) == 0
+    result = nib.load(tmp_path / "out" / f"{case}_seg.nii.gz")
+    assert result.shape == fine.shape and np.allclose(result.affine, affine)
+    told = f"{case}: spacing in the plane 2.5 x 2.5 mm, trained on 5 x 5 mm: resampled"
+    assert (told in "".join(capfd.readouterr())) is (option is None)
+
+
 def boxes_for(case: str, path: Path) -> Path:
     path.write_text(json.dumps({case: [{"slices": [4, 8], "box": [8, 8, 24, 24]}]}))
     return path
@@ -218,7 +250,7 @@ def boxes_for(case: str, path: Path) -> Path:
 def test_prediction_has_the_grid_of_its_image(source, archive, phantoms, tmp_path, offline, monkeypatch):
     case = "BraTS-MEN-00008-000"
     scan = nib.load(phantoms / "unlabelled" / case / f"{case}-t1c.nii.gz")
-    extra: list[object] = []
+    extra: list[object] = ["--whole-slice"]
     if source == "boxes":
         extra = ["--boxes", boxes_for(case, tmp_path / "boxes.json")]
     elif source == "mask":
@@ -250,7 +282,8 @@ def test_oblique_and_permuted_images_keep_their_geometry(axes, archive, phantoms
         image = image.as_reoriented(nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), target))
         image = nib.Nifti1Image(np.asarray(image.dataobj), turn @ image.affine)
         nib.save(image, tmp_path / "in" / "turned" / path.name.replace(source.name, "turned"))
-    assert samseg(monkeypatch, "predict", archive, "--input", tmp_path / "in", "--output", tmp_path / "out") == 0
+    words = ["predict", archive, "--input", tmp_path / "in", "--output", tmp_path / "out", "--whole-slice"]
+    assert samseg(monkeypatch, *words) == 0
     result = nib.load(tmp_path / "out" / "turned_seg.nii.gz")
     assert result.shape == image.shape
     np.testing.assert_allclose(result.affine, image.affine, atol=1e-4)
@@ -262,7 +295,7 @@ def test_other_formats_give_nifti_in_the_same_place(suffix, archive, phantoms, t
     for path in source.iterdir():
         image = sitk.ReadImage(str(path))
         sitk.WriteImage(image, str(tmp_path / (path.name.removesuffix(".nii.gz") + suffix)))
-    words = ["predict", archive, "--input", tmp_path, "--output", tmp_path / "out"]
+    words = ["predict", archive, "--input", tmp_path, "--output", tmp_path / "out", "--whole-slice"]
     assert samseg(monkeypatch, *words) == 0
     [result] = (tmp_path / "out").glob("*_seg.nii.gz")
     written = sitk.ReadImage(str(result))
@@ -282,7 +315,8 @@ def test_bad_cases_are_named_and_the_others_finished(archive, phantoms, tmp_path
     truncated = tmp_path / "in" / "BraTS-MEN-00100-000" / "BraTS-MEN-00100-000-t2w.nii.gz"
     truncated.write_bytes(truncated.read_bytes()[:2000])
     (tmp_path / "in" / "BraTS-MEN-00101-000" / "BraTS-MEN-00101-000-t1c.nii.gz").unlink()
-    code = samseg(monkeypatch, "predict", archive, "--input", tmp_path / "in", "--output", tmp_path / "out")
+    words = ["predict", archive, "--input", tmp_path / "in", "--output", tmp_path / "out", "--whole-slice"]
+    code = samseg(monkeypatch, *words)
     message = capsys.readouterr().err
     assert code == 1
     assert "BraTS-MEN-00100-000" in message and "BraTS-MEN-00101-000" in message and "Traceback" not in message
@@ -293,7 +327,8 @@ def test_bad_cases_are_named_and_the_others_finished(archive, phantoms, tmp_path
     ("words", "expected"),
     [
         (["predict", "nowhere.zip", "--input", ".", "--output", "out"], "nowhere.zip"),
-        (["predict", "{archive}", "--input", "nowhere", "--output", "out"], "nowhere"),
+        (["predict", "{archive}", "--input", "nowhere", "--output", "out", "--whole-slice"], "nowhere"),
+        (["predict", "{archive}", "--input", "{data}", "--output", "out"], "--whole-slice"),
         (["predict", "{archive}", "--input", "{data}", "--output", "o", "--boxes", "none.json"], "none.json"),
         (["bundle", "pack", "nowhere", "--output", "x.zip"], "nowhere"),
         (["bundle", "build", "--task", "meningoma", "--strategy", "lora", "--out", "b"], "meningioma"),

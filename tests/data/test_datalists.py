@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -13,6 +14,7 @@ from samseg_monai.data.datalists import (
     load_datalist,
     patient_of,
     read_datalist,
+    trained_spacing,
     write_datalist,
 )
 from samseg_monai.data.datalists.checks import CaseCheck, check_files
@@ -146,6 +148,29 @@ def test_scans_are_picked_by_name_and_in_order(tmp_path):
     assert [Path(file).name for file in found["image"]] == ["c", "a"]
     with pytest.raises(DataError, match="t4"):
         load_datalist(path, tmp_path, "training", scans=["t3", "t4"])
+
+
+def test_trained_spacing_is_that_of_the_plane_after_reorientation(tmp_path):
+    items = []
+    for number, spacing in enumerate(((0.5, 2.0, 1.0), (0.7, 3.0, 1.0), (1.0, 5.0, 1.25))):
+        affine = np.zeros((4, 4))
+        affine[0, 0], affine[2, 1], affine[1, 2], affine[3, 3] = *spacing, 1  # stored as R, S, A
+        path = tmp_path / f"c{number}{('.nii.gz', '.nii', '.mha')[number]}"
+        if number < 2:
+            nib.save(nib.Nifti1Image(np.zeros((3, 4, 5), np.uint8), affine), path)
+        else:
+            image = sitk.GetImageFromArray(np.zeros((5, 4, 3), np.uint8))
+            image.SetSpacing(spacing)
+            image.SetDirection([1, 0, 0, 0, 0, 1, 0, 1, 0])
+            sitk.WriteImage(image, str(path))
+        items.append({"case": f"c{number}", "image": path.name, "label": path.name})
+    write_datalist({"training": items, "validation": [], "testing": []}, tmp_path / "d.json")
+    found = trained_spacing(tmp_path / "d.json", tmp_path, "RAS")
+    assert found == {"median": [0.7, 1.0], "min": [0.5, 1.0], "max": [1.0, 1.25]}
+    assert trained_spacing(tmp_path / "d.json", tmp_path, "SAR")["median"] == [3.0, 1.0]
+    (tmp_path / "c1.nii").write_bytes(b"no header")
+    with pytest.raises(DataError, match=r"c1: c1.nii: its header cannot be read"):
+        trained_spacing(tmp_path / "d.json", tmp_path, "RAS")
 
 
 VOXELS = np.arange(504, dtype=np.uint16).reshape(7, 8, 9)

@@ -272,6 +272,30 @@ def test_the_command_prepares_and_refuses_two_kinds_of_split(plain, tmp_path):
     assert CliRunner().invoke(app, [*arguments, "--fractions", "1,0,0"]).exit_code == 2
 
 
+def regrid(path, change):
+    image = nib.load(path)
+    affine = image.affine.copy()
+    change(affine)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), path)
+
+
+def test_a_grid_is_the_same_while_no_corner_moves_by_a_twentieth_of_a_voxel(plain):
+    """A label 0.002 mm off passes with a note; a spacing error that adds up to half a voxel is another grid."""
+
+    def shifted(affine):
+        affine[0, 3] += 0.002
+
+    def stretched(affine):
+        affine[0, 0] *= 1 + 0.5 / np.asarray(nib.load(plain / "images" / "vol_000.nii.gz").dataobj).shape[0]
+
+    regrid(plain / "labels" / "vol_000.nii.gz", shifted)
+    summary = prepare(plain, labels=LABELS)
+    assert any("vol_000: " in text and "0.002 voxels at a corner" in text for text in summary.warnings)
+    regrid(plain / "labels" / "vol_001.nii.gz", stretched)
+    with pytest.raises(DataError, match=r"vol_001.nii.gz: affine differs, by 0\.[45]"):
+        prepare(plain, labels=LABELS)
+
+
 @pytest.mark.realdata
 def test_real_hippocampi_are_prepared_by_name(realdata, tmp_path):
     summary = prepare_folders(

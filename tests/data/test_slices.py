@@ -32,7 +32,7 @@ from samseg_monai.bundles.build import compose, render
 from samseg_monai.data.slices import AllSlices, EveryNth, Foreground, MaxArea, RandomN, SliceDataset
 from samseg_monai.data.slices.cache import describe, describe_item
 from samseg_monai.errors import ConfigError, DataError
-from samseg_monai.transforms import BoxFromPromptd, SimulatedPromptd
+from samseg_monai.transforms import BoxFromPromptd, CropInPlaned, SimulatedPromptd
 
 SIZE = (20, 24, 8)
 SCANS = ("t1n", "t1c", "t2w", "t2f")
@@ -382,6 +382,20 @@ def test_cases_without_a_slice_are_told(cases, caplog):
     assert len(dataset) == 1 and "no slice in 2 cases: a, c" in caplog.text
     with pytest.raises(DataError, match="picks no slice in any of 2 cases"):
         dataset_of(cases[::2], volume_transforms=[*load_volumes(), erase], picker=MaxArea())
+
+
+@pytest.mark.parametrize("cache", ["memory", "disk"])
+def test_what_the_crop_leaves_out_is_known_per_case(cache, cases, tmp_path, caplog):
+    crop = CropInPlaned(["image", "label"], (6.0, 6.0), held=())
+    transforms = [*load_volumes()[:2], crop, SimulatedPromptd()]
+    for _ in range(2):  # built, and read again
+        dataset = dataset_of(cases, volume_transforms=transforms, cache=cache, cache_dir=tmp_path)
+        for name, counts in dataset.cut.items():
+            assert name in "abc" and 0 < counts["image"] < counts["image_of"]
+            assert 0 < counts["label"] <= counts["label_of"]
+        assert len(dataset.cut) == 3 and "cut" not in dataset[0]
+    assert "the crop cuts the labels in 3 of 3 cases, at most" in caplog.text
+    assert not dataset_of(cases, cache=cache, cache_dir=tmp_path).cut
 
 
 def test_bad_settings_are_named_at_once(cases):

@@ -18,6 +18,15 @@ class Known(nn.Module):
         return torch.where(image[:, :1] > self.threshold, 10.0, -10.0)
 
 
+class Fussy(Known):
+    """``Known``, but it fails where nothing is as dark as a background."""
+
+    def forward(self, image, boxes=None):
+        if not (image[:, :1] == 0).any():
+            raise RuntimeError("I do not like this")
+        return super().forward(image, boxes)
+
+
 class Empty(nn.Module):
     """Never finds anything."""
 

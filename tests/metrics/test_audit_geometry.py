@@ -312,6 +312,6 @@ def test_a_label_on_another_grid_than_its_image_is_refused_by_name(store, config
     for section, config in (("testing", "evaluate"), ("training", "train")):
         write_datalist(tmp_path, [item], section=section)
         overrides = {"dataset_dir": str(tmp_path), "output_dir": str(tmp_path / "out"), **PICO}
-        with pytest.raises(DataError, match=r"(?s)askew.*not on the grid of image.*label has affine"):
+        with pytest.raises(DataError, match=r"(?s)askew.*not on the grid of image.*label: its affine differs"):
             strategy = "zero_shot" if config == "evaluate" else "lora"
             run_workflow([configs("meningioma", strategy) / f"{config}.json"], overrides)

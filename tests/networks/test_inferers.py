@@ -172,6 +172,21 @@ def test_a_box_per_component_reaches_the_network(volumes):
     assert boxes[1, 1:].isnan().all()
 
 
+@pytest.mark.parametrize("per_component", [False, True])
+def test_two_boxes_of_a_slice_reach_the_network_as_two(volumes, per_component):
+    image, prompt = volumes
+    second = torch.zeros_like(prompt)
+    second[0, 0, 10:14, 18:22, 1] = 1  # it overlaps the first
+    network = BoxNetwork()
+    both = torch.cat([prompt, second], dim=1)
+    logits = SliceVolumeInferer([resize(60)], per_component=per_component)(image, network, prompt=both)
+    boxes = network.calls[0][1]
+    assert boxes.shape == (4, 2, 4)
+    assert boxes[0].tolist() == [[12, 8, 40, 24], [36, 20, 44, 28]] and boxes[1, 1].isnan().all()
+    alone = SliceVolumeInferer([resize(60)])(image, BoxNetwork(), prompt=prompt)
+    assert torch.equal(logits[1], alone[1]) and not torch.equal(logits[0], alone[0])
+
+
 def test_prompt_lost_in_a_downscale_is_told(volumes, caplog):
     image, prompt = volumes
     prompt[:] = 0

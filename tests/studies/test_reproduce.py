@@ -65,7 +65,7 @@ def test_honours_experiment_runs_at_its_real_size(brats, official_layout, tmp_pa
     card = json.loads((out / "lora_rank64" / "run_card.json").read_text())
     assert (card["sam_variant"], card["status"], card["trainable_parameters"]) == ("vit_b", "completed", 2_359_296)
     assert card["settings"]["scans"] == ["t1c"]
-    assert card["settings"]["crop_size"] == [138, 202] and card["settings"]["image_size"] == 1024
+    assert card["settings"]["crop_mm"] == [138, 202] and card["settings"]["image_size"] == 1024
 
     archive = tmp_path / "bundle.zip"
     case = brats / "BraTS-MEN-00010-000"

@@ -127,7 +127,7 @@ def test_inverse_of_a_mirrored_slice_is_the_slice(prob):
 
 
 def test_rotation_turns_and_nothing_else(one):
-    turn = one("strong", "affine", rotate_range=0.4, scale_range=[0.0, 0.0], translate_range=[0, 0])
+    turn = one("strong", "affine", rotate_range=0.4, scale_range=[0.0, 0.0], shift=0.0)
     item = slice_with((32, 14), (32, 50))
     angles = []
     for seed in range(30):
@@ -138,7 +138,7 @@ def test_rotation_turns_and_nothing_else(one):
 
 
 def test_scaling_keeps_directions(one):
-    zoom = one("strong", "affine", rotate_range=0.0, scale_range=[0.2, 0.2], translate_range=[0, 0])
+    zoom = one("strong", "affine", rotate_range=0.0, scale_range=[0.2, 0.2], shift=0.0)
     item = slice_with((32, 20), (32, 44))
     factors = []
     for seed in range(30):
@@ -149,21 +149,25 @@ def test_scaling_keeps_directions(one):
 
 
 def test_shift_is_a_fortieth_of_the_slice_at_most(one):
-    shift = one("strong", "affine", rotate_range=0.0, scale_range=[0.0, 0.0], translate_range=[2, 2])
+    shift = one("strong", "affine", rotate_range=0.0, scale_range=[0.0, 0.0], shift=0.025)
     item = slice_with((30, 30))
     moves = torch.stack([centre(drawn(shift, item, seed)["label"] == 1) - 30 for seed in range(40)])
     assert 1 <= float(moves.abs().max()) <= 2.01 and bool((moves.amin(0) < 0).all() and (moves.amax(0) > 0).all())
 
 
-@pytest.mark.parametrize(
-    ("crop", "expected"), [(None, 512 // 40), ([64, 72], 1), ([138, 202], 5)], ids=["whole", "small", "brain"]
-)
-def test_shift_is_measured_by_the_slice_not_by_the_networks_input(read, crop, expected):
-    parser = read("abdomen_ladder", crop_size=crop, image_size=512)
-    assert parser.get_parsed_content("augmentations::strong::affine").rand_affine.rand_affine_grid.translate_range == (
-        expected,
-        expected,
-    )
+@pytest.mark.parametrize("preset", ["light", "strong"])
+@pytest.mark.parametrize("size", [(48, 32), (138, 202)])
+def test_shift_is_measured_by_the_slice_not_by_the_networks_input(preset, size, one):
+    """25 of 138 pixels it was, by an input of 1024."""
+    shift = one(preset, "affine", rotate_range=0.0, scale_range=[0.0, 0.0])
+    item = {"image": torch.rand(1, *size), "label": torch.zeros(1, *size, dtype=torch.uint8)}
+    moves = []
+    for seed in range(30):
+        drawn(shift, item, seed)
+        moves.append(shift.rand_affine.rand_affine_grid.translate_params)
+    for axis, side in enumerate(size):
+        most = max(abs(move[axis]) for move in moves)
+        assert 0.02 * side < most <= 0.025 * side
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -411,7 +415,7 @@ def test_sagittal_slices_are_not_mirrored(read):
     sagittal = [{"_target_": "Orientationd", "keys": "image", "axcodes": "SPL", "labels": None}]
     found = read("meningioma_lora", augmentation="strong", orient_transforms=sagittal)
     kinds = [type(t).__name__ for t in found.get_parsed_content("augmentation_transforms")]
-    assert "RandMirroredd" not in kinds and "RandAffined" in kinds
+    assert "RandMirroredd" not in kinds and "RandShiftedAffined" in kinds
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,13 @@ def test_the_limit_of_a_bundle_changes_scores_and_files_alike_and_is_on_the_card
 
 
 def test_prediction_removes_them_too(bundle, speck, tmp_path):
-    overrides = {**KNOWN, "min_component_mm3": 8.5, "dataset_dir": str(speck), "output_dir": str(tmp_path)}
+    overrides = {
+        **KNOWN,
+        "min_component_mm3": 8.5,
+        "prompt::source": "image",
+        "dataset_dir": str(speck),
+        "output_dir": str(tmp_path),
+    }
     run_workflow([bundle / "configs" / "inference.json"], overrides)
     (saved,) = (tmp_path / "predictions").glob("*_seg.nii.gz")
     assert np.asarray(nib.load(saved).dataobj).sum() == 144

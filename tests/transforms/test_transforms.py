@@ -190,7 +190,7 @@ def test_boxes_per_component_are_largest_first_and_padded_with_nan():
 
 
 def test_box_of_a_volume_is_refused():
-    with pytest.raises(PromptError, match=r"\(1, H, W\).*\(1, 4, 4, 2\)"):
+    with pytest.raises(PromptError, match=r"\(N, H, W\).*\(1, 4, 4, 2\)"):
         boxes_of(torch.zeros(1, 4, 4, 2))
 
 
@@ -221,6 +221,19 @@ def test_given_boxes_are_filled_with_both_ends_included():
     torch.testing.assert_close(done["prompt"].affine, OBLIQUE)
     assert boxes_of(done["prompt"][..., 2]).tolist() == [3, 1, 9, 5]  # x is axis 1, y is axis 0
     assert "boxes" not in done
+
+
+def test_two_boxes_of_one_slice_are_two_prompts():
+    apart = [{"slice": 1, "box": [1, 1, 3, 3]}, {"slice": 1, "box": [6, 7, 8, 10]}]
+    over = [{"slices": [0, 1], "box": [2, 2, 8, 9]}, {"slice": 4, "box": [0, 0, 1, 1]}]
+    prompt = GivenPromptd("json")(boxes_case([*apart, *over]))["prompt"]
+    assert prompt.shape == (3, 10, 12, 5) and prompt.dtype == torch.uint8  # no more channels than boxes in a slice
+    found = boxes_of(prompt[..., 1])
+    assert sorted(found.tolist()) == [[1, 1, 4, 4], [2, 2, 10, 9], [7, 6, 11, 9]]
+    assert sorted(torch.nan_to_num(boxes_of(prompt[..., 4]), -1).tolist())[-1] == [0, 0, 2, 2]
+    ellipse = EllipseFromPromptd()({"prompt": prompt})["ellipse"]
+    assert ellipse.shape == (1, 10, 12, 5)
+    assert ellipse[0, 2, 2, 1] and ellipse[0, 7, 8, 1] and not ellipse[0, 1, 10, 1]
 
 
 def test_given_boxes_follow_the_image_through_reorientation_and_crop():
@@ -273,10 +286,11 @@ def test_same_grid_passes_and_another_grid_is_named():
     close[0, 3] += 5e-4
     check = CheckSameGridd(["prompt", "label"])
     case = {"case": "P9", "image": image, "label": torch.zeros(1, 6, 7, 3)}
-    check(case | {"prompt": MetaTensor(torch.zeros(1, 6, 7, 3), affine=close)})
+    passed = check(case | {"prompt": MetaTensor(torch.zeros(1, 6, 7, 3), affine=close)})
+    assert torch.equal(passed["prompt"].affine, image.affine)  # and is the image's from here on
     far = OBLIQUE.clone()
     far[0, 3] += 1
-    with pytest.raises(DataError, match=r"P9: .*(?s:.)*prompt has affine .*21.0.* image has .*20.0"):
+    with pytest.raises(DataError, match=r"P9: .*(?s:.)*prompt: its affine differs.*21.* against .*20.* of image"):
         check(case | {"prompt": MetaTensor(torch.zeros(1, 6, 7, 3), affine=far)})
     with pytest.raises(DataError, match=r"prompt has shape \(6, 8, 3\), image has \(6, 7, 3\)"):
         check(case | {"prompt": MetaTensor(torch.zeros(1, 6, 8, 3), affine=OBLIQUE)})

@@ -17,12 +17,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from samseg_monai.data import IMAGES
 from samseg_monai.data.datalists.label_maps import CODINGS, labels_in
 from samseg_monai.data.datalists.splits import SECTIONS, in_two_sections
 from samseg_monai.data.files.boxes import read_boxes
 from samseg_monai.data.files.dicom import is_dicom
-from samseg_monai.data.files.volumes import IMAGE_SUFFIXES, SUFFIXES, image_stem, refuse_foreign, stem_of
+from samseg_monai.data.files.volumes import (
+    IMAGE_SUFFIXES,
+    SUFFIXES,
+    image_stem,
+    refuse_foreign,
+    spacing_in_plane,
+    stem_of,
+)
 from samseg_monai.errors import DataError, raise_all
 from samseg_monai.files import read_json, write_json
 
@@ -184,6 +193,29 @@ def spacing_of(path: str | Path) -> float | None:
     """Pixel size in mm that a person gave for a datalist's images; None: the files' own, if they state one."""
     spacing = read_datalist(path).get("spacing_mm")
     return None if spacing is None else float(spacing)
+
+
+def trained_spacing(path: str | Path, dataset_dir: str | Path, orientation: str) -> dict[str, list[float]]:
+    """In-plane spacing in mm of the training cases of a datalist of volumes, by the headers of their first files.
+
+    Args:
+        path, dataset_dir: as of ``load_datalist``.
+        orientation: axcodes that the volumes are turned to; their first two axes are the plane.
+
+    Returns: "median", "min" and "max", each along the first and second axis.
+
+    Raises:
+        DataError: as ``load_datalist``; headers that cannot be read, all at once.
+    """
+    found, problems = [], []
+    for item in load_datalist(path, dataset_dir, "training"):
+        try:
+            image = item["image"]
+            found.append(spacing_in_plane(image if isinstance(image, str) else image[0], orientation))
+        except DataError as error:
+            problems.append(f"{item['case']}: {error}")
+    raise_all(problems, DataError, f"{path}: the spacing of the training cases is not known")
+    return {name: getattr(np, name)(found, axis=0).tolist() for name in ("median", "min", "max")}
 
 
 def labels_of(path: str | Path, *, needed: bool = True) -> dict[str, str]:

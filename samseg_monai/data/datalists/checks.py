@@ -133,8 +133,10 @@ def check_files(check: CaseCheck, *, label: str, legal: Collection[int], hint: H
         if first is None:
             first, first_name = volume, path.name
             check.shape, check.spacing_mm = volume.array.shape, volume.spacing_mm
-        elif difference := grid_difference(volume, first):
-            check.problems.append(f"{path.name}: {difference} of {first_name}")
+        else:
+            difference, note = grid_difference(volume, first)
+            check.problems += [f"{path.name}: {difference} of {first_name}"] if difference else []
+            check.warnings += [f"{path.name}: {note} as that of {first_name}"] if note else []
         if name == label:
             check_label(volume.array, path.name, check, legal=legal, hint=hint)
         elif problem := value_problem(volume.array):

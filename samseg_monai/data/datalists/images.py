@@ -25,7 +25,7 @@ from samseg_monai.data.datalists.label_maps import BACKGROUND, OWN_CODING, absen
 from samseg_monai.data.datalists.splits import DEFAULT_FRACTIONS, choose_split
 from samseg_monai.data.files.cases import MASK_ENDINGS, list_images
 from samseg_monai.data.files.images import GREY, RGB, Picture, checked_spacing, is_grey, read_image
-from samseg_monai.data.files.volumes import AFFINE_TOLERANCE_MM, value_problem
+from samseg_monai.data.files.volumes import affine_difference, value_problem
 from samseg_monai.errors import ConfigError, DataError
 
 
@@ -306,12 +306,13 @@ def _compare(check: ImageCheck, image: Picture, mask: Picture, spacing: float | 
         )
     affines = (image.stored_affine, mask.stored_affine)
     if affines[0] is not None and affines[1] is not None:
-        gap = float(np.abs(affines[0] - affines[1]).max())
-        if gap > AFFINE_TOLERANCE_MM:
+        difference, note = affine_difference(affines[1], affines[0], (*wanted[::-1], 1))
+        if difference:
             check.problems.append(
-                f"mask {name}: its affine differs by up to {gap:.4g} mm from that of {other}, so that it may be stored "
-                "in another direction; resample it to the image's grid"
+                f"mask {name}: its {difference} of {other}, so that it may be stored in another direction; resample it "
+                "to the image's grid"
             )
+        check.warnings += [f"mask {name}: {note} as that of {other}"] if note else []
 
 
 def _values(checks: Sequence[ImageCheck]) -> str:

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ignite.engine import Events
-
-from samseg_monai.errors import DataError, raise_all, root_of
+from samseg_monai.errors import DataError, raise_all
 from samseg_monai.files import file_name
 
 LOG = logging.getLogger(__name__)
 SHOWN = 20  # names of one line in the log
+_LOST = "no result of it was written"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no other case can be written either
 
 
@@ -30,12 +29,14 @@ class CaseList:
         bad: case -> why it cannot be predicted.
         files: case -> one path per scan, or the single path that holds them all.
         passed: reason -> names of entries that are no cases.
+        full: whether a result could not be written as the disk is full or read-only.
     """
 
     good: list[dict[str, Any]] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)
     files: dict[str, list[Path]] = field(default_factory=dict)
     passed: dict[str, list[str]] = field(default_factory=dict)
+    full: bool = False
 
     def add(self, case: str, paths: list[Path]) -> None:
         """Add a case; a second one of the same name would overwrite the first one's result, so it is refused."""
@@ -63,14 +64,12 @@ class CaseList:
         if not self.good:
             self.refuse("no case can be predicted")
 
-    def run(self, evaluator: Any, dataset: Any, folder: str | Path) -> None:
-        """Predict the good cases; one that fails, whatever the error, costs itself alone and is bad from then on.
+    def run(self, evaluator: Any, folder: str | Path) -> None:
+        """Let ``evaluator``, which tells of cases that fail (``handlers.CaseEvaluator``), predict the good cases.
 
         Args:
-            evaluator: engine of MONAI over ``dataset``, in order, that writes ``<case>...`` into ``folder``; of a batch
-                of several cases all fail together.
-            dataset: its ``data`` become the cases that are left to do.
-            folder: of the results, made if need be. A case without a new file in it is bad.
+            evaluator: writes ``<case>...`` into ``folder``.
+            folder: of the results, made if need be. A good case without a new file in it is bad.
 
         Raises:
             DataError: nothing can be written into ``folder``; told before the first case.
@@ -82,37 +81,23 @@ class CaseList:
                 before = _stamps(folder)
         except OSError as error:
             raise DataError(f"{folder}: no results can be written there ({error.strerror or error})") from error
-        size = getattr(evaluator.data_loader, "batch_size", None) or 1
-        left, done = list(self.good), [0]
-
-        def count() -> None:
-            done[0] += size
-
-        handle = evaluator.add_event_handler(Events.ITERATION_COMPLETED, count)
-        while left:
-            done[0] = 0
-            try:
-                run_engine(evaluator, dataset, left)
-                break
-            except Exception as error:  # noqa: BLE001  whatever goes wrong with one case must not cost the others
-                for item in left[done[0] : done[0] + size]:
-                    self._fail(item["case"], root_of(error))
-                left = left[done[0] + size :]
-                if _errno(error) in _FULL:
-                    for item in left:
-                        self._fail(item["case"], "not tried, as nothing more can be written")
-                    break
-        handle.remove()
+        evaluator.run()
         now = _stamps(folder)
         written = [name for name, stamp in now.items() if stamp != before.get(name)]
         for item in list(self.good):
             if not any(name.startswith(file_name(item["case"])) for name in written):
-                self._fail(item["case"], f"no result of it was written to {folder}")
+                self.fail(item["case"], "not tried, as nothing more can be written" if self.full else _LOST)
 
-    def _fail(self, case: str, reason: str) -> None:
-        LOG.error("%s was not predicted: %s", case, reason)
-        self.bad[case] = reason
+    def fail(self, case: str, reason: str, error: BaseException | None = None) -> bool:
+        """Move a case to the bad ones, when it turns out in the run that it cannot be predicted.
+
+        Returns: whether others can still be written: ``error`` is not that of a disk that is full or read-only.
+        """
+        LOG.error("%s is not predicted: %s", case, reason)
         self.good = [item for item in self.good if item["case"] != case]
+        self.bad[case] = reason
+        self.full = self.full or _errno(error) in _FULL
+        return not self.full
 
     def finish(self) -> None:
         """Raise DataError naming every bad case; to be called last, when the good ones are done."""
@@ -122,16 +107,6 @@ class CaseList:
     def refuse(self, heading: str) -> None:
         """Raise DataError naming every bad case, if there is one."""
         raise_all([f"{case}: {reason}" for case, reason in sorted(self.bad.items())], DataError, heading)
-
-
-def run_engine(evaluator: Any, dataset: Any, items: list[dict[str, Any]]) -> None:
-    """Run an engine of MONAI once over ``items``, also after a run that has ended with an error."""
-    dataset.data = items
-    evaluator.state.epoch_length = len(evaluator.data_loader)
-    evaluator.state.batch = evaluator.state.output = None  # of the case before, which may have been too large
-    # ignite keeps the generator that an error has ended, and the next run would end at once without a word
-    evaluator._internal_run_generator = evaluator._dataloader_iter = None
-    evaluator.run()
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:

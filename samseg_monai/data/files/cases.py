@@ -37,9 +37,14 @@ from samseg_monai.data.files.volumes import (
     stem_of,
     value_problem,
 )
-from samseg_monai.errors import ConfigError, DataError, PromptError, raise_all, root_of
+from samseg_monai.errors import ConfigError, DataError, PromptError, raise_all, reason_of
 
 VOLUMES = "volumes"
+NO_PROMPTS = (
+    "this bundle was trained with a box around each object and got none, so that it could find anything: give boxes "
+    "(--boxes FILE) or coarse masks (--prompts FOLDER), or take the whole slice as the prompt on purpose (samseg "
+    "predict --whole-slice, monai.bundle --prompt::source image, whole_slice=True in Python)"
+)
 MASK_ENDINGS = ("_mask", "-mask", "_seg", "-seg")
 # ends of names that every reader takes for a mask: P01.seg.nrrd, P01-label.nrrd, P01_GTV2.nii.gz, labelsTr
 _MASK = re.compile(
@@ -61,6 +66,7 @@ def find_cases(
     scans: Sequence[str] = BRATS_SCANS,
     boxes: str | Path | None = None,
     prompts: str | Path | None = None,
+    source_of_prompts: str | None = None,
     kind: str = VOLUMES,
     modality: str = "",
     allow_modality: bool = False,
@@ -79,6 +85,8 @@ def find_cases(
             (for the usual axial slices from the feet upwards), whatever their instance numbers.
         prompts: coarse masks on the image's grid: one file (for one case), or a folder with ``<case>.nii.gz`` or
             ``<case>_seg.nii.gz``, also in a sub-folder ``<case>/``.
+        source_of_prompts: "json" needs ``boxes``, "mask" needs ``prompts``; any other (label, image, none) or None,
+            nothing.
         kind: ``volumes``, or ``images``: each 2-D image file is a case (but masks and overlays), boxes are
             those of ``boxes.read_boxes``, and there are no masks as prompts.
         modality: of the images that the network was trained on (CT, MR ...); empty where nobody knows. Cases whose
@@ -88,9 +96,10 @@ def find_cases(
 
     Raises:
         DataError: nothing found, or no case at all is good.
-        PromptError: both kinds of prompts given, masks for images, or their file or folder cannot be read.
+        PromptError: both kinds of prompts given, masks for images, their file or folder cannot be read, or there are
+            none where some are needed.
     """
-    _check_arguments(boxes, prompts, kind)
+    _check_arguments(boxes, prompts, source_of_prompts, kind)
     table = None if boxes is None else read_table(boxes, IMAGE_BOXES if kind == IMAGES else VOLUME_BOXES)
     sources = [Path(source)] if isinstance(source, (str, Path)) else [Path(path) for path in source]
     masks = None if prompts is None else Path(prompts)
@@ -107,7 +116,7 @@ def find_cases(
         except (DataError, PromptError) as error:
             return str(error)
         except Exception as error:  # noqa: BLE001  whatever is wrong with one case must not cost the others
-            return root_of(error)
+            return reason_of(error)
 
     for case in sorted(set(table or {}) - set(cases.files) - set(cases.bad)):
         LOG.warning("boxes are given for %s, but there is no such case", case)
@@ -117,11 +126,13 @@ def find_cases(
     return cases
 
 
-def _check_arguments(boxes: str | Path | None, prompts: str | Path | None, kind: str) -> None:
+def _check_arguments(boxes: str | Path | None, prompts: str | Path | None, source: str | None, kind: str) -> None:
     if kind not in (VOLUMES, IMAGES):
         raise ConfigError(f"unknown kind of cases {kind!r}; choose one of {VOLUMES}, {IMAGES}")
     if boxes is not None and prompts is not None:
         raise PromptError("got boxes and prompts (masks): give one of them")
+    if (source == "json" and boxes is None) or (source == "mask" and prompts is None):
+        raise PromptError(NO_PROMPTS)
     if kind == IMAGES and prompts is not None:
         raise PromptError("masks as prompts are for volumes; of 2-D images give boxes in pixels")
     if prompts is not None and not Path(prompts).exists():
@@ -161,7 +172,7 @@ def _check_volumes(
         volume = first if number == 0 else _read(path)
         for note in volume.notes:
             LOG.warning("%s: %s", case, note)
-        if difference := grid_difference(volume, first):
+        if difference := _same_grid(volume, first, f"{case}: {path.name}"):
             raise DataError(f"{path.name}: {difference} of {paths[0].name}")
         if problem := value_problem(volume.array):
             raise DataError(f"{path.name}: {problem}")
@@ -183,6 +194,14 @@ def _read(path: Path) -> Volume:
     return read_series(path) if path.is_dir() else read_volume(path)
 
 
+def _same_grid(volume: Volume, image: Volume, what: str) -> str:
+    """Why ``volume`` is not on the grid of ``image``, or ""; a note of a difference that does not matter is logged."""
+    difference, note = grid_difference(volume, image)
+    if note:
+        LOG.warning("%s: %s", what, note)
+    return difference
+
+
 def _mask_of(prompts: Path, case: str, image: Volume) -> Path:
     """File of the coarse mask, on the image's grid and not empty."""
     path: Path | None = prompts
@@ -196,7 +215,7 @@ def _mask_of(prompts: Path, case: str, image: Volume) -> Path:
         raise PromptError(f"no coarse mask in {prompts}; expected {names}")
     mask = read_volume(path)
     first_scan = Volume(image.array[..., 0] if image.array.ndim == 4 else image.array, image.affine, image.sha256)
-    if difference := grid_difference(mask, first_scan):
+    if difference := _same_grid(mask, first_scan, f"{case}: prompt {path.name}"):
         raise PromptError(f"prompt {path.name}: {difference} of the image; resample it to the image's grid")
     if bad := int(np.count_nonzero(~np.isfinite(mask.array))):
         raise PromptError(f"prompt {path.name}: {bad} voxels are NaN or infinite; save 0 and 1")

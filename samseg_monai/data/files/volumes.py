@@ -27,7 +27,8 @@ from samseg_monai.errors import DataError
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".nrrd")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".dcm", ".nii.gz", ".nii")
-AFFINE_TOLERANCE_MM = 1e-3
+AFFINE_TOLERANCE = 0.05  # of a voxel: how far a corner of one grid may lie from that of another
+_NOTED = 1e-3  # of a voxel: more than rounding of a header's 32 bits
 _FORM_TOLERANCE_MM = 0.1
 _SHEAR_TOLERANCE = 1e-2
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -235,16 +236,34 @@ def is_phantom(path: str | Path) -> bool:
     return "descrip" in header and bytes(header["descrip"].item()).startswith(PHANTOM_MARK)
 
 
-def grid_difference(volume: Volume, reference: Volume) -> str:
-    """How the grid of ``volume`` differs from that of ``reference``; empty when shape and affine agree."""
+def grid_difference(volume: Volume, reference: Volume) -> tuple[str, str]:
+    """How the grid of ``volume`` differs from that of ``reference``: why it is another one, and what is to be noted.
+
+    Both are empty when shape and affine agree to rounding; see ``affine_difference``.
+    """
     if volume.array.shape != reference.array.shape:
-        return f"shape {volume.array.shape} differs from {reference.array.shape}"
-    gap = float(np.abs(volume.affine - reference.affine).max())
-    if gap > AFFINE_TOLERANCE_MM:
-        texts = (np.array2string(v.affine[:3], precision=3, separator=",") for v in (volume, reference))
+        return f"shape {volume.array.shape} differs from {reference.array.shape}", ""
+    return affine_difference(volume.affine, reference.affine, volume.array.shape[:3])
+
+
+def affine_difference(affine: np.ndarray, reference: np.ndarray, shape: Sequence[int]) -> tuple[str, str]:
+    """Whether two affines (4, 4) place a volume of ``shape`` (up to three axes) alike: a refusal, a note, or neither.
+
+    What counts is the corner of the volume that is displaced most, in voxels of ``reference``: an error of the spacing
+    adds up over a volume, and a shift does not.
+
+    Returns: why the two are different grids (0.05 voxel or more) or "", and what is to be noted (less) or "".
+    """
+    ends = [(-0.5, side - 0.5) for side in (*shape, 1, 1)[:3]]
+    corners = np.stack(np.meshgrid(*ends, [1.0], indexing="ij")).reshape(4, -1)
+    moved = np.linalg.pinv(reference[:3, :3]) @ ((affine - reference) @ corners)[:3]
+    gap = float(np.linalg.norm(moved, axis=0).max())
+    if not gap < AFFINE_TOLERANCE:  # NaN is a difference, too
+        texts = (np.array2string(a[:3], precision=4, separator=",") for a in (affine, reference))
         mine, other = (" ".join(text.split()) for text in texts)
-        return f"affine differs (by up to {gap:.4g}): {mine} against {other}"
-    return ""
+        return f"affine differs, by {gap:.3g} voxels at a corner of the volume: {mine} against {other}", ""
+    note = f"affine differs by {gap:.2g} voxels at a corner of the volume: taken as the same"
+    return "", note if gap > _NOTED else ""
 
 
 def read_grid(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
@@ -283,6 +302,19 @@ def _affine_of(image: sitk.Image | sitk.ImageFileReader) -> np.ndarray:
     affine[:3, 3] = image.GetOrigin()
     affine[:2] *= -1  # ITK counts towards left and posterior, NIfTI towards right and anterior
     return affine
+
+
+def spacing_in_plane(path: str | Path, orientation: str) -> tuple[float, float]:
+    """Voxel size in mm along the first two axes of a volume once it is turned to ``orientation`` (MONAI's axcodes).
+
+    Raises: as ``read_grid``.
+    """
+    _, affine = read_grid(path)
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    axes = list(nib.orientations.io_orientation(affine)[:, 0])
+    wanted = nib.orientations.axcodes2ornt(orientation)[:2, 0]
+    first, second = (round(float(sizes[axes.index(axis)]), 5) for axis in wanted)
+    return first, second
 
 
 def parse_nifti(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:

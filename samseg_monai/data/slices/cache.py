@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 
 Rows = Mapping[str, torch.Tensor]  # name -> (rows, ...), as many rows of each
 
-VERSIONS = {"layout": 2, "samseg_monai": __version__, "monai": monai.__version__, "torch": torch.__version__}
+VERSIONS = {"layout": 3, "samseg_monai": __version__, "monai": monai.__version__, "torch": torch.__version__}
 RESERVE = 64_000_000  # bytes that stay free on the disk, or 1 % of what is to be written where that is more
 TYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.uint8: "U8", torch.int64: "I64"}
 # MONAI's random state and thread-local switches: they differ between runs and say nothing about the result
-VOLATILE = {"R", "_tracing", "_do_transform"}
+VOLATILE = {"R", "_tracing", "_do_transform", "_told"}
 
 
 class CachedCase:

@@ -23,8 +23,9 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from samseg_monai.data import CUT
 from samseg_monai.data.slices.cache import CachedCase, describe, describe_item, encode, frozen_encoder
-from samseg_monai.errors import CacheError, ConfigError, DataError, raise_all, root_of
+from samseg_monai.errors import CacheError, ConfigError, DataError, raise_all, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,8 @@ class SliceDataset(Dataset):
             the look is: for boxes, which are no part of an embedding. They must leave the image as it is.
         embedding_dir: folder of the embeddings; None keeps none. Per slice and variant 2 bytes per number of the
             encoder's output, which is 512 kB for SAM at 512 pixels and 2 MB at 1024.
+    Attributes: ``cut``: case -> voxels that the crop leaves out, and of how many (``samseg_monai.data.CUT``), where it
+        leaves any out.
     Shape: an item is {key: plain tensor (C, H, W), "case": str, "slice": int, and whatever the transforms add};
         "label" and "prompt" enter ``slice_transforms`` as uint8, all else as float32. "embedding" is (V, C, gh, gw),
         bf16; V is what the network makes of one image: its scans, or 1.
@@ -170,6 +173,7 @@ class SliceDataset(Dataset):
         self._made_by = [{**made_by, "item": describe_item(item), "seed": seed} for item in self.data]
         self._files = [CachedCase(cache_dir, key) for key in self._made_by] if cache == "disk" and cache_dir else []
         self._slices: list[Slices | None] = [None] * len(self.data)
+        self.cut: dict[str, dict[str, int]] = {}
         self._numbers = self._prepare(num_threads, progress)
         self._first = np.cumsum([0, *(len(numbers) for numbers in self._numbers)]).tolist()  # row of each case
         rng = np.random.default_rng(0)
@@ -289,7 +293,7 @@ class SliceDataset(Dataset):
             logger.warning("%s", error)
             self._from_file(position)
             values = file.read(candidate)
-        del values["slice"]
+        del values["slice"], values["cut"]
         return values
 
     def _prepare(self, num_threads: int, progress: bool) -> list[list[int]]:
@@ -297,10 +301,11 @@ class SliceDataset(Dataset):
             try:
                 if self._files:
                     return self._from_file(position)
-                found, self._slices[position] = self._build(position)
+                found, self._slices[position], cut = self._build(position)
+                self._note(position, cut)
                 return found
             except Exception as error:  # noqa: BLE001  whatever a transform raises is a problem of its case
-                return f"{self.data[position]['case']}: {root_of(error)}"
+                return f"{self.data[position]['case']}: {reason_of(error)}"
 
         with ThreadPoolExecutor(num_threads) as pool:
             jobs = pool.map(attempt, range(len(self.data)))
@@ -312,16 +317,25 @@ class SliceDataset(Dataset):
         file = self._files[position]
 
         def build() -> list[dict[str, torch.Tensor]]:
-            numbers, slices = self._build(position)
+            numbers, slices, cut = self._build(position)
             rows = {key: torch.from_numpy(array) for key, array in slices.items()}
-            return [{"slice": torch.tensor(numbers, dtype=torch.int64), **rows}]
+            each = {"slice": torch.tensor(numbers, dtype=torch.int64), "cut": cut.repeat(len(numbers), 1)}
+            return [{**each, **rows}]
 
         if not file.is_whole():
             file.ensure(build)
+        for cut in file.column("cut")[:1]:
+            self._note(position, cut)
         return [int(number) for number in file.column("slice")]
 
-    def _build(self, position: int) -> tuple[list[int], Slices]:
-        """Picked slices of a case: their numbers along the last axis, and key -> (N, C, H, W)."""
+    def _note(self, position: int, cut: torch.Tensor) -> None:
+        """Keep what the crop leaves out of a case, where it does (``samseg_monai.data.CUT``)."""
+        counts = dict(zip(CUT, cut.tolist(), strict=True))
+        if counts["image"] or counts["label"]:
+            self.cut[str(self.data[position]["case"])] = counts
+
+    def _build(self, position: int) -> tuple[list[int], Slices, torch.Tensor]:
+        """Picked slices of a case: their numbers along the last axis, key -> (N, C, H, W), and what a crop left out."""
         item = self.data[position]
         # a copy for each case: MONAI's random transforms keep their draws in themselves, where other threads see them
         transforms = deepcopy(self.volume_transforms)
@@ -338,7 +352,8 @@ class SliceDataset(Dataset):
             if len(shape) != 4 or shape[1:] != tuple(volume["label"].shape[1:]):
                 raise DataError(f"{key!r} must be (C, H, W, D) on the label's grid, got {shape}")
         numbers = self.picker.candidates(torch.as_tensor(volume["label"]).as_subclass(torch.Tensor))
-        return numbers, {key: _pick(volume[key], numbers, key) for key in kept}
+        cut = torch.as_tensor(volume.get("cut", [0] * len(CUT)), dtype=torch.int64)
+        return numbers, {key: _pick(volume[key], numbers, key) for key in kept}, cut
 
     def _report(self) -> None:
         empty = [str(item["case"]) for item, numbers in zip(self.data, self._numbers, strict=True) if not numbers]
@@ -346,6 +361,12 @@ class SliceDataset(Dataset):
             raise DataError(f"{self.picker} picks no slice in any of {len(self.data)} cases; are the labels empty?")
         if empty:
             logger.warning("%s picks no slice in %d cases: %s", self.picker, len(empty), ", ".join(empty))
+        for name, what in (("image", "the images' foreground"), ("label", "the labels")):
+            rows = [counts for counts in self.cut.values() if counts[name]]
+            if rows:
+                most = max(100 * counts[name] / counts[f"{name}_of"] for counts in rows)
+                logger.warning("the crop cuts %s in %d of %d cases, at most %.2g %%; set crop_mm to a larger one", what,
+                               len(rows), len(self.data), most)  # fmt: skip
         megabytes = self.cache_bytes() / 1e6
         logger.info("%d slices of %d cases, %.1f MB in memory", len(self), len(self.data) - len(empty), megabytes)
 
