@@ -15,7 +15,7 @@ from monai.transforms import LoadImaged
 
 from samseg_monai.data.datalists import case_hashes
 from samseg_monai.data.files.volumes import modality_doubt, size_problem, unit_problem, value_problem
-from samseg_monai.errors import DataError, raise_all, root_of
+from samseg_monai.errors import DataError, raise_all, reason_of
 from samseg_monai.files import hash_file
 from samseg_monai.transforms.grids import name_of
 
@@ -54,7 +54,7 @@ class LoadCased(LoadImaged):
         try:
             d = super().__call__(d, reader)
         except Exception as error:
-            raise DataError(f"{name}: cannot be loaded; {root_of(error)}") from error
+            raise DataError(f"{name}: cannot be loaded; {reason_of(error)}") from error
         if "image" in self.keys and "image" in d:
             raise_all(self._problems(d["image"], files, name), DataError, f"{name}: its image cannot be used")
         return d
