@@ -213,6 +213,6 @@ def test_a_loaded_bundle_goes_on_after_an_error(bundle, scans, monkeypatch):
     loaded = load_bundle(bundle, sam_checkpoint="random", device="cpu")
     with monkeypatch.context() as patched:
         patched.setattr("samseg_monai.inferers.SliceVolumeInferer.__call__", lambda *given, **named: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(DataError, match="ZeroDivisionError"):
             loaded.predict(scans / "img0041.nii.gz")
     assert loaded.predict(scans / "img0041.nii.gz")[0].shape == SHAPE
