@@ -40,6 +40,9 @@ def predict(
     ] = False,
     sam_checkpoint: Annotated[str | None, typer.Option(help="base weights, if the bundle holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")] = None,
+    allow_modality: Annotated[
+        bool, typer.Option("--allow-modality", help="go on where an image seems to be of another modality")
+    ] = False,
     trust: Trust = False,
 ) -> None:
     """Segment cases without labels; the result has exactly the grid and the affine of its image.
@@ -50,7 +53,8 @@ def predict(
 
     Prompts of a bundle that takes boxes: --boxes, --prompts, or --whole-slice. Cases whose in-plane spacing is not one
     that the bundle was trained on are resampled to it, and the masks come back on the images' own grids. Bad cases are
-    named and left out; the exit code is then 1.
+    named and left out; the exit code is then 1. An image of another modality than the bundle's (by DICOM, or by its
+    values: a CT must be in Hounsfield units) is bad, unless --allow-modality says that it is right.
     """
     from samseg_monai.bundles.door import open_bundle
 
@@ -62,6 +66,7 @@ def predict(
     places = {"dataset_dir": input, "output_dir": output, "predictions_dir": output}
     overrides: dict[str, Any] = {key: os.path.abspath(place) for key, place in places.items()}
     overrides |= {} if sam_checkpoint is None else {"sam_checkpoint": sam_checkpoint}
+    overrides |= {"allow_modality": True} if allow_modality else {}
     if device is not None:
         import torch
 
