@@ -48,10 +48,10 @@ pico: setup
 	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m tools.pico --output samseg_monai/sam
 
 bundles: setup
-	$(BIN)/samseg bundle build --task meningioma --strategy zero_shot --out bundles
-	$(BIN)/samseg bundle build --task meningioma --strategy lora --out bundles
-	$(BIN)/samseg bundle build --task abdomen --strategy ladder --out bundles
-	$(BIN)/samseg bundle build --task abdomen --strategy ladder_paper --out bundles
+	$(BIN)/samseg bundle build --task meningioma --strategy zero_shot --output bundles
+	$(BIN)/samseg bundle build --task meningioma --strategy lora --output bundles
+	$(BIN)/samseg bundle build --task abdomen --strategy ladder --output bundles
+	$(BIN)/samseg bundle build --task abdomen --strategy ladder_paper --output bundles
 
 bench: dev
 	for script in $(filter-out benchmarks/measuring.py benchmarks/hippocampus.py,$(wildcard benchmarks/*.py)); do \

@@ -22,11 +22,11 @@ from samseg_monai import __version__
 from samseg_monai.choices import Spacing
 from samseg_monai.data.datalists import case_hash
 from samseg_monai.errors import FEW_TENSORS, CheckpointError, WeightsError, raise_all
-from samseg_monai.files import StrPath, hash_file, read_json, write_tensors, write_whole
+from samseg_monai.files import StrPath, hash_file, read_json, write_json, write_tensors, write_whole
 from samseg_monai.networks import PlainSegmenter, SamSegmenter
 from samseg_monai.networks.common import tensor_differences
 from samseg_monai.networks.foreign import load_foreign
-from samseg_monai.sam.weights import RANDOM, name_of, sha256_of
+from samseg_monai.sam.weights import KNOWN, RANDOM, find_weights, name_of, sha256_of
 from samseg_monai.sam.weights.read import read_content
 from samseg_monai.settings import problems_of
 from samseg_monai.training.owned import owned_state
@@ -34,6 +34,7 @@ from samseg_monai.training.owned import owned_state
 FORMAT_VERSION = 1
 TENSORS, CARD = "adapter.safetensors", "card.json"
 UNFIT = "does not fit this network"
+BASE = "base_weights.json"  # in the folder of a run, which stays on its machine: the path of SAM's weights
 STAGED_CARD = ".card.json.tmp"  # a card whose tensors are about to be moved
 
 Network = SamSegmenter | PlainSegmenter
@@ -280,12 +281,14 @@ def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_che
     Args:
         checkpoint: an adapter folder (base weights are loaded first), a full model file, a file of SAMed (base weights
             first) or SAM-LST, or None: SAM's base weights alone, for a strategy that trains nothing (zero-shot).
-        sam_checkpoint: base weights as for ``SamSegmenter.load_base``; not needed for a full model.
+        sam_checkpoint: base weights as for ``SamSegmenter.load_base``; not needed for a full model. None: of a run, the
+            file it was trained with (``remember_base``), if it is there and the same.
     Returns:
         One line saying what was loaded.
     Raises:
         CheckpointError: ``checkpoint`` is given but absent, or does not fit; or it is None and the strategy trains.
-        WeightsError: base weights are needed and absent.
+        WeightsError: base weights are needed and absent, or the run had others than the official ones, which are not
+            downloaded in their place.
     """
     if checkpoint is None:
         if network.owned:
@@ -299,6 +302,8 @@ def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_che
     path = Path(checkpoint)
     if path.is_dir() and _card_path(path).is_file():
         card = read_card(path)
+        if sam_checkpoint is None and isinstance(network, SamSegmenter):
+            sam_checkpoint = _base_of(path, card, network.spec.name)
         network.load_base(sam_checkpoint, start=False)
         load_adapter(network, path)
         return f"adapter {path} ({card['strategy']['_target_']}, {card['values']:,} values) on SAM {network.spec.name}"
@@ -330,6 +335,39 @@ def _card_beside(model: Path) -> dict[str, Any]:
     with suppress(CheckpointError):
         return read_card(model.parent)
     return {}
+
+
+def remember_base(folder: StrPath, sam_checkpoint: StrPath) -> None:
+    """Write into the folder of a run where the SAM weights lie that it is given, so that nobody has to say it again.
+
+    Their hash is in the card of the adapter. Nothing that is packed or published has this path.
+    """
+    path = Path(sam_checkpoint).expanduser().absolute()
+    write_json(Path(folder) / BASE, {"path": str(path)})
+
+
+def _base_of(folder: Path, card: Mapping[str, Any], variant: str) -> str | None:
+    """The weights that a run's adapter was trained on; None: those of the variant's name.
+
+    Raises: WeightsError where they are lost, and others would be downloaded.
+    """
+    wanted = card.get("base_sha256")
+    if not isinstance(wanted, str) or wanted == RANDOM:
+        return None
+    known = None
+    if (folder / BASE).is_file():
+        known = read_json(folder / BASE, CheckpointError, "record of SAM's weights").get("path")
+        with suppress(WeightsError, OSError, ValueError):  # moved, or never a path
+            path = find_weights(variant, str(known), download=False)
+            if path.is_file() and sha256_of(path) == wanted:
+                return str(path)
+    if variant not in KNOWN or KNOWN[variant].sha256 == wanted:
+        return None
+    file = known if isinstance(known, str) else card.get("base_file") or "a file of its own"
+    raise WeightsError(
+        f"this run was trained with {file} (sha256 {wanted}), which is not where it was, and is not the published "
+        f"{KNOWN[variant].name}: give that file as sam_checkpoint (--sam-checkpoint FILE of samseg)"
+    )
 
 
 @functools.cache  # the code that runs was read when the process began

@@ -395,6 +395,13 @@ class Lesions(Model):
     penalty_mm: Annotated[float, Field(gt=0, le=1e5)] = 374.0
 
 
+def for_users(message: str) -> str:
+    """The values that are possible, without the networks that only tests use."""
+    for name in ("tiny", "tiny_t"):
+        message = message.replace(f', "{name}"', "").replace(f' or "{name}"', "")
+    return message if " or " in message else re.sub(r', ("[^"]*")$', r" or \1", message)
+
+
 def unsafe(value: Any, where: str = "", level: int = 0) -> list[str]:
     """What no settings may hold, whatever the key: what MONAI would evaluate or merge, control characters, too much."""
     if level == 0:

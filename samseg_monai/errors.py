@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 FEW_TENSORS = 10  # lines of a list of tensors: those that follow tell no more
+_MANY = 6  # cases with the same reason: fewer have a line each
 MOST_LINES, LONGEST_LINE = 200, 4000  # of an error: beyond them its reason is told, and a sender could hide it
 
 
@@ -115,7 +116,35 @@ def reason_of(error: BaseException) -> str:
     return text if isinstance(error, SamsegError) else f"{type(error).__name__}: {text}"
 
 
-def raise_all(problems: Sequence[str], error: type[SamsegError], heading: str, *, most: int = MOST_LINES) -> None:
+def by_reason(problems: Sequence[str], cases: int) -> list[str]:
+    """Lines ``<case>: <reason>`` with those of one reason as a single line where they are many.
+
+    Args:
+        problems: the lines; the name of the case may be part of its reason, too.
+        cases: number of cases that were looked at.
+    """
+    groups: dict[str, list[str]] = {}
+    for line in problems:
+        case, colon, reason = line.partition(": ")
+        groups.setdefault(reason.replace(case, "CASE") if colon and case else line, []).append(line)
+    told = []
+    for reason, lines in groups.items():
+        if len(lines) < _MANY:
+            told += lines
+        else:
+            first = ", ".join(line.partition(": ")[0] for line in lines[:3])
+            told.append(f"{len(lines)} of {cases} cases: {reason}; first: {first}")
+    return told
+
+
+def raise_all(
+    problems: Sequence[str],
+    error: type[SamsegError],
+    heading: str,
+    *,
+    most: int = MOST_LINES,
+    cases: int | None = None,
+) -> None:
     """Raise one ``error`` that lists every problem, or return when there is none.
 
     Args:
@@ -123,11 +152,14 @@ def raise_all(problems: Sequence[str], error: type[SamsegError], heading: str, *
         error: class to raise.
         heading: first line; the number of problems is put behind it.
         most: problems to be shown; fewer where the heading tells the reason and the rest would hide it.
+        cases: number of cases that were looked at. Lines are then ``<case>: <reason>``, and a reason that many cases
+            share is told once (``by_reason``).
     """
     if problems:
-        shown = [problem.replace("\n", "\n    ") for problem in problems[:most]]
-        if len(shown) < len(problems):
-            shown.append(f"... and {len(problems) - len(shown)} more")
+        told = problems if cases is None else by_reason(problems, cases)
+        shown = [problem.replace("\n", "\n    ") for problem in told[:most]]
+        if len(shown) < len(told):
+            shown.append(f"... and {len(told) - len(shown)} more")
         lines = "\n".join(f"  - {problem}" for problem in shown)
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise error(f"{heading} ({count}):\n{lines}")

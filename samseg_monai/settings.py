@@ -41,6 +41,7 @@ from samseg_monai.choices import (
     Two,
     Voxels,
     Workers,
+    for_users,
     unsafe,
 )
 from samseg_monai.errors import MOST_LINES, ConfigError, raise_all
@@ -446,7 +447,7 @@ def _problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
         elif detail["type"] == "string_pattern_mismatch":
             lines.append(f"{at}: got {got}; that is no name or text of this kind{example}")
         else:
-            message = detail["msg"].replace("Input should be", "expected").replace("'", '"')
+            message = for_users(detail["msg"].replace("Input should be", "expected").replace("'", '"'))
             lines.append(f"{at}: got {got}; {message}{example}")
     if error.error_count() > MOST_LINES:
         lines.insert(0, f"{TOO_MUCH}: {error.error_count():,} problems, of which the first are told")

@@ -7,6 +7,7 @@ over what it does not set itself. Keys that begin with ``//`` are comments.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import shutil
@@ -53,13 +54,30 @@ def read_recipe(kind: str, name: str) -> dict[str, Any]:
     """
     path = Path(name) if name.endswith(".json") else RECIPES / kind / f"{name}.json"
     if not path.is_file():
-        raise BundleError(
-            f"{kind}: no recipe {name!r}; there are {', '.join(recipe_names(kind))}, or give the path of a .json file"
-        )
+        raise BundleError(f"{kind}: {_not_there(kind, name)}")
     recipe = without_comments(read_json(path, BundleError, f"{kind} recipe", "correct it"))
     parent = recipe.pop("extends", None)
     recipe = recipe if parent is None else merged(read_recipe(kind, str(parent)), recipe)
     return {**recipe, "name": path.stem}
+
+
+def _not_there(kind: str, name: str) -> str:
+    """What is wrong with the name or path of a recipe, and which was meant."""
+    known = recipe_names(kind)
+    if name.endswith(".json"):
+        folder = Path(name).parent
+        near = difflib.get_close_matches(Path(name).name, [path.name for path in folder.glob("*.json")], n=1)
+        meant = (
+            f"did you mean {folder / near[0]}?"
+            if near
+            else "give the path of a recipe, or a name of samseg bundle list"
+        )
+        return f"{name}: no such file; {meant}"
+    if Path(f"{name}.json").is_file():
+        return f"no recipe {name!r}, but there is a file {name}.json: give {name}.json, with its suffix"
+    near = difflib.get_close_matches(name, known, n=1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"no recipe {name!r}; {meant}There are {', '.join(known)}, or give the path of a .json file"
 
 
 def without_comments(value: Any) -> Any:

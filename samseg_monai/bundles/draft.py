@@ -34,6 +34,7 @@ _COARSE = 1.5  # an axis with voxels so many times as long as the next one's is 
 # radiologists do: rows run to the back or down, columns to the patient's left or to the back
 _VIEWS = (("sagittal", "IPR"), ("coronal", "ILA"), ("axial", "PLS"))
 _AXES = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
+_DEMO_SLICES = 1000
 _STEP_PIXELS = 2 << 20  # of a training step: two slices of 1024 pixels, eight of 512, 32 of 256
 _SIDES = {"left": "right", "l": "r", "lt": "rt", "lh": "rh"}
 
@@ -84,7 +85,7 @@ def check_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name.lower().endswith(".json"):
         raise ConfigError(
             f"{name!r} is no name of a task: it takes letters, digits, _ . and -, begins with a letter or digit, and "
-            "has no folder and no .json (--out names the folder)"
+            "has no folder and no .json (--output names the folder)"
         )
     if len(name) > longest:
         raise ConfigError(f"{name!r} has {len(name)} characters; {longest} fit into the names of bundles")
@@ -274,9 +275,24 @@ def _run(measured: Measured, modality: str) -> Iterator[Choice]:
         yield Choice(
             "run::slices", {"picker": {"name": "AllSlices"}}, "without boxes empty slices have to be learnt, too"
         )
-    yield Choice(
-        "demo", {"run": {"image_size": 128}}, "for a try in minutes with demo.json: pico, a toy SAM, on small slices"
-    )
+    yield _demo(measured, prompted)
+
+
+def _demo(measured: Measured, prompted: bool) -> Choice:
+    """Small, few slices, one look at each: what pico encodes in two minutes on two cores."""
+    cases = max(1, measured.cases.get("training", 1))
+    run: dict[str, Any] = {"image_size": 128, "embeddings": {"variants": 1}}
+    few = "slices are small"
+    if prompted:
+        count = min(8, max(1, _DEMO_SLICES // cases))
+        run["slices"] = {"picker": {"name": "RandomN", "n": count, "min_voxels": 1}}
+        few = f"{count} small slices of each case per epoch"
+    elif not measured.images:
+        depth = max(shape[_through(measured)[0]] for shape in measured.shapes)
+        step = min(-(-cases * depth // _DEMO_SLICES), max(1, depth // 4))  # some of every case, whatever their number
+        run["slices"] = {"picker": {"name": "EveryNth", "n": step}}
+        few = f"one small slice of {step}"
+    return Choice("demo", {"run": run}, f"for a try in minutes with demo.json: pico, a toy SAM; {few}")
 
 
 def _slices(measured: Measured) -> list[tuple[int, ...]]:

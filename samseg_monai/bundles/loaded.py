@@ -166,7 +166,7 @@ class LoadedBundle:
         dataset.data, evaluator.cases = cases.good, cases
         folder = self._scratch / "predictions"
         evaluator.run()
-        cases.finish()
+        cases.refuse("predict: the case failed")
         made = sorted(folder.glob("*_seg.*"))
         if len(made) != 1:
             raise BundleError(f"predict: {self.name} wrote {len(made)} segmentations, expected one")

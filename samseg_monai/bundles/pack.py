@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import logging
 import shutil
 import tempfile
@@ -25,7 +27,8 @@ from samseg_monai.metrics import read_rows
 from samseg_monai.settings import BundleSettings, dump_settings, merged, read_settings
 
 STORED = (".pt", ".safetensors")  # floating-point numbers hardly shrink, and large files take half a minute to try
-RESULTS = ("metrics.json", "cases.csv", "ellipse_cases.csv", "transunet_cases.csv", "run_card.json")
+CASES = ("cases.csv", "ellipse_cases.csv", "transunet_cases.csv")  # they name cases: of patients, perhaps
+RESULTS = ("metrics.json", *CASES, "run_card.json")
 PREDICTING = ("configs/inference.json", "configs/metadata.json")  # what a prediction depends on
 LOG = logging.getLogger(__name__)
 FIX = "run the bundle's evaluation with this output_dir"
@@ -69,6 +72,7 @@ def pack_bundle(
     sam_checkpoint: str | None = None,
     pt: bool = True,
     package: bool = False,
+    cases: bool = True,
     trust: bool = False,
     allow_seen: bool = False,
 ) -> Path:
@@ -80,6 +84,7 @@ def pack_bundle(
         sam_checkpoint: base weights, where they are not found by name (see ``find_weights``).
         pt: write ``models/model.pt``, too, which MONAI's own loaders read.
         package: put a wheel of this package into it, and the line that installs it into its README.
+        cases: put the tables per case into it, which name the test cases.
         trust: pack the configs of the run as they are, however they came about (see ``open_bundle``).
         allow_seen: pack it though its evaluation is of cases that it was trained on, or that chose its epoch.
 
@@ -109,7 +114,7 @@ def pack_bundle(
             _write_models(run, opened, root / "models", sam_checkpoint, steps, pt)
         (root / "metrics").mkdir()
         for result in RESULTS:
-            if (run / "evaluation" / result).is_file():
+            if (run / "evaluation" / result).is_file() and (cases or result not in CASES):
                 with open_regular(run / "evaluation" / result) as stream:  # and no link that was put there meanwhile
                     (root / "metrics" / result).write_bytes(stream.read())
         if wheel is not None:
@@ -118,6 +123,16 @@ def pack_bundle(
         write_sums(root)
         write_whole(output, lambda path: _zip(root, path))
     return output
+
+
+def named_cases(archive: Path) -> dict[str, int]:
+    """Tables in a packed bundle that name cases, and how many each names."""
+    with zipfile.ZipFile(archive) as packed:
+        found = {name.partition("/")[2]: name for name in packed.namelist() if Path(name).name in CASES}
+        return {
+            short: len({row["case"] for row in csv.DictReader(io.TextIOWrapper(packed.open(name), encoding="utf-8"))})
+            for short, name in found.items()
+        }
 
 
 def _run_card(path: Path) -> dict[str, Any]:

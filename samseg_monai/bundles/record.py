@@ -17,6 +17,7 @@ from samseg_monai import __version__, checkpoints
 from samseg_monai.bundles.build import CONFIGS, SETTINGS, config_text, write_bundle
 from samseg_monai.bundles.running import Running, running
 from samseg_monai.bundles.values import KEYS, TASK_KEYS, custom_parts, differences, effective_settings
+from samseg_monai.checkpoints import remember_base
 from samseg_monai.data.datalists import case_hash, read_datalist, too_few_to_choose
 from samseg_monai.errors import BundleError, DataError, raise_all
 from samseg_monai.files import read_json, write_json, write_text
@@ -174,7 +175,8 @@ def record_bundle(output_dir: str, *, keep: bool = False) -> None:
         keep: leave an earlier record alone: an evaluation must not forget how its training was set.
 
     Outside a workflow nothing is recorded. ``pack_bundle`` works from this copy, so that a packed bundle runs without
-    the overlays and overrides its training was started with. Places are not recorded, and there is no demo in it.
+    the overlays and overrides its training was started with. Places are not recorded, and there is no demo in it; where
+    SAM's weights lie a training writes beside it.
 
     Raises:
         BundleError: there is a folder of that name, and no run has written it.
@@ -183,6 +185,9 @@ def record_bundle(output_dir: str, *, keep: bool = False) -> None:
     if found is None or idist.get_rank() > 0:
         return
     target = Path(output_dir) / RECORD
+    base = found.config.get("sam_checkpoint")
+    if found.kind == "train" and isinstance(base, str) and base != RANDOM and not base.startswith(("$", "@")):
+        remember_base(output_dir, base)
     if found.configs == (target / "configs").resolve() or (
         keep and (Path(output_dir) / "adapter.safetensors").is_file() and target.is_dir()
     ):

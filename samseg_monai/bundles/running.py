@@ -26,7 +26,8 @@ from samseg_monai.bundles.values import custom_parts, effective_settings
 from samseg_monai.errors import ConfigError, log_visibly, raise_all
 from samseg_monai.faults import Told, end_like_ctrl_c, explain, output_problem, save_memory
 from samseg_monai.files import read_json
-from samseg_monai.settings import PLACES, BundleSettings, RunSettings, problems_of, read_settings
+from samseg_monai.sam.weights import RANDOM
+from samseg_monai.settings import PLACES, BundleSettings, RunSettings, dump_settings, problems_of, read_settings
 
 logger = logging.getLogger(__name__)
 INTERNAL = {"_meta_"}
@@ -168,6 +169,8 @@ def guard() -> None:
     # LoadImaged tries every reader there is, and one that nobody asked for tells each time that its GPU codec is absent
     logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
+    # "Engine run resuming from iteration 0" of a fresh run: its terms are not ours, and CurveLog tells the same
+    logging.getLogger("ignite.engine.engine").setLevel(logging.WARNING)
     found = running()
     if found is None:
         return
@@ -177,8 +180,10 @@ def guard() -> None:
         raise ConfigError(
             f'evaluate.json only changes inference.json; give both, in this order: --config_file "{files}"'
         )
-    problems = unknown_keys(found.config, _known(found.configs)) + _wrong_values(found) + _wrong_places(found)
-    raise_all(problems, ConfigError, REFUSED)
+    problems = unknown_keys(found.config, _known(found.configs))
+    unknown = {line.split(" (did")[0].partition(": ")[0] for line in problems}
+    problems += [line for line in _wrong_values(found) if line.partition(": no such key")[0] not in unknown]
+    raise_all(problems + _wrong_places(found), ConfigError, REFUSED)
     raise_all(_wrong_outputs(found), ConfigError, REFUSED)
 
 
@@ -225,7 +230,7 @@ def _wrong_values(found: Running) -> list[str]:
         return []
     value = effective_settings(found.config, built)
     problems = []
-    for line in problems_of(value, BundleSettings):
+    for line in _all_problems(value, dump_settings(built)):
         part = next((part for part in _IN_CONFIG if line.startswith(f"{part}::")), None)
         line = line if part is None else _IN_CONFIG[part] + line.removeprefix(f"{part}::")
         problems.append(line.replace("strategy::label", "strategy::name"))
@@ -237,6 +242,20 @@ def _wrong_values(found: Running) -> list[str]:
         )
     own = {name.split("::")[0] for name in custom_parts(found.config)}
     return [line for line in problems if line.split("::")[0].split(":")[0] not in own]
+
+
+def _all_problems(value: dict[str, Any], built: dict[str, Any]) -> list[str]:
+    """What is wrong with each setting, and what does not go together among those that are right by themselves."""
+    problems = problems_of(value, BundleSettings)
+    wrong = {tuple(line.partition(": ")[0].split("::")[:2]) for line in problems}
+    if not all(len(key) == 2 and isinstance(value.get(key[0]), dict) and key[1] in built[key[0]] for key in wrong):
+        return problems
+    for part, key in wrong:
+        if part == "task":  # its words follow its classes
+            value["task"] = built["task"]
+        else:
+            value[part][key] = built[part][key]
+    return list(dict.fromkeys(problems + problems_of(value, BundleSettings)))
 
 
 def _wrong_places(found: Running) -> list[str]:
@@ -253,7 +272,21 @@ def _wrong_places(found: Running) -> list[str]:
             continue
         elif value is not None and not isinstance(value, str):
             problems.append(f"{name}: got {value!r}, a {type(value).__name__}; a path is text: write ./{value}")
-    return problems + _wrong_device(found)
+    return problems + (_absent(found) if not problems else []) + _wrong_device(found)
+
+
+def _absent(found: Running) -> list[str]:
+    """Data and weights of a training or evaluation that are not there; told before anything is loaded."""
+    folder, problems = found.config.get("dataset_dir"), []
+    plain = isinstance(folder, str) and not folder.startswith(("$", "@"))
+    if found.kind != "inference" and plain and not Path(str(folder)).is_dir():
+        where = "" if Path(str(folder)).is_absolute() else f" ({Path(str(folder)).absolute()})"
+        problems.append(f"dataset_dir: got {folder!r}, which is not a folder{where}; give that of the data")
+    base = found.config.get("sam_checkpoint")
+    given = isinstance(base, str) and base != RANDOM and not base.startswith(("$", "@"))
+    if found.kind == "train" and given and not Path(str(base)).exists():
+        problems.append(f"sam_checkpoint: got {base!r}; no such file")
+    return problems
 
 
 def _wrong_outputs(found: Running) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from samseg_monai.choices import Ladder, LoRA, Selective, ZeroShot
@@ -37,6 +38,36 @@ def words(settings: BundleSettings) -> dict[str, Any]:
             "outputs": dict(zip(map(str, range(len(channels))), channels, strict=True)),
         },
     }
+
+
+def next_words(settings: BundleSettings, folder: Path) -> str:
+    """Lines with the commands that come next, as they are typed in the working directory.
+
+    Args:
+        settings: of the bundle.
+        folder: where it lies, as seen from the working directory.
+    """
+    data, phantoms = Path("data") / settings.task.dataset, settings.task.phantoms
+    kinds = ["train"] if settings.trains else ["inference", "evaluate"]
+    lines = [f"next: {_command(folder, kinds, data, f'runs/{settings.name}')}"]
+    if not (data / "datalist.json").is_file():
+        lines.append(
+            f"      ({data}/datalist.json is not here: --dataset_dir is the folder that samseg prepare wrote it to)"
+        )
+    if settings.demo is not None:
+        lines.append("or, for a try in minutes:")
+        lines += [f"      {line}" for line in phantoms]
+        lines.append(
+            f"      {_command(folder, [*kinds, 'demo'], Path('demo/phantoms') if phantoms else data, 'runs/demo')}"
+        )
+    return "\n".join(lines)
+
+
+def _command(folder: Path, kinds: list[str], data: Path, output: str) -> str:
+    files = [f"{folder.as_posix()}/configs/{kind}.json" for kind in kinds]
+    given = "[" + ",".join(f"'{file}'" for file in files) + "]" if len(files) > 1 else files[0]
+    given = f'"{given}"' if len(files) > 1 or " " in given else given
+    return f"python -m monai.bundle run --config_file {given} --dataset_dir {data.as_posix()} --output_dir {output}"
 
 
 def _image(settings: BundleSettings, shown: list[str]) -> str:

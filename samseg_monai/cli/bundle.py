@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from samseg_monai.cli.places import check_places
 from samseg_monai.cli.predict import BaseWeights, Trust
 from samseg_monai.errors import WeightsError
 
@@ -28,23 +29,31 @@ def list_recipes() -> None:
 def build(
     task: Annotated[str, typer.Option(help="name of a task recipe, or path of a .json file")],
     strategy: Annotated[str, typer.Option(help="name of a strategy recipe, or path of a .json file")],
-    out: Annotated[Path, typer.Option(help="folder that will hold the bundle's folder")] = Path("bundles"),
+    output: Annotated[Path, typer.Option("--output", "--out", help="folder that will hold the bundle's folder")] = Path(
+        "bundles"
+    ),
 ) -> None:
     """Expand a task and a strategy into a complete MONAI bundle."""
-    from samseg_monai.bundles import build_bundle
+    from samseg_monai.bundles.build import compose, write_bundle
+    from samseg_monai.bundles.words import next_words
 
-    typer.echo(str(build_bundle(task, strategy, out)))
+    settings = compose(task, strategy)
+    folder = write_bundle(settings, output / settings.name)
+    typer.echo(f"{folder}\n{next_words(settings, folder)}")
 
 
 @bundle_app.command("pack")
 def pack(
     run: Annotated[Path, typer.Argument(help="output_dir of a training and its evaluation")],
-    output: Annotated[Path, typer.Option(help="ZIP to write")],
+    output: Annotated[Path, typer.Option("--output", "--out", help="ZIP to write")],
     sam_checkpoint: BaseWeights = None,
     pt: Annotated[bool, typer.Option("--pt/--no-pt", help="write models/model.pt for MONAI's own loaders, too")] = True,
     with_package: Annotated[
         bool, typer.Option("--with-package", help="put a wheel of samseg-monai into it, for who has not installed it")
     ] = False,
+    cases: Annotated[
+        bool, typer.Option("--cases/--no-cases", help="put the tables per case into it, which name the test cases")
+    ] = True,
     trust: Trust = False,
     allow_seen: Annotated[
         bool, typer.Option("--allow-seen", help="pack it though it was evaluated on cases that it has learnt from")
@@ -55,7 +64,8 @@ def pack(
     The ZIP's configs are written from the run's settings. With --trust those of the run are packed as they are, edited
     by hand or not; a receiver then needs --trust, too.
     """
-    from samseg_monai.bundles import pack_bundle
+    check_places("pack", {"RUN": run}, "; give the output_dir of a run")
+    from samseg_monai.bundles.pack import named_cases, pack_bundle
 
     try:
         path = pack_bundle(
@@ -64,6 +74,7 @@ def pack(
             sam_checkpoint=sam_checkpoint,
             pt=pt,
             package=with_package,
+            cases=cases,
             trust=trust,
             allow_seen=allow_seen,
         )
@@ -72,6 +83,9 @@ def pack(
             f"pack: {error}\nHere sam_checkpoint is --sam-checkpoint FILE: the file that the training was given"
         ) from error
     typer.echo(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    for file, count in named_cases(path).items():
+        names = "the name of 1 case" if count == 1 else f"the names of {count} cases"
+        typer.echo(f"holds {names} in {file}; --no-cases leaves them out")
 
 
 @bundle_app.command("check")

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from samseg_monai.cli.outputs import file_to_write
+from samseg_monai.cli.places import check_places
 from samseg_monai.errors import visible_lines
 
 prepare_app = typer.Typer(help="Check a data set and write its datalist.", no_args_is_help=True)
@@ -40,7 +41,7 @@ def _labels(text: str) -> dict[str, str]:
     return parse_labels(text)
 
 
-Output = Annotated[Path, typer.Option(callback=file_to_write, help="Datalist (JSON) to write.")]
+Output = Annotated[Path, typer.Option("--output", "--out", callback=file_to_write, help="Datalist (JSON) to write.")]
 Seed = Annotated[int, typer.Option(help="Seed of the split.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad cases out and list them.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Cases read at the same time.")]
@@ -70,6 +71,7 @@ def _brats_men(
 ) -> None:
     """Check cases in the layout of BraTS 2023 and write a datalist, split by patient."""
     given = locals()
+    check_places("prepare", {"--src": src, "--split-file": split_file})
     from samseg_monai.data.datalists.brats import prepare_brats_men
 
     _tell(prepare_brats_men(**given))
@@ -90,6 +92,7 @@ def _synapse(
 ) -> None:
     """Check BTCV's abdominal CTs and write a datalist with the published 18 training and 12 test cases."""
     given = locals()
+    check_places("prepare", {"--src": src})
     from samseg_monai.data.datalists.synapse import prepare_synapse
 
     _tell(prepare_synapse(**given))
@@ -121,6 +124,7 @@ def _folders(
 ) -> None:
     """Check a Decathlon folder, or plain folders of images and labels, and write a datalist, split by volume."""
     given = {key: value for key, value in locals().items() if value is not None}
+    check_places("prepare", {"--src": src})
     from samseg_monai.data.datalists.folders import prepare_folders
 
     if "counts" in given and "fractions" in given:
@@ -152,6 +156,7 @@ def _images(
 ) -> None:
     """Check 2-D images and their masks and write a datalist, split by group."""
     given = locals()
+    check_places("prepare", {"--images": images, "--masks": masks, "--split-file": split_file})
     from samseg_monai.data.datalists.images import prepare_images
 
     _tell(prepare_images(**given))
@@ -165,7 +170,9 @@ def bbox(
     crop: Annotated[
         Any, typer.Option(parser=numbers(int, 2), metavar="X,Y", help="Centre crop whose losses are counted.")
     ] = "138,202",
-    output: Annotated[Path | None, typer.Option(callback=file_to_write, help="Write the report as JSON, too.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "--out", callback=file_to_write, help="Write the report as JSON, too.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Cases read at the same time.")] = 4,
 ) -> None:
     """Measure the smallest in-plane centre crop that holds every training brain."""
@@ -180,7 +187,7 @@ def bbox(
 
 @phantom_app.command("brats")
 def _phantom_brats(
-    output: Annotated[Path, typer.Option(help="Folder to write the case folders into.")],
+    output: Annotated[Path, typer.Option("--output", "--out", help="Folder to write the case folders into.")],
     cases: Annotated[int, typer.Option(min=0, help="Labelled cases.")] = 44,
     unlabelled: Unlabelled = 0,
     shape: Shape = "64,72,24",
@@ -196,7 +203,7 @@ def _phantom_brats(
 
 @phantom_app.command("btcv")
 def _phantom_btcv(
-    output: Annotated[Path, typer.Option(help="Folder to write img and label into.")],
+    output: Annotated[Path, typer.Option("--output", "--out", help="Folder to write img and label into.")],
     cases: Annotated[int, typer.Option(min=0, max=30, help="Labelled cases, about 3 to train for 2 to test.")] = 30,
     unlabelled: Unlabelled = 0,
     shape: Shape = "96,80,40",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from samseg_monai.cli.places import check_places
 from samseg_monai.cli.predict import BaseWeights, Trust
 from samseg_monai.errors import ConfigError, visible_lines
 
@@ -17,7 +18,9 @@ def export(
         Literal["pth", "torch", "onnx"],
         typer.Option(help="pth: plain SAM in the official layout; torch: torch.export programs (.pt2); onnx"),
     ],
-    output: Annotated[Path, typer.Option(help="folder for the files and export.json, which explains them")],
+    output: Annotated[
+        Path, typer.Option("--output", "--out", help="folder for the files and export.json, which explains them")
+    ],
     sam_checkpoint: BaseWeights = None,
     size: Annotated[
         str | None, typer.Option(help="height,width of the slices of a rectangular network; default: its square")
@@ -29,6 +32,7 @@ def export(
     A network that the format cannot hold is refused with all reasons, and with the formats that are possible. Of the
     bundle its settings and its weights are read; its own JSON is not run, unless --trust says so.
     """
+    check_places("export", {"BUNDLE": bundle})
     from samseg_monai.export import export_network, read_source
 
     words = (size or "").split(",")

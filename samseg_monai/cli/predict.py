@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from samseg_monai.cli.places import check_places
 from samseg_monai.data.files.cases import NO_PROMPTS
 from samseg_monai.errors import BundleError, ConfigError, PromptError
 from samseg_monai.workflow import run_workflow
@@ -29,7 +30,7 @@ def predict(
             help="case folder, folder of cases or of NIfTI/MHA/NRRD files or 2-D images, one file, or a DICOM series"
         ),
     ],
-    output: Annotated[Path, typer.Option(help="folder for the segmentations")],
+    output: Annotated[Path, typer.Option("--output", "--out", help="folder for the segmentations")],
     boxes: Annotated[Path | None, typer.Option(help="JSON of boxes per case")] = None,
     prompts: Annotated[Path | None, typer.Option(help="coarse mask, or folder of <case>.nii.gz")] = None,
     whole_slice: Annotated[
@@ -56,12 +57,13 @@ def predict(
     named and left out; the exit code is then 1. An image of another modality than the bundle's (by DICOM, or by its
     values: a CT must be in Hounsfield units) is bad, unless --allow-modality says that it is right.
     """
-    from samseg_monai.bundles.door import open_bundle
-
     asked = {"boxes": boxes, "prompts": prompts, "whole-slice": whole_slice}
     sources = [f"--{key}" for key, value in asked.items() if value]
     if len(sources) > 1:
         raise BundleError(f"predict: got both {' and '.join(sources)}; give one source of prompts")
+    check_places("predict", {"BUNDLE": bundle, "--input": input, "--boxes": boxes, "--prompts": prompts})
+    from samseg_monai.bundles.door import open_bundle
+
     given = {key: os.path.abspath(value) for key, value in {"boxes": boxes, "prompts": prompts}.items() if value}
     places = {"dataset_dir": input, "output_dir": output, "predictions_dir": output}
     overrides: dict[str, Any] = {key: os.path.abspath(place) for key, place in places.items()}

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from samseg_monai.cli.outputs import file_to_write
+from samseg_monai.cli.places import check_places
 from samseg_monai.errors import BundleError, DataError
 from samseg_monai.workflow import run_workflow
 
@@ -22,7 +23,9 @@ def report(
             help="output_dir of trainings, or evaluation folders (with run_card.json, metrics.json, cases.csv)"
         ),
     ],
-    output: Annotated[Path, typer.Option(callback=file_to_write, help="HTML file to write")] = Path("report.html"),
+    output: Annotated[
+        Path, typer.Option("--output", "--out", callback=file_to_write, help="HTML file to write")
+    ] = Path("report.html"),
     title: Annotated[str, typer.Option(help="heading of the page")] = "samseg-monai report",
     dataset_dir: Annotated[
         Path | None, typer.Option(help="folder of the data, for a run not evaluated yet; default: as of its bundle")
@@ -37,6 +40,11 @@ def report(
     settings. The numbers are written beside the page, too, as JSON and CSV. Several training seeds of one strategy are
     rows of their own.
     """
+    check_places(
+        "report",
+        {**{f"run {number}": run for number, run in enumerate(runs, start=1)}, "--dataset-dir": dataset_dir},
+        "; give the output_dir of a training, or a folder with run_card.json, metrics.json and cases.csv",
+    )
     from samseg_monai.report.page import write_report
     from samseg_monai.report.runs import RunResult, by_seed
     from samseg_monai.report.tables import table_text, write_results

@@ -22,7 +22,9 @@ CHOOSING = 3  # patients that choose the epoch of the repaired ladder where --va
 INTERVAL = 10  # epochs between validations: the published 200 epochs are validated 20 times
 STORED = 224
 BATCH, EPOCHS, WARMUP = 24, 200, 250
-OutputFolder = Annotated[Path, typer.Option(callback=folder_to_write, help="folder for datalists, runs and report")]
+OutputFolder = Annotated[
+    Path, typer.Option("--output", "--out", callback=folder_to_write, help="folder for datalists, runs and report")
+]
 
 
 @reproduce_app.command("honours")

@@ -22,7 +22,9 @@ def new(
         Path | None, typer.Option(help="folder that its paths are relative to; default: the datalist's own")
     ] = None,
     modality: Annotated[str | None, typer.Option(help="MR, CT, US, XC ... if the datalist does not say it")] = None,
-    out: Annotated[Path, typer.Option(callback=folder_to_write, help="folder that will hold NAME.json")] = Path("."),
+    output: Annotated[
+        Path, typer.Option("--output", "--out", callback=folder_to_write, help="folder that will hold NAME.json")
+    ] = Path("."),
     force: Annotated[bool, typer.Option("--force", help="replace NAME.json")] = False,
 ) -> None:
     """Measure the data of a datalist and write a task for them, with a reason for each choice.
@@ -36,24 +38,26 @@ def new(
     check_name(name)
     if modality is not None and not modality.isalnum():
         raise ConfigError(f"--modality: got {modality!r}; give MR, CT, US, XC ... as DICOM abbreviates it")
-    path = out / f"{name}.json"
+    path = output / f"{name}.json"
     if path.exists() and not force:
         raise BundleError(f"{path}: exists; give another name, or --force to replace it")
     measured = measure(datalist, dataset_dir or datalist.parent, progress=True)
     choices = draft_task(measured, modality and modality.upper())
-    write_task(name, choices, out)
+    write_task(name, choices, output)
     width = max(len(choice.key) for choice in choices)
     for choice in choices:
         typer.echo(
             f"{choice.key:<{width}}  {json.dumps(choice.value, ensure_ascii=False)}\n{'':<{width}}  {choice.why}"
         )
     strategy = "lora" if len(measured.classes) == 1 else "ladder"
-    typer.echo(f"wrote {path}; next: samseg bundle build --task {path} --strategy {strategy} --out my_bundles")
+    typer.echo(f"wrote {path}; next: samseg bundle build --task {path} --strategy {strategy} --output my_bundles")
 
 
 @task_app.command("schema")
 def schema(
-    output: Annotated[Path | None, typer.Option(help="JSON file to write; default: print it")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "--out", help="JSON file to write; default: print it")
+    ] = None,
     of_bundle: Annotated[bool, typer.Option("--of-bundle", help="of a bundle's configs/settings.json instead")] = False,
 ) -> None:
     """Write the JSON Schema of tasks: editors then complete keys, explain them and mark mistakes."""

@@ -26,7 +26,11 @@ def demo(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="folder for phantoms, runs and the report; default: demo, demo_vit_t or demo_abdomen"),
+        typer.Option(
+            "--output",
+            "--out",
+            help="folder for phantoms, runs and the report; default: demo, demo_vit_t or demo_abdomen",
+        ),
     ] = None,
     cases: Annotated[
         int | None, typer.Option(help="labelled phantoms; default: 44, or 15 abdomens of at most 30", min=8)

@@ -18,6 +18,7 @@ from monai.engines.utils import IterationEvents
 
 from samseg_monai.checkpoints import git_commit, read_card
 from samseg_monai.data import CUT
+from samseg_monai.data.slices import SliceDataset
 from samseg_monai.errors import CheckpointError, TrainingError
 from samseg_monai.faults import what_failed
 from samseg_monai.files import StrPath, unwrap, write_json, write_whole
@@ -215,8 +216,8 @@ class RunCard:
 class CurveLog:
     """``history.csv`` with columns epoch, iteration, name, value: mean loss and rate per epoch, metrics per validation.
 
-    The log gets a line per epoch with the loss and the time that is left over all epochs at most, and a line per
-    validation with Dice, of each class where there are several.
+    The log gets a line at the start with slices and epochs, a line per epoch with the loss and the time that is left
+    over all epochs at most, and a line per validation with Dice, of each class where there are several.
 
     The file is rewritten whole after each epoch. A resumed run keeps the rows up to the epoch it starts from; a run
     from scratch starts the file anew. In a distributed run the loss is the mean over all ranks' batches. Batches in
@@ -239,12 +240,24 @@ class CurveLog:
     def attach(self, engine: Any) -> None:
         """Attach to the trainer."""
         self._trainer = engine
+        engine.add_event_handler(Events.STARTED, self._announce)
         engine.add_event_handler(Events.STARTED, self._begin)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self._collect)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
         engine.add_event_handler(Events.COMPLETED, self._end)
         if self.evaluator is not None:
             self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self._validated)
+
+    def _announce(self, engine: Any) -> None:
+        data, start = getattr(engine.state.dataloader, "dataset", None), engine.state.epoch
+        size = (
+            f"{len(data)} slices of {len(data.data)} cases"
+            if isinstance(data, SliceDataset)
+            else f"{engine.state.epoch_length} batches"
+        )
+        if idist.get_rank() == 0:
+            more = f", going on behind epoch {start}" if start else ""
+            logger.info("training: %s an epoch, %d epochs%s", size, engine.state.max_epochs, more)
 
     def _begin(self, engine: Any) -> None:
         # a validation at the start may come first: whichever does reads the earlier rows

@@ -43,5 +43,6 @@ def get_spec(variant: str | SamSpec) -> SamSpec:
     if isinstance(variant, SamSpec):
         return variant
     if variant not in SPECS:
-        raise ConfigError(f"sam_variant: no SAM variant is called {variant!r}; choose one of {', '.join(SPECS)}")
+        known = [name for name in SPECS if not name.startswith("tiny")]  # those are for tests
+        raise ConfigError(f"sam_variant: no SAM variant is called {variant!r}; choose one of {', '.join(known)}")
     return SPECS[variant]

@@ -220,6 +220,22 @@ def test_every_wrong_override_is_told_at_once_before_anything_is_written(phantom
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_wrong_is_told_once_and_in_one_answer_whatever_its_kind(phantoms, tmp_path):
+    """Unknown keys, types, what does not go together, and places; twice told or told in the next run is too late."""
+    wrong = {
+        "strategy::rnk": 4, "lr": "abc", "image_size": 500, "batch_size": 0, "sam_variant": "vit_x",
+        "dataset_dir": str(tmp_path / "nowhere"), "sam_checkpoint": str(tmp_path / "absent.pth"),
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="7 problems") as caught:
+        run_workflow([root_of(LORA) / "configs" / "train.json"], {"output_dir": str(tmp_path / "run"), **wrong})
+    text = str(caught.value)
+    for part in ("strategy::rnk (did you mean strategy::rank?)", "image_size: got 500; SAM needs a multiple of 16",
+                 "lr: got", "batch_size: got 0", "dataset_dir: got", "sam_checkpoint: got"):  # fmt: skip
+        assert text.count(part) == 1, (part, text)
+    assert text.count("rnk") == 1 and text.count("absent.pth") == 1
+    assert '"vit_t" or "pico"' in text and "tiny" not in text.replace(str(tmp_path), "")
+
+
 @pytest.mark.parametrize(
     ("place", "said"),
     [(20241126, "write ./20241126"), ("~/runs", "only known to shells"), ("runs/#3", "use another name")],
@@ -395,9 +411,18 @@ def test_key_given_twice_is_named(tmp_path):
         bundles.build_bundle(str(tmp_path / "twice.json"), "lora", tmp_path)
 
 
-def test_unknown_recipe_lists_those_there_are(tmp_path):
-    with pytest.raises(BundleError, match="meningioma"):
-        bundles.build_bundle("menigioma", "lora", tmp_path)
+def test_unknown_recipe_says_which_was_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_task.json").write_text("{}")
+    for task, strategy, told in (
+        ("menigioma", "lora", "did you mean meningioma[?] There are abdomen, "),
+        ("hippocampus", "lorra", "did you mean lora[?]"),
+        ("my_task", "lora", "there is a file my_task.json: give my_task.json"),
+        ("my_tsk.json", "lora", "my_tsk.json: no such file; did you mean my_task.json[?]"),
+        (str(tmp_path / "none" / "x.json"), "lora", "no such file; give the path"),
+    ):
+        with pytest.raises(BundleError, match=told):
+            bundles.build_bundle(task, strategy, tmp_path)
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)

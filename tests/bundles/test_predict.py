@@ -161,7 +161,7 @@ def test_a_case_that_fails_in_the_loop_costs_itself_alone(where, bundle, three, 
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a_seg.nii.gz", "c_seg.nii.gz"]
     message = capsys.readouterr().err
     assert "1 of 3 cases were not predicted, the others are done" in message
-    assert "  - b: ZeroDivisionError: an odd case" in message and "Traceback" not in message
+    assert "b is not predicted: ZeroDivisionError: an odd case" in message and "Traceback" not in message
 
 
 def test_a_full_disk_leaves_no_empty_file_and_ends_the_run(bundle, three, tmp_path, monkeypatch, capsys):
@@ -178,7 +178,7 @@ def test_a_full_disk_leaves_no_empty_file_and_ends_the_run(bundle, three, tmp_pa
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["a_seg.nii.gz"]
     message = capsys.readouterr().err
     assert "b_seg.nii.gz: cannot be written (No space left on device)" in message
-    assert "c: not tried, as nothing more can be written" in message and "Traceback" not in message
+    assert "c is not predicted: not tried, as nothing more can be written" in message and "Traceback" not in message
 
 
 def test_a_result_that_was_not_written_is_no_success(bundle, three, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -75,6 +77,36 @@ def test_a_task_is_written_with_its_reasons_and_builds_with_every_strategy(tmp_p
     bundle = build_bundle(str(tmp_path / "kidneys.json"), "lora", tmp_path / "out")
     page = (bundle / "docs" / "README.md").read_text()
     assert "Right kidney and left kidney are segmented on CT" in page and "```\n\n```" not in page
+
+
+@pytest.mark.parametrize("classes", [("liver",), ("liver", "spleen")])
+def test_the_demo_of_a_task_looks_once_at_about_a_thousand_slices(classes):
+    few = drafted(classes=classes, cases={"training": 3}, shapes=((64, 64, 40),))["demo"]["run"]
+    many = drafted(classes=classes, cases={"training": 138}, shapes=((43, 59, 47), (34, 48, 30)))["demo"]["run"]
+    assert few["embeddings"] == many["embeddings"] == {"variants": 1}
+    if len(classes) == 1:
+        assert few["slices"]["picker"]["n"] == 8 and many["slices"]["picker"]["n"] * 138 <= 1000
+    else:
+        assert few["slices"]["picker"]["n"] == 1
+        assert 800 <= 138 * -(-47 // many["slices"]["picker"]["n"]) <= 1100
+    assert drafted(cases={"training": 10**6})["demo"]["run"]["slices"]["picker"]["n"] == 1
+
+
+def test_build_ends_with_the_commands_as_they_are_typed_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for task, strategy in (("meningioma", "zero_shot"), ("hippocampus", "ladder")):
+        assert (
+            samseg(monkeypatch, "bundle", "build", "--task", task, "--strategy", strategy, "--out", "my bundles") == 0
+        )
+        told = capsys.readouterr().out.splitlines()
+        commands = [shlex.split(line.removeprefix("next: ")) for line in told if "monai.bundle run" in line]
+        assert told[0] == f"my bundles/{task}_segmentation_{strategy}" and len(commands) == 2
+        for words in commands:
+            given = words[words.index("--config_file") + 1]
+            paths = given.strip("[]").replace("'", "").split(",")
+            assert all(Path(path).is_file() for path in paths), paths
+        assert any("data/" in line and "not here" in line for line in told)
+    assert "samseg phantom" not in "\n".join(told) and "data/hippocampus" in told[-1] and "demo.json" in told[-1]
 
 
 def test_images_make_a_task_of_images(tmp_path, monkeypatch):

@@ -4,6 +4,8 @@ import csv
 import json
 import shutil
 import socket
+import subprocess
+import sys
 import zipfile
 from contextlib import closing
 from pathlib import Path
@@ -23,7 +25,9 @@ from samseg_monai.bundles.check import EDITED, check_bundle
 from samseg_monai.bundles.record import write_record
 from samseg_monai.bundles.running import Running
 from samseg_monai.bundles.wheel import WHEEL, build_wheel
+from samseg_monai.checkpoints import BASE
 from samseg_monai.errors import BundleError, SamsegError
+from samseg_monai.sam.build import build_sam
 from samseg_monai.workflow import run_workflow
 from tests.conftest import TINY
 from tests.helpers.commands import samseg
@@ -170,6 +174,33 @@ def test_packed_bundle_needs_no_pickle(run, archive, phantoms, tmp_path, monkeyp
         assert samseg(monkeypatch, *words) == 0
     [one], [other] = ([*(tmp_path / out).iterdir()] for out in "ab")
     assert one.read_bytes() == other.read_bytes() or np.array_equal(nib.load(one).dataobj, nib.load(other).dataobj)
+
+
+def test_a_run_knows_its_file_of_weights_and_the_packed_bundle_does_not(phantoms, offline, tmp_path, monkeypatch):
+    weights, folder = tmp_path / "weights of mine.pth", tmp_path / "run"
+    torch.save(build_sam("tiny").state_dict(), weights)
+    shared = {**TINY, "sam_checkpoint": str(weights), "dataset_dir": str(phantoms), "output_dir": str(folder)}
+    run_workflow([LORA / "train.json"], {**shared, "strategy::rank": 2, "epochs": 1, "batch_size": 2})
+    words = ["report", folder, "--dataset-dir", phantoms, "--output", tmp_path / "page.html"]
+    assert samseg(monkeypatch, *words) == 0
+    assert samseg(monkeypatch, "bundle", "pack", folder, "--output", tmp_path / "x.zip", "--no-pt") == 0
+    with zipfile.ZipFile(tmp_path / "x.zip") as packed:
+        assert not any(str(tmp_path).encode() in packed.read(name) for name in packed.namelist())
+        assert not any(name.endswith(BASE) for name in packed.namelist())
+
+
+def test_pack_says_that_it_names_the_cases_and_leaves_them_out(run, tmp_path, monkeypatch, capsys):
+    words = ["bundle", "pack", run, "--sam-checkpoint", "random", "--no-pt", "--output"]
+    assert samseg(monkeypatch, *words, tmp_path / "with.zip") == 0
+    assert "holds the names of 2 cases in metrics/cases.csv; --no-cases leaves them out" in capsys.readouterr().out
+    assert samseg(monkeypatch, *words, tmp_path / "without.zip", "--no-cases") == 0
+    assert "cases" not in capsys.readouterr().out
+    with open(run / "evaluation" / "cases.csv", newline="") as stream:
+        names = {row["case"].encode() for row in csv.DictReader(stream)}
+    with zipfile.ZipFile(tmp_path / "with.zip") as there, zipfile.ZipFile(tmp_path / "without.zip") as packed:
+        gone = {Path(name).name for name in {*there.namelist()} - {*packed.namelist()}}
+        assert "cases.csv" in gone and gone <= {"cases.csv", "ellipse_cases.csv"}
+        assert not any(name in packed.read(file) for file in packed.namelist() for name in names)
 
 
 def test_packed_with_the_package_it_is_the_same_bundle_and_a_wheel(run, archive, phantoms, tmp_path, monkeypatch):
@@ -341,6 +372,26 @@ def test_wrong_paths_end_in_one_sentence(words, expected, archive, phantoms, tmp
     code = samseg(monkeypatch, *[w.format(archive=archive, data=phantoms / "unlabelled") for w in words])
     message = capsys.readouterr().err
     assert code == 1 and expected in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "predict nowhere.zip --input nowhere --output out", "report nowhere", "bundle pack nowhere --output x.zip",
+        "prepare folders --src nowhere --output d.json",
+        "prepare brats-men --src nowhere --split-file nowhere --output d.json",
+    ],
+)  # fmt: skip
+def test_a_path_that_leads_nowhere_is_told_before_torch_is_imported(words, tmp_path):
+    code = (
+        "import sys, samseg_monai.cli as cli\ntry:\n    cli.main()\nexcept SystemExit as end:\n"
+        "    sys.exit(9 if {'torch', 'monai'} & sys.modules.keys() else end.code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words.split()], cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and "nowhere" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("no such file or folder") == words.count("nowhere")
 
 
 def test_unfinished_run_says_what_is_missing(tmp_path):

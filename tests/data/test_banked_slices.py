@@ -163,6 +163,15 @@ def test_with_a_folder_there_are_eight_variants_unless_told(cases, tmp_path):
     assert all(sorted(i["variant"] for i in items) == list(range(8)) for items in looks(dataset, 8).values())
 
 
+def test_looks_that_no_epoch_shows_are_not_encoded_unless_told(cases, tmp_path):
+    short = banked(cases, tmp_path, variants=None, epochs=2)
+    assert short.variants == 2 and short.fill(Encoder()) == 2 * sum(DEPTHS)
+    assert banked(cases, tmp_path, variants=None, epochs=20).variants == 8
+    assert banked(cases, tmp_path, variants=3, epochs=2).variants == 3  # for a longer training to come
+    with pytest.raises(ConfigError, match="epochs must be at least 1, got 0"):
+        banked(cases, tmp_path, epochs=0)
+
+
 class Turned(MapTransform):
     """Enumerates instead of drawing: variant v is v quarter turns."""
 

@@ -17,7 +17,7 @@ from samseg_monai.data import BRATS_SCANS as SCANS
 from samseg_monai.data.files.cases import CaseList, find_cases
 from samseg_monai.data.files.volumes import read_volume
 from samseg_monai.demo.brain_phantoms import write_brats_cases
-from samseg_monai.errors import DataError, PromptError
+from samseg_monai.errors import DataError, PromptError, by_reason, raise_all
 from tests.data.test_dicom import write_series
 
 REALDATA = Path(os.environ.get("SAMSEG_REALDATA", "absent"))
@@ -118,6 +118,18 @@ def test_bad_cases_are_set_aside_and_finish_names_them_all(src):
         cases.finish()
     assert IDS[0] in str(error.value)
     assert IDS[1] in str(error.value)
+    assert "truncated" not in str(error.value)  # which was told before the others were predicted
+
+
+def test_a_reason_of_many_cases_is_told_once():
+    lines = [f"p{number}: p{number}.png: is turned" for number in range(7)] + ["q: cannot be read", "no case of a name"]
+    told = by_reason(lines, 20)
+    assert told == ["7 of 20 cases: CASE.png: is turned; first: p0, p1, p2", *lines[7:]]
+    assert by_reason(lines[:3], 20) == lines[:3]
+    with pytest.raises(
+        DataError, match=r"^bad \(9 problems\):\n  - 7 of 20 cases: .*\n  - q: .*\n  - no case of a name$"
+    ):
+        raise_all(lines, DataError, "bad", cases=20)
 
 
 def test_a_list_may_hold_files_that_are_absent_no_image_or_of_one_name(tmp_path, volume):

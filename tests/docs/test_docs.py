@@ -13,7 +13,8 @@ from pathlib import Path
 import monai.bundle
 import pytest
 
-from samseg_monai import cli
+import samseg_monai as sm
+from samseg_monai import bundles, cli
 from tests.conftest import TINY
 from tests.helpers.forked import forked
 
@@ -189,6 +190,14 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch):
     [block] = python_blocks(ROOT / "README.md")
     exec(compile(block, "README.md", "exec"), {})
     assert block in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")  # one example, in two places
+
+
+def test_strategies_that_python_does_not_make_are_marked():
+    text = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    listed = {name: "bundles only" in row for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert listed.keys() == set(bundles.recipe_names("strategies"))
+    assert {name for name, marked in listed.items() if not marked} == set(sm.list_strategies())
 
 
 def test_commands_named_in_a_sentence_are_run_somewhere():

@@ -18,6 +18,7 @@ from samseg_monai.checkpoints import (
     load_model,
     load_trained,
     read_card,
+    remember_base,
     save_adapter,
     save_model,
 )
@@ -360,6 +361,29 @@ class TestLoadTrained:
         for path in (tmp_path, tmp_path / "absent"):
             with pytest.raises(CheckpointError, match=r"(?s)no .*adapter\.safetensors.*model\.pt.*null"):
                 load_trained(SamSegmenter("tiny"), checkpoint=path)
+
+    def test_a_run_finds_the_file_it_was_trained_on_while_it_is_the_same(self, build, base, output, tmp_path):
+        trained = build(trained=True)
+        save_adapter(trained, tmp_path / "run")
+        remember_base(tmp_path / "run", base)
+        network = SamSegmenter("tiny", LoRA(2))
+        assert "512 values" in load_trained(network, checkpoint=tmp_path / "run")
+        assert torch.equal(output(network), output(trained))
+        other = tmp_path / "other.pth"
+        torch.save(build_sam("tiny").state_dict(), other)
+        for path in (other, tmp_path / "absent.pth", tmp_path):
+            remember_base(tmp_path / "run", path)
+            with pytest.raises(WeightsError, match="no published weights"):
+                load_trained(SamSegmenter("tiny", LoRA(2)), checkpoint=tmp_path / "run")
+
+    def test_a_run_on_a_file_of_its_own_downloads_no_other(self, build, monkeypatch, tmp_path):
+        save_adapter(build(trained=True), tmp_path)
+        remember_base(tmp_path, "/gone/mine.pth")
+        monkeypatch.setitem(KNOWN, "tiny", KNOWN["vit_t"])
+        with pytest.raises(
+            WeightsError, match=r"trained with /gone/mine\.pth \(sha256 [0-9a-f]{64}\).*--sam-checkpoint FILE"
+        ):
+            load_trained(SamSegmenter("tiny", LoRA(2)), checkpoint=tmp_path)
 
     def test_an_absent_base_is_an_error(self, build, tmp_path):
         save_adapter(build(), tmp_path)

@@ -369,7 +369,9 @@ def read(path):
         return list(csv.DictReader(stream))
 
 
-def test_curves_hold_loss_rate_and_metrics_and_survive_a_resume(network, tmp_path):
+def test_curves_hold_loss_rate_and_metrics_and_survive_a_resume(network, tmp_path, caplog):
+    caplog.set_level("INFO")
+
     def run(script, epochs, start=0):
         validator = evaluator(network, script)
         curves = handlers.CurveLog(tmp_path, evaluator=validator)
@@ -388,6 +390,10 @@ def test_curves_hold_loss_rate_and_metrics_and_survive_a_resume(network, tmp_pat
     assert [row["epoch"] for row in resumed if row["name"] == "lr"] == list("123456")
     assert [row for row in resumed if row["epoch"] < "3"] == [row for row in first if row["epoch"] < "3"]
     assert {row["epoch"] for row in run([], 1)} == {"1"}  # from scratch: anew
+    starts = [message for message in caplog.messages if message.startswith("training: 5 batches an epoch, ")]
+    assert [start.partition("epoch, ")[2] for start in starts] == [
+        "5 epochs", "6 epochs, going on behind epoch 3", "1 epochs"
+    ]  # fmt: skip
 
 
 def test_the_recorded_loss_is_the_mean_over_batches(network, tmp_path):

@@ -152,7 +152,8 @@ def load_datalist(
         if item["case"] in hashes:
             item["recorded"] = {"sha256": hashes[item["case"]], "files": recorded[item["case"]]}
         items.append(item)
-    raise_all(problems, DataError, f"{path}: files of section {section!r} are missing or refused; is dataset_dir right")
+    heading = f"{path}: files of section {section!r} are missing or refused; is dataset_dir right"
+    raise_all(problems, DataError, heading, cases=len(items))
     return items if boxes is None else _with_boxes(items, datalist, Path(boxes), name=str(path))
 
 

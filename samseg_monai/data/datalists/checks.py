@@ -213,7 +213,7 @@ def read_all(
     if others or not skip_bad or not good:
         fix = "" if not good or others else "; mend them, or leave these cases out with --skip-bad"
         bad = f"{len(checks) - len(good)} of {len(checks)} cases in {src} cannot be used{fix}"
-        raise_all([*others, *problems], DataError, bad if problems else f"{src} cannot be used")
+        raise_all([*others, *problems], DataError, bad if problems else f"{src} cannot be used", cases=len(checks))
     return good, problems
 
 

@@ -99,7 +99,8 @@ def smallest_crop(
 
     with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
         measured = list(tqdm(pool.map(attempt, items), "measuring brains", len(items), disable=not progress))
-    raise_all([m for m in measured if isinstance(m, str)], DataError, f"{datalist}: training cases cannot be measured")
+    bad = [m for m in measured if isinstance(m, str)]
+    raise_all(bad, DataError, f"{datalist}: training cases cannot be measured", cases=len(items))
     rows = [m for m in measured if not isinstance(m, str)]
     sides = np.array([row.sides for row in rows])
     first, second = (rows[index].case for index in sides.argmax(axis=0))

@@ -140,7 +140,8 @@ def _each(
 
     with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
         done = list(tqdm(pool.map(attempt, items), "measuring cases", len(items), disable=not progress))
-    raise_all([problem for _, problem in done if problem], DataError, f"{datalist}: cases cannot be measured")
+    bad = [problem for _, problem in done if problem]
+    raise_all(bad, DataError, f"{datalist}: cases cannot be measured", cases=len(items))
     return [result for result, _ in done if result is not None]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from samseg_monai.errors import DataError, raise_all
+from samseg_monai.errors import DataError, by_reason, raise_all
 from samseg_monai.faults import output_problem
 from samseg_monai.files import file_name
 
@@ -59,10 +59,10 @@ class CaseList:
             LOG.warning("passed over, %s: %s%s", reason, ", ".join(names[:SHOWN]), more)
         self.good = [result for result in results.values() if not isinstance(result, str)]
         self.bad |= {case: result for case, result in results.items() if isinstance(result, str)}
-        for case, reason in sorted(self.bad.items()):
-            LOG.error("%s will be skipped: %s", case, reason)
         if not self.good:
             self.refuse("no case can be predicted")
+        for line in by_reason([f"{case}: {reason}" for case, reason in sorted(self.bad.items())], len(results)):
+            LOG.error("will be skipped: %s", line)
 
     def run(self, evaluator: Any, folder: str | Path) -> None:
         """Let ``evaluator``, which tells of cases that fail (``handlers.CaseEvaluator``), predict the good cases.
@@ -99,12 +99,17 @@ class CaseList:
 
     def finish(self) -> None:
         """Raise DataError naming every bad case; to be called last, when the good ones are done."""
-        total = len(self.good) + len(self.bad)
-        self.refuse(f"{len(self.bad)} of {total} cases were not predicted, the others are done")
+        total, bad = len(self.good) + len(self.bad), sorted(self.bad)
+        if bad:
+            named = ", ".join(bad[:SHOWN]) + (f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")
+            raise DataError(
+                f"{len(bad)} of {total} cases were not predicted, the others are done; why is told above: {named}"
+            )
 
     def refuse(self, heading: str) -> None:
         """Raise DataError naming every bad case, if there is one."""
-        raise_all([f"{case}: {reason}" for case, reason in sorted(self.bad.items())], DataError, heading)
+        problems = [f"{case}: {reason}" for case, reason in sorted(self.bad.items())]
+        raise_all(problems, DataError, heading, cases=len(self.good) + len(self.bad))
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:

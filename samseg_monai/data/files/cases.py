@@ -444,9 +444,11 @@ def _check_image(
     if len(picture.scans) != len(scans):
         kinds = ("in grey", "in RGB") if picture.scans == GREY else ("in RGB", "in grey")
         wants = kinds[1] if len(scans) in (1, 3) else f"of {len(scans)} channels"
+        mode = {1: "L", 3: "RGB"}.get(len(scans))
+        how = f", in Python by PIL: Image.open(FILE).convert({mode!r}).save('NAME.png')" if mode else ""
         raise DataError(
             f"{path.name}: is {kinds[0]}, but the network was trained on images {wants} ({', '.join(scans)}); "
-            f"save it {wants}"
+            f"save it {wants}{how}"
         )
     if problem := value_problem(picture.array, "pixel"):
         raise DataError(f"{path.name}: {problem}")

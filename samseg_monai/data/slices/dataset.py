@@ -7,6 +7,7 @@ A picker names the candidates of a volume once, when its slices are cached, and 
 from __future__ import annotations
 
 import logging
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -131,7 +132,9 @@ class SliceDataset(Dataset):
         seed: non-negative.
         num_threads: cases transformed at the same time.
         progress: show a progress bar on stderr.
-        variants: looks per slice, at least 1; None is 8 where embeddings are kept, and without end where not.
+        variants: looks per slice, at least 1; None is 8 where embeddings are kept, but no more than ``epochs``, and
+            without end where not.
+        epochs: how many epochs there will be, at least 1: looks that none of them shows are not computed.
         epoch_transforms: run behind ``slice_transforms`` on every access and draw from (seed, epoch, item), whatever
             the look is: for boxes, which are no part of an embedding. They must leave the image as it is.
         embedding_dir: folder of the embeddings; None keeps none. Per slice and variant 2 bytes per number of the
@@ -158,16 +161,17 @@ class SliceDataset(Dataset):
         num_threads: int = 2,
         progress: bool = True,
         variants: int | None = None,
+        epochs: int | None = None,
         epoch_transforms: Transforms = None,
         embedding_dir: str | Path | None = None,
     ) -> None:
-        _check(data, cache, cache_dir, seed=seed, num_threads=num_threads, variants=variants)
+        _check(data, cache, cache_dir, seed=seed, num_threads=num_threads, variants=variants, epochs=epochs)
         self.data = [dict(item) for item in data]
         # copies: what is drawn here stays here, so that others who use these transforms find the same cache
         self.volume_transforms, self.slice_transforms = composed(volume_transforms), composed(slice_transforms)
         self.epoch_transforms = composed(epoch_transforms)
         self.picker, self.keys, self.seed = picker, tuple(keys), seed
-        self.variants = variants or (1 if embedding_dir is None else DEFAULT_VARIANTS)
+        self.variants = variants or (1 if embedding_dir is None else min(DEFAULT_VARIANTS, epochs or DEFAULT_VARIANTS))
         self._endless = variants is None and embedding_dir is None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         made_by = {"volume_transforms": describe(self.volume_transforms), "picker": repr(picker), "keys": self.keys}
@@ -250,14 +254,18 @@ class SliceDataset(Dataset):
         files = [CachedCase(folder, {**key, "network": identity}) for key in self._made_by]
         rows = [len(numbers) * self.variants for numbers in self._numbers]
         todo = [i for i, file in enumerate(files) if rows[i] and not file.is_whole()]
-        left, done = sum(rows[i] for i in todo), 0
+        left, done, start = sum(rows[i] for i in todo), 0, time.monotonic()
         if todo:
             logger.info("Embedding slices: %d looks at %d cases to compute, in %s", left, len(todo), folder)
         with tqdm(total=left, desc="Embedding slices", unit="slice", disable=not (todo and progress)) as bar:
             for position in todo:
                 build = partial(self._encoded, position, encoder, device, batch_size)
-                done += rows[position] if files[position].ensure(build, rows[position], planned=left) else 0
+                built = files[position].ensure(build, rows[position], planned=left)
                 left -= rows[position]
+                minutes = (time.monotonic() - start) * left / rows[position] / 60
+                if built and not done and minutes >= 1:  # by the first case, which is all that is known by then
+                    logger.info("Embedding slices: about %.0f min", minutes)
+                done += rows[position] if built else 0
                 bar.update(rows[position])
         self._embeddings = files
         return done
@@ -311,7 +319,9 @@ class SliceDataset(Dataset):
         with ThreadPoolExecutor(num_threads) as pool:
             jobs = pool.map(attempt, range(len(self.data)))
             found = list(tqdm(jobs, "Caching slices", len(self.data), disable=not progress))
-        raise_all([f for f in found if isinstance(f, str)], DataError, "These cases cannot be prepared")
+        raise_all(
+            [f for f in found if isinstance(f, str)], DataError, "These cases cannot be prepared", cases=len(found)
+        )
         return [f for f in found if not isinstance(f, str)]
 
     def _from_file(self, position: int) -> list[int]:

@@ -160,8 +160,9 @@ def _explicit(variant: str, checkpoint: str | Path, key: str) -> Path:
     if path.is_dir() and variant in KNOWN and (path / KNOWN[variant].name).is_file():
         return _checked(path / KNOWN[variant].name, KNOWN[variant], key)
     if not path.is_file():
+        where = "" if path.is_absolute() else f" ({path.absolute()})"
         raise WeightsError(
-            f"{key} {str(checkpoint)!r} is not a file ({path.absolute()}): give the path of a weights file, "
+            f"{key} {str(checkpoint)!r} is not a file{where}: give the path of a weights file, "
             f"{RANDOM!r} for a random start, or leave it out"
         )
     return path
