@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 
 FEW_TENSORS = 10  # lines of a list of tensors: those that follow tell no more
@@ -86,20 +86,28 @@ _OF_WORKER = re.compile(
 )
 
 
+def behind(error: BaseException, *, handled: bool = True) -> Iterator[BaseException]:
+    """``error``, its cause (or with ``handled`` what was being handled), and so on; once each: chains may be rings."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        yield cause
+        seen.add(id(cause))
+        cause = cause.__cause__ or (cause.__context__ if handled else None)
+
+
 def own_cause(error: BaseException) -> SamsegError | None:
     """The error of ours behind whatever a library has wrapped it in, perhaps ``error`` itself; None without one.
 
     Of an error in a process of a DataLoader torch hands on the traceback as a text: the error is made of that again.
     """
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in behind(error):
         found = _OF_WORKER.search(str(cause)) if "in DataLoader worker process" in str(cause) else None
         kind = globals().get(found[1]) if found else None
         if found and isinstance(kind, type) and issubclass(kind, SamsegError):
             return kind(found[2].strip())
         if isinstance(cause, SamsegError):
             return cause
-        cause = cause.__cause__ or cause.__context__
     return None
 
 
@@ -110,8 +118,8 @@ def in_turn(*kinds: Sequence[str]) -> list[str]:
 
 def reason_of(error: BaseException) -> str:
     """What went wrong first, in one line: libraries wrap the cause once per level."""
-    while error.__cause__ is not None and not isinstance(error, SamsegError):
-        error = error.__cause__
+    chain = list(behind(error, handled=False))
+    error = next((one for one in chain if isinstance(one, SamsegError)), chain[-1])
     text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
     return text if isinstance(error, SamsegError) else f"{type(error).__name__}: {text}"
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from samseg_monai.errors import own_cause, visible_lines
+from samseg_monai.errors import behind, own_cause, visible_lines
 
 INTERRUPTED, TERMINATED = 130, 143  # 128 + the number of the signal, as shells count
 TRIAL = bytes(1 << 16)  # more than a full disk takes in
@@ -102,7 +102,7 @@ def explain(
         resumable: the same command goes on with what was interrupted.
         memory: what to do where the memory did not suffice, for that of the GPU (True) and of the machine (False).
     """
-    stop = next((e for e in _behind(error) if isinstance(e, KeyboardInterrupt)), None)
+    stop = next((e for e in behind(error) if isinstance(e, KeyboardInterrupt)), None)
     if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and error.code == INTERRUPTED and stop):
         again = "; the same command goes on behind the last epoch that was finished" if resumable else ""
         ended = isinstance(stop, Terminated)
@@ -111,19 +111,10 @@ def explain(
         return None
     if own := own_cause(error):
         return Told(f"{type(own).__name__}: {own}")
-    cause: BaseException | None = error
-    while cause is not None:  # causes alone: an error that was being handled explains nothing
+    for cause in behind(error, handled=False):  # causes alone: an error that was being handled explains nothing
         if text := _of_processes(cause, memory) or _of_memory(cause, memory) or _of_files(cause):
             return Told(visible_lines(text))
-        cause = cause.__cause__
     return None
-
-
-def _behind(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
 
 
 def _of_processes(error: BaseException, memory: Callable[[bool], str]) -> str | None:
@@ -183,7 +174,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _errno(error: BaseException, path: Path) -> int | None:
-    for cause in _behind(error):
+    for cause in behind(error):
         if isinstance(cause, OSError) and cause.errno is not None:
             another = isinstance(cause.filename, (str, os.PathLike)) and Path(cause.filename).parent != path.parent
             return None if another else cause.errno

@@ -20,7 +20,7 @@ from torch._utils import ExceptionWrapper
 
 from samseg_monai import cli, faults, files
 from samseg_monai.bundles.archive import open_files
-from samseg_monai.errors import BundleError, DataError
+from samseg_monai.errors import BundleError, DataError, own_cause, reason_of
 from tests.helpers.commands import samseg
 
 
@@ -343,3 +343,11 @@ def test_a_handler_of_somebody_else_stays(monkeypatch):
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_chain_of_errors_that_is_a_ring_ends():
+    first, second = RuntimeError("first"), ValueError("second")
+    first.__context__, second.__context__ = second, first
+    second.__cause__ = second
+    assert faults.explain(first) is None and own_cause(second) is None
+    assert reason_of(second) == "ValueError: second"
