@@ -50,6 +50,24 @@ def write_whole(path: StrPath, write: Callable[[Path], Any], *, shared: bool = F
                 temporary.unlink(missing_ok=True)
 
 
+def write_bytes(path: StrPath, content: bytes) -> None:
+    """Write bytes that are on the disk when this returns, all of them; see ``write_whole``.
+
+    Raises:
+        OSError: the disk is full, or the like; ``path`` is as it was.
+    """
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if (size := temporary.stat().st_size) != len(content):
+            raise OSError(errno.ENOSPC, f"{size} of {len(content)} bytes were written")
+
+    write_whole(path, write)
+
+
 def write_text(path: StrPath, text: str) -> None:
     """Write a text as UTF-8; see ``write_whole``."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from samseg_monai.bundles.door import literal, open_bundle, own_errors
-from samseg_monai.data.files.cases import NO_PROMPTS, CaseList
+from samseg_monai.data.files.case_list import CaseList
+from samseg_monai.data.files.cases import NO_PROMPTS
 from samseg_monai.errors import BundleError, DataError, PromptError
 from samseg_monai.files import write_json
 
@@ -74,6 +75,7 @@ class LoadedBundle:
         mask: str | Path | None = None,
         whole_slice: bool = False,
         affine: np.ndarray | None = None,
+        allow_modality: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Segment one case.
 
@@ -86,6 +88,8 @@ class LoadedBundle:
             mask: file of a coarse mask on the image's grid.
             whole_slice: take the whole of each slice as the prompt.
             affine: (4, 4), voxels to RAS mm, of an array that is a volume; default: 1 mm.
+            allow_modality: go on with an image that is, or by its values seems to be, of another modality than those
+                that the bundle was trained on.
 
         Returns:
             Labels (0 is the background) with the shape of one scan, and the affine of the image; for a 2-D image the
@@ -108,7 +112,8 @@ class LoadedBundle:
         source = sources[0] if sources else "none"
         with own_errors(), tempfile.TemporaryDirectory(dir=self._scratch) as folder:
             place = Path(image) if isinstance(image, (str, Path)) else self._written(image, affine, Path(folder))
-            places: dict[str, Path | None] = {"dataset_dir": place, "boxes": None, "prompts": None}
+            places: dict[str, Any] = {"dataset_dir": place, "boxes": None, "prompts": None}
+            self._parser(source)["allow_modality"] = allow_modality
             places["prompts"] = None if mask is None else Path(mask)
             if isinstance(boxes, (str, Path)):
                 places["boxes"] = Path(boxes)
@@ -161,7 +166,7 @@ class LoadedBundle:
         dataset.data, evaluator.cases = cases.good, cases
         folder = self._scratch / "predictions"
         evaluator.run()
-        cases.finish()
+        cases.refuse("predict: the case failed")
         made = sorted(folder.glob("*_seg.*"))
         if len(made) != 1:
             raise BundleError(f"predict: {self.name} wrote {len(made)} segmentations, expected one")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from samseg_monai.cli.places import check_places
-from samseg_monai.data.files.cases import NO_PROMPTS
 from samseg_monai.errors import BundleError, ConfigError, PromptError
 from samseg_monai.workflow import run_workflow
 
@@ -19,16 +18,16 @@ if TYPE_CHECKING:
 Trust = Annotated[
     bool, typer.Option("--trust", help="run the JSON of the bundle itself, which can do whatever its maker likes")
 ]
+Modality = Annotated[
+    bool, typer.Option("--allow-modality", help="go on where an image seems to be of another modality")
+]
 BaseWeights = Annotated[str | None, typer.Option(help="base weights, if not found by name")]
 
 
 def predict(
     bundle: Annotated[Path, typer.Argument(help="folder or ZIP of a bundle")],
     input: Annotated[
-        Path,
-        typer.Option(
-            help="case folder, folder of cases or of NIfTI/MHA/NRRD files or 2-D images, one file, or a DICOM series"
-        ),
+        Path, typer.Option(help="case folder, folder of cases, of volumes or of 2-D images, a file, or a DICOM series")
     ],
     output: Annotated[Path, typer.Option("--output", "--out", help="folder for the segmentations")],
     boxes: Annotated[Path | None, typer.Option(help="JSON of boxes per case")] = None,
@@ -41,6 +40,7 @@ def predict(
     ] = False,
     sam_checkpoint: Annotated[str | None, typer.Option(help="base weights, if the bundle holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")] = None,
+    allow_modality: Modality = False,
     trust: Trust = False,
 ) -> None:
     """Segment cases without labels; the result has exactly the grid and the affine of its image.
@@ -51,7 +51,8 @@ def predict(
 
     Prompts of a bundle that takes boxes: --boxes, --prompts, or --whole-slice. Cases whose in-plane spacing is not one
     that the bundle was trained on are resampled to it, and the masks come back on the images' own grids. Bad cases are
-    named and left out; the exit code is then 1.
+    named and left out; the exit code is then 1. An image that is not of the bundle's modality is bad, too (by DICOM, or
+    by values: a CT has Hounsfield units), unless --allow-modality says that it is right.
     """
     asked = {"boxes": boxes, "prompts": prompts, "whole-slice": whole_slice}
     sources = [f"--{key}" for key, value in asked.items() if value]
@@ -64,6 +65,7 @@ def predict(
     places = {"dataset_dir": input, "output_dir": output, "predictions_dir": output}
     overrides: dict[str, Any] = {key: os.path.abspath(place) for key, place in places.items()}
     overrides |= {} if sam_checkpoint is None else {"sam_checkpoint": sam_checkpoint}
+    overrides |= {"allow_modality": True} if allow_modality else {}
     if device is not None:
         import torch
 
@@ -94,6 +96,8 @@ def _prompt_overrides(opened: Opened, prompts: dict[str, str], sources: list[str
         PromptError: it takes some and got none.
     """
     if opened.prompted and not sources:
+        from samseg_monai.data.files.cases import NO_PROMPTS
+
         raise PromptError(f"predict: {NO_PROMPTS}")
     if opened.prompted:
         source = {"boxes": "json", "prompts": "mask"}.get(next(iter(prompts), ""), "image")

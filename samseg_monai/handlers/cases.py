@@ -8,7 +8,7 @@ from typing import Any
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
-from samseg_monai.data.files.cases import CaseList
+from samseg_monai.data.files.case_list import CaseList
 from samseg_monai.errors import reason_of
 
 logger = logging.getLogger(__name__)
@@ -50,5 +50,6 @@ class CaseEvaluator(SupervisedEvaluator):
             return super()._iteration(engine, batchdata)
         except Exception as error:  # of this case: the next may be a good one
             logger.debug("%s", case, exc_info=True)
-            self.cases.fail(case, reason_of(error))
+            if not self.cases.fail(case, reason_of(error), error):
+                engine.terminate()
             return {}

@@ -35,6 +35,8 @@ class RecodeLabeld(EachKeyd):
         labels: value -> name for every value that is legal in the files (``datalists.labels_of``). Several values may
             have one name; a name that is not among the classes becomes 0.
         classes: names of the classes in the order of the network's channels, without the background.
+        merged: every named value above 0 is the one class, whatever its name, but those that nobody has judged. Without
+            ``labels`` all from 0.5 on is.
         codings: other tables like ``labels`` by name; those in which a strange label would be legal are suggested.
     Returns: uint8 of the same shape; device, geometry and history of the label.
     Raises:
@@ -49,6 +51,7 @@ class RecodeLabeld(EachKeyd):
         labels: Mapping[str, str],
         classes: Sequence[str],
         *,
+        merged: bool = False,
         codings: Mapping[str, Mapping[Any, str]] | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
@@ -57,17 +60,22 @@ class RecodeLabeld(EachKeyd):
             names = {int(value): name for value, name in labels.items()}
         except (TypeError, ValueError) as error:
             raise ConfigError(f'labels must be {{"0": "background", "1": "<name>", ...}}, got {labels!r}') from error
-        _check_classes(classes, names)
+        if merged and len(classes) != 1:
+            raise ConfigError(f"merged labels are one class, got {list(classes)!r}")
+        if not merged:
+            _check_classes(classes, names)
         self.classes = tuple(classes)
         self.names = names
         self.codings = {coding: {0, *map(int, table)} for coding, table in (codings or {}).items()}
+        if not names:
+            self.table = None
+            return
         # one slot more at both ends: values beyond the table are clipped into them
         self.lowest = min(names) - 1
         table = np.full(max(names) - min(names) + 3, _UNKNOWN, dtype=np.uint8)
         for value, name in names.items():
-            table[value - self.lowest] = IGNORE if is_ignored(name) else 0
-            if name in self.classes:
-                table[value - self.lowest] = self.classes.index(name) + 1
+            of_class = value > 0 if merged else self.classes.index(name) + 1 if name in self.classes else 0
+            table[value - self.lowest] = IGNORE if is_ignored(name) else of_class
         self.table = table
 
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
@@ -82,6 +90,8 @@ class RecodeLabeld(EachKeyd):
         d[key] = on_grid_of(d[key], torch.from_numpy(recoded.reshape(values.shape)))
 
     def _look_up(self, values: np.ndarray, where: str) -> np.ndarray:
+        if self.table is None:
+            return values >= 0.5
         if values.dtype.kind == "f":
             odd = values[~np.isfinite(values) | (values != np.rint(values))]
             if odd.size:
@@ -102,30 +112,6 @@ class RecodeLabeld(EachKeyd):
             f"{where} has values {strange[:20]} that the datalist's labels {legal} do not know; {hint}prepare the "
             "datalist again with the label coding of these files"
         )
-
-
-class ForegroundLabeld(EachKeyd):
-    """Map everything from 0.5 on to 1, everything below to 0, and voxels that nobody has judged to 255.
-
-    Args:
-        keys: labels of any shape.
-        labels: value -> name, as of ``RecodeLabeld``; only those named "ignore", "ignored" or "void" count. They may be
-            absent.
-    Returns: uint8 of the same shape; device, geometry and history of the label.
-    """
-
-    def __init__(
-        self, keys: KeysCollection, labels: Mapping[str, str] | None = None, *, allow_missing_keys: bool = False
-    ) -> None:
-        super().__init__(keys, allow_missing_keys)
-        self.ignored = [int(value) for value, name in (labels or {}).items() if is_ignored(name)]
-
-    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
-        values = torch.as_tensor(d[key]).as_subclass(torch.Tensor)
-        found = (values >= 0.5).to(torch.uint8)
-        for value in self.ignored:
-            found[values == value] = IGNORE
-        d[key] = on_grid_of(d[key], found)
 
 
 def _check_classes(classes: Sequence[str], names: Mapping[int, str]) -> None:

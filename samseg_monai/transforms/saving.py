@@ -1,4 +1,5 @@
-"""Outputs named after their case, and 2-D predictions written as PNG with a picture to look at beside them.
+"""Outputs named after their case: volumes with the geometry of their image's file, and 2-D predictions written as PNG
+with a picture to look at beside them. A file is there whole or not at all.
 
 Colours are those of Okabe and Ito (2008, "Color universal design"), which people with a colour-vision deficiency can
 tell apart: boxes sky blue, outlines of the classes orange, bluish green, reddish purple, yellow, and again from there.
@@ -6,19 +7,23 @@ tell apart: boxes sky blue, outlines of the classes orange, bluish green, reddis
 
 from __future__ import annotations
 
+import gzip
+import io
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from PIL import Image, ImageDraw
 
+from samseg_monai.data.files.volumes import stem_of
 from samseg_monai.errors import ConfigError, DataError
-from samseg_monai.files import file_name
+from samseg_monai.files import file_name, write_bytes
 from samseg_monai.pictures import outline_of
 from samseg_monai.transforms.boxes import move_boxes
 from samseg_monai.transforms.grids import EachKeyd
@@ -28,6 +33,90 @@ BACKGROUND = "background"  # as datalists name it
 BOX = (86, 180, 233)
 CLASSES = ((230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66))
 _PIXELS_PER_LINE = 400  # of the longer side: an outline is one pixel wide in small images, three in 1200 pixels
+
+# what a NIfTI header says of where its voxels lie; the rest belongs to the image
+_GEOMETRY = (
+    "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
+    "qoffset_z", "srow_x", "srow_y", "srow_z",
+)  # fmt: skip
+_SAME_MM = 1e-3  # entries of affines before and after transforms that undo each other
+_SCANNER = 1  # code of a form that says where voxels lie in the scanner
+
+
+class SaveVolumed(EachKeyd):
+    """Write ``<case>_<postfix>.nii.gz`` with the grid and the geometry of the image's own file.
+
+    Of a NIfTI image shape, units and both forms with their codes are those of its header, bit for bit, so that every
+    reader puts the two in the same place, whichever form it goes by. Of other formats, and of arrays, the sform (and
+    the qform, where axes are at right angles) are the affine, in mm. A case without a name is called like its file.
+    Items pass unchanged.
+
+    Args:
+        keys: segmentations on the grid of the file that "image" was loaded from, MetaTensors (1, X, Y, Z) of whole
+            numbers from 0 to 255.
+        output_dir: folder, made if need be.
+        postfix: what follows the name of the case.
+    Raises: DataError for another shape, grid or values, and when the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        keys: str,
+        output_dir: str | os.PathLike[str],
+        postfix: str = "seg",
+        *,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.folder, self.postfix = Path(output_dir), postfix
+
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        meta = d["image"].meta
+        file = Path(meta["filename_or_obj"])
+        case = str(d.get("case") or stem_of(file) or file.name)
+        values = torch.as_tensor(d[key]).as_subclass(torch.Tensor).detach().cpu().numpy()
+        if values.ndim != 4 or values.shape[0] != 1:
+            raise DataError(f"{case}: {key} must be one volume (1, X, Y, Z), got {values.shape}")
+        array = values[0].astype(np.uint8)
+        if not np.array_equal(array, values[0]):
+            raise DataError(f"{case}: {key} has values other than whole numbers from 0 to 255")
+        affine, own = (np.asarray(torch.as_tensor(a).cpu(), float) for a in (d[key].affine, meta["original_affine"]))
+        image = _nifti(array, own, file)
+        if image is None or not np.allclose(affine, own, rtol=0, atol=_SAME_MM):
+            raise DataError(f"{case}: {key} {array.shape} is not on the grid of its image's file; undo the transforms")
+        write_result(
+            self.folder / f"{file_name(case)}_{self.postfix}.nii.gz", gzip.compress(image.to_bytes(), 1, mtime=0)
+        )
+
+
+def _nifti(array: np.ndarray, affine: np.ndarray, source: Path) -> Any:
+    """NIfTI image of an array with the geometry of the file that it belongs to; None where its shape is another one."""
+    if not source.name.lower().endswith((".nii", ".nii.gz")):
+        image: Any = nib.Nifti1Image(array, affine)
+        image.header.set_xyzt_units("mm")
+        image.set_sform(affine, _SCANNER)
+        axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+        upright = np.allclose(axes.T @ axes, np.eye(3), atol=1e-4)
+        image.set_qform(affine, _SCANNER if upright else 0)
+        return image
+    stored: Any = nib.load(source)
+    if stored.shape[:3] != array.shape:
+        return None
+    header = type(stored.header)()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape(array.shape)
+    for name in _GEOMETRY:
+        header[name] = stored.header[name]
+    header["pixdim"][:4] = stored.header["pixdim"][:4]
+    return type(stored)(array, None, header)
+
+
+def write_result(path: Path, content: bytes) -> None:
+    """Write a result whole and flushed, or not at all. Raises DataError, with the system's error as its cause."""
+    try:
+        write_bytes(path, content)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}); free some space") from error
 
 
 class SaveImagePngd(EachKeyd):
@@ -45,7 +134,8 @@ class SaveImagePngd(EachKeyd):
         reader: how the stored image is read, as of ``LoadImage``.
         overlay: False leaves the picture out.
     Raises: ConfigError for a class without a value that a PNG can hold (0 to 65535); DataError for a prediction of
-        another shape or with other values, and for a case whose name leads to another folder.
+        another shape or with other values, for a case whose name leads to another folder, and when a file cannot be
+        written.
     """
 
     def __init__(
@@ -75,10 +165,9 @@ class SaveImagePngd(EachKeyd):
         if int(numbers.min()) < 0 or int(numbers.max()) >= len(self.table):
             raise DataError(f"{case}: {key} has values beyond the {len(self.table) - 1} classes")
         plane = numbers[0, ..., 0].numpy()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(self.table[plane]).save(self.folder / f"{case}_seg.png")
+        write_result(self.folder / f"{case}_seg.png", _png(Image.fromarray(self.table[plane])))
         if self.overlay:
-            self._picture(d, plane, pred).save(self.folder / f"{case}_overlay.png")
+            write_result(self.folder / f"{case}_overlay.png", _png(self._picture(d, plane, pred)))
 
     def _picture(self, d: Mapping[Hashable, Any], plane: np.ndarray, pred: Any) -> Image.Image:
         image = d["image"]
@@ -110,6 +199,12 @@ def overlay_picture(image: np.ndarray, labels: np.ndarray, boxes: torch.Tensor |
         left, top = round(x0), round(y0)
         pen.rectangle([left, top, max(left, round(x1) - 1), max(top, round(y1) - 1)], outline=BOX, width=width)
     return picture
+
+
+def _png(picture: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG")
+    return stream.getvalue()
 
 
 def _table(classes: Sequence[str], labels: Mapping[str, str] | None) -> np.ndarray:

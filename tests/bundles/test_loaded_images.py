@@ -61,12 +61,12 @@ def test_array_file_and_command_give_the_same_labels(colour, boxes, grey, rgb, t
     if boxes is not None:
         (tmp_path / "boxes.json").write_text(json.dumps({"some": boxes}))
         words += ["--boxes", tmp_path / "boxes.json"]
-    assert samseg(monkeypatch, *words) == 0
+    assert samseg(monkeypatch, *words, *(["--whole-slice"] if boxes is None else [])) == 0
     expected = np.asarray(Image.open(tmp_path / "out" / "some_seg.png"))
     loaded = load_bundle(root)
     given = [boxes] if boxes is None else [boxes, {"some": boxes}, tmp_path / "boxes.json"]
     for image, prompts in [(array, boxes), *((tmp_path / "in" / "some.png", one) for one in given)]:
-        labels, affine = loaded.predict(image, boxes=prompts)
+        labels, affine = loaded.predict(image, boxes=prompts, whole_slice=boxes is None)
         np.testing.assert_array_equal(labels, expected)
         assert labels.shape == SIZE and set(np.unique(labels)) == {0, 255}
         np.testing.assert_array_equal(affine, np.eye(4))

@@ -1,14 +1,19 @@
 """``samseg predict`` on a bundle that takes no prompts: every kind of input, and no prompt that is passed over."""
 
+import errno
 import json
+import os
 
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from samseg_monai.bundles import write_bundle
 from samseg_monai.bundles.build import compose
+from samseg_monai.bundles.loaded import load_bundle
 from samseg_monai.demo.abdomen_phantoms import make_case
+from samseg_monai.errors import DataError
 from samseg_monai.settings import dump_settings, merged, read_settings
 from tests.data.test_dicom import write_series
 from tests.helpers.commands import samseg
@@ -79,3 +84,135 @@ def test_prompts_for_a_bundle_that_takes_none_are_refused(option, bundle, scans,
 def test_folder_that_is_no_bundle_is_named(scans, tmp_path, monkeypatch, capsys):
     assert predict(monkeypatch, scans, "--input", scans, "--output", tmp_path / "out") == 1
     assert "configs/inference.json" in capsys.readouterr().err
+
+
+OBLIQUE = np.array([[1.8, 0.3, 0.4, -30], [-0.3, 1.9, 0.5, 12], [-0.2, -0.4, 2.9, 7], [0, 0, 0, 1]])
+STORED = {  # order of the axes of the axial phantom (and which part of it), affine
+    "axial": ((0, 1, 2), np.diag([-2.0, -2, 3, 1])),
+    "sagittal": ((1, 2, 0), np.array([[0.0, 0, 2, 5], [-2, 0, 0, 6], [0, 3, 0, 7], [0, 0, 0, 1]])),
+    "oblique": ((0, 1, 2), OBLIQUE),
+    "single": ((0, 1, 2), np.diag([2.0, 2, 3, 1])),
+    "single_sagittal": ((1, 2, 0), np.array([[0.0, 0, 2, 5], [-2, 0, 0, 6], [0, 3, 0, 7], [0, 0, 0, 1]])),
+}
+
+
+def stored(path, kind):
+    """An abdomen in one way of storage, its two forms 1.5 mm apart with codes that a default would not have."""
+    order, affine = STORED[kind]
+    array = make_case([0, 41], SHAPE)["img"].transpose(order)
+    array = array[..., array.shape[2] // 2 :][..., :1] if kind.startswith("single") else array
+    image = nib.Nifti1Image(array, None)
+    image.set_sform(affine, 2)
+    moved = affine.copy()
+    moved[0, 3] += 1.5
+    if kind == "oblique":  # a qform has no shear
+        moved[:3, :3] = np.diag([1.9, 2, 3])
+    image.set_qform(moved, 3)
+    image.header.set_xyzt_units("mm", "sec")
+    nib.save(image, path)
+
+
+def test_segmentations_have_the_geometry_of_their_image_s_header(bundle, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    for kind in STORED:
+        stored(tmp_path / "in" / f"{kind}.nii.gz", kind)
+    image = sitk.GetImageFromArray(make_case([0, 42], SHAPE)["img"].transpose(2, 1, 0))
+    image.SetSpacing((2, 2, 3))
+    image.SetOrigin((-5, 7, 1))
+    sitk.WriteImage(image, tmp_path / "in" / "itk.mha")
+    assert predict(monkeypatch, bundle, "--input", tmp_path / "in", "--output", tmp_path) == 0, capsys.readouterr().err
+    for path in sorted((tmp_path / "in").iterdir()):
+        made = tmp_path / f"{path.name.split('.')[0]}_seg.nii.gz"
+        theirs, ours = sitk.ReadImage(path), sitk.ReadImage(made)
+        for what in ("GetSize", "GetOrigin", "GetSpacing", "GetDirection"):
+            np.testing.assert_allclose(getattr(ours, what)(), getattr(theirs, what)(), atol=1e-6, err_msg=path.name)
+        if path.suffix == ".mha":
+            continue
+        before, after = nib.load(path).header, nib.load(made).header
+        for name in ("sform_code", "qform_code", "srow_x", "qoffset_x", "quatern_b", "xyzt_units"):
+            assert np.array_equal(before[name], after[name]), (path.name, name)
+        assert np.array_equal(before["pixdim"][:4], after["pixdim"][:4])
+        assert nib.load(made).shape == nib.load(path).shape and after.get_data_dtype() == np.uint8
+
+
+@pytest.fixture
+def three(scans, tmp_path):
+    """A folder of three cases of which any may be made to fail."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        (folder / f"{name}.nii.gz").symlink_to(scans / "img0041.nii.gz")
+    return folder
+
+
+@pytest.mark.parametrize("where", ["samseg_monai.inferers.SliceVolumeInferer", "samseg_monai.transforms.SaveVolumed"])
+def test_a_case_that_fails_in_the_loop_costs_itself_alone(where, bundle, three, tmp_path, monkeypatch, capsys):
+    kind = __import__(where.rpartition(".")[0], fromlist=["x"]).__dict__[where.rpartition(".")[2]]
+    calls, run = [], kind.__call__
+
+    def fail_once(self, *given, **named):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ZeroDivisionError("an odd case")
+        return run(self, *given, **named)
+
+    monkeypatch.setattr(kind, "__call__", fail_once)
+    assert predict(monkeypatch, bundle, "--input", three, "--output", tmp_path / "out") == 1
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a_seg.nii.gz", "c_seg.nii.gz"]
+    message = capsys.readouterr().err
+    assert "1 of 3 cases were not predicted, the others are done" in message
+    assert "b is not predicted: ZeroDivisionError: an odd case" in message and "Traceback" not in message
+
+
+def test_a_full_disk_leaves_no_empty_file_and_ends_the_run(bundle, three, tmp_path, monkeypatch, capsys):
+    calls, sync = [], os.fsync
+
+    def full(number):
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(number)
+
+    monkeypatch.setattr("samseg_monai.files.os.fsync", full)
+    assert predict(monkeypatch, bundle, "--input", three, "--output", tmp_path / "out") == 1
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["a_seg.nii.gz"]
+    message = capsys.readouterr().err
+    assert "b_seg.nii.gz: cannot be written (No space left on device)" in message
+    assert "c is not predicted: not tried, as nothing more can be written" in message and "Traceback" not in message
+
+
+def test_a_result_that_was_not_written_is_no_success(bundle, three, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("samseg_monai.transforms.SaveVolumed.__call__", lambda self, data: dict(data))
+    assert predict(monkeypatch, bundle, "--input", three, "--output", tmp_path / "out") == 1
+    assert "3 of 3 cases were not predicted" in capsys.readouterr().err
+
+
+def test_an_output_that_is_a_file_is_told_before_the_network_runs(bundle, three, tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").write_text("x")
+    monkeypatch.setattr("samseg_monai.inferers.SliceVolumeInferer.__call__", lambda *given, **named: 1 / 0)
+    assert predict(monkeypatch, bundle, "--input", three, "--output", tmp_path / "out") == 1
+    message = capsys.readouterr().err
+    assert "a file is where a folder is wanted" in message and "ZeroDivision" not in message
+
+
+def test_a_ct_that_is_not_in_hounsfield_units_is_refused_unless_allowed(bundle, scans, tmp_path, monkeypatch, capsys):
+    image = nib.load(scans / "img0041.nii.gz")
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) + 1024, image.affine), tmp_path / "shifted.nii.gz")
+    words = [bundle, "--input", tmp_path / "shifted.nii.gz", "--output", tmp_path / "out"]
+    assert predict(monkeypatch, *words) == 1
+    assert "do not look like a CT in Hounsfield units" in capsys.readouterr().err
+    assert predict(monkeypatch, *words, "--allow-modality") == 0
+    assert (tmp_path / "out" / "shifted_seg.nii.gz").is_file()
+    loaded = load_bundle(bundle, sam_checkpoint="random", device="cpu")
+    with pytest.raises(DataError, match="Hounsfield"):
+        loaded.predict(tmp_path / "shifted.nii.gz")
+    assert loaded.predict(tmp_path / "shifted.nii.gz", allow_modality=True)[0].shape == SHAPE
+
+
+def test_a_loaded_bundle_goes_on_after_an_error(bundle, scans, monkeypatch):
+    loaded = load_bundle(bundle, sam_checkpoint="random", device="cpu")
+    with monkeypatch.context() as patched:
+        patched.setattr("samseg_monai.inferers.SliceVolumeInferer.__call__", lambda *given, **named: 1 / 0)
+        with pytest.raises(DataError, match="ZeroDivisionError"):
+            loaded.predict(scans / "img0041.nii.gz")
+    assert loaded.predict(scans / "img0041.nii.gz")[0].shape == SHAPE

@@ -1,9 +1,11 @@
 """Prediction finds its cases and prompts; bad ones are set aside with a reason, the good ones go on."""
 
+import gzip
 import json
 import os
 import re
 import shutil
+import struct
 from pathlib import Path
 
 import nibabel as nib
@@ -335,8 +337,8 @@ def test_dicom_files_in_the_wrong_place_are_named(tmp_path, volume, caplog):
     cases = find_cases([tmp_path / "good", tmp_path / "good" / "CT.0"], scans=("ct",))
     assert cases.bad == {"CT.0": "is one slice of a DICOM series; give its folder"}
     nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "b.nii.gz")
-    assert names(find_cases(tmp_path, scans=("ct",))) == ["b"]
-    assert f"ignored {tmp_path / 'good'}: a DICOM series below" in caplog.text
+    assert names(find_cases(tmp_path, scans=("ct",))) == ["a", "b", "good", "masked"]
+    assert "passed over, named like masks: a_seg.nii.gz" in caplog.text
 
 
 def test_a_bad_series_costs_one_case_and_boxes_count_loaded_slices(tmp_path, caplog):
@@ -400,3 +402,145 @@ def test_programs_called_images_are_refused_by_name(tmp_path):
     (tmp_path / "evil.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(secret) (r) file\n")
     with pytest.raises(DataError, match=r"evil\.png: .*no PNG, JPEG, TIFF or BMP file"):
         find_cases(tmp_path / "evil.png", scans=("image",), kind="images")
+
+
+def blank(path, seed=0, low=100, affine=None):
+    """A small noisy volume at ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = (low + np.random.default_rng(seed).normal(0, 9, (6, 5, 4))).astype(np.float32)
+    nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def accounted(cases):
+    """Cases, bad cases, and names that were passed over."""
+    return names(cases), sorted(cases.bad), sorted(name for listed in cases.passed.values() for name in listed)
+
+
+def test_a_stray_image_beside_case_folders_hides_none_of_them(tmp_path, caplog):
+    for case in "ABC":
+        blank(tmp_path / case / f"{case}.nii.gz")
+    blank(tmp_path / "template.nii.gz")
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    found = find_cases(tmp_path, scans=("image",))
+    assert accounted(found) == (["A", "B", "C", "template"], [], ["empty/", "notes.txt"])
+    assert "passed over, no images: notes.txt" in caplog.text and "folders without an image: empty/" in caplog.text
+    blank(tmp_path / "D" / "study" / "D.nii.gz")
+    (tmp_path / "E.mhd").write_text("ObjectType = Image")
+    assert find_cases(tmp_path, scans=("image",)).bad.keys() == {"D", "E.mhd"}
+
+
+def test_names_with_and_without_the_scan_are_all_cases(tmp_path, caplog):
+    for name in ("p1_image", "p2_image", "p3", "p1_extra"):
+        blank(tmp_path / f"{name}.nii.gz")
+    assert accounted(find_cases(tmp_path, scans=("image",))) == (["p1", "p2", "p3"], [], ["p1_extra.nii.gz"])
+
+
+def test_a_case_that_has_other_scans_only_is_named(tmp_path):
+    for name in ("A-t1n", "A-t1c", "B-t1n"):
+        blank(tmp_path / f"{name}.nii.gz")
+    assert accounted(find_cases(tmp_path, scans=("t1c",))) == (["A"], ["B"], ["A-t1n.nii.gz"])
+    assert find_cases([tmp_path / "B-t1n.nii.gz"], scans=("t1c",)).good  # asked for by its name
+    shutil.copy(tmp_path / "A-t1c.nii.gz", tmp_path / "A_t1c.nii.gz")
+    with pytest.raises(DataError, match=r"A: A-t1c.nii.gz and A_t1c.nii.gz are the same scan"):
+        find_cases(tmp_path, scans=("t1c",))
+
+
+@pytest.mark.parametrize("ending", [".seg", "-label", "_mask", "_gtv", "_GTV2", "-Segmentation", "_labels"])
+def test_masks_beside_an_image_are_no_images(tmp_path, ending, volume):
+    for name in ("P01", f"P01{ending}"):
+        sitk.WriteImage(sitk.GetImageFromArray(volume), tmp_path / f"{name}.nrrd")
+    blank(tmp_path / "masks" / "P01.nii.gz")
+    assert accounted(find_cases(tmp_path, scans=("image",))) == (["P01"], [], [f"P01{ending}.nrrd", "masks/"])
+
+
+def test_dead_links_are_named_and_links_to_blobs_are_read(tmp_path):
+    source = tmp_path / "in"
+    blob = blank(tmp_path / "blobs" / "x.nii.gz").rename(tmp_path / "blobs" / "0a1b")
+    source.mkdir()
+    (source / "c1.nii.gz").symlink_to("../.git/annex/x.nii.gz")
+    (source / "c2.nii.gz").symlink_to(blob)
+    (source / "c3").symlink_to(tmp_path / "unmounted")
+    found = find_cases(source, scans=("image",))
+    assert found.good == [{"case": "c2", "image": str(source / "c2.nii.gz")}] and found.bad.keys() == {"c1", "c3"}
+    assert "link to ../.git/annex/x.nii.gz, which is not there" in found.bad["c1"]
+    write_series(tmp_path / "series")
+    (tmp_path / "series" / "CT.5").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"CT\.5: .*nowhere, which is not there"):
+        find_cases(tmp_path / "series", scans=("image",))
+
+
+def test_a_damaged_header_costs_one_case(tmp_path):
+    good = blank(tmp_path / "good.nii.gz")
+    raw = bytearray(gzip.decompress(good.read_bytes()))
+
+    def changed(name, offset, form, *values):
+        content = bytearray(raw)
+        struct.pack_into(form, content, offset, *values)
+        (tmp_path / name).write_bytes(gzip.compress(bytes(content)) if name.endswith("gz") else bytes(content))
+
+    changed("huge.nii.gz", 40, "<4h", 3, 3000, 3000, 3000)
+    changed("offset.nii", 108, "<f", float("inf"))
+    changed("negative.nii", 40, "<4h", 3, -6, 5, 4)
+    changed("metres.nii", 123, "<B", 1)
+    changed("microns.nii.gz", 123, "<B", 3)
+    (tmp_path / "cut.nii").write_bytes(raw[:200])
+    (tmp_path / "bomb.nii.gz").write_bytes(gzip.compress(bytes(raw) + bytes(50_000_000)))
+    blank(tmp_path / "tiny_voxels.nii", affine=np.diag([0.001, 0.001, 0.001, 1]))
+    blank(tmp_path / "large_voxels.nii", affine=np.diag([1, 1, 25, 1]))
+    nib.save(nib.Nifti1Image(np.full((6, 5, 4), 1e39) * np.arange(4), np.eye(4)), tmp_path / "beyond.nii")
+    found = find_cases(tmp_path, scans=("image",))
+    assert names(found) == ["bomb", "good"]  # what follows the voxels is nobody's
+    reasons = {
+        "huge": "27000000000 voxels", "offset": "damaged", "negative": "damaged|voxels", "metres": "in metres",
+        "microns": "in microns", "cut": "damaged", "tiny_voxels": "0.001 x 0.001 x 0.001 mm", "beyond": "float32",
+        "large_voxels": "1 x 1 x 25 mm",
+    }  # fmt: skip
+    assert found.bad.keys() == reasons.keys()
+    assert all(re.search(reason, found.bad[case]) for case, reason in reasons.items()), found.bad
+
+
+def test_any_error_in_the_check_of_a_case_is_its_own(src, monkeypatch):
+    read = read_volume
+
+    def read_or_fail(path):
+        if IDS[1] in path.name:
+            raise ZeroDivisionError("odd")
+        return read(path)
+
+    monkeypatch.setattr("samseg_monai.data.files.cases.read_volume", read_or_fail)
+    found = find_cases(src)
+    assert names(found) == [IDS[0], IDS[2]] and found.bad == {IDS[1]: "ZeroDivisionError: odd"}
+
+
+def test_a_mask_with_nan_and_a_case_twice_in_the_boxes_are_refused(src, tmp_path):
+    mask = src / IDS[0] / f"{IDS[0]}-seg.nii.gz"
+    image = nib.load(mask)
+    array = np.asarray(image.dataobj).astype(np.float32)
+    array[0, 0, :2] = np.nan
+    nib.save(nib.Nifti1Image(array, image.affine), tmp_path / "mask.nii.gz")
+    with pytest.raises(DataError, match="2 voxels are NaN or infinite"):
+        find_cases(src / IDS[0], prompts=tmp_path / "mask.nii.gz")
+    (tmp_path / "boxes.json").write_text('{"a": [], "a": []}')
+    with pytest.raises(PromptError, match="keys given twice"):
+        find_cases(src, boxes=tmp_path / "boxes.json")
+
+
+def test_another_modality_is_refused_or_doubted(tmp_path, caplog):
+    hounsfield = np.clip(np.random.default_rng(0).normal(-300, 500, (6, 5, 40)), -1000, 900).astype(np.int16)
+    changed = {"hu": hounsfield, "plus_1024": hounsfield + 1024, "greys": (hounsfield + 1000) // 8}
+    for name, array in changed.items():
+        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    found = find_cases(tmp_path, scans=("image",), modality="CT")
+    assert names(found) == ["hu"] and found.bad.keys() == {"plus_1024", "greys"}
+    assert all("Hounsfield" in reason and "--allow-modality" in reason for reason in found.bad.values())
+    found = find_cases(tmp_path, scans=("image",), modality="MR")
+    assert names(found) == ["greys", "plus_1024"] and "look like a CT" in found.bad["hu"]
+    assert len(find_cases(tmp_path, scans=("image",), modality="CT", allow_modality=True).good) == 3
+    assert "plus_1024.nii.gz: its values (from 24 to 1924) do not look like a CT" in caplog.text
+    write_series(tmp_path / "series", tags={"0008|0060": "MR"})
+    with pytest.raises(DataError, match="DICOM files say that it is MR, this is for CT"):
+        find_cases(tmp_path / "series", scans=("image",), modality="CT")
+    assert find_cases(tmp_path / "series", scans=("image",), modality="MRI").good

@@ -24,7 +24,6 @@ from samseg_monai.data.datalists.label_maps import BTCV as LABELS
 from samseg_monai.data.slices import AllSlices, Foreground, MaxArea
 from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.transforms import (
-    ForegroundLabeld,
     RandMirroredd,
     RecodeLabeld,
     SimulatedBoxesd,
@@ -151,8 +150,10 @@ def test_voxels_that_nobody_has_judged_keep_255_all_the_way():
 
 def test_one_class_of_all_that_is_foreground_leaves_them_out_too():
     values = torch.tensor([[0.0, 1, 2, 255, -1, 0.4]])
-    assert ForegroundLabeld("label", NAMES)({"label": values})["label"].tolist() == [[0, 1, 1, 255, 0, 0]]
-    assert ForegroundLabeld("label")({"label": values})["label"].tolist() == [[0, 1, 1, 1, 0, 0]]
+    whole = torch.tensor([[0.0, 1, 2, 255]])
+    merge, blind = (RecodeLabeld("label", names, ["lesion"], merged=True) for names in (NAMES, {}))
+    assert merge({"label": whole})["label"].tolist() == [[0, 1, 1, 255]]
+    assert blind({"label": values})["label"].tolist() == [[0, 1, 1, 1, 0, 0]]
     with pytest.raises(ConfigError, match="ignore: voxels of this name are left out"):
         RecodeLabeld("label", {"0": "background", "1": "ignore"}, ["ignore"])
 

@@ -275,6 +275,7 @@ def test_prediction_of_several_classes_follows_the_image(task, network, configs,
         source = heads.folder / "cases" / case / f"{case}-t1c.nii.gz"
         (tmp_path / "in" / f"{case}.nii.gz").write_bytes(source.read_bytes())
     overrides = {"dataset_dir": str(tmp_path / "in"), "output_dir": str(tmp_path), "image_size": 32, **network}
+    overrides["allow_modality"] = True  # heads in a bundle for CT
     run_workflow([configs(task, "ladder") / "inference.json"], overrides)
     plain = back_to_ras("RAS", nib.load(tmp_path / "predictions" / "RAS_seg.nii.gz"))
     assert len(np.unique(plain)) > 1

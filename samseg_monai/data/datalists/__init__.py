@@ -117,6 +117,9 @@ def load_datalist(
         scans: names of the scans wanted, in this order; None takes all as they are listed.
         boxes: box file of images (see ``boxes``): every item gets its ``boxes``, a list of lists of four floats.
 
+    Returns: items as they stand in the datalist, with absolute paths and, where the datalist has a hash of the case,
+        "recorded": {"sha256", "files": name -> path}, which ``LoadCased`` compares when it reads these files.
+
     Raises:
         DataError: unknown or empty section, scans that the datalist does not have, no such folder; all at once, files
             that are missing, are no images or would have another file read in their place; all cases of the section
@@ -132,6 +135,8 @@ def load_datalist(
         filled = ", ".join(f"{s} {len(datalist[s])}" for s in SECTIONS)
         raise DataError(f"{path}: section {section!r} has no cases ({filled}); prepare it with another split")
     root = root.resolve()
+    hashes = datalist.get("hashes") or {}
+    recorded = {item["case"]: _recorded(item, datalist.get("scans"), root) for item in datalist[section]}
     items, problems = [], []
     for stored in _select_scans(datalist, scans, name=str(path))[section]:
         item = dict(stored)
@@ -144,10 +149,31 @@ def load_datalist(
                 found = (_file_problem(Path(file), datalist.get("kind")) for file in paths)
                 problems += [f"{item['case']}: {problem}" for problem in found if problem]
             item[key] = paths[0] if isinstance(files, str) else paths
+        if item["case"] in hashes:
+            item["recorded"] = {"sha256": hashes[item["case"]], "files": recorded[item["case"]]}
         items.append(item)
     heading = f"{path}: files of section {section!r} are missing or refused; is dataset_dir right"
     raise_all(problems, DataError, heading, cases=len(items))
     return items if boxes is None else _with_boxes(items, datalist, Path(boxes), name=str(path))
+
+
+def case_hashes(hashes: Mapping[str, str]) -> list[str]:
+    """The sha256 of a case, from those of its files by name: of the lines ``<name> <sha256>``, in their order.
+
+    What lists name "label" has also been called "seg": the first hash is with the names as they are, the second with
+    that one.
+    """
+    ways = (hashes, {("seg" if name == "label" else name): value for name, value in hashes.items()})
+    texts = ("".join(f"{name} {value}\n" for name, value in way.items()) for way in ways)
+    return [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+
+
+def _recorded(item: Mapping[str, Any], scans: Sequence[str] | None, root: Path) -> dict[str, str]:
+    """Every file of a case by the name that its hash was made with, those of scans that are not used as well."""
+    image = item["image"]
+    files = {"image": image} if isinstance(image, str) else dict(zip(scans or ["image"], image, strict=False))
+    files |= {"label": item["label"]} if item.get("label") else {}
+    return {name: str(root / file) for name, file in files.items()}
 
 
 def _file_problem(path: Path, kind: str | None) -> str:
@@ -204,7 +230,9 @@ def labels_of(path: str | Path, *, needed: bool = True) -> dict[str, str]:
     A name of ``choices.IGNORE_NAMES`` stands for voxels that nobody has judged.
 
     Args:
+        path: datalist file.
         needed: refuse a datalist without; else they are an empty table.
+
     Raises:
         DataError: the datalist has no ``labels``, or as ``read_datalist``.
     """

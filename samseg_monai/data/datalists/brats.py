@@ -18,7 +18,7 @@ from samseg_monai.data.datalists import patient_of
 from samseg_monai.data.datalists.checks import CaseCheck, Summary, check_files, read_all, write_checked
 from samseg_monai.data.datalists.label_maps import BRATS, labels_in
 from samseg_monai.data.datalists.splits import DEFAULT_FRACTIONS, choose_split
-from samseg_monai.data.files.volumes import stem_of
+from samseg_monai.data.files.volumes import is_dead_link, stem_of
 from samseg_monai.errors import DataError
 
 LOG = logging.getLogger(__name__)
@@ -60,7 +60,9 @@ def prepare_brats_men(
     """
     labels, src = labels_in(label_coding, BRATS), Path(src)
     checks = [_find_files(folder, scans) for folder in _case_folders(src)]
-    read = partial(check_files, label="seg", legal={0, *BRATS[label_coding]}, hint=partial(_hint, label_coding))
+    read = partial(
+        check_files, label="seg", legal={0, *BRATS[label_coding]}, hint=partial(_hint, label_coding), modality="MR"
+    )
     good, problems = read_all(checks, read, src, **reading)
     patients = {check.case: patient_of(check.case) for check in checks}
     usable = {check.case: patients[check.case] for check in good}
@@ -97,7 +99,7 @@ def _find_files(folder: Path, scans: Sequence[str]) -> CaseCheck:
     check = CaseCheck(folder.name)
     for name in (*scans, "seg"):
         paths = [folder / f"{folder.name}-{name}{suffix}" for suffix in (".nii.gz", ".nii")]
-        if found := next((path for path in paths if path.is_file()), None):
+        if found := next((path for path in paths if path.is_file() or is_dead_link(path)), None):
             check.files[name] = found
     if missing := [name for name in (*scans, "seg") if name not in check.files]:
         check.problems.append(f"no file for {', '.join(missing)} (expected {folder.name}-{missing[0]}.nii.gz)")
@@ -109,5 +111,5 @@ def _hint(label_coding: str, check: CaseCheck, strange: list[int]) -> str:
 
 
 def _looks_like_case(folder: Path) -> bool:
-    files = (stem_of(path) or "" for path in folder.iterdir() if path.is_file())
+    files = (stem_of(path) or "" for path in folder.iterdir() if not path.is_dir())
     return bool(_CASE_NAME.match(folder.name)) or any(stem.startswith(f"{folder.name}-") for stem in files)

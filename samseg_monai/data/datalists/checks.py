@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,9 +14,16 @@ import numpy as np
 from tqdm import tqdm
 
 from samseg_monai.data import IMAGES
-from samseg_monai.data.datalists import too_few_to_choose, write_datalist
+from samseg_monai.data.datalists import case_hashes, too_few_to_choose, write_datalist
 from samseg_monai.data.datalists.label_maps import BACKGROUND, is_ignored
-from samseg_monai.data.files.volumes import Volume, grid_difference, is_phantom, read_volume, value_problem
+from samseg_monai.data.files.volumes import (
+    Volume,
+    grid_difference,
+    is_phantom,
+    modality_doubt,
+    read_volume,
+    value_problem,
+)
 from samseg_monai.errors import DataError, raise_all
 
 LOG = logging.getLogger(__name__)
@@ -105,13 +111,14 @@ def _commonest(counts: Mapping[str, int], shown: int = 6) -> str:
     return listed + (f" and {len(counts) - shown} others" if len(counts) > shown else "")
 
 
-def check_files(check: CaseCheck, *, label: str, legal: Collection[int], hint: Hint) -> None:
+def check_files(check: CaseCheck, *, label: str, legal: Collection[int], hint: Hint, modality: str = "") -> None:
     """Read ``check.files`` completely and add to ``check`` all that is known and everything that is wrong.
 
     The first file gives the grid of all; ``label`` names the label among them, ``legal`` are its values, ``hint`` makes
-    an advice of the case and of those that are not (sorted).
+    an advice of the case and of those that are not (sorted); values that do not look like the ``modality`` are a
+    warning.
     """
-    hashes = []
+    hashes = {}
     first: Volume | None = None
     for name, path in check.files.items():
         try:
@@ -119,7 +126,7 @@ def check_files(check: CaseCheck, *, label: str, legal: Collection[int], hint: H
         except DataError as error:
             check.problems.append(str(error))
             continue
-        hashes.append(f"{name} {volume.sha256}\n")
+        hashes[name] = volume.sha256
         check.warnings += volume.notes
         if volume.array.ndim != 3:
             check.problems.append(f"{path.name}: has shape {volume.array.shape}, expected three axes")
@@ -135,7 +142,9 @@ def check_files(check: CaseCheck, *, label: str, legal: Collection[int], hint: H
             check_label(volume.array, path.name, check, legal=legal, hint=hint)
         elif problem := value_problem(volume.array):
             check.problems.append(f"{path.name}: {problem}")
-    check.sha256 = hashlib.sha256("".join(hashes).encode()).hexdigest()
+        elif doubt := modality_doubt(volume.array, modality):
+            check.warnings.append(f"{path.name}: {doubt}")
+    check.sha256 = case_hashes(hashes)[0]
 
 
 def check_label(array: np.ndarray, name: str, check: CaseCheck, *, legal: Collection[int], hint: Hint) -> None:

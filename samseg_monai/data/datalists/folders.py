@@ -64,7 +64,7 @@ def prepare_folders(
     if not reading.get("skip_bad"):  # a split that cannot be made is told before the reading
         _split(list(folder.cases), counts, fractions, by_name=by_name, seed=seed)
     hint = "; name every value with --labels, or is the mask stored as grey values"
-    read = partial(check_files, label="label", legal=values, hint=lambda check, strange: hint)
+    read = partial(check_files, label="label", legal=values, hint=lambda check, strange: hint, modality=folder.modality)
     checks = list(folder.cases.values())
     good, problems = read_all(checks, read, src, **reading)
     split, made_by = _split([check.case for check in good], counts, fractions, by_name=by_name, seed=seed)
@@ -182,7 +182,7 @@ def _labels(stored: Any, path: Path) -> dict[str, str]:
 def _files_by_stem(folder: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.is_file() and (stem := stem_of(path)):
+        if not path.is_dir() and (stem := stem_of(path)):
             files.setdefault(stem, []).append(path)
     return files
 

@@ -7,7 +7,6 @@ two sections; without a group the summary says that nobody knows.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import os
 import re
 from collections import Counter
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from samseg_monai.data import IMAGES
+from samseg_monai.data.datalists import case_hashes
 from samseg_monai.data.datalists.checks import CaseCheck, Summary, check_label, duplicates, read_all, write_checked
 from samseg_monai.data.datalists.label_maps import BACKGROUND, OWN_CODING, absent_labels
 from samseg_monai.data.datalists.splits import DEFAULT_FRACTIONS, choose_split
@@ -255,8 +255,7 @@ def _read_pair(check: ImageCheck, legal: Collection[int], spacing: float | None)
         _take_mask(check, pictures["label"], legal)
     if len(pictures) == 2:
         _compare(check, pictures["image"], pictures["label"], spacing)
-    lines = "".join(f"{kind} {picture.sha256}\n" for kind, picture in pictures.items())
-    check.sha256 = hashlib.sha256(lines.encode()).hexdigest()
+    check.sha256 = case_hashes({kind: picture.sha256 for kind, picture in pictures.items()})[0]
 
 
 def _take_image(check: ImageCheck, picture: Picture) -> None:

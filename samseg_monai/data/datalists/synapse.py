@@ -67,7 +67,9 @@ def prepare_synapse(
     fix = "; copy them too, or go on without them with --allow-missing"
 
     others = [] if allow_missing else [text + fix for text in absent]
-    read = partial(check_files, label="label", legal={0, *ABDOMEN[label_coding]}, hint=partial(_hint, label_coding))
+    read = partial(
+        check_files, label="label", legal={0, *ABDOMEN[label_coding]}, hint=partial(_hint, label_coding), modality="CT"
+    )
     good, problems = read_all(checks, read, src, judge=lambda _: others, **reading)
     _refuse_narrower_coding(good, src, label_coding)
     voxels = [check.voxels_per_label for check in good]
@@ -96,7 +98,7 @@ def _find_cases(src: Path) -> dict[str, CaseCheck]:
     for folder in ("img", "label"):
         for path in sorted((roots[0] / folder).iterdir()):
             match = re.fullmatch(rf"{folder}(\d{{4}})", stem_of(path) or "")
-            if match and path.is_file():
+            if match and not path.is_dir():
                 found.setdefault(match[1], {}).setdefault(folder, []).append(path)
     if not found:
         raise DataError(f"{roots[0]}: no file is named like img/img0001.nii.gz and label/label0001.nii.gz")

@@ -2,22 +2,27 @@
 
 Cases are volumes (a folder of case folders, one case folder, a folder of files, or a list of them; a folder that holds
 DICOM slices is one image, and its path stands for it wherever else a file's path would) or 2-D images, one file each.
-A run must finish what can be finished: bad cases are set aside with a reason, the good ones go through the network, and
-``CaseList.finish`` then fails the run, so that its exit code tells what its log says.
+Every entry of a source is a case, is passed over by name with the reason, or is an error: nothing vanishes. A run must
+finish what can be finished: bad cases are set aside with a reason, the good ones go through the network, one that fails
+there is set aside as well, and ``CaseList.finish`` then fails the run, so that its exit code tells what its log says.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from samseg_monai.data import BRATS_SCANS, IMAGES
 from samseg_monai.data.files.boxes import IMAGE_BOXES, VOLUME_BOXES, as_floats, box_problems, read_table, volume_boxes
+from samseg_monai.data.files.case_list import SHOWN, CaseList
 from samseg_monai.data.files.dicom import holds_series, is_dicom, read_series
 from samseg_monai.data.files.images import GREY, case_of, read_image
 from samseg_monai.data.files.volumes import (
@@ -25,12 +30,14 @@ from samseg_monai.data.files.volumes import (
     SUFFIXES,
     Volume,
     grid_difference,
+    is_dead_link,
+    modality_doubt,
+    modality_problem,
     read_volume,
     stem_of,
     value_problem,
 )
-from samseg_monai.errors import ConfigError, DataError, PromptError, by_reason, raise_all
-from samseg_monai.files import file_name
+from samseg_monai.errors import ConfigError, DataError, PromptError, raise_all, reason_of
 
 VOLUMES = "volumes"
 NO_PROMPTS = (
@@ -39,63 +46,18 @@ NO_PROMPTS = (
     "predict --whole-slice, monai.bundle --prompt::source image, whole_slice=True in Python)"
 )
 MASK_ENDINGS = ("_mask", "-mask", "_seg", "-seg")
+# ends of names that every reader takes for a mask: P01.seg.nrrd, P01-label.nrrd, P01_GTV2.nii.gz, labelsTr
+_MASK = re.compile(
+    r"(^|[-_. ])(segs?|segmentations?|masks?|labels?|labelmaps?|labels?t[rs]|gts?|[gcp]tv)([-_. ]?\d+)?$", re.IGNORECASE
+)
+# volumes that this package does not read: their owner takes them for cases
+_OTHER_VOLUMES = (
+    ".hdr", ".mhd", ".nhdr", ".mgz", ".mgh", ".mnc", ".gipl", ".gipl.gz", ".vtk", ".vti", ".nii.zip", ".nii.bz2",
+    ".nii.xz", ".nii.zst", ".mha.gz",
+)  # fmt: skip
 LOG = logging.getLogger(__name__)
 _AT_ONCE = 2  # cases read at the same time
 _LEFTOVERS = ("thumbs.db", "desktop.ini")  # of file managers; names with a dot in front are passed over, too
-
-
-@dataclass
-class CaseList:
-    """Cases of one prediction run.
-
-    Attributes:
-        good: items ``{"case", "image": path or [one path per scan]}``, with ``"boxes"`` (list) or ``"prompt"`` (file)
-            when prompts were given; sorted by case. A path is a file, or the folder of a DICOM series.
-        bad: case -> why it cannot be predicted.
-        files: case -> one path per scan, or the single path that holds them all.
-    """
-
-    good: list[dict[str, Any]] = field(default_factory=list)
-    bad: dict[str, str] = field(default_factory=dict)
-    files: dict[str, list[Path]] = field(default_factory=dict)
-
-    def add(self, case: str, paths: list[Path]) -> None:
-        """Add a case; a second one of the same name would overwrite the first one's result, so it is refused."""
-        case = file_name(case)
-        if case in self.files:
-            name = f"{paths[0].parent.name}/{case}"
-            self.bad[name] = f"another case is called {case} too ({self.files[case][0]}); rename one"
-        else:
-            self.files[case] = paths
-
-    def sort(self, results: Mapping[str, dict[str, Any] | str]) -> None:
-        """Take what the check of each case gave, an item or a reason; DataError if no case is good."""
-        self.good = [result for result in results.values() if not isinstance(result, str)]
-        self.bad |= {case: result for case, result in results.items() if isinstance(result, str)}
-        if not self.good:
-            self.refuse("no case can be predicted")
-        for line in by_reason([f"{case}: {reason}" for case, reason in sorted(self.bad.items())], len(results)):
-            LOG.error("will be skipped: %s", line)
-
-    def fail(self, case: str, reason: str) -> None:
-        """Move a case to the bad ones, when it turns out in the run that it cannot be predicted."""
-        LOG.error("%s is not predicted: %s", case, reason)
-        self.good = [item for item in self.good if item["case"] != case]
-        self.bad[case] = reason
-
-    def finish(self) -> None:
-        """Raise DataError naming every bad case; to be called last, when the good ones are done."""
-        total, bad = len(self.good) + len(self.bad), sorted(self.bad)
-        if bad:
-            named = ", ".join(bad[:20]) + (f" and {len(bad) - 20} more" if len(bad) > 20 else "")
-            raise DataError(
-                f"{len(bad)} of {total} cases were not predicted, the others are done; why is told above: {named}"
-            )
-
-    def refuse(self, heading: str) -> None:
-        """Raise DataError naming every bad case, if there is one."""
-        problems = [f"{case}: {reason}" for case, reason in sorted(self.bad.items())]
-        raise_all(problems, DataError, heading, cases=len(self.good) + len(self.bad))
 
 
 def find_cases(
@@ -105,6 +67,8 @@ def find_cases(
     boxes: str | Path | None = None,
     prompts: str | Path | None = None,
     kind: str = VOLUMES,
+    modality: str = "",
+    allow_modality: bool = False,
 ) -> CaseList:
     """Find and check the cases of ``source``.
 
@@ -122,32 +86,33 @@ def find_cases(
             ``<case>_seg.nii.gz``, also in a sub-folder ``<case>/``.
         kind: ``volumes``, or ``images``: each 2-D image file is a case (but masks and overlays), boxes are
             those of ``boxes.read_boxes``, and there are no masks as prompts.
+        modality: of the images that the network was trained on (CT, MR ...); empty where nobody knows. Cases whose
+            DICOM files state another one are bad, and so are volumes whose values do not look like it
+            (``volumes.modality_doubt``).
+        allow_modality: take them all the same, with a warning.
 
     Raises:
         DataError: nothing found, or no case at all is good.
         PromptError: both kinds of prompts given, masks for images, or their file or folder cannot be read.
     """
-    if boxes is not None and prompts is not None:
-        raise PromptError("got boxes and prompts (masks): give one of them")
-    if kind not in (VOLUMES, IMAGES):
-        raise ConfigError(f"unknown kind of cases {kind!r}; choose one of {VOLUMES}, {IMAGES}")
-    if kind == IMAGES and prompts is not None:
-        raise PromptError("masks as prompts are for volumes; of 2-D images give boxes in pixels")
+    _check_arguments(boxes, prompts, kind)
     table = None if boxes is None else read_table(boxes, IMAGE_BOXES if kind == IMAGES else VOLUME_BOXES)
     sources = [Path(source)] if isinstance(source, (str, Path)) else [Path(path) for path in source]
-    cases = _group_images(sources) if kind == IMAGES else _group_files(sources, scans)
-    if prompts is not None and not Path(prompts).exists():
-        raise PromptError(f"prompts {prompts}: no such file or folder")
-    if prompts is not None and Path(prompts).is_file() and len(cases.files) > 1:
+    masks = None if prompts is None else Path(prompts)
+    cases = _group_images(sources) if kind == IMAGES else _group_files(sources, scans, masks)
+    if masks is not None and masks.is_file() and len(cases.files) > 1:
         raise PromptError(f"prompts {prompts} is one file for {len(cases.files)} cases; give a folder of <case>.nii.gz")
+    fits = partial(_check_modality, kind=kind, modality=modality, allowed=allow_modality)
 
     def check(case: str) -> dict[str, Any] | str:
         try:
             if kind == IMAGES:
-                return _check_image(case, cases.files[case][0], scans, table)
-            return _check_volumes(case, cases.files[case], scans, table, None if prompts is None else Path(prompts))
+                return _check_image(case, cases.files[case][0], scans, table, fits)
+            return _check_volumes(case, cases.files[case], scans, table, masks, fits)
         except (DataError, PromptError) as error:
             return str(error)
+        except Exception as error:  # noqa: BLE001  whatever is wrong with one case must not cost the others
+            return reason_of(error)
 
     for case in sorted(set(table or {}) - set(cases.files) - set(cases.bad)):
         LOG.warning("boxes are given for %s, but there is no such case", case)
@@ -167,8 +132,34 @@ def check_prompts(source: str, *, boxes: str | Path | None, prompts: str | Path 
         raise PromptError(NO_PROMPTS)
 
 
+def _check_arguments(boxes: str | Path | None, prompts: str | Path | None, kind: str) -> None:
+    if boxes is not None and prompts is not None:
+        raise PromptError("got boxes and prompts (masks): give one of them")
+    if kind not in (VOLUMES, IMAGES):
+        raise ConfigError(f"unknown kind of cases {kind!r}; choose one of {VOLUMES}, {IMAGES}")
+    if kind == IMAGES and prompts is not None:
+        raise PromptError("masks as prompts are for volumes; of 2-D images give boxes in pixels")
+    if prompts is not None and not Path(prompts).exists():
+        raise PromptError(f"prompts {prompts}: no such file or folder")
+
+
+def _check_modality(volume: Volume, name: str, *, kind: str, modality: str, allowed: bool) -> None:
+    doubt = modality_problem(volume.modality, modality)
+    if kind == VOLUMES:  # pictures of a CT are grey values
+        doubt = doubt or modality_doubt(volume.array, modality)
+    if doubt and not allowed:
+        raise DataError(f"{name}: {doubt}; if it is right all the same, allow it (--allow-modality)")
+    if doubt:
+        LOG.warning("%s: %s", name, doubt)
+
+
 def _check_volumes(
-    case: str, paths: list[Path], scans: Sequence[str], boxes: Mapping[str, Any] | None, prompts: Path | None
+    case: str,
+    paths: list[Path],
+    scans: Sequence[str],
+    boxes: Mapping[str, Any] | None,
+    prompts: Path | None,
+    fits: Callable[[Volume, str], None],
 ) -> dict[str, Any]:
     """Item of a case, its files read one at a time: four scans of many cases side by side would fill the memory."""
     first = _read(paths[0])
@@ -189,7 +180,9 @@ def _check_volumes(
             raise DataError(f"{path.name}: {difference} of {paths[0].name}")
         if problem := value_problem(volume.array):
             raise DataError(f"{path.name}: {problem}")
-    files = [str(path.resolve()) for path in paths]
+        fits(volume, path.name)
+    # not resolved: a link's own name tells the format, that of what it leads to may not
+    files = [os.path.abspath(path) for path in paths]
     item: dict[str, Any] = {"case": case, "image": files[0] if len(files) == 1 else files}
     if boxes is not None:
         item["boxes"] = boxes.get(case)
@@ -197,7 +190,7 @@ def _check_volumes(
             raise PromptError("no boxes are given for this case; add a list of them under its name")
         volume_boxes(item["boxes"], shape[:3], f"bad boxes for a volume of {tuple(shape[:3])} voxels")
     if prompts is not None:
-        item["prompt"] = str(_mask_of(prompts, case, first).resolve())
+        item["prompt"] = os.path.abspath(_mask_of(prompts, case, first))
     return item
 
 
@@ -219,7 +212,7 @@ def _mask_of(prompts: Path, case: str, image: Volume) -> Path:
     if prompts.is_dir():
         wanted = {case, f"{case}_seg", f"{case}-seg"}
         folders = [folder for folder in (prompts, prompts / case) if folder.is_dir()]
-        matches = [p for folder in folders for p in sorted(folder.iterdir()) if p.is_file() and stem_of(p) in wanted]
+        matches = [p for folder in folders for p in sorted(folder.iterdir()) if not p.is_dir() and stem_of(p) in wanted]
         path = matches[0] if matches else None
     if path is None:
         names = f"{case}{SUFFIXES[0]} or {case}_seg{SUFFIXES[0]}"
@@ -228,60 +221,91 @@ def _mask_of(prompts: Path, case: str, image: Volume) -> Path:
     first_scan = Volume(image.array[..., 0] if image.array.ndim == 4 else image.array, image.affine, image.sha256)
     if difference := _same_grid(mask, first_scan, f"{case}: prompt {path.name}"):
         raise PromptError(f"prompt {path.name}: {difference} of the image; resample it to the image's grid")
+    if bad := int(np.count_nonzero(~np.isfinite(mask.array))):
+        raise PromptError(f"prompt {path.name}: {bad} voxels are NaN or infinite; save 0 and 1")
     if not (mask.array > 0).any():
         raise PromptError(f"prompt {path.name}: the mask is empty, so there is nothing to look for")
     return path
 
 
-def _group_files(sources: Sequence[Path], scans: Sequence[str]) -> CaseList:
+def _group_files(sources: Sequence[Path], scans: Sequence[str], prompts: Path | None) -> CaseList:
     """Volumes by their names, and by the first bytes of files whose names do not tell what they are.
 
-    Files named ``<case>-<scan>`` or ``<case>_<scan>`` belong together. Where no file is named so, each file is a case
-    of its own (one scan, or as many channels as there are scans). Files ending in ``seg`` are masks, not images.
+    Files named ``<case>-<scan>`` or ``<case>_<scan>`` belong together, others are cases of their own. Files and folders
+    named like masks are none, and neither is the folder of ``prompts``.
     """
     found = CaseList()
     loose = []
     for path in sources:
         if path.is_dir():
-            _group_folder(path, scans, found)
-        elif path.is_file():
+            _group_folder(path, scans, found, prompts)
+        elif path.is_file() or is_dead_link(path):
             loose.append(path)
         else:
             found.bad[path.name] = f"no file or folder {path}"
     _group_named(loose, scans, found, listed=True)
     if not found.files and not found.bad:
+        also = "".join(f"; passed over, {why}: {', '.join(names[:SHOWN])}" for why, names in found.passed.items())
         raise DataError(
             f"no image in {', '.join(map(str, sources)) or 'an empty list'}: expected case folders with "
-            f"<case>-{scans[0]}.nii.gz, files ending in {', '.join(SUFFIXES)}, or folders of DICOM slices"
+            f"<case>-{scans[0]}.nii.gz, files ending in {', '.join(SUFFIXES)}, or folders of DICOM slices{also}"
         )
     return found
 
 
-def _group_folder(folder: Path, scans: Sequence[str], found: CaseList) -> None:
-    """Images of ``folder`` if it has any, else those of its sub-folders."""
-    for sub in [] if _group_one(folder, scans, found) else _folders(folder):
-        if _group_one(sub, scans, found):
-            continue
-        if nested := [path.name for path in _folders(sub) if holds_series(path)]:
-            found.bad[sub.name] = (
-                f"its DICOM series lie one folder too deep ({', '.join(nested)}); give {sub} as the folder of cases, "
-                f"or name the series' folders after the scans ({', '.join(scans)})"
-            )
-        else:
-            LOG.warning("ignored %s: no image in it", sub)
+def _group_folder(folder: Path, scans: Sequence[str], found: CaseList, prompts: Path | None) -> None:
+    """Images of ``folder`` itself, and those of each of its sub-folders."""
+    if _group_one(folder, scans, found) == "scans":
+        return
+    for sub in _folders(folder):
+        if prompts is not None and prompts.is_dir() and sub.samefile(prompts):
+            found.pass_over("the folder of the prompts", [sub.name])
+        elif _MASK.search(sub.name) and not holds_series(sub):
+            found.pass_over("named like masks", [f"{sub.name}/"])
+        elif not _group_one(sub, scans, found):
+            _group_deep(sub, scans, found)
 
 
-def _group_one(folder: Path, scans: Sequence[str], found: CaseList) -> bool:
-    """Add the files of ``folder`` itself, the DICOM series that they are, or the series named after the scans in its
-    sub-folders; False when there is no image."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and stem_of(path) is not None)
+def _group_deep(sub: Path, scans: Sequence[str], found: CaseList) -> None:
+    """A folder without an image in itself: an error where images lie deeper."""
+    if nested := [path.name for path in _folders(sub) if holds_series(path)]:
+        found.bad[sub.name] = (
+            f"its DICOM series lie one folder too deep ({', '.join(nested)}); give {sub} as the folder of cases, "
+            f"or name the series' folders after the scans ({', '.join(scans)})"
+        )
+    elif deeper := next(_images_below(sub), None):
+        found.bad[sub.name] = f"its images lie too deep ({deeper.relative_to(sub)}); give their folder"
+    else:
+        found.pass_over("folders without an image", [f"{sub.name}/"])
+
+
+def _images_below(folder: Path) -> Iterator[Path]:
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _MASK.search(name))
+        for path in (Path(root, name) for name in sorted(files)):
+            stem = stem_of(path)
+            if is_dicom(path) or (stem is not None and not _MASK.search(stem)):
+                yield path
+
+
+def _group_one(folder: Path, scans: Sequence[str], found: CaseList) -> str:
+    """Add the files of ``folder`` itself, the DICOM series that they are ("files"), or the series named after the scans
+    in its sub-folders ("scans"); empty when there is no image."""
     case = Path(os.path.abspath(folder)).name  # it may have been given as . or ..
+    entries = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and p.name.lower() not in _LEFTOVERS]
     below = {path.name: path for path in _folders(folder) if holds_series(path)}
     series = holds_series(folder)
+    files = []
+    for path in (path for path in entries if not path.is_dir()):
+        other = path.name.lower().endswith(_OTHER_VOLUMES)
+        if stem_of(path) is not None or other or (is_dead_link(path) and not series):
+            files.append(path)
+        elif not (series and (is_dicom(path) or is_dead_link(path))):
+            found.pass_over("no images", [path.name])
     if not files and not series:
-        return _group_scans(case, below, scans, found)
+        return "scans" if _group_scans(case, below, scans, found) else ""
     _group_named(files, scans, found)
-    images = [path.name for path in files if not str(stem_of(path)).endswith(("_seg", "-seg"))]
+    images = [path.name for path in files if not _MASK.search(stem_of(path) or "")]
     if series and images:
         found.bad[case] = f"holds DICOM files beside {images[0]}; put the DICOM series into a folder of its own"
     elif series and len(scans) > 1:
@@ -291,9 +315,7 @@ def _group_one(folder: Path, scans: Sequence[str], found: CaseList) -> bool:
         )
     elif series:
         found.add(case, [folder])
-    for path in below.values():
-        LOG.warning("ignored %s: a DICOM series below %s, which holds images itself", path, folder)
-    return True
+    return "files"
 
 
 def _group_scans(case: str, series: Mapping[str, Path], scans: Sequence[str], found: CaseList) -> bool:
@@ -306,8 +328,9 @@ def _group_scans(case: str, series: Mapping[str, Path], scans: Sequence[str], fo
         found.bad[case] = f"no folder of DICOM files for {', '.join(missing)} beside {named[0]}"
     else:
         found.add(case, [series[scan] for scan in scans])
-    if unused := sorted(set(series) - set(scans)):
-        LOG.info("ignored in %s: %s, which the network does not use", case, ", ".join(unused))
+    found.pass_over(
+        "scans that the network does not use", [f"{case}/{name}" for name in sorted(set(series) - set(scans))]
+    )
     return True
 
 
@@ -316,32 +339,39 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _group_named(paths: Iterable[Path], scans: Sequence[str], found: CaseList, *, listed: bool = False) -> None:
-    named: dict[tuple[Path, str], dict[str, Path]] = {}
+    """Add cases of files; ``listed`` are those that a person named one by one."""
+    named: dict[tuple[Path, str], dict[str, list[Path]]] = {}
     single = []
     for path in paths:
         stem = stem_of(path)
         if stem is None:
             expected = f"expected one of {', '.join(SUFFIXES)}, or the folder of a DICOM series"
             what = "is one slice of a DICOM series; give its folder" if is_dicom(path) else f"is no image; {expected}"
-            found.bad[path.name] = what
-            continue
-        if stem.endswith(("_seg", "-seg")) and not listed:
-            LOG.info("ignored %s: named like a mask", path)
-            continue
-        scan = next((s for s in scans if stem.endswith((f"-{s}", f"_{s}"))), None)
-        if scan is None:
-            single.append(path)
+            found.bad[path.name] = "is a link that leads nowhere" if is_dead_link(path) else what
+        elif scan := next((s for s in scans if stem.endswith((f"-{s}", f"_{s}"))), None):
+            named.setdefault((path.parent, stem[: -len(scan) - 1]), {}).setdefault(scan, []).append(path)
+        elif _MASK.search(stem) and not listed:
+            found.pass_over("named like masks", [path.name])
         else:
-            named.setdefault((path.parent, stem[: -len(scan) - 1]), {}).setdefault(scan, path)
+            single.append((path, stem))
     for (_, case), files in sorted(named.items()):
-        missing = [scan for scan in scans if scan not in files]
-        if missing:
-            found.bad[case] = f"no file for {', '.join(missing)} beside {next(iter(files.values())).name}"
+        twice = [path.name for paths in files.values() if len(paths) > 1 for path in paths]
+        if missing := [scan for scan in scans if scan not in files]:
+            found.bad[case] = f"no file for {', '.join(missing)} beside {next(iter(files.values()))[0].name}"
+        elif twice:
+            found.bad[case] = f"{' and '.join(twice)} are the same scan; keep one of them"
         else:
-            found.add(case, [files[scan] for scan in scans])
-    # Beside named scans, other files are scans this network does not use, or derived images.
-    for path in single if listed or not named else []:
-        found.add(str(stem_of(path)), [path])
+            found.add(case, [files[scan][0] for scan in scans])
+    # Beside the scans of a case, its other files are scans this network does not use, or derived images.
+    others = [scan for scan in BRATS_SCANS if scan not in scans] if set(scans) <= set(BRATS_SCANS) else []
+    for path, stem in single:
+        other = next((scan for scan in others if stem.endswith((f"-{scan}", f"_{scan}"))), "")
+        if any(path.parent == folder and re.match(rf"{re.escape(case)}[-_. ]", stem) for folder, case in named):
+            found.pass_over("scans that the network does not use", [path.name])
+        elif other and not listed:
+            found.bad[stem[: -len(other) - 1]] = f"no file for {', '.join(scans)} beside {path.name}"
+        else:
+            found.add(stem, [path])
 
 
 def _group_images(sources: Sequence[Path]) -> CaseList:
@@ -353,7 +383,7 @@ def _group_images(sources: Sequence[Path]) -> CaseList:
     named: dict[str, list[Path]] = {}
     for path in dict.fromkeys(sources):  # one file listed twice is one case
         if path.is_dir():
-            for case, file in _in_folder(path):
+            for case, file in _in_folder(path, found):
                 named.setdefault(case, []).append(file)
         elif not path.is_file():
             found.bad[path.name] = f"no file or folder {path}"
@@ -377,14 +407,12 @@ def _group_images(sources: Sequence[Path]) -> CaseList:
     return found
 
 
-def _in_folder(folder: Path) -> list[tuple[str, Path]]:
+def _in_folder(folder: Path, found: CaseList) -> list[tuple[str, Path]]:
     images, others, folders = list_images(folder)
-    for names, what in ((others, "no images"), (folders, "folders")):
-        if names:
-            LOG.warning("ignored in %s, as they are %s: %s", folder, what, ", ".join(names[:10]))
-    made = [path for case, path in images if case.endswith((*MASK_ENDINGS, "_overlay"))]
-    for path in made:
-        LOG.info("ignored %s: named like a mask or an overlay", path)
+    found.pass_over("no images", others)
+    found.pass_over("folders", [f"{name}/" for name in folders])
+    made = [path for case, path in images if _MASK.search(case) or case.endswith("_overlay")]
+    found.pass_over("named like masks or overlays", [path.name for path in made])
     return [(case, path) for case, path in images if path not in made]
 
 
@@ -406,7 +434,9 @@ def list_images(folder: Path) -> tuple[list[tuple[str, Path]], list[str], list[s
     return images, others, folders
 
 
-def _check_image(case: str, path: Path, scans: Sequence[str], boxes: Mapping[str, Any] | None) -> dict[str, Any]:
+def _check_image(
+    case: str, path: Path, scans: Sequence[str], boxes: Mapping[str, Any] | None, fits: Callable[[Volume, str], None]
+) -> dict[str, Any]:
     """Item of one image; ``scans`` are one for grey, three for RGB, ``boxes`` the content of a box file."""
     picture = read_image(path)
     for note in picture.notes:
@@ -422,7 +452,8 @@ def _check_image(case: str, path: Path, scans: Sequence[str], boxes: Mapping[str
         )
     if problem := value_problem(picture.array, "pixel"):
         raise DataError(f"{path.name}: {problem}")
-    item: dict[str, Any] = {"case": case, "image": str(path.resolve())}
+    fits(picture, path.name)
+    item: dict[str, Any] = {"case": case, "image": os.path.abspath(path)}
     if boxes is None:
         return item
     if case not in boxes:

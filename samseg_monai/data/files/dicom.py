@@ -21,7 +21,7 @@ import pydicom
 import pydicom.misc
 import SimpleITK as sitk
 
-from samseg_monai.data.files.volumes import Volume, content_of, from_itk, last_line, stem_of
+from samseg_monai.data.files.volumes import Volume, content_of, from_itk, is_dead_link, last_line, size_problem, stem_of
 from samseg_monai.errors import DataError, raise_all
 
 _SAME_PLACE_MM = 0.01
@@ -61,6 +61,7 @@ class _Slice:
     pixel_mm: tuple[float, float]
     pixel_type: str
     digest: bytes
+    modality: str
 
 
 def is_dicom(path: str | Path) -> bool:
@@ -87,12 +88,14 @@ def read_series(folder: str | Path) -> Volume:
         digests, in the order of the slices. ``notes`` says when there are only two slices.
 
     Raises:
-        DataError: a file is damaged, no image, in colour or multi-frame; several series or orientations; slices at one
-            place, a gap, a gantry tilt; fewer than two slices.
+        DataError: a file is damaged, a link that leads nowhere, no image, in colour or multi-frame; several series or
+            orientations; slices at one place, a gap, a gantry tilt; fewer than two slices; voxels of a size that is
+            none.
     """
     folder = Path(folder)
     listed = _listed_by_gdcm(folder)
-    paths = sorted({path for path in folder.iterdir() if is_dicom(path)}.union(*listed))
+    dead = {path for path in folder.iterdir() if is_dead_link(path) and not path.name.startswith(".")}
+    paths = sorted({path for path in folder.iterdir() if is_dicom(path)}.union(dead, *listed))
     found: list[_Slice] = []
     problems = []
     for path in paths:
@@ -112,9 +115,11 @@ def read_series(folder: str | Path) -> Volume:
         array, affine = from_itk(reader.Execute())
     except RuntimeError as error:
         raise DataError(f"{folder.name}: its pixels cannot be decoded ({last_line(error)}); {_CONVERT}") from error
+    if problem := size_problem(affine, array.shape):
+        raise DataError(f"{folder.name}: {problem}")
     sha256 = hashlib.sha256(b"".join(piece.digest for piece in slices)).hexdigest()
     few = f"{folder.name}: has only 2 slices; is the series complete?"
-    return Volume(array, affine, sha256, (few,) if len(slices) == 2 else ())
+    return Volume(array, affine, sha256, (few,) if len(slices) == 2 else (), slices[0].modality)
 
 
 def _listed_by_gdcm(folder: Path) -> list[list[Path]]:
@@ -150,6 +155,11 @@ def open_dicom(path: Path, content: bytes) -> tuple[pydicom.Dataset, sitk.ImageF
     return tags, reader
 
 
+def modality_of(tags: pydicom.Dataset) -> str:
+    """Modality (0008,0060), empty where the file does not tell it."""
+    return str(tags.get("Modality") or "").strip()
+
+
 def _read_header(path: Path, content: bytes) -> _Slice:
     tags, reader = open_dicom(path, content)
     if not content.startswith(b"DICM", 128):  # GDCM lists such a file, but ITK then finds no reader for it
@@ -169,6 +179,7 @@ def _read_header(path: Path, content: bytes) -> _Slice:
         pixel_mm=(float(reader.GetSpacing()[0]), float(reader.GetSpacing()[1])),
         pixel_type=sitk.GetPixelIDValueAsString(reader.GetPixelID()),
         digest=hashlib.sha256(content).digest(),
+        modality=modality_of(tags),
     )
 
 

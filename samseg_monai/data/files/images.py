@@ -26,7 +26,7 @@ from monai.data import ImageReader
 from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
 from PIL import Image
 
-from samseg_monai.data.files.dicom import is_dicom, open_dicom
+from samseg_monai.data.files.dicom import is_dicom, modality_of, open_dicom
 from samseg_monai.data.files.volumes import Volume, content_of, image_stem, parse_nifti
 from samseg_monai.errors import ConfigError, DataError
 
@@ -148,7 +148,8 @@ def _parse_dicom(path: Path, content: bytes) -> dict[str, Any]:
             "is MONOCHROME1 (small values are white): it is read as its negative, in which large values are white"
         )
     array = array.reshape(size if colours == 1 else (*size, 3))
-    return {"array": array, "kind": "DICOM", "own_spacing_mm": spacing, "notes": tuple(notes)}
+    told = {"kind": "DICOM", "own_spacing_mm": spacing, "notes": tuple(notes), "modality": modality_of(tags)}
+    return {"array": array, **told}
 
 
 def _parse_picture(path: Path, content: bytes) -> dict[str, Any]:

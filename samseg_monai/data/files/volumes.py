@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import math
+import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -21,8 +22,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 
 from samseg_monai.errors import DataError
 
@@ -33,6 +32,15 @@ _NOTED = 1e-3  # of a voxel: more than rounding of a header's 32 bits
 _FORM_TOLERANCE_MM = 0.1
 _SHEAR_TOLERANCE = 1e-2
 _GZIP_MAGIC = b"\x1f\x8b"
+_CHUNK = 1 << 22  # bytes unpacked at a time
+_MOST_VOXELS = 1 << 31  # 8 GB as float32; a CT of the whole body has a quarter of it
+_VOXEL_MM = (0.05, 20.0)  # sides that scanners of people give; others are a wrong unit or a damaged header
+_HEADERS = {348: nib.Nifti1Image, 540: nib.Nifti2Image}  # by their size in bytes, with which they begin
+_UNITS = {1: ("metres", 1000), 3: ("microns", 0.001)}  # NIfTI codes of units other than mm, and what one is in mm
+_NO_MODALITY = {"", "OT", "SC"}  # of DICOM files that do not tell: none, other, secondary capture
+# intensities that only Hounsfield units give: lung and fat, and the air around a patient
+_LUNG_AND_FAT, _AIR = (-950.0, -40.0), (-1100.0, -900.0)
+_FEW_LUNG_AND_FAT, _MUCH_AIR = 1e-3, 0.05  # parts of all voxels
 _POSTSCRIPT = (b"%!", b"\xc5\xd0\xd3\xc6")  # the latter with a preview, as DOS had it
 _HEADER_BYTES = 1 << 20
 PHANTOM_MARK = b"samseg-monai phantom"  # in the header of every phantom of the demos
@@ -47,12 +55,14 @@ class Volume:
         affine: (4, 4) float64, voxel indices to RAS mm.
         sha256: of the file's bytes; for a series see ``dicom.read_series``.
         notes: oddities that do not prevent its use.
+        modality: as a DICOM series states it, such as ``CT``; empty where nobody does.
     """
 
     array: np.ndarray
     affine: np.ndarray
     sha256: str
     notes: tuple[str, ...] = ()
+    modality: str = ""
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -82,7 +92,8 @@ def read_volume(path: str | Path) -> Volume:
 
     Raises:
         DataError: ``<file name>: <reason>`` when the file is missing, empty, a git-lfs pointer or a web page, truncated
-            or damaged, has fewer than three axes or a singular affine, or holds something other than real numbers.
+            or damaged, has fewer than three axes or a singular affine, voxels of a size that is none, another unit than
+            mm, or holds something other than real numbers.
     """
     path = Path(path)
     content = content_of(path)
@@ -102,6 +113,11 @@ def content_of(path: Path) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
+        if is_dead_link(path):
+            raise DataError(
+                f"{path.name}: cannot be read, as it is a link to {os.readlink(path)}, which is not there; get the "
+                "file itself (such as by 'git annex get'), or connect the disk"
+            ) from error
         raise DataError(f"{path.name}: cannot be read ({error.strerror or error})") from error
     if not content:
         raise DataError(f"{path.name}: the file is empty (0 bytes); copy it again")
@@ -111,6 +127,11 @@ def content_of(path: Path) -> bytes:
         raise DataError(f"{path.name}: is a web page, not an image: the download failed; log in and download it again")
     refuse_foreign(path, content)
     return content
+
+
+def is_dead_link(path: Path) -> bool:
+    """Whether ``path`` is a link that leads nowhere, as git-annex leaves behind for files that were not fetched."""
+    return path.is_symlink() and not path.exists()
 
 
 def refuse_foreign(path: Path, content: bytes | None = None) -> None:
@@ -143,13 +164,70 @@ def refuse_foreign(path: Path, content: bytes | None = None) -> None:
 
 
 def value_problem(array: np.ndarray, what: str = "voxel") -> str:
-    """What makes these intensities unusable: NaN, infinity, one value everywhere; empty when nothing does."""
+    """What makes these intensities unusable: NaN, infinity, one value everywhere, more than float32 holds (which is how
+    images are loaded); empty when nothing does."""
     if array.dtype.kind == "f":
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         if bad:
             return f"{bad} {what}s are NaN or infinite; replace them, for example with 0"
     low, high = array.min(), array.max()
+    if max(abs(float(low)), abs(float(high))) > np.finfo(np.float32).max:
+        return f"its values go from {low:g} to {high:g}, beyond what float32 holds; scale them"
     return f"every {what} has the value {low:g}: there is no image in it" if low == high else ""
+
+
+def size_problem(affine: np.ndarray, shape: Sequence[int]) -> str:
+    """What is wrong with the size of a voxel, in mm; empty when nothing is. An axis of one voxel may be of any size."""
+    sides = np.linalg.norm(np.asarray(affine, dtype=float)[:3, :3], axis=0)
+    odd = [not _VOXEL_MM[0] <= side <= _VOXEL_MM[1] and n > 1 for side, n in zip(sides, shape, strict=False)]
+    if not any(odd):
+        return ""
+    shown = " x ".join(f"{side:.4g}" for side in sides)
+    return f"its voxels are {shown} mm, expected {_VOXEL_MM[0]:g} to {_VOXEL_MM[1]:g}; is its header in another unit?"
+
+
+def unit_problem(xyzt_units: int) -> str:
+    """What is wrong with the unit of length of a NIfTI header (its ``xyzt_units``); empty for mm and where it is not
+    told, which everybody takes for mm."""
+    if (code := int(xyzt_units) & 7) not in _UNITS:
+        return ""
+    name, mm = _UNITS[code]
+    return f"its header is in {name}, which would be taken for mm; save it in mm (sizes times {mm:g}, unit code 2)"
+
+
+def modality_problem(stated: str, wanted: str) -> str:
+    """How the modality that DICOM files state contradicts that of a bundle; empty where it does not, or one is unknown.
+
+    Both are abbreviations of DICOM (CT, MR, PT ...).
+    """
+    told, task = ("MR" if name.upper() in ("MRI", "MR") else name.upper() for name in (stated, wanted))
+    if told in _NO_MODALITY or task in _NO_MODALITY or told == task:
+        return ""
+    return f"its DICOM files say that it is {told}, this is for {task}; --allow-modality goes on all the same"
+
+
+def modality_doubt(array: np.ndarray, modality: str) -> str:
+    """Why these intensities do not look like those of ``modality``; empty where they do, or where nobody can tell.
+
+    CT is in Hounsfield units, of which lung and fat (about -900 to -50) are in every picture of a body. What was stored
+    with 1024 added, as greys from 0 to 255 or normalised has nearly no voxel there. MR in turn has no air of -1000.
+
+    Args:
+        array: any shape, finite.
+        modality: as DICOM abbreviates it; others than CT and MR are not judged.
+    """
+    step = max(1, array.size // 2_000_000)
+    values = array.reshape(-1)[::step]
+
+    def part(low: float, high: float) -> float:
+        return float(np.count_nonzero((values >= low) & (values <= high)) / max(1, values.size))
+
+    kind, text = modality.upper(), ""
+    if kind == "CT" and part(*_LUNG_AND_FAT) < _FEW_LUNG_AND_FAT:
+        text = "do not look like a CT in Hounsfield units (fat is about -100, air -1000)"
+    elif kind in ("MR", "MRI") and part(*_AIR) > _MUCH_AIR:
+        text = "look like a CT in Hounsfield units (air of -1000), not like MR"
+    return text and f"its values (from {array.min():g} to {array.max():g}) {text}"
 
 
 def is_phantom(path: str | Path) -> bool:
@@ -205,7 +283,7 @@ def read_grid(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
             reader.ReadImageInformation()
             shape = reader.GetSize()
             affine = _affine_of(reader) if len(shape) == 3 else np.eye(4)
-    except (OSError, EOFError, ValueError, RuntimeError, zlib.error, ImageFileError, HeaderDataError) as error:
+    except Exception as error:
         raise DataError(f"{path.name}: its header cannot be read; copy it again") from error
     if len(shape) < 3:
         raise DataError(f"{path.name}: has {len(shape)} axes, expected 3; save one volume")
@@ -250,24 +328,41 @@ def parse_nifti(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tup
     if packed != name.lower().endswith(".gz"):
         kind, suffix = ("a gzip file", ".nii.gz") if packed else ("not a gzip file", ".nii")
         raise DataError(f"{name}: is {kind}, whatever its name says; rename it to {suffix} if it is a NIfTI file")
+    stream: Any = gzip.GzipFile(fileobj=io.BytesIO(content)) if packed else io.BytesIO(content)
     try:
-        raw = gzip.decompress(content) if packed else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{name}: truncated or damaged gzip file ({error}); copy it again") from error
-    if raw[344:347] == b"ni1" or raw[4:7] == b"ni2":
-        raise DataError(f"{name}: is the header of a pair of files (.hdr and .img); save it as one NIfTI file")
-    version_2 = int.from_bytes(raw[:4], "little") == 540 or int.from_bytes(raw[:4], "big") == 540
-    kind_class = nib.Nifti2Image if version_2 else nib.Nifti1Image
-    try:
-        image = kind_class.from_stream(io.BytesIO(raw))
-        told = math.prod(image.shape) * image.get_data_dtype().itemsize
-        if told > len(raw):  # before an array of that size is made
-            raise ValueError(f"its header tells of {told:,} bytes of voxels, there are {len(raw):,}")
+        image = _whole(stream)
         array = np.asanyarray(image.dataobj)
-    except (OSError, EOFError, ValueError, ImageFileError, HeaderDataError) as error:
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+    except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"{name}: truncated or damaged NIfTI file ({first_line}); copy it again") from error
+        kind = "gzip" if packed and isinstance(error, (EOFError, gzip.BadGzipFile, zlib.error)) else "NIfTI"
+        raise DataError(f"{name}: truncated or damaged {kind} file ({first_line}); copy it again") from error
+    if problem := unit_problem(image.header["xyzt_units"]):
+        raise DataError(f"{name}: {problem}")
     return array, np.asarray(image.affine, dtype=float), tuple(f"{name}: {text}" for text in _header_notes(image))
+
+
+def _whole(stream: Any) -> Any:
+    """The NIfTI image in a stream, which is read to its end; no more of it is kept than the header speaks of, so that
+    a small file that unpacks to more than the memory holds is told and not unpacked."""
+    start = stream.read(540)
+    if start[344:347] == b"ni1" or start[4:7] == b"ni2":
+        raise DataError("is the header of a pair of files (.hdr and .img); save it as one NIfTI file")
+    sizes = (int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big"))
+    size = next((size for size in sizes if size in _HEADERS), 348)
+    kind = _HEADERS[size]
+    header = kind.header_class(start[:size])  # without the extensions, which may follow
+    voxels = math.prod(map(int, header.get_data_shape()))
+    if not 0 <= voxels <= _MOST_VOXELS:
+        raise DataError(f"its header speaks of {voxels} voxels, more than {_MOST_VOXELS}: damaged, or too large")
+    needed = int(header.get_data_offset()) + voxels * header.get_data_dtype().itemsize
+    raw = start + stream.read(max(0, needed - len(start)))
+    while stream.read(_CHUNK):  # a check sum stands at the very end
+        pass
+    if len(raw) < needed:
+        raise OSError(f"{len(raw)} bytes of {needed}")
+    return kind.from_stream(io.BytesIO(raw))
 
 
 def _header_notes(image: nib.Nifti1Image) -> list[str]:
@@ -276,7 +371,10 @@ def _header_notes(image: nib.Nifti1Image) -> list[str]:
     if qform is None and sform is None:
         notes.append("has neither qform nor sform: left and right are a guess")
     if qform is not None and sform is not None and np.abs(qform - sform).max() > _FORM_TOLERANCE_MM:
-        notes.append("qform and sform differ: the sform is used")
+        sides = np.linalg.norm(sform[:3, :3], axis=0)
+        # MONAI goes by the form whose voxels have the size that the header states (pixdim)
+        used = "sform" if np.allclose(sides, image.header["pixdim"][1:4]) else "qform"
+        notes.append(f"qform and sform differ: the {used} is used")
     axes = image.affine[:3, :3] / np.maximum(np.linalg.norm(image.affine[:3, :3], axis=0), 1e-12)
     if np.abs(axes.T @ axes - np.eye(3)).max() > _SHEAR_TOLERANCE:
         notes.append("its axes are not at right angles: distances in mm will be off")
@@ -328,4 +426,4 @@ def _unusable(array: np.ndarray, affine: np.ndarray) -> str:
         return f"has no voxels: shape {array.shape}"
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         return f"its affine is singular: {affine[:3].tolist()}; mend the header"
-    return ""
+    return size_problem(affine, array.shape)

@@ -1,0 +1,123 @@
+"""The cases of one prediction: those that are good, those that are not and why, and the run over the good ones."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from samseg_monai.errors import DataError, by_reason, raise_all
+from samseg_monai.faults import output_problem
+from samseg_monai.files import file_name
+
+LOG = logging.getLogger(__name__)
+SHOWN = 20  # names of one line in the log
+_LOST = "no result of it was written"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no other case can be written either
+
+
+@dataclass
+class CaseList:
+    """Cases of one prediction run.
+
+    Attributes:
+        good: items ``{"case", "image": path or [one path per scan]}``, with ``"boxes"`` (list) or ``"prompt"`` (file)
+            when prompts were given; sorted by case. A path is a file, or the folder of a DICOM series.
+        bad: case -> why it cannot be predicted.
+        files: case -> one path per scan, or the single path that holds them all.
+        passed: reason -> names of entries that are no cases.
+        full: whether a result could not be written as the disk is full or read-only.
+    """
+
+    good: list[dict[str, Any]] = field(default_factory=list)
+    bad: dict[str, str] = field(default_factory=dict)
+    files: dict[str, list[Path]] = field(default_factory=dict)
+    passed: dict[str, list[str]] = field(default_factory=dict)
+    full: bool = False
+
+    def add(self, case: str, paths: list[Path]) -> None:
+        """Add a case; a second one of the same name would overwrite the first one's result, so it is refused."""
+        case = file_name(case)
+        if case in self.files:
+            name = f"{paths[0].parent.name}/{case}"
+            self.bad[name] = f"another case is called {case} too ({self.files[case][0]}); rename one"
+        else:
+            self.files[case] = paths
+
+    def pass_over(self, reason: str, names: Iterable[str]) -> None:
+        """Note entries that are no cases."""
+        for name in names:
+            self.passed.setdefault(reason, []).append(name)
+
+    def sort(self, results: Mapping[str, dict[str, Any] | str]) -> None:
+        """Take what the check of each case gave, an item or a reason; DataError if no case is good."""
+        for reason, names in self.passed.items():
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            LOG.warning("passed over, %s: %s%s", reason, ", ".join(names[:SHOWN]), more)
+        self.good = [result for result in results.values() if not isinstance(result, str)]
+        self.bad |= {case: result for case, result in results.items() if isinstance(result, str)}
+        if not self.good:
+            self.refuse("no case can be predicted")
+        for line in by_reason([f"{case}: {reason}" for case, reason in sorted(self.bad.items())], len(results)):
+            LOG.error("will be skipped: %s", line)
+
+    def run(self, evaluator: Any, folder: str | Path) -> None:
+        """Let ``evaluator``, which tells of cases that fail (``handlers.CaseEvaluator``), predict the good cases.
+
+        Args:
+            evaluator: writes ``<case>...`` into ``folder``.
+            folder: of the results, made if need be. A good case without a new file in it is bad.
+
+        Raises:
+            DataError: nothing can be written into ``folder``; told before the first case.
+        """
+        folder = Path(folder)
+        if problem := output_problem(folder):
+            raise DataError(f"no results can be written: {problem}")
+        folder.mkdir(parents=True, exist_ok=True)
+        before = _stamps(folder)
+        evaluator.run()
+        now = _stamps(folder)
+        written = [name for name, stamp in now.items() if stamp != before.get(name)]
+        for item in list(self.good):
+            if not any(name.startswith(file_name(item["case"])) for name in written):
+                self.fail(item["case"], "not tried, as nothing more can be written" if self.full else _LOST)
+
+    def fail(self, case: str, reason: str, error: BaseException | None = None) -> bool:
+        """Move a case to the bad ones, when it turns out in the run that it cannot be predicted.
+
+        Returns: whether others can still be written: ``error`` is not that of a disk that is full or read-only.
+        """
+        LOG.error("%s is not predicted: %s", case, reason)
+        self.good = [item for item in self.good if item["case"] != case]
+        self.bad[case] = reason
+        self.full = self.full or _errno(error) in _FULL
+        return not self.full
+
+    def finish(self) -> None:
+        """Raise DataError naming every bad case; to be called last, when the good ones are done."""
+        total, bad = len(self.good) + len(self.bad), sorted(self.bad)
+        if bad:
+            named = ", ".join(bad[:SHOWN]) + (f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")
+            raise DataError(
+                f"{len(bad)} of {total} cases were not predicted, the others are done; why is told above: {named}"
+            )
+
+    def refuse(self, heading: str) -> None:
+        """Raise DataError naming every bad case, if there is one."""
+        problems = [f"{case}: {reason}" for case, reason in sorted(self.bad.items())]
+        raise_all(problems, DataError, heading, cases=len(self.good) + len(self.bad))
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """File -> its inode and time of change."""
+    return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file()}
+
+
+def _errno(error: BaseException | None) -> int | None:
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error.errno if isinstance(error, OSError) else None
