@@ -128,6 +128,8 @@ def _arm(at: str, call: int = 1, of: str | None = None, torn: bool = False, by: 
     owner = functools.reduce(getattr, owners, importlib.import_module(module))
     real = getattr(owner, name)
     calls = itertools.count(1)
+    if by == "SIGINT":  # a shell's background job ignores it, and so would what that starts
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @functools.wraps(real)
     def deadly(*args, **kwargs):
