@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -160,6 +161,18 @@ def hash_file(path: StrPath) -> str:
     """Hexadecimal sha256 of an existing file, read anew each time."""
     with Path(path).open("rb") as stream:
         return hash_stream(stream)
+
+
+def known_hash(path: StrPath) -> str:
+    """Hexadecimal sha256 of an existing file; computed again only when its size or modification time changed."""
+    path = Path(path).resolve()
+    status = path.stat()
+    return _hash_of(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _hash_of(path: Path, size: int, mtime_ns: int) -> str:
+    return hash_file(path)
 
 
 def hash_stream(stream: IO[bytes]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from monai.transforms import LoadImaged
 from samseg_monai.data.datalists import case_hashes
 from samseg_monai.data.files.volumes import modality_doubt, size_problem, unit_problem, value_problem
 from samseg_monai.errors import DataError, raise_all, reason_of
-from samseg_monai.files import hash_file
+from samseg_monai.files import known_hash
 from samseg_monai.transforms.grids import name_of
 
 LOG = logging.getLogger(__name__)
@@ -74,14 +73,4 @@ class LoadCased(LoadImaged):
 
 def _as_recorded(recorded: Mapping[str, Any]) -> bool:
     """Whether the files of a case have the hash that ``samseg prepare`` has recorded."""
-    return recorded["sha256"] in case_hashes({name: _hash(file) for name, file in recorded["files"].items()})
-
-
-def _hash(file: str) -> str:
-    status = Path(file).stat()
-    return _hash_of(file, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=1 << 16)
-def _hash_of(file: str, size: int, changed: int) -> str:
-    return hash_file(file)
+    return recorded["sha256"] in case_hashes({name: known_hash(file) for name, file in recorded["files"].items()})

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from samseg_monai.errors import DataError, by_reason, raise_all
+from samseg_monai.errors import DataError, behind, by_reason, raise_all
 from samseg_monai.faults import output_problem
 from samseg_monai.files import file_name
 
@@ -94,7 +94,8 @@ class CaseList:
         LOG.error("%s is not predicted: %s", case, reason)
         self.good = [item for item in self.good if item["case"] != case]
         self.bad[case] = reason
-        self.full = self.full or _errno(error) in _FULL
+        causes = [] if error is None else behind(error, handled=False)
+        self.full = self.full or any(isinstance(cause, OSError) and cause.errno in _FULL for cause in causes)
         return not self.full
 
     def finish(self) -> None:
@@ -115,9 +116,3 @@ class CaseList:
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
     """File -> its inode and time of change."""
     return {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file()}
-
-
-def _errno(error: BaseException | None) -> int | None:
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__
-    return error.errno if isinstance(error, OSError) else None

@@ -8,7 +8,6 @@ by the authors; they agree across independent public projects.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import re
@@ -23,7 +22,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from samseg_monai.errors import WeightsError
-from samseg_monai.files import hash_file
+from samseg_monai.files import known_hash
 
 logger = logging.getLogger(__name__)
 
@@ -139,13 +138,7 @@ def sha256_of(path: str | Path) -> str:
     path = Path(path).expanduser().resolve()
     if not path.is_file():
         raise WeightsError(f"{path} does not exist")
-    stat = path.stat()
-    return _sha256(path, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def _sha256(path: Path, size: int, mtime_ns: int) -> str:
-    return hash_file(path)
+    return known_hash(path)
 
 
 def name_of(sha256: str | None) -> str | None:
