@@ -2,7 +2,7 @@
 
 Blue and orange are those of Okabe and Ito (2008, "Color universal design"), which people with a colour-vision
 deficiency can tell apart. The view is the radiological one: front of the patient up, the patient's right on the
-viewer's left.
+viewer's left; of slices that are not axial: head up, and the front on the left where they are sagittal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ BOX, FRAME = (185, 196, 255), (227, 230, 234)
 SIDE = 384  # pixels of a picture's longer side at least; a slice with more pixels keeps them
 _BRIGHTEST = 230  # of 255: white is for outlines
 _FONT, _MARGIN, _DASH = 13, 6, 5
-_EDGES = {"R": (0.0, 0.5, "lm"), "L": (1.0, 0.5, "rm"), "A": (0.5, 0.0, "mt"), "P": (0.5, 1.0, "mb")}
+_EDGES = ((0.0, 0.5, "lm"), (1.0, 0.5, "rm"), (0.5, 0.0, "mt"), (0.5, 1.0, "mb"))  # left, right, top, bottom
+_SIDES = ("RL", "AP", "SI")  # of the patient, as seen from left to right or from top to bottom
+_BARS_MM = (1, 2, 5, 10, 20, 50, 100, 200)
 
 
 def axial_axis(affine: np.ndarray) -> int:
@@ -33,19 +35,37 @@ def axial_axis(affine: np.ndarray) -> int:
     return int(np.flatnonzero(io_orientation(affine)[:, 0] == 2)[0])
 
 
-def as_seen(plane: np.ndarray, affine: np.ndarray | None = None) -> np.ndarray:
-    """(H, W) slice across ``axial_axis`` of an array with this affine (None: axes are x, y of RAS), to rows and
-    columns of the picture, which run from front to back and from right to left."""
+def as_seen(plane: np.ndarray, affine: np.ndarray | None = None, axis: int | None = None) -> np.ndarray:
+    """(H, W) slice across ``axis`` (None: ``axial_axis``) of an array with this affine (None: axes are x, y of RAS), to
+    rows and columns of the picture; of an axial one they run from front to back and from right to left."""
     affine = np.eye(4) if affine is None else affine
-    orientation = np.delete(io_orientation(affine), axial_axis(affine), axis=0)
+    orientation = np.delete(io_orientation(affine), axial_axis(affine) if axis is None else axis, axis=0)
     turned = np.flip(plane, tuple(axis for axis, direction in enumerate(orientation[:, 1]) if direction > 0))
-    return turned if orientation[0, 0] == 1 else turned.T
+    return turned if orientation[0, 0] > orientation[1, 0] else turned.T
 
 
-def aspect_of(affine: np.ndarray) -> float:
+def aspect_of(affine: np.ndarray, axis: int | None = None) -> float:
     """Height of a pixel of such a picture by its width."""
+    across, down = _seen_sides(affine, axis)
     sides = dict(zip(io_orientation(affine)[:, 0].tolist(), voxel_sizes(affine).tolist(), strict=True))
-    return sides[1] / sides[0]
+    return sides[down] / sides[across]
+
+
+def width_of(affine: np.ndarray, shape: Sequence[int], axis: int | None = None) -> float:
+    """How many mm such a picture of an array of this shape is wide."""
+    own = io_orientation(affine)[:, 0].tolist().index(_seen_sides(affine, axis)[0])
+    return float(voxel_sizes(affine)[own] * shape[own])
+
+
+def letters_of(affine: np.ndarray, axis: int | None = None) -> str:
+    """The patient's sides at the left, right, upper and lower edge of such a picture."""
+    return "".join(_SIDES[side] for side in _seen_sides(affine, axis))
+
+
+def _seen_sides(affine: np.ndarray, axis: int | None) -> list[int]:
+    """Which of right to left (0), front to back (1) and top to bottom (2) run across and down the picture."""
+    axis = axial_axis(affine) if axis is None else axis
+    return sorted(np.delete(io_orientation(affine)[:, 0], axis).astype(int).tolist())
 
 
 def sampled(
@@ -70,7 +90,7 @@ def sampled(
 
 def draw(
     image: np.ndarray,
-    outlines: Sequence[tuple[np.ndarray, Colour]],
+    outlines: Sequence[tuple[np.ndarray, Colour | Sequence[Colour]]],
     *,
     both: Colour | None = None,
     aspect: float = 1.0,
@@ -78,21 +98,21 @@ def draw(
     line: int = 2,
     window: Window | None = None,
     frame: Window | None = None,
-    box: Sequence[float] | None = None,
+    boxes: Sequence[Sequence[float]] = (),
 ) -> np.ndarray:
     """The picture, without words.
 
     Args:
         image: (H, W) intensities, rows and columns as seen; NaN is black.
-        outlines: label maps (H, W), 0 is background and each class has its outline, and their colours; the last is on
-            top.
+        outlines: label maps (H, W), 0 is background and each class has its outline, and their colour, or those of the
+            classes 1, 2, ... (and again from the first); the last is on top.
         both: colour where the first two outlines of a class meet.
         aspect: height of a pixel by its width, in mm.
         side: pixels of the picture's longer side at least.
         line: pixels of an outline's width.
         window: what is shown of the slice; all when None.
         frame: drawn as a thin frame.
-        box: left, top, right, bottom edge, drawn dashed.
+        boxes: left, top, right, bottom edge of each, drawn dashed.
     Returns: (H, W, 3) uint8.
     """
     top, bottom, left, right = window or (0, image.shape[0], 0, image.shape[1])
@@ -105,51 +125,79 @@ def draw(
     if lines:
         every = np.any(lines, axis=0)
         picture[binary_dilation(every) & ~every] //= 3  # a dark rim: outlines show on bright tissue, too
-    for where, (_, colour) in zip(lines, outlines, strict=True):
-        picture[where] = colour
+    for where, labels, (_, colour) in zip(lines, shown, outlines, strict=True):
+        colours = np.atleast_2d(np.array(colour, dtype=np.uint8))
+        picture[where] = colours[(labels[where].astype(np.int64) - 1) % len(colours)]
     if both is not None:  # organs that were exchanged have the same outlines, too
         picture[lines[0] & lines[1] & (shown[0] == shown[1])] = both
-    for edges, colour, dashed in ((frame and (frame[2], frame[0], frame[3], frame[1]), FRAME, False), (box, BOX, True)):
-        if edges is not None:
-            x0, x1 = (round((x - left) * scale) for x in (edges[0], edges[2]))
-            y0, y1 = (round((y - top) * aspect * scale) for y in (edges[1], edges[3]))
-            _rectangle(picture, (x0, y0, x1, y1), colour, dashed=dashed)
+    edges = [] if frame is None else [(frame[2], frame[0], frame[3], frame[1])]
+    for number, (x0, y0, x1, y1) in enumerate([*edges, *boxes]):
+        x0, x1 = (round((x - left) * scale) for x in (x0, x1))
+        y0, y1 = (round((y - top) * aspect * scale) for y in (y0, y1))
+        dashed = number >= len(edges)
+        _rectangle(picture, (x0, y0, x1, y1), BOX if dashed else FRAME, dashed=dashed)
     return picture
 
 
 def named(picture: np.ndarray, letters: str = "RL") -> np.ndarray:
-    """The picture with the patient's sides (R, L, A, P) at its edges."""
+    """The picture with the patient's sides (R, L, A, P, S, I) at its left, right, upper and lower edge."""
     canvas = Image.fromarray(picture)
     pen, font = ImageDraw.Draw(canvas), _font(round(max(picture.shape) / 30))
-    for letter in letters:
-        x, y, anchor = _EDGES[letter]
+    for letter, (x, y, anchor) in zip(letters, _EDGES, strict=False):
         place = (_MARGIN + x * (canvas.width - 2 * _MARGIN), _MARGIN + y * (canvas.height - 2 * _MARGIN))
         pen.text(place, letter, fill=BOTH, font=font, anchor=anchor)
     return np.asarray(canvas)
 
 
-def noted(picture: np.ndarray, text: str, colour: Colour) -> np.ndarray:
-    """The picture with a few words on black above its lower edge."""
+def side_by_side(panels: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures of one size in rows of three, or of two where that leaves no gap."""
+    across = 2 if len(panels) == 4 else min(len(panels), 3)
+    framed = [np.pad(panel, ((1, 1), (1, 1), (0, 0))) for panel in panels]
+    filled = [*framed, *[np.zeros_like(framed[0])] * (-len(panels) % across)]
+    return np.concatenate([np.concatenate(filled[n : n + across], axis=1) for n in range(0, len(filled), across)])
+
+
+def noted(picture: np.ndarray, text: str, colour: Colour, *, corner: bool = False) -> np.ndarray:
+    """The picture with a few words on black above its lower edge, or small in its upper left corner."""
     canvas = Image.fromarray(picture)
-    pen, font = ImageDraw.Draw(canvas), _font(20)
-    place = (canvas.width / 2, canvas.height - 2 * _MARGIN)
-    pen.rectangle(pen.textbbox(place, text, font, anchor="mb"), fill=0, outline=0, width=_MARGIN)
-    pen.text(place, text, fill=colour, font=font, anchor="mb")
+    pen, font = ImageDraw.Draw(canvas), _font(_FONT if corner else 20)
+    place = (_MARGIN, _MARGIN) if corner else (canvas.width / 2, canvas.height - 2 * _MARGIN)
+    anchor = "lt" if corner else "mb"
+    pen.rectangle(pen.textbbox(place, text, font, anchor=anchor), fill=0, outline=0, width=_MARGIN)
+    pen.text(place, text, fill=colour, font=font, anchor=anchor)
     return np.asarray(canvas)
 
 
-def legend(caption: str, width: int) -> np.ndarray:
-    """Two lines of text on black: the caption, shortened where it is too long, and what the colours mean."""
-    strip = Image.new("RGB", (width, 2 * (_FONT + _MARGIN) + _MARGIN))
+def measured(picture: np.ndarray, width_mm: float) -> np.ndarray:
+    """The picture, which is ``width_mm`` wide, with a bar of a round length in its lower left corner."""
+    canvas = Image.fromarray(picture)
+    per_mm = canvas.width / width_mm
+    length = max((bar for bar in _BARS_MM if bar * per_mm <= canvas.width / 4), default=_BARS_MM[0])
+    pen, font, low = ImageDraw.Draw(canvas), _font(), canvas.height - _MARGIN
+    pen.rectangle((_MARGIN - 1, low - 4, _MARGIN + round(length * per_mm) + 1, low + 1), fill=BOTH, outline=0)
+    pen.text((_MARGIN, low - _MARGIN), f"{length} mm", fill=BOTH, font=font, anchor="lb", stroke_width=1, stroke_fill=0)
+    return np.asarray(canvas)
+
+
+_TWO = (("reference", REFERENCE), ("prediction", PREDICTION), ("both", BOTH))
+
+
+def legend(caption: str, width: int, words: Sequence[tuple[str, Colour]] = _TWO) -> np.ndarray:
+    """Text on black: the caption, shortened where it is too long, and the words in their colours, on as many lines as
+    they need."""
+    strip = Image.new("RGB", (width, _FONT + _MARGIN + _MARGIN // 2))
     pen, font = ImageDraw.Draw(strip), _font()
     while len(caption) > 1 and pen.textlength(caption, font) > width - 2 * _MARGIN:
         caption = caption.removesuffix("…")[:-1] + "…"
     pen.text((_MARGIN, _MARGIN // 2), caption, fill=BOTH, font=font)
-    x = float(_MARGIN)
-    for word, colour in (("reference", REFERENCE), ("prediction", PREDICTION), ("both", BOTH)):
-        pen.text((x, _FONT + _MARGIN + _MARGIN // 2), word, fill=colour, font=font)
+    lines, x = [strip], float(width)
+    for word, colour in words:
+        if x + pen.textlength(word, font) > width - _MARGIN:
+            lines.append(Image.new("RGB", (width, _FONT + _MARGIN)))
+            pen, x = ImageDraw.Draw(lines[-1]), float(_MARGIN)
+        pen.text((x, _MARGIN // 2), word, fill=colour, font=font)
         x += pen.textlength(word, font) + 2 * _MARGIN
-    return np.asarray(strip)
+    return np.concatenate([np.asarray(line) for line in lines])
 
 
 def outline_of(labels: np.ndarray, width: int) -> np.ndarray:

@@ -23,10 +23,13 @@ def shell_command(configs: Sequence[str | Path], overrides: dict[str, Any]) -> s
     return " ".join(words)
 
 
-def run_workflow(configs: Sequence[str | Path], overrides: dict[str, Any], *, echo: bool = True) -> str:
+def run_workflow(
+    configs: Sequence[str | Path], overrides: dict[str, Any], *, echo: bool = True, logs: bool = True
+) -> str:
     """Run config files of a bundle with ``overrides`` and return the equivalent shell command.
 
-    ``evaluate.json`` changes the ``inference.json`` beside it, which is run before it.
+    ``evaluate.json`` changes the ``inference.json`` beside it, which is run before it. Without ``logs`` the bundle's
+    ``logging.conf`` is left out: the caller says what is logged.
 
     Raises:
         BundleError: a config file does not exist.
@@ -50,7 +53,8 @@ def run_workflow(configs: Sequence[str | Path], overrides: dict[str, Any], *, ec
 
     with own_errors(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="parsing config_file")  # "only from a source you trust": from us
-        run(config_file=[str(file) for file in files], **overrides)
+        how: dict[str, Any] = {} if logs else {"logging_file": False}
+        run(config_file=[str(file) for file in files], **how, **overrides)
     return command
 
 

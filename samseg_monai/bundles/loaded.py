@@ -142,7 +142,9 @@ class LoadedBundle:
             parser = self._opened.parser()
             parser["predictions_dir"] = parser["output_dir"] = literal(str(self._scratch / "predictions"))
             for key in {"handlers", "named_handlers"} & parser.get().keys():
-                parser[key] = type(parser[key])()  # no progress bar
+                parser[key] = type(parser[key])()  # no progress, no table
+            if "pictures" in parser:
+                parser["pictures"] = False
             if self.prompted:
                 parser["prompt::source"] = source
             if self._opened.checkpoint is not None:

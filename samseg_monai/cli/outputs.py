@@ -1,7 +1,11 @@
-"""Checks of options that say where a command writes: before its work, which would be lost otherwise."""
+"""What a command writes: where, checked before its work, which would be lost otherwise; and how much it tells."""
 
 from __future__ import annotations
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from samseg_monai.errors import ConfigError
@@ -23,3 +27,40 @@ def _checked(path: Path | None, *, folder: bool) -> Path | None:
     if problem:
         raise ConfigError(f"output: {problem}")
     return path
+
+
+@contextmanager
+def briefly() -> Iterator[None]:
+    """Tell on stderr how far a run is and what this package warns of, and of the libraries their errors alone."""
+    import monai.bundle  # noqa: F401  its loggers have handlers of their own
+
+    from samseg_monai.data.files.case_list import PROGRESS
+
+    def wanted(record: logging.LogRecord) -> bool:
+        least = logging.WARNING if record.name.partition(".")[0] == "samseg_monai" else logging.ERROR
+        return record.levelno >= least or record.name == PROGRESS.name
+
+    console = logging.StreamHandler()
+    console.setFormatter(_Brief())
+    console.addFilter(wanted)
+    known = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
+    levels = {logger: logger.level for logger in [*known, PROGRESS]}
+    for logger in known:
+        if logger.handlers and logger.name.partition(".")[0] != "samseg_monai":
+            logger.setLevel(logging.ERROR)
+    PROGRESS.setLevel(logging.INFO)
+    logging.root.addHandler(console)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.root.removeHandler(console)
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+class _Brief(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        told = record.getMessage()
+        return told if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {told}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from samseg_monai.cli.outputs import briefly
 from samseg_monai.cli.places import check_places
 from samseg_monai.errors import BundleError, ConfigError, PromptError
 from samseg_monai.workflow import run_workflow
@@ -41,11 +43,14 @@ def predict(
     sam_checkpoint: Annotated[str | None, typer.Option(help="base weights, if the bundle holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")] = None,
     allow_modality: Modality = False,
+    no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Write no <case>_overlay.png.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show what MONAI and the other libraries log.")] = False,
     trust: Trust = False,
 ) -> None:
     """Segment cases without labels; the result has exactly the grid and the affine of its image.
 
-    A bundle for 2-D images writes a PNG of the image's size for each, and a picture of it with outline and boxes.
+    A bundle for 2-D images writes a PNG of the image's size for each. Beside each result lies <case>_overlay.png, a
+    picture with outlines and boxes, and predictions.csv has a row per case: mL, slices, prompt, seconds, warnings.
 
     Of the bundle its settings and its weights are read; its own JSON is not run, unless --trust says so.
 
@@ -73,14 +78,18 @@ def predict(
             overrides["device"] = f"$torch.device({str(torch.device(device))!r})"
         except RuntimeError as error:
             raise ConfigError(f"--device: got {device!r}; give cpu, cuda or cuda:1") from error
-    with open_bundle(bundle, trust=trust) as opened:
+    logs = nullcontext() if verbose else briefly()
+    with logs, open_bundle(bundle, trust=trust) as opened:
         opened.check()
+        typer.echo(f"{opened.name}: {input} -> {output}")
         overrides |= _prompt_overrides(opened, given, sources)
         if no_resample and "resample" in opened.parser().get():
             overrides["resample"] = False
+        if no_pictures and "pictures" in opened.parser().get():
+            overrides["pictures"] = False
         if opened.checkpoint is not None:  # the folder of predictions is no place to look for an adapter
             overrides["checkpoint"] = str(opened.checkpoint)
-        run_workflow([opened.config("inference")], overrides, echo=False)
+        run_workflow([opened.config("inference")], overrides, echo=False, logs=verbose)
     typer.echo(f"segmentations: {overrides['predictions_dir']}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from samseg_monai.handlers.cases import CaseDataset, CaseEvaluator
 from samseg_monai.handlers.keeping import EMA, BestAdapter, CollapseDetector, EarlyStop, LastAdapter
+from samseg_monai.handlers.predictions import PredictionTable
 from samseg_monai.handlers.records import CaseTable, CurveLog, RunCard
 from samseg_monai.handlers.resume import EpochSeeder, ResumeSaver
 from samseg_monai.handlers.steps import Accumulation, GradientClip, GradientFlow, NonFiniteGuard
@@ -29,6 +30,7 @@ __all__ = [
     "GradientFlow",
     "LastAdapter",
     "NonFiniteGuard",
+    "PredictionTable",
     "ResumeSaver",
     "RunCard",
     "SameBuffers",

@@ -8,21 +8,27 @@ from typing import Any
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 
-from samseg_monai.data.files.case_list import CaseList
+from samseg_monai.data.files.case_list import CaseList, noted
 from samseg_monai.errors import reason_of
 
 logger = logging.getLogger(__name__)
-FAILED = "failed"
+FAILED, NOTES = "failed", "notes"
 
 
 class CaseDataset(Dataset):
-    """MONAI's ``Dataset`` of cases, of which one that cannot be prepared becomes ``{"case": name, "failed": why}``."""
+    """MONAI's ``Dataset`` of cases, of which one that cannot be prepared becomes ``{"case": name, "failed": why}``.
+
+    What is warned of on the way comes along as "notes", a line each: from a process of a DataLoader, too.
+    """
 
     def _transform(self, index: int) -> Any:
-        try:
-            return super()._transform(index)
-        except Exception as error:  # noqa: BLE001  whatever a transform raises is a problem of its case
-            return {"case": str(self.data[index]["case"]), FAILED: reason_of(error)}
+        case = str(self.data[index]["case"])
+        with noted(case) as notes:
+            try:
+                item: Any = super()._transform(index)
+            except Exception as error:  # noqa: BLE001  whatever a transform raises is a problem of its case
+                item = {"case": case, FAILED: reason_of(error)}
+        return {**item, NOTES: "\n".join(notes)} if isinstance(item, dict) else item
 
 
 class CaseEvaluator(SupervisedEvaluator):
@@ -43,11 +49,15 @@ class CaseEvaluator(SupervisedEvaluator):
         if self.cases is None:
             return super()._iteration(engine, batchdata)
         case = str(batchdata["case"][0])
+        self.cases.note(case, "".join(batchdata.get(NOTES, "")).splitlines())
         if FAILED in batchdata:
             self.cases.fail(case, batchdata[FAILED][0])
             return {}
         try:
-            return super()._iteration(engine, batchdata)
+            with noted(case) as notes:
+                result = super()._iteration(engine, batchdata)
+            self.cases.note(case, notes)
+            return result
         except Exception as error:  # of this case: the next may be a good one
             logger.debug("%s", case, exc_info=True)
             if not self.cases.fail(case, reason_of(error), error):

@@ -23,6 +23,7 @@ With failures no interval made of so few cases holds what it promises: most samp
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 import statistics
@@ -35,7 +36,7 @@ import numpy as np
 from scipy import stats
 
 from samseg_monai.errors import DataError, raise_all
-from samseg_monai.files import StrPath
+from samseg_monai.files import StrPath, write_bytes
 from samseg_monai.metrics.case import score_columns
 from samseg_monai.metrics.lesions import LESION_COUNTS, LESION_SCORES
 
@@ -220,15 +221,14 @@ def write_table(rows: Iterable[Row], path: StrPath, fields: Sequence[str]) -> Pa
 
     Texts that begin as formulas do (``= + - @``, tab, end of line) get an apostrophe before them, and one more where
     they have one already; control characters are spelt out (``\\x1b``). Numbers stay numbers, negative ones too.
-    Source: OWASP, "CSV Injection".
+    Source: OWASP, "CSV Injection". The file is there whole or not at all (``write_bytes``).
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([write_cell(name) for name in fields])
-        writer.writerows([write_cell(row.get(name, "")) for name in fields] for row in rows)
-    return path
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow([write_cell(name) for name in fields])
+    writer.writerows([write_cell(row.get(name, "")) for name in fields] for row in rows)
+    write_bytes(path, text.getvalue().encode("utf-8"))
+    return Path(path)
 
 
 def spelt_out(text: str, *, keep: str = "") -> str:

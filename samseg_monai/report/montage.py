@@ -74,7 +74,7 @@ class OverlayCase:
         how["frame" if strategy is None else "window"] = self._window()
         if strategy is not None:
             outlines.append((self.predictions[strategy], ImageColor.getrgb(looks(names)[strategy].overlay)[:3]))
-        drawn = pictures.draw(self.image, outlines, box=self.box, **how)
+        drawn = pictures.draw(self.image, outlines, boxes=[] if self.box is None else [self.box], **how)
         # a black square with the picture in its middle: panels side by side line up whatever the shape of the slice
         down, across = (max(drawn.shape) - length for length in drawn.shape[:2])
         square = np.pad(drawn, ((down // 2, down - down // 2), (across // 2, across - across // 2), (0, 0)))

@@ -1,14 +1,16 @@
-"""Outputs named after their case: volumes with the geometry of their image's file, and 2-D predictions written as PNG
-with a picture to look at beside them. A file is there whole or not at all.
+"""Outputs named after their case: volumes with the geometry of their image's file, 2-D predictions as PNG, and beside
+each a picture to look at. A file is there whole or not at all.
 
 Colours are those of Okabe and Ito (2008, "Color universal design"), which people with a colour-vision deficiency can
-tell apart: boxes sky blue, outlines of the classes orange, bluish green, reddish purple, yellow, and again from there.
+tell apart: boxes of 2-D images sky blue, outlines of the classes orange, bluish green, reddish purple, yellow,
+vermilion, blue, white, sky blue, and again from there.
 """
 
 from __future__ import annotations
 
 import gzip
 import io
+import logging
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -19,19 +21,23 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
+from nibabel.affines import voxel_sizes
 from PIL import Image, ImageDraw
 
+from samseg_monai import pictures
+from samseg_monai.data.files.case_list import PICTURE
 from samseg_monai.data.files.volumes import stem_of
-from samseg_monai.errors import ConfigError, DataError
+from samseg_monai.errors import ConfigError, DataError, reason_of
 from samseg_monai.files import file_name, write_bytes
-from samseg_monai.pictures import outline_of
-from samseg_monai.transforms.boxes import move_boxes
-from samseg_monai.transforms.grids import EachKeyd
+from samseg_monai.transforms.boxes import boxes_of, move_boxes
+from samseg_monai.transforms.grids import EachKeyd, name_of
 from samseg_monai.transforms.pixels import bytes_of
 
 BACKGROUND = "background"  # as datalists name it
 BOX = (86, 180, 233)
-CLASSES = ((230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66))
+CLASSES = (
+    (230, 159, 0), (0, 158, 115), (204, 121, 167), (240, 228, 66), (213, 94, 0), (0, 114, 178), (255, 255, 255), BOX,
+)  # fmt: skip
 _PIXELS_PER_LINE = 400  # of the longer side: an outline is one pixel wide in small images, three in 1200 pixels
 
 # what a NIfTI header says of where its voxels lie; the rest belongs to the image
@@ -39,6 +45,8 @@ _GEOMETRY = (
     "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
     "qoffset_z", "srow_x", "srow_y", "srow_z",
 )  # fmt: skip
+_PANELS = 6  # slices of a picture at most
+LOG = logging.getLogger(__name__)
 _SAME_MM = 1e-3  # entries of affines before and after transforms that undo each other
 _SCANNER = 1  # code of a form that says where voxels lie in the scanner
 
@@ -119,6 +127,133 @@ def write_result(path: Path, content: bytes) -> None:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}); free some space") from error
 
 
+class SaveOverlayd(EachKeyd):
+    """Write ``<case>_overlay.png``: slices of a volume with the outline of each class and the boxes that were given.
+
+    Up to six slices, cut as the network cuts them, are spread over those where something was found, the one with most
+    classes, and of these most of them, included; where nothing was found it is one in the middle of the prompt. The
+    grid is that of the image's file, the intensities those that the network saw: what a crop leaves out is black.
+    Items pass unchanged. A picture that cannot be drawn is told in the log, and costs nothing else.
+
+    Args:
+        keys: segmentations as of ``SaveVolumed``.
+        classes: names of the values 1, 2, ...
+        output_dir: folder, made if need be.
+        scan: channel of "image" to be shown.
+        per_component: a prompt of one channel is a box for each of its components, as of the inferer.
+        wanted: False writes nothing.
+    Raises: DataError when the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        keys: str,
+        classes: Sequence[str],
+        output_dir: str | os.PathLike[str],
+        *,
+        scan: int = 0,
+        per_component: bool = False,
+        wanted: bool = True,
+    ) -> None:
+        super().__init__(keys)
+        self.folder, self.classes = Path(output_dir), list(classes)
+        self.scan, self.per_component, self.wanted = scan, per_component, wanted
+
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        if not self.wanted:
+            return
+        try:
+            picture = self._picture(d, d[key])
+        except Exception as error:  # noqa: BLE001  the segmentation is what was asked for
+            LOG.warning("%s: no picture could be drawn: %s", name_of(d), reason_of(error))
+            return
+        write_result(self.folder / f"{file_name(name_of(d))}{PICTURE}", _png(Image.fromarray(picture)))
+
+    def _picture(self, d: Mapping[Hashable, Any], pred: Any) -> np.ndarray:
+        image, affine = d["image"], _array(pred.affine)
+        labels = _array(pred)[0].astype(np.uint8)
+        axis = slice_axis(image, affine, labels.shape)
+        planes = np.moveaxis(labels, axis, 0)
+        prompt = d.get("prompt")
+        prompt = None if prompt is None or bool((prompt > 0).all()) else prompt  # whole slices have no box to be seen
+        panels, boxed = [], False
+        for index in _shown_slices(planes) or [_middle(image if prompt is None else prompt, affine, axis)]:
+            place: Any = (affine, labels.shape, axis, index)
+            grey = pictures.sampled(_bare(image)[self.scan], _array(image.affine), *place)
+            boxes = [] if prompt is None else self._boxes(prompt, place)
+            boxed = boxed or bool(boxes)
+            picture = pictures.draw(
+                pictures.as_seen(grey, affine, axis),
+                [(pictures.as_seen(planes[index], affine, axis), CLASSES)],
+                aspect=pictures.aspect_of(affine, axis),
+                boxes=boxes,
+            )
+            picture = pictures.named(picture, pictures.letters_of(affine, axis))
+            picture = pictures.noted(picture, f"slice {index}", pictures.BOTH, corner=True)
+            panels.append(pictures.measured(picture, pictures.width_of(affine, labels.shape, axis)))
+        whole = pictures.side_by_side(panels)
+        ml = abs(np.linalg.det(affine[:3, :3])) / 1000
+        sizes = {k: int((labels == k).sum()) for k in range(1, len(self.classes) + 1)}
+        shown = [(f"{self.classes[k - 1]} {in_words(n * ml)} mL", k - 1) for k, n in sizes.items() if n]
+        words = [(word, CLASSES[k % len(CLASSES)]) for word, k in shown]
+        words += [] if words else [("nothing found", pictures.BOTH)]
+        words += [("box", pictures.BOX)] if boxed else []
+        return np.concatenate([whole, pictures.legend(name_of(d), whole.shape[1], words)])
+
+    def _boxes(self, prompt: Any, place: Any) -> list[list[float]]:
+        """Boxes of a prompt (N, H, W, D) in a slice of another grid: left, top, right, bottom edge, as seen."""
+        affine, _, axis, _ = place
+        found = [pictures.sampled(channel, _array(prompt.affine), *place) > 0 for channel in _bare(prompt)]
+        seen = [torch.from_numpy(pictures.as_seen(plane, affine, axis).astype(np.uint8)) for plane in found]
+        boxes = torch.cat(
+            [boxes_of(p, per_component=self.per_component and len(seen) == 1).reshape(-1, 4) for p in seen]
+        )
+        return boxes[~boxes.isnan().any(dim=1)].tolist()
+
+
+def in_words(size: float) -> str:
+    """A volume or area with three digits at least, never with an exponent."""
+    return f"{size:.0f}" if size >= 100 else f"{size:.3g}" if size >= 0.001 or size == 0 else "less than 0.001"
+
+
+def slice_axis(image: Any, affine: np.ndarray, shape: Sequence[int]) -> int:
+    """Axis of a file across which the network cut its slices; that of its only slice, where it has no more.
+
+    Args:
+        image: MetaTensor (S, H, W, D) as the network saw it: slices lie along D.
+        affine, shape: of the file's grid.
+    """
+    if 1 in shape:
+        return list(shape).index(1)
+    along = _array(image.affine)[:3, 2]
+    return int(np.abs(along @ (affine[:3, :3] / voxel_sizes(affine))).argmax())
+
+
+def _shown_slices(planes: np.ndarray) -> list[int]:
+    """Which of the slices (N, H, W) are shown: none where all are empty."""
+    filled = np.flatnonzero(planes.any(axis=(1, 2))).tolist()
+    if len(filled) <= _PANELS:
+        return filled
+    best = max(filled, key=lambda k: (len(np.unique(planes[k])), np.count_nonzero(planes[k])))
+    chosen = [filled[int((n + 0.5) * len(filled) / _PANELS)] for n in range(_PANELS)]
+    return sorted({*(k for k in chosen if k != min(chosen, key=lambda k: abs(k - best))), best})
+
+
+def _middle(volume: Any, affine: np.ndarray, axis: int) -> int:
+    """Slice of another grid in the middle of what is marked in a volume (N, H, W, D)."""
+    marked = (_bare(volume) > _bare(volume).min()).any(dim=0).nonzero()
+    centre = marked.double().mean(dim=0).cpu().numpy() if len(marked) else np.array(volume.shape[1:]) / 2
+    return int(np.rint((np.linalg.inv(affine) @ _array(volume.affine) @ [*centre, 1])[axis]))
+
+
+def _bare(tensor: Any) -> torch.Tensor:
+    return torch.as_tensor(tensor).as_subclass(torch.Tensor)
+
+
+def _array(tensor: Any) -> np.ndarray:
+    return np.asarray(_bare(tensor).detach().cpu())
+
+
 class SaveImagePngd(EachKeyd):
     """Write ``<case>_seg.png`` with the values of the data's own labels, and ``<case>_overlay.png``.
 
@@ -167,7 +302,7 @@ class SaveImagePngd(EachKeyd):
         plane = numbers[0, ..., 0].numpy()
         write_result(self.folder / f"{case}_seg.png", _png(Image.fromarray(self.table[plane])))
         if self.overlay:
-            write_result(self.folder / f"{case}_overlay.png", _png(self._picture(d, plane, pred)))
+            write_result(self.folder / f"{case}{PICTURE}", _png(self._picture(d, plane, pred)))
 
     def _picture(self, d: Mapping[Hashable, Any], plane: np.ndarray, pred: Any) -> Image.Image:
         image = d["image"]
@@ -191,7 +326,7 @@ def overlay_picture(image: np.ndarray, labels: np.ndarray, boxes: torch.Tensor |
     greys = image if image.shape[-1] == 3 else image[..., :1].repeat(3, axis=-1)
     colours = bytes_of(greys).astype(np.uint8)
     width = max(1, round(max(labels.shape) / _PIXELS_PER_LINE))
-    lines = outline_of(labels, width)
+    lines = pictures.outline_of(labels, width)
     colours[lines] = np.array(CLASSES, dtype=np.uint8)[(labels[lines] - 1) % len(CLASSES)]
     picture = Image.fromarray(colours)
     pen = ImageDraw.Draw(picture)

@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from samseg_monai import bundles, cli
 from samseg_monai.errors import ConfigError, DataError, SamsegError
 from samseg_monai.handlers import WorstCaseImage
+from samseg_monai.handlers.predictions import TABLE
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.pictures import REFERENCE
 from samseg_monai.transforms import SaveImagePngd, ScaleGreysd
@@ -405,7 +406,7 @@ def test_results_lie_where_they_were_asked_for_whatever_the_folder_is_called(pac
     (folder / "boxes #1.json").write_text('{"new": [[1, 2, 30, 40]]}')
     words = ["--input", folder, "--boxes", folder / "boxes #1.json", "--output", folder / "out"]
     assert predict(monkeypatch, packed, *words) == 0
-    assert sorted(path.name for path in (folder / "out").iterdir()) == ["new_overlay.png", "new_seg.png"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["new_overlay.png", "new_seg.png", TABLE]
 
 
 @pytest.mark.parametrize("box", [[60, 2, 70, 9], [3, 2, 3.0000001, 9]])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from samseg_monai.faults import output_problem
 from samseg_monai.files import file_name
 
 LOG = logging.getLogger(__name__)
+PROGRESS = logging.getLogger("samseg_monai.progress")  # what a run without anything odd tells
+PICTURE = "_overlay.png"  # ends the name of what is no result
 SHOWN = 20  # names of one line in the log
 _LOST = "no result of it was written"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no other case can be written either
@@ -30,6 +34,9 @@ class CaseList:
         files: case -> one path per scan, or the single path that holds them all.
         passed: reason -> names of entries that are no cases.
         full: whether a result could not be written as the disk is full or read-only.
+        notes: case -> what was warned of while it was worked on.
+        watch: called when a case turns out bad in the run.
+        lost: why the table of the results is not there, or empty.
     """
 
     good: list[dict[str, Any]] = field(default_factory=list)
@@ -37,6 +44,9 @@ class CaseList:
     files: dict[str, list[Path]] = field(default_factory=dict)
     passed: dict[str, list[str]] = field(default_factory=dict)
     full: bool = False
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    watch: Callable[[], None] | None = None
+    lost: str = ""
 
     def add(self, case: str, paths: list[Path]) -> None:
         """Add a case; a second one of the same name would overwrite the first one's result, so it is refused."""
@@ -51,6 +61,10 @@ class CaseList:
         """Note entries that are no cases."""
         for name in names:
             self.passed.setdefault(reason, []).append(name)
+
+    def note(self, case: str, notes: Iterable[str]) -> None:
+        """Note warnings of a case, each once."""
+        self.notes[case] = list(dict.fromkeys([*self.notes.get(case, ()), *notes]))
 
     def sort(self, results: Mapping[str, dict[str, Any] | str]) -> None:
         """Take what the check of each case gave, an item or a reason; DataError if no case is good."""
@@ -81,9 +95,12 @@ class CaseList:
         before = _stamps(folder)
         evaluator.run()
         now = _stamps(folder)
-        written = [name for name, stamp in now.items() if stamp != before.get(name)]
+        written = [name for name, stamp in now.items() if stamp != before.get(name) and not name.endswith(PICTURE)]
+        names = [file_name(item["case"]) for item in self.good]
+        # the result of case a_b begins like one of case a
+        found = {max((n for n in names if result.startswith(f"{n}_")), key=len, default="") for result in written}
         for item in list(self.good):
-            if not any(name.startswith(file_name(item["case"])) for name in written):
+            if file_name(item["case"]) not in found:
                 self.fail(item["case"], "not tried, as nothing more can be written" if self.full else _LOST)
 
     def fail(self, case: str, reason: str, error: BaseException | None = None) -> bool:
@@ -96,21 +113,54 @@ class CaseList:
         self.bad[case] = reason
         causes = [] if error is None else behind(error, handled=False)
         self.full = self.full or any(isinstance(cause, OSError) and cause.errno in _FULL for cause in causes)
+        if self.watch is not None:
+            self.watch()
         return not self.full
 
     def finish(self) -> None:
-        """Raise DataError naming every bad case; to be called last, when the good ones are done."""
+        """Tell how many cases are done; DataError naming every bad case, or without the table of the results.
+
+        To be called last, when the good ones are done.
+        """
         total, bad = len(self.good) + len(self.bad), sorted(self.bad)
         if bad:
             named = ", ".join(bad[:SHOWN]) + (f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else "")
             raise DataError(
                 f"{len(bad)} of {total} cases were not predicted, the others are done; why is told above: {named}"
             )
+        if self.lost:
+            raise DataError(f"the cases ({total}) were predicted, but {self.lost}")
+        PROGRESS.info("%d of %d cases were predicted", len(self.good), total)
 
     def refuse(self, heading: str) -> None:
         """Raise DataError naming every bad case, if there is one."""
         problems = [f"{case}: {reason}" for case, reason in sorted(self.bad.items())]
         raise_all(problems, DataError, heading, cases=len(self.good) + len(self.bad))
+
+
+@contextmanager
+def noted(case: str) -> Iterator[list[str]]:
+    """Collect what this package warns of in this thread, without the name of the case in front.
+
+    Whatever turns out about a case, wherever it does, stands beside its result then; the log tells it all the same.
+    """
+    _OURS.addHandler(_COLLECTOR)  # once: it stays, as other threads may be in its midst
+    _HERE.case, _HERE.texts = case, []
+    try:
+        yield _HERE.texts
+    finally:
+        _HERE.texts = None
+
+
+class _Collector(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        if (texts := getattr(_HERE, "texts", None)) is not None:
+            texts.append(record.getMessage().removeprefix(f"{_HERE.case}: "))
+        if logging.lastResort is not None and not logging.root.handlers and _OURS.handlers == [self]:
+            logging.lastResort.handle(record)  # as logging does by itself where there is no handler at all
+
+
+_OURS, _COLLECTOR, _HERE = logging.getLogger("samseg_monai"), _Collector(logging.WARNING), threading.local()
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from samseg_monai.data import BRATS_SCANS, IMAGES
 from samseg_monai.data.files.boxes import IMAGE_BOXES, VOLUME_BOXES, as_floats, box_problems, read_table, volume_boxes
-from samseg_monai.data.files.case_list import SHOWN, CaseList
+from samseg_monai.data.files.case_list import SHOWN, CaseList, noted
 from samseg_monai.data.files.dicom import holds_series, is_dicom, read_series
 from samseg_monai.data.files.images import GREY, case_of, read_image
 from samseg_monai.data.files.volumes import (
@@ -105,14 +105,17 @@ def find_cases(
     fits = partial(_check_modality, kind=kind, modality=modality, allowed=allow_modality)
 
     def check(case: str) -> dict[str, Any] | str:
-        try:
-            if kind == IMAGES:
-                return _check_image(case, cases.files[case][0], scans, table, fits)
-            return _check_volumes(case, cases.files[case], scans, table, masks, fits)
-        except (DataError, PromptError) as error:
-            return str(error)
-        except Exception as error:  # noqa: BLE001  whatever is wrong with one case must not cost the others
-            return reason_of(error)
+        with noted(case) as notes:
+            try:
+                if kind == IMAGES:
+                    return _check_image(case, cases.files[case][0], scans, table, fits)
+                return _check_volumes(case, cases.files[case], scans, table, masks, fits)
+            except (DataError, PromptError) as error:
+                return str(error)
+            except Exception as error:  # noqa: BLE001  whatever is wrong with one case must not cost the others
+                return reason_of(error)
+            finally:
+                cases.note(case, notes)
 
     for case in sorted(set(table or {}) - set(cases.files) - set(cases.bad)):
         LOG.warning("boxes are given for %s, but there is no such case", case)

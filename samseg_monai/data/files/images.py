@@ -263,5 +263,6 @@ class ImageFileReader(ImageReader):
             MetaKeys.SPATIAL_SHAPE: np.asarray(picture.array.shape[:3]),
             MetaKeys.ORIGINAL_CHANNEL_DIM: float("nan") if picture.array.ndim == 3 else -1,
             "filename_or_obj": str(img[0]),
+            "spacing_known": self.spacing is not None or picture.own_spacing_mm is not None,
         }
         return picture.array, meta
