@@ -57,7 +57,7 @@ def read_json(path: StrPath, error: type[SamsegError], what: str, fix: str = "ge
     """Read a JSON object.
 
     Args:
-        path: file, UTF-8.
+        path: file, UTF-8, with or without a byte order mark.
         error: class to raise.
         what: what the file is, for the message ("datalist", "card", ...).
         fix: what the user can do about it.
@@ -67,7 +67,7 @@ def read_json(path: StrPath, error: type[SamsegError], what: str, fix: str = "ge
             values would be lost without a word).
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as problem:
         raise error(f"{what} {path}: cannot be read ({problem.strerror}); {fix}") from problem
     except ValueError as problem:

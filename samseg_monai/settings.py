@@ -187,29 +187,32 @@ class RunSettings(Model):
     num_workers: Workers = 0
 
 
+_Path = Annotated[str, Field(min_length=1)]  # an empty one would mean the current folder
+
+
 class Places(BaseModel):
     """Where a run's files lie: the receiver's business, never part of a bundle's settings."""
 
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
-    dataset_dir: str
+    dataset_dir: _Path
     """Folder of the data."""
-    output_dir: str
+    output_dir: _Path
     """Folder of the run."""
-    datalist: str | None = None
-    sam_checkpoint: str | None = None
+    datalist: _Path | None = None
+    sam_checkpoint: _Path | None = None
     """File of SAM's weights, or "random"; null: looked up by name."""
-    checkpoint: str | None = None
-    results_dir: str | None = None
-    predictions_dir: str | None = None
-    boxes: str | None = None
-    prompts: str | None = None
-    prompt_boxes: str | None = Field(default=None, alias="prompt::boxes")
-    slices_cache_dir: str | None = Field(default=None, alias="slices::cache_dir")
-    embeddings_cache_dir: str | None = Field(default=None, alias="embeddings::cache_dir")
-    side_weights: str | None = Field(default=None, alias="strategy::side_weights")
+    checkpoint: _Path | None = None
+    results_dir: _Path | None = None
+    predictions_dir: _Path | None = None
+    boxes: _Path | None = None
+    prompts: _Path | None = None
+    prompt_boxes: _Path | None = Field(default=None, alias="prompt::boxes")
+    slices_cache_dir: _Path | None = Field(default=None, alias="slices::cache_dir")
+    embeddings_cache_dir: _Path | None = Field(default=None, alias="embeddings::cache_dir")
+    side_weights: _Path | None = Field(default=None, alias="strategy::side_weights")
     """File of the side network's weights, or "random"; null: the published ones."""
-    mlflow_uri: str | None = Field(default=None, alias="mlflow::uri")
-    mlflow_experiment: str | None = Field(default=None, alias="mlflow::experiment")
+    mlflow_uri: _Path | None = Field(default=None, alias="mlflow::uri")
+    mlflow_experiment: _Path | None = Field(default=None, alias="mlflow::experiment")
 
 
 PLACES = tuple(field.alias or name for name, field in Places.model_fields.items())

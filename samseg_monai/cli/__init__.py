@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -65,6 +66,7 @@ def _options(
 def main() -> None:
     """Run the command line; our own errors end it with their text and exit code 1, without a traceback."""
     try:
+        _refuse_nothing(sys.argv[1:])
         app()
     except SamsegError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
@@ -72,3 +74,12 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has left, as in `samseg ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _refuse_nothing(words: Sequence[str]) -> None:
+    """Refuse an empty word, as of a variable of the shell that is not set: as a path it means the current folder."""
+    for before, word in zip(("", *words), words, strict=False):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            where = f" behind {before}" if not word and before.startswith("-") else f" ({word})" if word else ""
+            typer.echo(f"an argument is empty{where}; is a variable of the shell not set?", err=True)
+            sys.exit(2)

@@ -20,7 +20,7 @@ from samseg_monai.data import IMAGES
 from samseg_monai.data.datalists.label_maps import CODINGS, labels_in
 from samseg_monai.data.datalists.splits import SECTIONS, in_two_sections
 from samseg_monai.data.files.boxes import read_boxes
-from samseg_monai.data.files.dicom import is_dicom
+from samseg_monai.data.files.dicom import holds_series, is_dicom
 from samseg_monai.data.files.volumes import IMAGE_SUFFIXES, SUFFIXES, image_stem, refuse_foreign, stem_of
 from samseg_monai.errors import DataError, raise_all
 from samseg_monai.files import read_json, write_json
@@ -31,8 +31,9 @@ _FILE_KEYS = ("image", "label", "reference")
 
 
 def patient_of(case: str) -> str:
-    """Patient of a BraTS case id: the id without its time point (``BraTS-MEN-00004-001`` -> ``BraTS-MEN-00004``)."""
-    return re.sub(r"-\d{3}$", "", case)
+    """Patient of a BraTS case id: the id without its time point (``BraTS-MEN-00004-001`` -> ``BraTS-MEN-00004``,
+    ``BraTS-MEN-RT-0001-1`` -> ``BraTS-MEN-RT-0001``)."""
+    return re.sub(r"-\d{3}$|(?<=-RT-\d{4})-\d$", "", case)
 
 
 def read_datalist(path: str | Path) -> dict[str, Any]:
@@ -136,6 +137,8 @@ def load_datalist(
 
 def _file_problem(path: Path, kind: str | None) -> str:
     """Why a file must not be given to MONAI's readers, which try whatever format a name or a content may mean."""
+    if path.is_dir() and kind != IMAGES:
+        return "" if holds_series(path) else f"no file {path}, and no DICOM series in the folder of that name"
     if not path.is_file():
         return f"no file {path}"
     known = (image_stem if kind == IMAGES else stem_of)(path) is not None or is_dicom(path)
@@ -196,6 +199,11 @@ def _select_scans(datalist: dict[str, Any], scans: Sequence[str] | None, *, name
         raise DataError(
             f"{name}: its images have the channels {', '.join(stored)}, the network wants "
             f"{', '.join(scans)}; set scans to {list(stored)!r}, or save the images anew"
+        )
+    if any(isinstance(item["image"], str) for section in SECTIONS for item in datalist[section]):
+        raise DataError(
+            f"{name}: one file of a case holds {', '.join(stored)}; the network wants {', '.join(scans)}; set scans to "
+            f"{list(stored)!r}, or save each scan as a file of its own"
         )
     absent = [scan for scan in scans if scan not in stored]
     raise_all(absent, DataError, f"{name}: scans that it does not have (it has {', '.join(stored)})")

@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from samseg_monai.data import IMAGES
 from samseg_monai.data.datalists import write_datalist
-from samseg_monai.data.files.volumes import Volume, grid_difference, is_phantom, read_volume, value_problem
+from samseg_monai.data.datalists.splits import Split
+from samseg_monai.data.files.dicom import read_any
+from samseg_monai.data.files.volumes import Volume, grid_difference, is_phantom, value_problem
 from samseg_monai.errors import DataError, raise_all
 
 LOG = logging.getLogger(__name__)
@@ -54,13 +56,13 @@ Hint = Callable[[CaseCheck, list[int]], str]
 
 @dataclass
 class Summary:
-    """What a maker of datalists found and wrote; counts are of cases unless named otherwise.
+    """What a maker of datalists found and wrote; counts are of cases unless named otherwise, and of the first fold.
 
     ``header`` is that of the datalist; ``patients`` is None where the data do not tell which cases share a patient (or
     images a group); ``extra`` are further facts, one a line.
     """
 
-    datalist: Path
+    datalists: list[Path]
     header: Mapping[str, Any]
     sections: dict[str, int]
     patients: int | None
@@ -83,7 +85,9 @@ class Summary:
         if self.header.get("distance_unit") == "px":
             spacings = "pixel size: not known, so that distances are in pixels"
         return [
-            f"{sum(self.sections.values())} {members}: " + ", ".join(f"{n} {s}" for s, n in self.sections.items()),
+            f"{sum(self.sections.values())} {members}: "
+            + ", ".join(f"{n} {s}" for s, n in self.sections.items())
+            + (f", in the first of {len(self.datalists)} folds" if len(self.datalists) > 1 else ""),
             f"shapes: {_commonest(self.shapes)}",
             spacings,
             *(
@@ -94,7 +98,7 @@ class Summary:
             *self.extra,
             *(f"warning: {text}" for text in self.warnings),
             *(f"left out: {text}" for text in self.left_out),
-            f"wrote {self.datalist}",
+            f"wrote {' '.join(map(str, self.datalists))}",
         ]
 
 
@@ -104,34 +108,43 @@ def _commonest(counts: Mapping[str, int], shown: int = 6) -> str:
     return listed + (f" and {len(counts) - shown} others" if len(counts) > shown else "")
 
 
-def check_files(check: CaseCheck, *, label: str, legal: Collection[int], hint: Hint) -> None:
+def check_files(
+    check: CaseCheck, *, label: str, legal: Collection[int], hint: Hint = lambda check, strange: "", channels: int = 1
+) -> None:
     """Read ``check.files`` completely and add to ``check`` all that is known and everything that is wrong.
 
     The first file gives the grid of all; ``label`` names the label among them, ``legal`` are its values, ``hint`` makes
-    an advice of the case and of those that are not (sorted).
+    an advice of the case and of those that are not (sorted), ``channels`` are scans on a fourth axis of an image.
     """
     hashes = []
     first: Volume | None = None
     for name, path in check.files.items():
         try:
-            volume = read_volume(path)
+            volume = read_any(path)
         except DataError as error:
             check.problems.append(str(error))
             continue
         hashes.append(f"{name} {volume.sha256}\n")
         check.warnings += volume.notes
-        if volume.array.ndim != 3:
-            check.problems.append(f"{path.name}: has shape {volume.array.shape}, expected three axes")
+        scans = np.moveaxis(volume.array, 3, 0) if volume.array.ndim == 4 else volume.array[None]
+        if len(scans) != (wanted := 1 if name == label else channels):
+            expected = "three axes" if wanted == 1 else f"{wanted} scans on a fourth axis"
+            check.problems.append(f"{path.name}: has shape {volume.array.shape}, expected {expected}")
             continue
+        grid = replace(volume, array=scans[0])
         if first is None:
-            first, first_name = volume, path.name
-            check.shape, check.spacing_mm = volume.array.shape, volume.spacing_mm
-        elif difference := grid_difference(volume, first):
+            first, first_name = grid, path.name
+            check.shape, check.spacing_mm = grid.array.shape, grid.spacing_mm
+        elif difference := grid_difference(grid, first):
             check.problems.append(f"{path.name}: {difference} of {first_name}")
         if name == label:
             check_label(volume.array, path.name, check, legal=legal, hint=hint)
-        elif problem := value_problem(volume.array):
-            check.problems.append(f"{path.name}: {problem}")
+        else:
+            which = [f"scan {number}: " if wanted > 1 else "" for number in range(wanted)]
+            found = [
+                text + problem for text, scan in zip(which, scans, strict=True) if (problem := value_problem(scan))
+            ]
+            check.problems += [f"{path.name}: {problem}" for problem in found]
     check.sha256 = hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
@@ -199,6 +212,20 @@ def read_all(
     return good, problems
 
 
+def labelled(checks: Sequence[Check], label: str, src: Path) -> tuple[list[Check], list[str]]:
+    """The cases that have a label, or a defect; and a warning that counts those with images alone, which are left out.
+
+    Raises:
+        DataError: no case has a label.
+    """
+    alone = [check.case for check in checks if check.files and label not in check.files and not check.problems]
+    if alone and len(alone) == len(checks):
+        raise DataError(f"{src}: none of {len(checks)} cases has a label; 'samseg predict' takes images alone")
+    shown = ", ".join(alone[:10]) + (" ..." if len(alone) > 10 else "")
+    warnings = [f"{len(alone)} of {len(checks)} cases have no label and are left out: {shown}"] if alone else []
+    return [check for check in checks if check.case not in set(alone)], warnings
+
+
 def _notes(checks: Sequence[CaseCheck]) -> list[str]:
     """Warnings of all cases, and one line for labels stored as fractions, which a strict reader would refuse."""
     kinds = Counter(check.label_dtype for check in checks if check.label_dtype.startswith("float"))
@@ -220,7 +247,7 @@ def write_checked(
     output: str | Path,
     src: Path,
     good: Sequence[CaseCheck],
-    split: Mapping[str, Sequence[str]],
+    splits: Sequence[Split],
     *,
     header: Mapping[str, Any],
     label: str = "label",
@@ -229,45 +256,52 @@ def write_checked(
     left_out: list[str],
     extra: Sequence[str] = (),
 ) -> Summary:
-    """Write the datalist of checked cases, log every warning and sum it all up.
+    """Write the datalist of checked cases, or one for each fold, log every warning and sum it all up.
 
     Args:
-        output: datalist to write.
+        output: datalist to write; of several folds ``d.json`` becomes ``d_fold1.json``, ``d_fold2.json`` ...
         src: folder that its paths are relative to.
         good: usable cases.
-        split: section -> names of those that are used.
+        splits: which of them are used for what, once or for each fold.
         header: what stands above the sections: ``labels`` and ``scans`` at least.
         label: which of a case's files the label is; the others are its image.
         patient: case -> patient; None where nobody knows: each case is its own.
         warnings, left_out, extra: to be shown; see ``Summary``. Warnings of the cases come before these.
     """
     of = {check.case: check for check in good}
-    checks = [of[case] for cases in split.values() for case in cases]
-    images = header.get("kind") == IMAGES
+    first = splits[0].sections
+    checks = [of[case] for cases in first.values() for case in cases]
+    one_file = header.get("kind") == IMAGES
 
     def item(check: CaseCheck) -> dict[str, Any]:
         files = {name: path.relative_to(src).as_posix() for name, path in check.files.items()}
         stored = files.pop(label)
-        image = next(iter(files.values())) if images else list(files.values())
+        several = list(files.values())
+        image = several[0] if one_file or len(several) < len(header["scans"]) else several
         owner = check.case if patient is None else patient(check.case)
         return {"case": check.case, "patient": owner, "image": image, "label": stored, "reference": stored}
 
     labels = [check.files[label] for check in checks]
     drawn = all(path.name.endswith((".nii", ".nii.gz")) and is_phantom(path) for path in labels)
-    datalist = {
-        **header,
-        "phantoms": drawn and not images,
-        **{section: [item(of[case]) for case in cases] for section, cases in split.items()},
-        "hashes": {check.case: check.sha256 for check in checks},
-    }
-    write_datalist(datalist, output)
+    path = Path(output)
+    folds = [path.with_name(f"{path.stem}_fold{n}{path.suffix}") for n in range(1, len(splits) + 1)]
+    written = folds if len(splits) > 1 else [path]
+    for target, split in zip(written, splits, strict=True):
+        datalist = {
+            **header,
+            "split": dict(split.made_by),
+            "phantoms": drawn and not one_file,
+            **{section: [item(of[case]) for case in cases] for section, cases in split.sections.items()},
+            "hashes": {check.case: check.sha256 for check in checks},
+        }
+        write_datalist(datalist, target)
     warnings = [*_notes(good), *warnings]
     for text in warnings:
         LOG.warning("%s", text)
     return Summary(
-        datalist=Path(output),
+        datalists=written,
         header=header,
-        sections={section: len(cases) for section, cases in split.items()},
+        sections={section: len(cases) for section, cases in first.items()},
         patients=None if patient is None else len({patient(check.case) for check in checks}),
         warnings=warnings,
         left_out=left_out,

@@ -22,7 +22,7 @@ from samseg_monai.data.datalists.label_maps import (
     implausible_sizes,
     labels_in,
 )  # fmt: skip
-from samseg_monai.data.datalists.splits import shuffled
+from samseg_monai.data.datalists.splits import Split, shuffled
 from samseg_monai.data.files.volumes import stem_of
 from samseg_monai.errors import ConfigError, DataError
 
@@ -78,9 +78,9 @@ def prepare_synapse(
         *(f"{text}: is {label_coding} the coding of these files?" for text in odd),
     ]
     header = {"name": "Synapse", "modality": "CT", "scans": ["image"], "labels": labels, "label_coding": label_coding}
-    header["split"] = {"by": "published 18/12", "validation": validation, "seed": seed}
-    split = _split([check.case for check in good], validation, seed)
-    return write_checked(output, src, good, split, header=header, patient=str, warnings=warnings, left_out=problems)
+    made_by = {"by": "published 18/12", "validation": validation, "seed": seed}
+    splits = [Split(_split([check.case for check in good], validation, seed), made_by)]
+    return write_checked(output, src, good, splits, header=header, patient=str, warnings=warnings, left_out=problems)
 
 
 def _find_cases(src: Path) -> dict[str, CaseCheck]:

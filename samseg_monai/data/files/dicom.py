@@ -21,7 +21,7 @@ import pydicom
 import pydicom.misc
 import SimpleITK as sitk
 
-from samseg_monai.data.files.volumes import Volume, content_of, from_itk, last_line, stem_of
+from samseg_monai.data.files.volumes import Volume, content_of, from_itk, last_line, read_volume, stem_of
 from samseg_monai.errors import DataError, raise_all
 
 _SAME_PLACE_MM = 0.01
@@ -115,6 +115,11 @@ def read_series(folder: str | Path) -> Volume:
     sha256 = hashlib.sha256(b"".join(piece.digest for piece in slices)).hexdigest()
     few = f"{folder.name}: has only 2 slices; is the series complete?"
     return Volume(array, affine, sha256, (few,) if len(slices) == 2 else ())
+
+
+def read_any(path: Path) -> Volume:
+    """Read one volume: a folder as the DICOM series in it, a file as what it is; DataError as its reader's."""
+    return read_series(path) if path.is_dir() else read_volume(path)
 
 
 def _listed_by_gdcm(folder: Path) -> list[list[Path]]:

@@ -41,7 +41,7 @@ class Volume:
     """One file, or one series of DICOM slices, as it is stored.
 
     Attributes:
-        array: (X, Y, Z) or (X, Y, Z, C), numbers scaled as the header says.
+        array: (X, Y, Z) or (X, Y, Z, C) with C > 1, numbers scaled as the header says.
         affine: (4, 4) float64, voxel indices to RAS mm.
         sha256: of the file's bytes; for a series see ``dicom.read_series``.
         notes: oddities that do not prevent its use.
@@ -88,6 +88,8 @@ def read_volume(path: str | Path) -> Volume:
     array, affine, notes = parse_nifti(path, content) if is_nifti else (*_parse_itk(path, content), ())
     if reason := _unusable(array, affine):
         raise DataError(f"{path.name}: {reason}")
+    if array.ndim == 4 and array.shape[3] == 1:  # one scan, as MONAI loads it, too
+        array = array[..., 0]
     return Volume(array, affine, hashlib.sha256(content).hexdigest(), notes)
 
 
