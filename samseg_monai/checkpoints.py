@@ -72,8 +72,10 @@ def card_differences(card: Mapping[str, Any], network: Network) -> list[str]:
 def _flat(facts: Mapping[str, Any], ignored: tuple[str, ...]) -> dict[str, Any]:
     """The facts that must agree, with one entry per argument of the strategy."""
     flat = {key: facts.get(key) for key in MUST_AGREE if key != "strategy"}
-    strategy = facts.get("strategy") or {}
+    strategy = facts.get("strategy")
+    strategy = strategy if isinstance(strategy, Mapping) else {"_target_": strategy}
     arguments = strategy.get("arguments", {})
+    arguments = arguments if isinstance(arguments, Mapping) else {"arguments": arguments}
     flat["strategy"] = strategy.get("_target_")
     return flat | {f"strategy {name}": value for name, value in arguments.items() if name not in ignored}
 
@@ -83,6 +85,7 @@ def _other_base(card: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     wanted, held = card.get("base_sha256"), facts.get("base_sha256")
     if wanted == RANDOM:
         return "; the adapter was trained on a random start: set sam_checkpoint to 'random'"
+    wanted = wanted if isinstance(wanted, str) else None
     file, other = card.get("base_file") or name_of(wanted), facts.get("base_file") or name_of(held)
     trained = f"{file}, the file" if file else "the file"
     instead = f" and not to those of {other}" if other and other != file else ""
@@ -188,6 +191,7 @@ def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
     mine = network.state_dict()
     expected = {name: mine[name] for name in network.owned}
     raise_all(tensor_differences(state, expected), CheckpointError, f"{path}: does not fit this network")
+    raise_all(_not_finite(state), CheckpointError, f"{path}: does not fit this network")
     network.load_state_dict(state, strict=False)  # the names were compared one by one above
     return card
 
@@ -214,10 +218,18 @@ def load_model(network: nn.Module, path: StrPath) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; train first, or give the model of a run or bundle")
     state = _read_state(path)
-    raise_all(tensor_differences(state, network.state_dict()), CheckpointError, f"{path}: does not fit this network")
+    heading = f"{path}: does not fit this network"
+    raise_all(tensor_differences(state, network.state_dict()), CheckpointError, heading)
+    raise_all(_not_finite(state), CheckpointError, heading)
     network.load_state_dict(state)
     if isinstance(network, (SamSegmenter, PlainSegmenter)):
         network.base_sha256, network.base_file = sha256_of(path), path.name
+
+
+def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Tensors with which every prediction would be empty, without a word."""
+    wrong = (name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all())
+    return [f"{name}: holds values that are not finite" for name in wrong]
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

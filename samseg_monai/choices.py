@@ -32,8 +32,8 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Cases = Annotated[int, Field(ge=1, le=4096)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Voxels = Annotated[int, Field(ge=1, le=8192)]
-Workers = Annotated[int, Field(ge=0, le=256)]
-Side = Annotated[int, Field(ge=16, le=4096)]
+Workers = Annotated[int, Field(ge=0, le=64)]
+Side = Annotated[int, Field(ge=16, le=2048)]  # twice SAM's own
 
 
 def is_label(text: str) -> bool:
@@ -404,6 +404,8 @@ def _unsafe_text(text: str) -> list[str]:
         return [f"{text!r}: a setting is a value, and no text may begin with '$', '@' or '%'"]
     if any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in text):
         return [f"{text!r}: control characters"]
+    if re.search(r"[@%](#|::)", text):
+        return [f"{text!r}: MONAI takes '@' and '%' before '#' or '::' for a reference"]
     if "../" in text or "..\\" in text:
         return [f"{text!r}: a setting names no place"]
     return []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,6 +56,28 @@ def write_json(path: StrPath, value: Any, *, indent: int = 2) -> None:
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def open_regular(path: StrPath) -> IO[bytes]:
+    """Open a file of a folder from elsewhere for reading; OSError for a link, and for what could wait for ever."""
+    found = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+                    | getattr(os, "O_BINARY", 0))  # fmt: skip
+    if not stat.S_ISREG(os.fstat(found).st_mode):
+        os.close(found)
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return os.fdopen(found, "rb")
+
+
+def foreign_problems(folder: Path, names: Iterable[str]) -> list[str]:
+    """One line for each of ``names`` in a folder from elsewhere that leads out of it or is no file or folder."""
+    found = []
+    for name in names:
+        path = folder / name
+        if path.is_symlink():
+            found.append(f"{name}: a link, which can lead out of the folder")
+        elif path.exists() and not path.is_file() and not path.is_dir():
+            found.append(f"{name}: no regular file: reading it may wait for ever")
+    return found
+
+
 def read_json(path: StrPath, error: type[SamsegError], what: str, fix: str = "get the file again") -> dict[str, Any]:
     """Read a JSON object.
 
@@ -67,6 +92,8 @@ def read_json(path: StrPath, error: type[SamsegError], what: str, fix: str = "ge
             values would be lost without a word).
     """
     try:
+        if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+            raise OSError(errno.EINVAL, "no regular file: reading it may wait for ever")
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as problem:
         raise error(f"{what} {path}: cannot be read ({problem.strerror}); {fix}") from problem
@@ -82,9 +109,10 @@ def parse_json(
     twice: list[str] = []
 
     def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice.extend(sorted({name for name in names if names.count(name) > 1}))
-        return dict(pairs)
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice.extend(sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1))
+        return found
 
     try:
         value = json.loads(text, object_pairs_hook=collect)

@@ -40,7 +40,7 @@ from samseg_monai.choices import (
     Workers,
     unsafe,
 )
-from samseg_monai.errors import ConfigError, raise_all
+from samseg_monai.errors import MOST_LINES, ConfigError, raise_all
 
 NOTHING = "$None"  # null in an override: MONAI passes over one that is None itself
 
@@ -56,6 +56,13 @@ class Intensity(Model):
     """Mean and standard deviation of z-scores over voxels that are not 0: for skull-stripped brains."""
     after_crop: bool = False
     """Scale what the crop leaves, not the whole volume."""
+
+    @model_validator(mode="after")
+    def _fit(self) -> Intensity:
+        for name, pair in {"window": self.window, "percentiles": self.percentiles}.items():
+            if pair is not None and not pair[0] < pair[1]:
+                raise ValueError(f"{name} {pair}: the smaller number comes first")
+        return self
 
 
 class TaskSettings(Model):
@@ -143,7 +150,7 @@ class RunSettings(Model):
     """Compare the decoder's own logits with the label, one per 4 x 4 pixels (without prompts only)."""
     masks: Literal["single", "best"] = "single"
     """SAM's single mask, or the best rated of its three."""
-    store_size: Side | None = None
+    store_size: Annotated[int, Field(ge=16, le=1024)] | None = None
     """Side in pixels that slices are stored at before they are enlarged; null: none."""
     scan_mode: Literal["mean_logits", "channels"] = "mean_logits"
     """Each scan through SAM as grey image, or three scans as the colour channels."""
@@ -305,6 +312,8 @@ def _misfits(settings: BundleSettings) -> Iterator[str]:
         yield f"task::labels: 'foreground' makes one class of all labels; for {len(task.classes)} use 'named'"
     if (task.orientation is None) != (task.kind == "images"):
         yield "task::orientation: volumes need one, such as 'RAS'; 2-D images have none (null)"
+    if task.orientation and len({axis // 2 for axis in map("RLAPIS".index, task.orientation)}) < 3:
+        yield f"task::orientation: got {task.orientation!r}; one letter of R and L, one of A and P, one of I and S"
     strange = {name for pair in task.mirrored_classes or () for name in pair} - set(task.classes)
     if strange:
         yield f"task::mirrored_classes: {', '.join(sorted(strange))}: not among the classes"
@@ -333,6 +342,8 @@ def _network_misfits(net: Network | None, scans: int, image_size: int) -> Iterat
     """Sizes and channels that MONAI's network would refuse when it is built or first called."""
     if net is None or net.name == "BoxEllipse":
         return
+    if net.name == "UNETR" and net.hidden_size % net.num_heads:
+        yield f"strategy::network::num_heads: got {net.num_heads}, which does not divide hidden_size {net.hidden_size}"
     key, side = (
         ("strategy::network::crop_size", net.crop_size) if net.boxes == "crop" else ("run::image_size", image_size)
     )
@@ -427,14 +438,14 @@ def problems_of(value: Any, model: type[BaseModel], where: str = "") -> list[str
 def _problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """Lines for a person: where, what was got, what is possible."""
     lines = []
-    for detail in error.errors(include_url=False):
+    for detail in error.errors(include_url=False)[:MOST_LINES]:
         at, owner, field = _at(model, detail["loc"])
         got = repr(detail["input"])
         got = got if len(got) <= 80 else f"{got[:77]}..."
         known = list(owner.model_fields) if owner else []
         example = f"; for example {json.dumps(field.examples[0])}" if field is not None and field.examples else ""
         if detail["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(at.rpartition("::")[2], known, n=1)
+            near = difflib.get_close_matches(at.rpartition("::")[2][:64], known, n=1)
             lines.append(
                 f"{at}: no such key" + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}")
             )
@@ -449,6 +460,8 @@ def _problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
         else:
             message = detail["msg"].replace("Input should be", "expected").replace("'", '"')
             lines.append(f"{at}: got {got}; {message}{example}")
+    if error.error_count() > MOST_LINES:
+        lines.insert(0, f"{TOO_MUCH}: {error.error_count():,} problems, of which the first are told")
     return list(dict.fromkeys(lines))
 
 

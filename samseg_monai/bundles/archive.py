@@ -7,6 +7,7 @@ end (format: PKWARE's APPNOTE 6.3.10, sections 4.3 to 4.5).
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -21,11 +22,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
-from samseg_monai.errors import BundleError, raise_all
-from samseg_monai.files import hash_stream, parse_json
+from samseg_monai.errors import BundleError, raise_all, visible
+from samseg_monai.files import hash_stream, open_regular, parse_json
 
 SUMS = "SHA256SUMS"
 TEXT_BYTES = 8 << 20  # no text of a bundle is longer
+KEPT_BYTES = 1 << 20  # nor a config
 MOST_MEMBERS = 1000
 LONGEST_NAME = 500  # characters of a path
 TOTAL_BYTES = 32 << 30  # several times a bundle with SAM's largest encoder
@@ -37,7 +39,7 @@ EXTRA_FIELDS = (0x0001, 0x000A, 0x5455, 0x5855, 0x7855, 0x7875)
 DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError, LookupError)
 _BUNDLE = re.compile(r"((?:[^/]+/){0,2})configs/[^/]+\.json", re.IGNORECASE)
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[\d¹²³]|lpt[\d¹²³]|conin\$|conout\$) *(\..*)?", re.IGNORECASE)
-_LEFT_BEHIND = (".ds_store", "thumbs.db", "desktop.ini", "__macosx")
+_LEFT_BEHIND = (".ds_store", "thumbs.db")  # and no desktop.ini, which Windows acts upon
 _EXPECTED = "give the folder or the ZIP of a bundle"
 
 
@@ -57,6 +59,7 @@ class BundleFiles:
         self.name = place.stem if place.suffix.lower() == ".zip" else place.absolute().name
         self.sizes: dict[str, int] = {}
         self.problems: list[str] = []
+        self._texts: dict[str, bytes] = {}
 
     def open(self, name: str) -> IO[bytes]:
         """Open a file for reading. Raises BundleError, as all that follow do."""
@@ -66,11 +69,16 @@ class BundleFiles:
         """Let go of what is held open."""
 
     def read(self, name: str, most: int) -> bytes:
-        """Content of a file of at most ``most`` bytes."""
+        """Content of a file of at most ``most`` bytes; of a config the one that was hashed, whoever changes it then."""
         if self.sizes[name] > most:
             raise BundleError(f"{self.place}: {name}: {self.sizes[name]:,} bytes, expected at most {most:,}")
+        if name in self._texts:
+            return self._texts[name]
         with self._reading(name) as stream:
-            return stream.read(most + 1)
+            content = stream.read(self.sizes[name] + 1)
+        if name.startswith("configs/") and len(content) <= KEPT_BYTES:
+            self._texts[name] = content
+        return content
 
     def copy(self, name: str, target: Path) -> Path:
         """Write a file's content to ``target``."""
@@ -89,6 +97,8 @@ class BundleFiles:
 
     def sha256(self, name: str) -> str:
         """Hexadecimal sha256 of a file."""
+        if self.sizes[name] <= KEPT_BYTES:
+            return hashlib.sha256(self.read(name, KEPT_BYTES)).hexdigest()
         with self._reading(name) as stream:
             return hash_stream(stream)
 
@@ -121,10 +131,12 @@ class Folder(BundleFiles):
     """A bundle's folder, or a folder that holds nothing else of that kind than one."""
 
     def __init__(self, path: Path) -> None:
-        inner = [sub for sub in sorted(path.iterdir()) if sub.is_dir() and not is_left_behind(sub.name)]
+        inner = [sub for sub in sorted(path.iterdir()) if sub.is_dir()]
         found = [path] if _is_bundle(path) else [sub for sub in inner if _is_bundle(sub)]
         if len(found) != 1:
             raise BundleError(f"{path}: {len(found)} folders with configs/inference.json in it; {_EXPECTED}")
+        if found[0] != path and found[0].is_symlink():
+            raise BundleError(f"{path}: its folder {found[0].name} is a link, which can lead anywhere; {_EXPECTED}")
         super().__init__(found[0])
         folders = [""]
         while folders:
@@ -136,12 +148,12 @@ class Folder(BundleFiles):
         try:
             for entry in os.scandir(self.place / prefix):
                 name = prefix + entry.name
-                if is_left_behind(name):
-                    continue
                 if entry.is_symlink():
                     self.problems.append(f"{visible(name)}: a link, which can lead out of the bundle")
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append(f"{name}/")
+                elif is_left_behind(name):
+                    continue
                 elif not entry.is_file(follow_symlinks=False):
                     self.problems.append(f"{visible(name)}: no regular file: reading it may wait for ever")
                 elif problem := name_problem(name):
@@ -154,7 +166,7 @@ class Folder(BundleFiles):
 
     def open(self, name: str) -> IO[bytes]:
         """Open a file for reading."""
-        return (self.place / name).open("rb")
+        return open_regular(self.place / name)
 
     def bring(self, name: str, folder: Path) -> Path:
         """A link below ``folder`` to a file of the bundle: weights may be large."""
@@ -227,6 +239,23 @@ class Archive(BundleFiles):
         return folder
 
 
+class Within(BundleFiles):
+    """A folder within a bundle that is a bundle of its own: the record of a run."""
+
+    def __init__(self, files: BundleFiles, folder: str) -> None:
+        super().__init__(files.place / folder)
+        self._files, self._folder = files, folder
+        self.sizes = {name.removeprefix(folder): n for name, n in files.sizes.items() if name.startswith(folder)}
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file for reading."""
+        return self._files.open(self._folder + name)
+
+    def bring(self, name: str, folder: Path) -> Path:
+        """A file of the bundle below ``folder``."""
+        return self._files.bring(self._folder + name, folder)
+
+
 def open_files(path: str | Path) -> BundleFiles:
     """The files of the bundle at ``path``, to be closed by the caller.
 
@@ -239,15 +268,10 @@ def open_files(path: str | Path) -> BundleFiles:
     return Folder(path) if path.is_dir() else Archive(path)
 
 
-def visible(text: str, length: int = 200) -> str:
-    """``text`` without anything that a terminal would obey, shortened to ``length`` characters."""
-    plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: length + 1])
-    return plain if len(plain) <= length else plain[: length - 3] + "..."
-
-
 def is_left_behind(name: str) -> bool:
-    """Whether macOS or Windows has left this file behind, which is nobody's."""
-    return any(part.startswith("._") or part.lower() in _LEFT_BEHIND for part in name.split("/"))
+    """Whether macOS or Windows has left this file behind, which is nobody's and does nothing."""
+    part = name.rpartition("/")[2]
+    return part.startswith("._") or part.lower() in _LEFT_BEHIND
 
 
 def name_problem(name: str) -> str:
@@ -291,8 +315,8 @@ def _member_problems(member: zipfile.ZipInfo) -> Iterator[str]:
 
 def _collisions(members: list[zipfile.ZipInfo]) -> Iterator[str]:
     """Names that are one file or folder on some file systems, which tell neither case nor Unicode forms apart."""
-    folded = [unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", m.filename.rstrip("/")).casefold())
-              for m in members]  # fmt: skip
+    # no more than a name may have: the time of a normal form can grow with the square of the length
+    folded = [_folded(member.filename[:LONGEST_NAME].rstrip("/")) for member in members]
     files = {name for name, member in zip(folded, members, strict=True) if not member.is_dir()}
     taken: set[str] = set()
     for name, member in zip(folded, members, strict=True):
@@ -301,6 +325,10 @@ def _collisions(members: list[zipfile.ZipInfo]) -> Iterator[str]:
         taken.add(name)
         if files & set(accumulate(name[:LONGEST_NAME].split("/")[:-1], "{}/{}".format)):
             yield f"{visible(member.filename)}: lies in a folder that is a file, too"
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 def _layout_problems(stream: IO[bytes], members: list[zipfile.ZipInfo], table: int, size: int) -> Iterator[str]:
@@ -324,7 +352,7 @@ def _layout_problems(stream: IO[bytes], members: list[zipfile.ZipInfo], table: i
         extra = stream.read(head[10])
         sizes = (member.CRC, member.compress_size, member.file_size)
         open_ended = bool(head[2] & 0x8)  # check sum and sizes follow the data
-        same = open_ended or all(got in (known, 0xFFFFFFFF) for got, known in zip(head[6:9], sizes, strict=True))
+        same = open_ended or (head[6], *_wide(head[8], head[7], extra)) == (sizes[0], sizes[2], sizes[1])
         if (head[0], head[2], head[3], stored, same) != (
             b"PK\x03\x04", member.flag_bits, member.compress_type, member.orig_filename, True,
         ):  # fmt: skip
@@ -340,8 +368,9 @@ def _layout_problems(stream: IO[bytes], members: list[zipfile.ZipInfo], table: i
                 yield f"{name}: no sizes behind its data, though its header says so"
     if position != table:
         yield "bytes behind the last member that belong to none"
-    if _end_of_table(stream, table, len(members)) != size:
-        yield "bytes within or behind the table of contents that belong to nothing, or a comment"
+    if not _ends(stream, table, len(members), size):
+        yield "bytes within or behind the table of contents that belong to nothing, a comment, or an end that names " \
+            "another table"  # fmt: skip
 
 
 def _fields(extra: bytes) -> Iterator[int]:
@@ -352,6 +381,17 @@ def _fields(extra: bytes) -> Iterator[int]:
         extra = extra[4 + length :]
 
 
+def _wide(unpacked: int, packed: int, extra: bytes) -> tuple[int, int]:
+    """The two sizes of a header before a member, those in its zip64 field in place of what is too large; -1: none."""
+    wide = b""
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<HH", extra)
+        wide = extra[4 : 4 + length] if kind == 0x0001 else wide
+        extra = extra[4 + length :]
+    values = [value[0] for value in struct.iter_unpack("<Q", wide[: len(wide) // 8 * 8])]
+    return tuple(size if size < 0xFFFFFFFF else (values.pop(0) if values else -1) for size in (unpacked, packed))  # type: ignore[return-value]
+
+
 def _descriptor(found: bytes, sizes: tuple[int, int, int]) -> int:
     """Length of the check sum and sizes that follow a member's data; 0 where they do not."""
     forms = [mark + struct.pack(form, *sizes) for mark in (b"PK\x07\x08", b"") for form in ("<LLL", "<LQQ")
@@ -359,16 +399,33 @@ def _descriptor(found: bytes, sizes: tuple[int, int, int]) -> int:
     return next((len(form) for form in forms if found.startswith(form)), 0)
 
 
-def _end_of_table(stream: IO[bytes], table: int, count: int) -> int:
-    """Where a ZIP ends that has nothing but ``count`` entries without comments in its table, and the end's records."""
+def _ends(stream: IO[bytes], table: int, count: int, size: int) -> bool:
+    """Whether behind ``count`` entries without comments there are only the records of a ZIP's end, and they say so.
+
+    Readers differ in which of the two records they believe, so what one says the other has to say, or leave to it.
+    """
     stream.seek(table)
     for _ in range(count):
         entry = struct.unpack("<4s24x3H12x", stream.read(46))
         if entry[0] != b"PK\x01\x02" or entry[3]:
-            return stream.tell()
+            return False
         stream.seek(entry[1] + entry[2], os.SEEK_CUR)
-    mark = stream.read(4)
+    end = stream.tell()
+    truth = (count, count, end - table, table)
+    mark, wide = stream.read(4), False
     if mark == b"PK\x06\x06":  # zip64: its record of the end, and where that is
-        stream.seek(52 + 20, os.SEEK_CUR)
+        record, locator = struct.unpack("<Q2H2L4Q", stream.read(52)), struct.unpack("<4sLQL", stream.read(20))
+        wide = (record[0], *record[3:]) == (44, 0, 0, *truth) and locator == (b"PK\x06\x07", 0, end, 1)
+        if not wide:
+            return False
         mark = stream.read(4)
-    return stream.tell() + 18 if mark == b"PK\x05\x06" else stream.tell()
+    disks, values, comment = (
+        struct.unpack("<2H", stream.read(4)),
+        struct.unpack("<2H2L", stream.read(12)),
+        stream.read(2),
+    )
+    fits = all(
+        value == true or (wide and value == most)
+        for value, true, most in zip(values, truth, (0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF), strict=True)
+    )
+    return mark == b"PK\x05\x06" and disks == (0, 0) and fits and comment == b"\0\0" and stream.tell() == size

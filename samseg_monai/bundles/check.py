@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from samseg_monai import __version__
-from samseg_monai.bundles.archive import SUMS, TEXT_BYTES, BundleFiles, open_files, visible
+from samseg_monai.bundles.archive import SUMS, TEXT_BYTES, BundleFiles, Within, open_files
 from samseg_monai.bundles.build import write_bundle
 from samseg_monai.bundles.door import SETTINGS, WEIGHTS, differences, engine_of, name_of, settings_of
 from samseg_monai.bundles.old import VERSION
@@ -25,16 +25,14 @@ from samseg_monai.bundles.pickles import pickle_problems
 from samseg_monai.bundles.record import NAME, PARTS, RECORD
 from samseg_monai.bundles.wheel import WHEEL, wheel_problems
 from samseg_monai.checkpoints import CARD, TENSORS
-from samseg_monai.errors import BundleError, SamsegError
+from samseg_monai.errors import BundleError, SamsegError, visible
 
 AS_BUILT, EDITED, ANOTHER_VERSION = "as built", "edited", "made by another version"
 RUNS = "eval/"  # what a run leaves in the bundle's folder, where MONAI bundles have it
 MODELS = (*WEIGHTS, f"models/{TENSORS}", f"models/{CARD}")
 OWN = (SETTINGS, SUMS, NAME, PARTS, WHEEL, *MODELS, *(f"metrics/{name}" for name in RESULTS))
-_DATA = re.compile(
-    r".*\.(nii|nii\.gz|mha|nrrd|png|csv|json|md|txt|html|pt|safetensors|bank|rows|lock|log|db|tmp|part)|"
-    r"(.*/)?events\.out\.tfevents\.[\w.-]+"
-)
+# what runs write: predictions, tables, cards, weights (which are looked into), locks (empty), curves for TensorBoard
+_DATA = re.compile(r".*\.(nii|nii\.gz|png|csv|json|pt|safetensors|lock)|(.*/)?events\.out\.tfevents\.[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,12 @@ def check_bundle(path: str | Path) -> Verdict:
     Raises:
         BundleError: there is no such file or folder, or it is no bundle.
     """
-    with closing(open_files(path)) as files, tempfile.TemporaryDirectory(prefix="samseg-") as scratch:
+    with closing(open_files(path)) as files:
+        return _judged(files)
+
+
+def _judged(files: BundleFiles) -> Verdict:
+    with tempfile.TemporaryDirectory(prefix="samseg-") as scratch:
         problems = [*files.problems, *_sum_problems(files)]
         name, engine, built = name_of(files), VERSION, set()
         try:
@@ -78,13 +81,14 @@ def check_bundle(path: str | Path) -> Verdict:
                 problems += [line for file in sorted(built) for line in _against(files, root, file)]
         except SamsegError as error:
             judged = SETTINGS in files.sizes
-            problems += [visible(line, 500) for line in str(error).splitlines()]
+            problems += str(error).splitlines()
         problems += [line for file in sorted(files.sizes.keys() - built) for line in _own_file(files, file, judged)]
-        problems += _record(files)
+        problems += _record(files, judged)
         code = tuple(_code(files, problems))
         compared = 0 if problems else len(files.sums())
     answer = EDITED if problems else AS_BUILT if judged else ANOTHER_VERSION
-    return Verdict(answer, name, engine, tuple(dict.fromkeys(problems)), code, compared)
+    lines = [visible(problem, 500) for problem in problems]  # names in them are the sender's
+    return Verdict(answer, name, engine, tuple(dict.fromkeys(lines)), code, compared)
 
 
 def _code(files: BundleFiles, problems: list[str]) -> Iterator[str]:
@@ -106,37 +110,41 @@ def _against(files: BundleFiles, root: Path, name: str) -> list[str]:
 
 def _own_file(files: BundleFiles, name: str, judged: bool) -> Iterator[str]:
     """What is wrong with a file that the package does not build: weights, card, results, or what is none of these."""
-    result = name.startswith(RUNS)
+    result, lower = name.startswith(RUNS), name.lower()
+    if name.startswith(f"{RUNS}{RECORD}/"):
+        return
     try:
-        if name in WEIGHTS or name == f"models/{TENSORS}" or (result and name.endswith((".pt", ".safetensors"))):
+        if name in WEIGHTS or name == f"models/{TENSORS}" or (result and lower.endswith((".pt", ".safetensors"))):
             yield from (f"{name}: {problem}" for problem in _weight_problems(files, name))
-        elif name == f"models/{CARD}" or (name.startswith(("metrics/", RUNS)) and name.endswith(".json")):
-            if not name.startswith(f"{RUNS}{RECORD}/"):
-                yield from (f"{name}: {line}" for line in _evaluable(files.json(name)))
+        elif name == f"models/{CARD}" or (name.startswith(("metrics/", RUNS)) and lower.endswith(".json")):
+            yield from (f"{name}: {line}" for line in _evaluable(files.json(name)))
         elif name == NAME and not re.fullmatch(rb"[A-Za-z0-9][\w.-]*\n?", files.read(name, TEXT_BYTES)):
             yield f"{name}: no plain name"
         elif name == WHEEL:
             yield from wheel_problems(files)
         elif name in OWN and b"\0" in files.read(name, TEXT_BYTES):
             yield f"{name}: not the text that its name says"
-        if name not in OWN and judged and not (result and (_DATA.fullmatch(name.lower()) or f"/{RECORD}/" in name)):
-            yield f"{visible(name)}: no file of a bundle"
+        known = name in OWN or (
+            result and _DATA.fullmatch(lower) and not (lower.endswith(".lock") and files.sizes[name])
+        )
+        if judged and not known:
+            yield f"{name}: no file of a bundle"
     except BundleError as error:
-        yield visible(" ".join(str(error).split()), 500)
+        yield " ".join(str(error).split())
 
 
 def _weight_problems(files: BundleFiles, name: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="samseg-") as scratch:
         path = files.bring(name, Path(scratch))
-        if path.suffix == ".pt":
+        if path.suffix.lower() == ".pt":
             with path.open("rb") as stream:
-                yield from (visible(problem) for problem in pickle_problems(stream))
+                yield from pickle_problems(stream)
             return
         try:
             with safe_open(path, framework="pt") as content:
                 content.keys()
         except (OSError, SafetensorError, ValueError) as error:
-            yield f"no safetensors file ({visible(str(error))})"
+            yield f"no safetensors file ({error})"
 
 
 def _evaluable(value: Any, where: str = "") -> Iterator[str]:
@@ -146,34 +154,38 @@ def _evaluable(value: Any, where: str = "") -> Iterator[str]:
             at = f"{where}::{key}".removeprefix("::")
             ours = key == "_target_" and re.fullmatch(r"samseg_monai\.[\w.]+", str(item))
             if (key.startswith(("_", "+", "$", "@", "%")) and not ours) or "::" in key or "#" in key:
-                yield visible(f"{at}: a key that MONAI acts upon")
+                yield f"{at}: a key that MONAI acts upon"
             yield from _evaluable(item, at)
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _evaluable(item, f"{where}::{index}")
     elif isinstance(value, str) and value.startswith(("$", "@", "%")):
-        yield visible(f"{where}: {value!r}, which MONAI would evaluate")
+        yield f"{where}: {value!r}, which MONAI would evaluate"
 
 
 def _sum_problems(files: BundleFiles) -> list[str]:
     """Files that are missing, changed or added since the sums were written, and lines that are no sums."""
     try:
         sums = files.sums()
-        problems = [f"{SUMS}: no line of sha256sum: {visible(f'{line}  {name}')}" for name, line in sums.items()
+        problems = [f"{SUMS}: no line of sha256sum: {line}  {name}" for name, line in sums.items()
                     if not re.fullmatch("[0-9a-f]{64}", line) or not name]  # fmt: skip
         problems += files.changed()
     except BundleError as error:
-        return [str(error)]
+        return str(error).splitlines()
     added = sorted(files.sizes.keys() - sums.keys() - {SUMS}) if sums else []
     return problems + [f"{name}: added after it was packed" for name in added if not name.startswith(RUNS)]
 
 
-def _record(files: BundleFiles) -> list[str]:
+def _record(files: BundleFiles, judged: bool) -> list[str]:
     """What is wrong with the record of a run within the bundle, which is a bundle of its own."""
-    place = files.place / RUNS / RECORD
-    if not place.is_dir():
+    folder = f"{RUNS}{RECORD}/"
+    record = Within(files, folder)
+    if not record.sizes:
         return []
     try:
-        return [f"{RUNS}{RECORD}/{problem}" for problem in check_bundle(place).problems]
+        verdict = _judged(record)
     except BundleError as error:
-        return [str(error)]
+        return str(error).splitlines()
+    unjudged = f"made by samseg-monai {verdict.engine}, so that its JSON was not judged"
+    problems = verdict.problems or ((unjudged,) if judged and verdict.answer == ANOTHER_VERSION else ())
+    return [f"{folder}{problem}" if ": " in problem else f"{folder}: {problem}" for problem in problems]

@@ -17,23 +17,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from monai.bundle import ConfigParser
 
 from samseg_monai import __version__
-from samseg_monai.bundles.archive import Archive, BundleFiles, open_files, visible
+from samseg_monai.bundles.archive import Archive, BundleFiles, open_files
 from samseg_monai.bundles.build import SETTINGS as FILE
 from samseg_monai.bundles.build import write_bundle
 from samseg_monai.bundles.old import VERSION, old_settings
 from samseg_monai.bundles.pickles import pickle_problems
 from samseg_monai.bundles.record import NAME, PARTS, RECORD
-from samseg_monai.checkpoints import CARD, TENSORS, Network
-from samseg_monai.errors import BundleError, ConfigError, own_cause, raise_all
-from samseg_monai.files import read_json
+from samseg_monai.bundles.tensors import WithoutValues, described_tensors
+from samseg_monai.checkpoints import CARD, STAGED_CARD, TENSORS, Network
+from samseg_monai.errors import BundleError, CheckpointError, ConfigError, SamsegError, own_cause, raise_all, visible
+from samseg_monai.files import foreign_problems, read_json
+from samseg_monai.networks.common import tensor_differences
+from samseg_monai.sam.weights import is_sam_lst, is_samed
 from samseg_monai.settings import NOTHING, BundleSettings, read_settings
 
 SETTINGS = f"configs/{FILE}"
 WEIGHTS = ("models/model.safetensors", "models/model.pt")
 MOST = 20  # edits that are told
+MOST_VALUES = 800_000_000  # of a network whose weights do not tell its size: SAM's largest has 641 million
 LOG = logging.getLogger(__name__)
 
 
@@ -85,6 +90,36 @@ class Opened:
             network: Network = self.parser().get_parsed_content("network_def")
         return network
 
+    def check(self) -> None:
+        """Compare the network with the weights before either takes memory; to be called before they are used.
+
+        A sender's own JSON (``trust``) is not checked.
+
+        Raises:
+            BundleError: MONAI refuses its arguments, or it is larger than any network; the weights are no tensors.
+            CheckpointError: the weights are not those of this network; all differences.
+        """
+        if self.settings is None:
+            return
+        with torch.random.fork_rng(devices=()), WithoutValues():
+            try:
+                network = self.network()
+            except SamsegError:
+                raise
+            except Exception as error:
+                reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+                raise BundleError(f"{self.name}: no network can be built from its settings: {reason[-1]}") from error
+        expected = network.state_dict()
+        if self.checkpoint is not None and self.checkpoint.is_file():
+            found = described_tensors(self.checkpoint)
+            if not is_samed(found) and not is_sam_lst(found):  # these are compared when they are loaded
+                heading = f"{self.name}: {self.checkpoint.name} does not fit this network"
+                raise_all(tensor_differences(found, expected), CheckpointError, heading)
+                return
+        values = sum(tensor.numel() for tensor in expected.values())
+        if values > MOST_VALUES:
+            raise BundleError(f"{self.name}: a network of {values:,} values, expected at most {MOST_VALUES:,}")
+
 
 @contextmanager
 def open_bundle(path: str | Path, *, trust: bool = False) -> Iterator[Opened]:
@@ -101,6 +136,8 @@ def open_bundle(path: str | Path, *, trust: bool = False) -> Iterator[Opened]:
     """
     path = Path(path)
     run = path if (path / RECORD).is_dir() else None
+    if run is not None:
+        raise_all(foreign_problems(run, (RECORD, TENSORS, CARD, STAGED_CARD)), BundleError, f"{run}: do not use it")
     files = open_files(path / RECORD if run else path)
     try:
         if isinstance(files, Archive) or not trust:
@@ -142,6 +179,8 @@ def _rebuilt(files: BundleFiles, scratch: Path) -> Opened:
         with weights.open("rb") as stream:
             problems = [f"{weights.name}: {problem}" for problem in pickle_problems(stream)]
         raise_all(problems, BundleError, f"{files.place}: its weights are more than tensors, and could run code")
+    if settings.run.num_workers:  # how many processes read the cases is for the receiver's machine to say
+        write_bundle(settings.model_copy(update={"run": settings.run.model_copy(update={"num_workers": 0})}), root)
     return Opened(root, settings.name, settings, weights, _card(files), tuple(edited))
 
 

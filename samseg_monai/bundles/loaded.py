@@ -52,6 +52,7 @@ class LoadedBundle:
         stack = ExitStack()
         weakref.finalize(self, stack.close)
         self._opened = stack.enter_context(open_bundle(path, trust=trust))
+        self._opened.check()
         self._scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="samseg-")))
         self._given = {"sam_checkpoint": sam_checkpoint, "device": device}
         self._ready: dict[str, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import zipfile
@@ -17,12 +18,13 @@ from samseg_monai.bundles.door import WEIGHTS, Opened, open_bundle
 from samseg_monai.bundles.record import RECORD
 from samseg_monai.bundles.wheel import WHEEL, build_wheel
 from samseg_monai.errors import BundleError, raise_all
-from samseg_monai.files import hash_file, read_json, write_json, write_text, write_whole
+from samseg_monai.files import foreign_problems, hash_file, open_regular, read_json, write_json, write_text, write_whole
 from samseg_monai.settings import BundleSettings, dump_settings, merged, read_settings
 
 STORED = (".pt", ".safetensors")  # floating-point numbers hardly shrink, and large files take half a minute to try
 RESULTS = ("metrics.json", "cases.csv", "ellipse_cases.csv", "transunet_cases.csv", "run_card.json")
 PREDICTING = ("configs/inference.json", "configs/metadata.json")  # what a prediction depends on
+LOG = logging.getLogger(__name__)
 FIX = "run the bundle's evaluation with this output_dir"
 
 
@@ -34,7 +36,7 @@ def write_sums(folder: Path) -> None:
 
 
 def _check_run(run: Path) -> list[str]:
-    problems = []
+    problems = foreign_problems(run, ("evaluation", *(f"evaluation/{name}" for name in RESULTS)))
     configs = run / RECORD / "configs"
     if not (configs / "inference.json").is_file():
         problems.append(f"{RECORD}/configs/inference.json is missing: train or evaluate with this output_dir first")
@@ -75,9 +77,10 @@ def pack_bundle(
     if not run.is_dir():
         raise BundleError(f"pack: there is no folder {run}; give the output_dir of a run")
     raise_all(_check_run(run), BundleError, f"pack: {run} is not a finished run")
-    card = read_json(run / "evaluation" / "run_card.json", BundleError, "run card", FIX)
+    card = _run_card(run / "evaluation" / "run_card.json")
     wheel = build_wheel() if package else None
     with open_bundle(run, trust=trust) as opened, tempfile.TemporaryDirectory() as temporary:
+        opened.check()
         raise_all(_mismatches(opened, card), BundleError, f"pack: {run} cannot be packed as one bundle")
         root = Path(temporary) / opened.name
         steps = _write_configs(run, opened, card, root, package)
@@ -87,13 +90,32 @@ def pack_bundle(
         (root / "metrics").mkdir()
         for result in RESULTS:
             if (run / "evaluation" / result).is_file():
-                shutil.copy(run / "evaluation" / result, root / "metrics" / result)
+                with open_regular(run / "evaluation" / result) as stream:  # and no link that was put there meanwhile
+                    (root / "metrics" / result).write_bytes(stream.read())
         if wheel is not None:
             (root / WHEEL).parent.mkdir()
             (root / WHEEL).write_bytes(wheel)
         write_sums(root)
         write_whole(output, lambda path: _zip(root, path))
     return output
+
+
+def _run_card(path: Path) -> dict[str, Any]:
+    """The card of the evaluation, with ``settings``; BundleError where what is used of it has another type."""
+    card = read_json(path, BundleError, "run card", FIX)
+    card["settings"] = card.get("settings") or {}
+    prompt, seed = (card["settings"].get("prompt") if isinstance(card["settings"], dict) else None), card.get("seed")
+    problems = [
+        f"{key}: got {value!r}, expected {kind}"
+        for key, value, kind, good in (
+            ("settings", card["settings"], "an object", isinstance(card["settings"], dict)),
+            ("settings::prompt", prompt, "an object", prompt is None or isinstance(prompt, dict)),
+            ("seed", seed, "a whole number below 2^32", seed is None or (type(seed) is int and 0 <= seed < 1 << 32)),
+        )
+        if not good
+    ]
+    raise_all(problems, BundleError, f"{path}: no run card; {FIX}")
+    return card
 
 
 def _zip(root: Path, target: Path) -> None:
@@ -108,7 +130,7 @@ def _mismatches(opened: Opened, card: dict[str, Any]) -> list[str]:
     if opened.settings is None:
         return []
     task, source = opened.settings.task, opened.settings.run.prompt.source
-    had, prompted = card.get("settings", {}), card.get("prompt_source")
+    had, prompted = card["settings"], card.get("prompt_source")
     problems = [
         f"{key}: evaluated with {had[key]}, trained with {value}"
         for key, value in {"classes": task.classes, "scans": task.scans}.items()
@@ -125,7 +147,7 @@ def _write_configs(run: Path, opened: Opened, card: dict[str, Any], root: Path, 
 
     Returns: the steps of the evaluation that belong to its numbers and to every prediction.
     """
-    settings = card.get("settings", {})
+    settings = card["settings"]
     steps = {key: settings[key] for key in ("min_component_mm3",) if key in settings}
     if opened.settings is None:
         shutil.copytree(opened.root, root, ignore=shutil.ignore_patterns("models", "metrics", SUMS))
@@ -137,7 +159,8 @@ def _write_configs(run: Path, opened: Opened, card: dict[str, Any], root: Path, 
         return steps
     write_bundle(evaluated(opened.settings, card), root, wheel=package)
     edited = {edit.partition(": ")[0] for edit in opened.edited}
-    for name in edited & {"configs/train.json", "configs/evaluate.json"}:  # wiring that was changed in training travels
+    for name in sorted(edited & {"configs/train.json", "configs/evaluate.json"}):  # wiring changed in training travels
+        LOG.warning("%s: wiring of the run's own travels as it is; whoever checks the bundle sees it as edited", name)
         shutil.copy(run / RECORD / name, root / name)
     return steps
 
@@ -157,13 +180,13 @@ def evaluated(settings: BundleSettings, card: dict[str, Any]) -> BundleSettings:
         settings: of the training.
         card: the evaluation's run card.
     """
-    told = card.get("settings", {})
+    told = card["settings"]
     changes: dict[str, Any] = {"engine": __version__, "run": {}}
     if "min_component_mm3" in told:
         changes["run"]["min_component_mm3"] = told["min_component_mm3"]
     if settings.task.kind == "images":
         changes["task"] = {"label_values": card.get("label_values")}
-        changes["run"]["prompt"] = {"shrink": told.get("prompt", {}).get("shrink", 0.0)}
+        changes["run"]["prompt"] = {"shrink": (told.get("prompt") or {}).get("shrink", 0.0)}
     return read_settings(merged(dump_settings(settings), changes), "pack: settings of the run")
 
 

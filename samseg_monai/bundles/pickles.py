@@ -14,7 +14,7 @@ from typing import IO
 
 from samseg_monai.bundles.archive import DAMAGED
 
-PICKLE_BYTES = 64 << 20  # a state dict's pickle holds names and shapes only
+PICKLE_BYTES = 4 << 20  # a state dict's pickle holds names and shapes only
 MOST = 20  # findings of one kind; the rest tells nothing new
 # what torch.save writes for plain values and tensors (pickle protocol 2); GLOBAL is looked at by name
 OPCODES = {

@@ -22,7 +22,7 @@ from monai.utils import optional_import
 
 from samseg_monai.bundles.build import SETTINGS
 from samseg_monai.bundles.values import custom_parts, effective_settings
-from samseg_monai.errors import ConfigError, own_cause, raise_all
+from samseg_monai.errors import ConfigError, log_visibly, own_cause, raise_all
 from samseg_monai.files import read_json
 from samseg_monai.settings import PLACES, BundleSettings, RunSettings, problems_of, read_settings
 
@@ -156,6 +156,7 @@ def guard() -> None:
             are listed.
     """
     sys.excepthook = _plain_errors
+    log_visibly()
     # LoadImaged tries every reader there is, and one that nobody asked for tells each time that its GPU codec is absent
     logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")

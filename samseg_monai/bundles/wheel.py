@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from importlib import metadata
 
 from samseg_monai import __version__
-from samseg_monai.bundles.archive import DAMAGED, BundleFiles, visible
+from samseg_monai.bundles.archive import DAMAGED, BundleFiles
 from samseg_monai.bundles.build import RECIPES, wheel_name
-from samseg_monai.errors import BundleError
+from samseg_monai.errors import BundleError, visible
 
 PROJECT = "samseg-monai"
 WHEEL = wheel_name(__version__)  # its path in a bundle

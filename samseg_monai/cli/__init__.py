@@ -24,7 +24,7 @@ from samseg_monai.cli.report import report
 from samseg_monai.cli.reproduce import reproduce_app
 from samseg_monai.cli.task import task_app
 from samseg_monai.demo.command import demo
-from samseg_monai.errors import SamsegError
+from samseg_monai.errors import SamsegError, log_visibly
 
 app = typer.Typer(
     name="samseg",
@@ -65,6 +65,7 @@ def _options(
 
 def main() -> None:
     """Run the command line; our own errors end it with their text and exit code 1, without a traceback."""
+    log_visibly()
     try:
         _refuse_nothing(sys.argv[1:])
         app()

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from samseg_monai.errors import visible_lines
+
 MOST_SEED = 2**32 - 1  # of NumPy's generators
 prepare_app = typer.Typer(help="Check a data set and write its datalist.", no_args_is_help=True)
 phantom_app = typer.Typer(help="Write synthetic cases for demos and tests.", no_args_is_help=True)
@@ -235,4 +237,4 @@ def _phantom_btcv(
 
 
 def _tell(summary: Any) -> None:
-    typer.echo("\n".join(summary.lines()))
+    typer.echo(visible_lines("\n".join(summary.lines())))

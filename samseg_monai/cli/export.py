@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from samseg_monai.cli.predict import BaseWeights, Trust
-from samseg_monai.errors import ConfigError
+from samseg_monai.errors import ConfigError, visible_lines
 
 
 def export(
@@ -36,7 +36,7 @@ def export(
         raise ConfigError(f"--size: got {size!r}; give height,width in pixels, such as 700,1024")
     sides = None if size is None else (int(words[0]), int(words[1]))
     source = read_source(bundle, sam_checkpoint=sam_checkpoint, trust=trust)
-    typer.echo(source.loaded)
+    typer.echo(visible_lines(source.loaded))
     if source.warning:
         typer.echo(f"note: {source.warning}")
     done = export_network(source, format, output, size=sides)

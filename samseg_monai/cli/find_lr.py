@@ -54,9 +54,13 @@ def find_lr(
         "steps": steps,
     }
     overrides = {"output_dir": str(bundle.absolute() / "eval"), **overrides_of(context.args)}
-    if bundle.is_file() and "--output_dir" not in {word.partition("=")[0] for word in context.args}:
-        raise ConfigError(f"find-lr: {bundle} is no folder that results could be written to; give --output_dir DIR")
+    if "--output_dir" not in {word.partition("=")[0] for word in context.args}:
+        if bundle.is_file():
+            raise ConfigError(f"find-lr: {bundle} is no folder that results could be written to; give --output_dir DIR")
+        if (bundle / "eval").is_symlink():
+            raise ConfigError(f"find-lr: {bundle / 'eval'} is a link, which can lead anywhere; give --output_dir DIR")
     with open_bundle(bundle, trust=trust) as opened:
+        opened.check()
         configs = [opened.root / "configs" / Path(name).name for name in ("train.json", *(overlay or ()))]
         run_workflow(configs, {**overrides, "run": [*BEFORE, test]}, echo=False)
 

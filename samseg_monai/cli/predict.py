@@ -60,6 +60,7 @@ def predict(
         except RuntimeError as error:
             raise ConfigError(f"--device: got {device!r}; give cpu, cuda or cuda:1") from error
     with open_bundle(bundle, trust=trust) as opened:
+        opened.check()
         overrides |= _prompt_overrides(opened, given)
         if opened.checkpoint is not None:  # the folder of predictions is no place to look for an adapter
             overrides["checkpoint"] = str(opened.checkpoint)

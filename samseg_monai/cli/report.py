@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from samseg_monai.errors import BundleError, DataError
+from samseg_monai.errors import BundleError, DataError, visible_lines
 from samseg_monai.workflow import run_workflow
 
 EVALUATION = "evaluation"
@@ -44,7 +44,7 @@ def report(
         given["dataset_dir"] = os.path.abspath(dataset_dir)
     results = [RunResult.load(_evaluated(folder, given)) for folder in runs]
     write_report(output, title=title, runs=results)
-    typer.echo(table_text(results))
+    typer.echo(visible_lines(table_text(results)))
     typer.echo(f"report: {output}")
 
 
@@ -62,6 +62,7 @@ def _evaluated(folder: Path, given: dict[str, Any]) -> Path:
         return done.parent
     typer.echo(f"{folder}: not evaluated since its training ended; now its test cases are", err=True)
     with open_bundle(folder) as opened:
+        opened.check()
         if opened.settings is not None:
             data = Path(given.get("dataset_dir", f"data/{opened.settings.task.dataset}"))
             _same_data(folder, data / "datalist.json")

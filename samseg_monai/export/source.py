@@ -63,6 +63,7 @@ def read_source(path: str | Path, *, sam_checkpoint: str | None = None, trust: b
         CheckpointError, WeightsError: nothing was trained, or weights are absent or do not fit.
     """
     with open_bundle(path, trust=trust) as opened:
+        opened.check()
         parser = opened.parser()
         with own_errors():
             network: Network = parser.get_parsed_content("network_def")

@@ -178,7 +178,8 @@ def best_mask(logits: Tensor, quality: Tensor, views: int) -> Tensor:
 
 
 def tensor_differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """One line for every tensor of a file that is missing, of no use, or of another shape than in the network."""
+    """One line for every tensor of a file that is missing, of no use, of another shape than in the network, or of whole
+    numbers in place of others."""
     return [
         *(f"{name}: missing in the file" for name in expected if name not in found),
         *(f"{name}: in the file, not in the network" for name in found if name not in expected),
@@ -186,5 +187,10 @@ def tensor_differences(found: Mapping[str, Tensor], expected: Mapping[str, Tenso
             f"{name}: shape {tuple(found[name].shape)} in the file, {tuple(tensor.shape)} in the network"
             for name, tensor in expected.items()
             if name in found and found[name].shape != tensor.shape
+        ),
+        *(
+            f"{name}: {found[name].dtype} in the file, {tensor.dtype} in the network"
+            for name, tensor in expected.items()
+            if name in found and found[name].is_floating_point() != tensor.is_floating_point()
         ),
     ]

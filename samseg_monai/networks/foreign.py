@@ -78,7 +78,9 @@ def load_foreign(
 
 def _samed_values(network: SamSegmenter, state: Mapping[str, Tensor], heading: str) -> dict[str, Tensor]:
     """The file's tensors under the network's names: LoRA of q and v, whole prompt encoder and mask decoder."""
-    rank = next((len(state[name]) for matrix, _, _, name in samed_tensors(state) if matrix == "a"), 0)
+    rank = next(
+        (len(state[name]) for matrix, _, _, name in samed_tensors(state) if matrix == "a" and state[name].ndim), 0
+    )
     problems = _samed_arguments(network, rank) + _classes(network, state.get(_TOKENS))
     if is_samed_s(state):
         problems.append("it adapts the mask decoder with LoRA, too (SAMed_s); only SAMed's encoder adapters are known")
@@ -122,7 +124,7 @@ def _samed_arguments(network: SamSegmenter, rank: int) -> list[str]:
 
 def _classes(network: SamSegmenter, tokens: Tensor | None) -> list[str]:
     """Both projects make one map per class and one of the background, each from a mask token."""
-    if tokens is None or network.num_classes == len(tokens) - 1 > 1:
+    if tokens is None or not tokens.ndim or network.num_classes == len(tokens) - 1 > 1:
         return []
     if len(tokens) == 2:
         return ["num_classes: the file has maps of one class and the background; such a network has one map here"]
@@ -143,7 +145,7 @@ def _sam_lst_values(network: SamSegmenter, state: Mapping[str, Tensor], heading:
             f"strategy: the file needs Ladder(mix='gate', decoder='upscaling') with a ResNetSide, got {got}"
         )
     table, own = named.get(_POS_EMBED), network.state_dict().get(_POS_EMBED)
-    if table is not None and own is not None and table.shape[:-1] != own.shape[:-1]:
+    if table is not None and own is not None and table.ndim == own.ndim and table.shape[:-1] != own.shape[:-1]:
         size = table.shape[1] * network.spec.patch_size
         problems.append(f"image_size: the file needs {size}, got {network.image_size}")
     raise_all(problems, CheckpointError, heading)

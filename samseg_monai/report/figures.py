@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
-from samseg_monai.files import StrPath
+from samseg_monai.files import StrPath, write_whole
 from samseg_monai.report.runs import Curves, RunResult
 from samseg_monai.report.tables import dice_of_cases
 
@@ -216,7 +216,7 @@ def write_lr_curve(
         axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(axis="y", color=grid)
         figure.legend(loc="outside lower left")
-        figure.savefig(path)
+        write_whole(path, lambda temporary: figure.savefig(temporary, format="png"))
     return Path(path)
 
 

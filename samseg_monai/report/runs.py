@@ -87,7 +87,7 @@ def prompt_text(source: str, settings: Mapping[str, Any], boxes_sha256: str | No
     if source == "json" and settings.get("boxes"):
         text += f" ({settings['boxes']}{f', file {boxes_sha256[:8]}' if boxes_sha256 else ''})"
     loosen, tight, shift = (settings.get(key) for key in ("loosen", "tight", "shift"))
-    if source == "label" and isinstance(loosen, Sequence) and len(loosen) == 2 and max(loosen) > 0:
+    if source == "label" and loosen is not None and _two_numbers(loosen) and max(loosen) > 0:
         text += f", sides enlarged {100 * loosen[0]:.0f} to {100 * loosen[1]:.0f} %"
         text += f", {100 * tight:.0f} % of the boxes tight" if tight else ""
     if source == "label" and shift:
@@ -95,6 +95,10 @@ def prompt_text(source: str, settings: Mapping[str, Any], boxes_sha256: str | No
     if source != "none" and settings.get("shrink"):
         text += f", then each side moved inwards by {100 * settings['shrink']:.3g} %"
     return text
+
+
+def _two_numbers(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,10 @@ class RunResult:
         folder = Path(folder)
         card_path, metrics_path = folder / CARD_FILE, folder / METRICS_FILE
         card = _json(card_path) if card_path.is_file() else {}
-        cases_path = folder / (cases or card.get("cases_file") or CASES_FILE)
+        told = str(card.get("cases_file") or CASES_FILE)
+        if re.search(r"[/\\:]|^\.+$", told):
+            raise BundleError(f"{card_path}: cases_file is {told!r}, no name of a file beside it; {_HOW}")
+        cases_path = folder / (cases or told)
         missing = [f"{path}: no such file" for path in (card_path, metrics_path, cases_path) if not path.is_file()]
         raise_all(missing, BundleError, f"{folder}: run cannot be reported; {_HOW}")
         rows = read_rows(cases_path)

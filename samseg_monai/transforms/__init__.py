@@ -16,7 +16,7 @@ from samseg_monai.transforms.augmentation import (
     side_mirror,
 )
 from samseg_monai.transforms.boxes import boxes_of, clip_boxes, move_boxes
-from samseg_monai.transforms.grids import CheckSameGridd
+from samseg_monai.transforms.grids import CheckSameGridd, CropOrPadd
 from samseg_monai.transforms.labels import RecodeLabeld, RemoveSmallComponentsd
 from samseg_monai.transforms.pixels import ScaleGreysd, ScaleInputd, SplineResized, resized_slices, stored_slices
 from samseg_monai.transforms.prompts import (
@@ -31,8 +31,8 @@ from samseg_monai.transforms.prompts import (
 from samseg_monai.transforms.saving import NameAfterCased, SaveImagePngd
 
 __all__ = [
-    "BoxFromPromptd", "CheckSameGridd", "EllipseFromBoxesd", "EllipseFromPromptd", "FinalBoxesd", "GivenPromptd",
-    "NameAfterCased", "RandBiasFromMinimumd", "RandMirroredd", "RecodeLabeld", "RemoveSmallComponentsd",
+    "BoxFromPromptd", "CheckSameGridd", "CropOrPadd", "EllipseFromBoxesd", "EllipseFromPromptd", "FinalBoxesd",
+    "GivenPromptd", "NameAfterCased", "RandBiasFromMinimumd", "RandMirroredd", "RecodeLabeld", "RemoveSmallComponentsd",
     "SaveImagePngd", "ScaleGreysd", "ScaleInputd", "SimulatedBoxesd", "SimulatedPromptd", "SplineResized", "boxes_of",
     "clip_boxes", "left_right_axis", "move_boxes", "named_transforms", "resized_slices", "side_mirror", "stored_slices",
 ]  # fmt: skip

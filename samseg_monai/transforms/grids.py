@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, ResizeWithPadOrCropd
+from monai.utils import fall_back_tuple
 
 from samseg_monai.errors import DataError, raise_all
 
+MOST_PADDED = 1 << 28  # values: 1 GB as float32, more than four scans of a head at their full size
 AFFINE_TOLERANCE = 1e-3  # mm; the tolerance that MONAI itself uses for affines
 
 
@@ -22,6 +25,27 @@ def on_grid_of(source: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     if not isinstance(source, MetaTensor):
         return values
     return MetaTensor(values, meta=deepcopy(source.meta), applied_operations=deepcopy(source.applied_operations))
+
+
+class CropOrPadd(ResizeWithPadOrCropd):
+    """MONAI's ``ResizeWithPadOrCropd``, which does not pad what it is given beyond all memory.
+
+    Raises: DataError where a volume would be padded to more than 268 million values.
+    """
+
+    def __call__(self, data: Mapping[Hashable, torch.Tensor], lazy: bool | None = None) -> dict[Hashable, torch.Tensor]:
+        padder: Any = self.padder
+        wanted = padder.padder.spatial_size
+        for key in self.key_iterator(dict(data)):
+            shape = tuple(data[key].shape)
+            sides = fall_back_tuple(wanted, shape[1:])
+            values = shape[0] * math.prod(sides)
+            if values > max(MOST_PADDED, math.prod(shape)):
+                raise DataError(
+                    f"crop_size: {list(sides[:2])} would pad {key} {shape[1:]} to {values:,} values; give the size "
+                    "that the data have, or null"
+                )
+        return super().__call__(data, lazy)
 
 
 def name_of(d: Mapping[Hashable, Any]) -> str:

@@ -101,7 +101,36 @@ def nested(path: Path) -> Path:
     return path
 
 
+def end(**values: int):
+    """Other values in the record of a ZIP's end."""
+
+    def change(data: bytearray) -> bytearray:
+        for name, value in values.items():
+            where, form = {"count": (10, "<H"), "size": (12, "<L"), "disk": (4, "<H")}[name]
+            struct.pack_into(form, data, len(data) - 22 + where, value)
+        return data
+
+    return change
+
+
+def two_tables(data: bytearray) -> bytearray:
+    """The record that zip64 added tells the truth, which Python follows; the one behind it another table."""
+    at = len(data) - 22
+    count, size, table = struct.unpack_from("<HLL", data, at + 10)
+    wide = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, table)
+    data[at:at] = wide + struct.pack("<4sLQL", b"PK\x06\x07", 0, at, 1)
+    struct.pack_into("<L", data, len(data) - 6, 0)
+    return data
+
+
+def wide_size(data: bytearray) -> bytearray:
+    """A size before the data that stands in a zip64 field, which is not there."""
+    struct.pack_into("<L", data, 18, 0xFFFFFFFF)
+    return data
+
+
 EXTRA = struct.pack("<HH", 0x7075, 9) + b"\x01" + bytes(4) + b"evil"  # another name in Unicode, which some readers take
+LONG = "\u0300" * 16000 + "\u0316" * 16000  # marks that a normal form puts in order, pair by pair
 ATTACKS = {
     "absolute path": (lambda p: packed(p, {"/etc/cron.d/x.md": b""}), "points outside"),
     "parent folder": (lambda p: packed(p, {f"{NAME}/docs/../../x.md": b""}), "points outside"),
@@ -140,6 +169,13 @@ ATTACKS = {
     "comment in the table": (lambda p: edited(packed(p), table_comment), "comment"),
     "another name before the data": (lambda p: edited(packed(p), local_name), "says something else"),
     "another size before the data": (lambda p: edited(packed(p), declared), "says something else"),
+    "another count at its end": (lambda p: edited(packed(p), end(count=1)), "another table"),
+    "another disk at its end": (lambda p: edited(packed(p), end(disk=1)), "another table"),
+    "another size at its end": (lambda p: edited(packed(p), end(size=46)), ""),
+    "two tables": (lambda p: edited(packed(p), two_tables), "another table"),
+    "a size that is nowhere": (lambda p: edited(packed(p), wide_size), "says something else"),
+    "names that take long to compare": (
+        lambda p: packed(p, {f"{NAME}/{n:03}{LONG}": b"" for n in range(20)}), "too many"),
     "beside the bundle": (lambda p: packed(p, {"setup.md": b""}), "outside the bundle's folder"),
     "code beside the bundle": (lambda p: packed(p, {"sitecustomize.py": b""}), "outside the bundle's folder"),
     "more than 1,000 members": (many, "1,005 members"),
@@ -186,7 +222,7 @@ def test_large_and_unsized_members_are_read(tmp_path):
 
 def test_what_operating_systems_leave_behind_is_passed_over(tmp_path):
     left = {"__MACOSX/._meningioma": b"x", f"__MACOSX/{NAME}/configs/._inference.json": b"x", ".DS_Store": b"x",
-            f"{NAME}/.DS_Store": b"x", f"{NAME}/docs/Thumbs.db": b"x", f"{NAME}/configs/desktop.ini": b"x",
+            f"{NAME}/.DS_Store": b"x", f"{NAME}/docs/Thumbs.db": b"x",
             f"{NAME}/configs/._inference.json": b"x"}  # fmt: skip
     files = open_files(packed(tmp_path / "x.zip", left))
     assert files.problems == [] and set(files.sizes) == set(FILES)

@@ -25,7 +25,7 @@ from samseg_monai.bundles.wheel import INFO, WHEEL, build_wheel
 from samseg_monai.errors import BundleError, ConfigError
 from samseg_monai.settings import read_settings
 from tests.helpers.commands import samseg
-from tests.helpers.hostile_files import BUNDLES, NAME, SUMS
+from tests.helpers.hostile_files import BUNDLES, FILES, NAME, SUMS
 from tests.helpers.old_bundles import LORA, UNET, old_bundle, unpacked
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +115,13 @@ def test_hostile_bundle_is_caught(case, bundle):
     verdict = check_bundle(bundle)
     assert verdict.answer == EDITED and verdict.problems
     assert all(problem.isprintable() for problem in verdict.problems)
+
+
+@pytest.mark.parametrize("case", FILES, ids=lambda case: case.name)
+def test_hostile_file_is_caught_in_a_zip(case, bundle):
+    case.change(bundle)
+    verdict = check_bundle(pack(bundle))
+    assert verdict.answer == EDITED and all(problem.isprintable() for problem in verdict.problems)
 
 
 @pytest.mark.parametrize("case", SUMS, ids=lambda case: case.name)

@@ -237,7 +237,7 @@ def test_card_gives_the_transforms_with_the_values_of_the_run(made):
     transforms = json.loads((made[0] / "exported" / "pth" / "export.json").read_text(encoding="utf-8"))["transforms"]
     assert [t["_target_"] for t in transforms] == [
         "Orientationd",
-        "ResizeWithPadOrCropd",
+        "samseg_monai.transforms.CropOrPadd",
         "NormalizeIntensityd",
         "Resized",
     ]

@@ -59,6 +59,15 @@ FILES = [
         "a name that ends with a space": ("eval/evil.py ", ""),
         "an archive": ("models/more.zip", b"PK\x03\x04"),
         "a TorchScript file by name": ("models/model.ts", b"PK\x03\x04"),
+        "a run's record of hostile JSON": ("eval/bundle/configs/inference.json", '{"run": ["$exec(\'1\')"]}'),
+        "code in a folder that is called a record": ("eval/x/bundle/evil.py", ""),
+        "a pickle in capitals among results": ("eval/x.PT", pickle.dumps({})),
+        "a pickle that is called a cache": ("eval/x.bank", pickle.dumps({})),
+        "a page among results": ("eval/report.html", "<script>alert(1)</script>"),
+        "a lock that holds something": ("eval/x.lock", "x"),
+        "a file that Windows acts upon": ("desktop.ini", "[.ShellClassInfo]\nIconResource=\\\\evil\\x"),
+        "code in a folder of macOS": ("__MACOSX/evil.py", ""),
+        "code in a folder that looks left behind": ("docs/._x/evil.py", ""),
     }.items()
 ]
 

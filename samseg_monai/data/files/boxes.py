@@ -16,6 +16,7 @@ from typing import Any
 from samseg_monai.errors import PromptError, raise_all
 from samseg_monai.files import read_json
 
+MOST_BOXES = 10_000  # of one image or volume
 _SMALLEST = 0.01  # pixels: what is left of a side must stay a side when large images are made small
 IMAGE_BOXES = '{"NAME": [[x0, y0, x1, y1], ...]}'
 VOLUME_BOXES = '{"CASE": [{"slice": 12, "box": [30, 40, 55, 70]}]}'
@@ -41,7 +42,11 @@ def read_boxes(path: str | Path, sizes: Mapping[str, Sequence[int]] | None = Non
 
 def read_table(path: str | Path, form: str = IMAGE_BOXES) -> dict[str, Any]:
     """The object in a box file of the given form, its boxes not yet checked; PromptError as ``read_json``."""
-    return read_json(path, PromptError, "boxes", f"expected {form}")
+    table = read_json(path, PromptError, "boxes", f"expected {form}")
+    many = [f"{name}: {len(boxes):,} boxes, at most {MOST_BOXES:,}" for name, boxes in table.items()
+            if isinstance(boxes, list) and len(boxes) > MOST_BOXES]  # fmt: skip
+    raise_all(many, PromptError, f"boxes {path}: more than anyone draws")
+    return table
 
 
 def box_problems(boxes: Any, size: Sequence[int] | None = None) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import math
 import re
 import zlib
 from collections.abc import Sequence
@@ -229,6 +230,9 @@ def parse_nifti(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tup
     kind_class = nib.Nifti2Image if version_2 else nib.Nifti1Image
     try:
         image = kind_class.from_stream(io.BytesIO(raw))
+        told = math.prod(image.shape) * image.get_data_dtype().itemsize
+        if told > len(raw):  # before an array of that size is made
+            raise ValueError(f"its header tells of {told:,} bytes of voxels, there are {len(raw):,}")
         array = np.asanyarray(image.dataobj)
     except (OSError, EOFError, ValueError, ImageFileError, HeaderDataError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

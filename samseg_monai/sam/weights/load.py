@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from samseg_monai.errors import WeightsError, raise_all
+from samseg_monai.errors import MOST_LINES, WeightsError, raise_all
 from samseg_monai.sam.backbone import Backbone
 from samseg_monai.sam.build import SamModel, build_sam
 from samseg_monai.sam.weights.find import RANDOM, sha256_of
@@ -215,7 +215,7 @@ def _refuse(plan: _Plan, sam: nn.Module, state: Mapping[str, torch.Tensor], path
     elif plan.names["shape"] and all(MASK_HEAD.match(name) for name in plan.names["shape"]):
         hint = "; it was made for another number of masks: pass allow_new_masks=True to start the mask head anew"
     heading = f"{path} does not fit this SAM{hint}"
-    raise_all(problems, WeightsError, heading, most=FEW if other else None)
+    raise_all(problems, WeightsError, heading, most=FEW if other else MOST_LINES)
 
 
 def _shape(tensors: Mapping[str, torch.Tensor], name: str) -> str:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from samseg_monai.errors import WeightsError, raise_all
 from samseg_monai.sam.spec import SPECS
 
+MOST_LEVELS = 10  # of tables around a state dict
 WRAPPER_KEYS = ("model", "state_dict", "model_state_dict", "model_state")  # MedSAM's, Lightning's, others'
 ZIP_START, PICKLE_START = b"PK\x03\x04", b"\x80"  # torch.save since 1.6, and before
 State = Mapping[str, torch.Tensor]
@@ -93,6 +94,9 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
             f"{path} holds no state dict of tensors; these entries are none: {', '.join(others)}. "
             "Save the model's state_dict()"
         )
+    larger = [f"{name}: shape {tuple(value.shape)}" for name, value in content.items()
+              if value.numel() * value.element_size() > value.untyped_storage().nbytes()]  # fmt: skip
+    raise_all(larger, WeightsError, f"{path}: tensors of more values than the file holds of them")
     state = official_names({str(name): value for name, value in content.items()})
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
@@ -143,7 +147,9 @@ def read_content(path: Path) -> object:
 
 def _unwrap(content: object) -> object:
     """The innermost state dict of a training checkpoint (next to which optimiser, epoch and the like are dropped)."""
-    while isinstance(content, Mapping):
+    for _ in range(MOST_LEVELS):  # a table may be part of itself
+        if not isinstance(content, Mapping):
+            break
         inner = next((content[key] for key in WRAPPER_KEYS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break
@@ -266,9 +272,11 @@ def looks_like(state: State, network: State) -> str:
     if _TINY_VIT in state:
         if _TINY_VIT in network and network[_TINY_VIT].shape == state[_TINY_VIT].shape:
             return ""
-        return "sam_variant 'vit_t'" if len(state[_TINY_VIT]) == _MOBILE_SAM_WIDTH else "a TinyViT of another size"
-    if _VIT not in state or (_VIT in network and network[_VIT].shape[0] == state[_VIT].shape[0]):
+        return (
+            "sam_variant 'vit_t'" if state[_TINY_VIT].shape[:1] == (_MOBILE_SAM_WIDTH,) else "a TinyViT of another size"
+        )
+    if _VIT not in state or (_VIT in network and network[_VIT].shape[:1] == state[_VIT].shape[:1]):
         return ""
-    width = state[_VIT].shape[0]
+    width = state[_VIT].shape[0] if state[_VIT].ndim else 0
     likely = [name for name, spec in SPECS.items() if getattr(spec, "embed_dim", None) == width]
     return f"sam_variant {' or '.join(map(repr, likely))}" if likely else ""
