@@ -56,18 +56,15 @@ def honours(
     unknown = [f"--scan {name}: choose from {', '.join(BRATS_SCANS)}" for name in scans if name not in BRATS_SCANS]
     raise_all(unknown, ConfigError, "These scans are not BraTS's")
     datalist = output / "datalist.json"
-    fractions = (0.772, 0.114, 0.114) if split_file is None else None
-    summary = prepare_brats_men(brats, datalist, fractions=fractions, split_file=split_file, seed=seed, num_threads=4)
+    parts = None if split_file else (0.772, 0.114, 0.114)
+    summary = prepare_brats_men(brats, datalist, fractions=parts, split_file=split_file, seed=seed, num_threads=4)
     typer.echo("\n".join(summary.lines()))
     configs = {n: build_bundle("meningioma", n, output / "bundles") / "configs" for n in ("zero_shot", "lora")}
     shared: dict[str, Any] = {
         "dataset_dir": str(brats), "datalist": str(datalist), "sam_checkpoint": weights, "seed": seed,
         "scans": scans,
     }  # fmt: skip
-    if autocast:
-        shared["autocast"] = autocast
-    if checkpointing:
-        shared["checkpointing"] = True
+    shared |= ({"autocast": autocast} if autocast else {}) | ({"checkpointing": True} if checkpointing else {})
     story = Story()
     run = {**shared, "output_dir": str(output / "zero_shot")}
     story.run("zero-shot: evaluate", [configs["zero_shot"] / "evaluate.json"], run)
