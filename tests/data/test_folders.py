@@ -331,3 +331,18 @@ def test_odd_files_are_each_described(realdata, tmp_path):
         assert bool(told[case]) == bool(reason), case
         assert any((reason or "") in text for text in told[case]) or not reason, told[case]
     assert len([text for text in told["pointer"] if "git-lfs pointer" in text]) == 2
+
+
+@pytest.mark.parametrize("off", [1e-8, 4e-4])
+def test_labels_that_are_nearly_whole_are_rounded_with_a_note_and_trained_alike(plain, off):
+    from samseg_monai.transforms import RecodeLabeld
+
+    path = plain / "labels" / "vol_004.nii.gz"
+    label = nib.load(path).get_fdata()
+    nib.save(nib.Nifti1Image(label - off * (label > 0), AFFINE), path)  # 0.99999999
+    (note,) = [text for text in prepare(plain, labels=LABELS).warnings if text.startswith("vol_004")]
+    assert "140 labels are no whole numbers by up to" in note and "they are rounded" in note
+    recode = RecodeLabeld("label", {"0": "background", **LABELS}, ["anterior", "posterior"])
+    assert np.array_equal(recode({"label": nib.load(path).get_fdata()})["label"], label)
+    with pytest.raises(DataError, match=r"values \[70000000000\]|values \[1, 70000000000\]"):
+        recode({"label": np.array([7e10, 1.0])})

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from samseg_monai.data import IMAGES
 from samseg_monai.data.datalists import write_datalist
+from samseg_monai.data.datalists.label_maps import ROUNDED
 from samseg_monai.data.datalists.splits import Split
 from samseg_monai.data.files.dicom import read_any
 from samseg_monai.data.files.volumes import Volume, grid_difference, is_phantom, value_problem
@@ -153,12 +154,17 @@ def check_label(array: np.ndarray, name: str, check: CaseCheck, *, legal: Collec
     if not np.isfinite(array).all():
         check.problems.append(f"{name}: labels are NaN or infinite")
         return
+    if array.dtype.kind == "f" and (array != (whole := np.rint(array))).any():
+        fractional = np.unique(array[np.abs(array - whole) > ROUNDED])
+        if fractional.size:
+            shown = ", ".join(f"{value:g}" for value in fractional[:4])
+            problem = f"{name}: labels are not whole numbers ({shown}): resampled without nearest neighbour?"
+            check.problems.append(problem)
+            return
+        off = f"by up to {np.abs(array - whole).max():.1g}"
+        check.warnings.append(f"{name}: {(array != whole).sum()} labels are no whole numbers {off}: they are rounded")
+        array = whole
     values, counts = np.unique(array, return_counts=True)
-    fractional = [value for value in values if value != np.rint(value)]
-    if fractional:
-        shown = ", ".join(f"{value:g}" for value in fractional[:4])
-        check.problems.append(f"{name}: labels are not whole numbers ({shown}): resampled without nearest neighbour?")
-        return
     check.label_dtype = array.dtype.name
     check.voxels_per_label = {int(v): int(n) for v, n in zip(values, counts, strict=True)}
     strange = sorted(set(check.voxels_per_label) - set(legal))

@@ -31,6 +31,7 @@ BTCV_TRAINING = (
 BTCV_TESTING = ("0001", "0002", "0003", "0004", "0008", "0022", "0025", "0029", "0032", "0035", "0036", "0038")
 
 VALUE = re.compile("-?[0-9]{1,6}")  # of a label: what is larger is no label, and its table would fill the memory
+ROUNDED = 1e-3  # what scaling and another format do to a whole number; resampling does more
 BACKGROUND = "background"
 OTHER = "other"
 OWN_CODING = "own"  # of a table that has no name
