@@ -19,6 +19,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from samseg_monai.errors import SamsegError, raise_all
 
+MOST_LEVELS = 100  # of JSON: nobody writes deeper, and whoever walks through it would run out of stack
 StrPath = str | os.PathLike[str]
 
 
@@ -121,6 +122,12 @@ def parse_json(
     raise_all(twice, error, f"{what}: keys given twice; keep one of each")
     if not isinstance(value, dict):
         raise error(f"{what}: expected a JSON object, got a {type(value).__name__}; {fix}")
+    level: list[Any] = [value]
+    for _ in range(MOST_LEVELS):
+        groups = [group.values() if isinstance(group, dict) else group for group in level]
+        level = [item for group in groups for item in group if isinstance(item, (dict, list))]
+    if level:
+        raise error(f"{what}: more than {MOST_LEVELS} levels of lists and objects; {fix}")
     return value
 
 

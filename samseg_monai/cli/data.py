@@ -96,7 +96,12 @@ def _brats_men(
 
 @prepare_app.command("synapse")
 def _synapse(
-    src: Annotated[Path, typer.Option(help="BTCV's RawData, or the folder in it that holds img and label.")],
+    src: Annotated[
+        Path,
+        typer.Option(
+            help="BTCV's RawData or its folder with img and label; or TransUNet's with train_npz, test_vol_h5."
+        ),
+    ],
     output: Output,
     label_coding: Annotated[
         str, typer.Option(help="btcv13: as published. samed, merit, transunet: eight organs. totalsegmentator.")

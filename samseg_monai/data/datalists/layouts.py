@@ -310,7 +310,7 @@ def _listed(listed: Sequence[Any], src: Path) -> dict[str, CaseCheck]:
 
 def _inside(name: Any, src: Path) -> Path | None:
     """The file below ``src`` that a text names: slashes of either kind, umlauts in the form that the disk has."""
-    if not isinstance(name, str) or not name or "\0" in name:
+    if not isinstance(name, str) or not name or re.search("[\x00-\x1f\ud800-\udfff]", name) or len(name) > 4096:
         return None
     inside = os.path.normpath(name)
     if "\\" in name and not os.path.lexists(src / inside):
@@ -329,7 +329,7 @@ def _labels(stored: Any, path: Path) -> dict[str, str]:
             f"{path}: its labels are regions of several values ({', '.join(regions)}), which are no classes of their "
             "own; name each value with --labels '1=...,2=...'"
         )
-    if table and all(type(value) is int for value in table.values()):
+    if table and all(type(value) is int for value in table.values()) and len({*table.values()}) == len(table):
         table = {str(value): name for name, value in table.items()}
     if not table or not all(VALUE.fullmatch(value) and isinstance(name, str) for value, name in table.items()):
         raise DataError(f'{path}: labels must be {{"0": "background", "1": "<name>", ...}}, got {stored!r}')
