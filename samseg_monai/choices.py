@@ -24,6 +24,7 @@ Label = Annotated[
 Text = Annotated[str, StringConstraints(pattern=r"""^[A-Za-z0-9"'(]""", max_length=4000)]
 Pattern = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9*][A-Za-z0-9_.*-]*|<norm>)$", max_length=200)]
 Weights = Annotated[str, StringConstraints(pattern=f"^{_WORD}[ =,A-Za-z0-9_.+-]*$", max_length=4000)]
+Place = Annotated[str, Field(min_length=1)]  # an empty one would mean the current folder
 Two = Field(min_length=2, max_length=2)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]

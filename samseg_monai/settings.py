@@ -29,6 +29,7 @@ from samseg_monai.choices import (
     Name,
     Network,
     Optimizer,
+    Place,
     Prompt,
     Schedule,
     Seed,
@@ -194,32 +195,29 @@ class RunSettings(Model):
     num_workers: Workers = 0
 
 
-_Path = Annotated[str, Field(min_length=1)]  # an empty one would mean the current folder
-
-
 class Places(BaseModel):
     """Where a run's files lie: the receiver's business, never part of a bundle's settings."""
 
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
-    dataset_dir: _Path
+    dataset_dir: Place
     """Folder of the data."""
-    output_dir: _Path
+    output_dir: Place
     """Folder of the run."""
-    datalist: _Path | None = None
-    sam_checkpoint: _Path | None = None
+    datalist: Place | None = None
+    sam_checkpoint: Place | None = None
     """File of SAM's weights, or "random"; null: looked up by name."""
-    checkpoint: _Path | None = None
-    results_dir: _Path | None = None
-    predictions_dir: _Path | None = None
-    boxes: _Path | None = None
-    prompts: _Path | None = None
-    prompt_boxes: _Path | None = Field(default=None, alias="prompt::boxes")
-    slices_cache_dir: _Path | None = Field(default=None, alias="slices::cache_dir")
-    embeddings_cache_dir: _Path | None = Field(default=None, alias="embeddings::cache_dir")
-    side_weights: _Path | None = Field(default=None, alias="strategy::side_weights")
+    checkpoint: Place | None = None
+    results_dir: Place | None = None
+    predictions_dir: Place | None = None
+    boxes: Place | None = None
+    prompts: Place | None = None
+    prompt_boxes: Place | None = Field(default=None, alias="prompt::boxes")
+    slices_cache_dir: Place | None = Field(default=None, alias="slices::cache_dir")
+    embeddings_cache_dir: Place | None = Field(default=None, alias="embeddings::cache_dir")
+    side_weights: Place | None = Field(default=None, alias="strategy::side_weights")
     """File of the side network's weights, or "random"; null: the published ones."""
-    mlflow_uri: _Path | None = Field(default=None, alias="mlflow::uri")
-    mlflow_experiment: _Path | None = Field(default=None, alias="mlflow::experiment")
+    mlflow_uri: Place | None = Field(default=None, alias="mlflow::uri")
+    mlflow_experiment: Place | None = Field(default=None, alias="mlflow::experiment")
 
 
 PLACES = tuple(field.alias or name for name, field in Places.model_fields.items())

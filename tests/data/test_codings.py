@@ -9,6 +9,7 @@ from monai.data import MetaTensor
 from monai.transforms import Orientationd
 
 from samseg_monai.data.datalists import labels_of, read_datalist
+from samseg_monai.data.datalists.folders import prepare_folders
 from samseg_monai.data.datalists.label_maps import (
     ABDOMEN,
     CODINGS,

@@ -105,10 +105,14 @@ def test_bad_slices_are_named_together(src):
     with pytest.raises(DataError, match=r"cases that cannot be used \(7 problems\)") as error:
         prepare(src)
     for text in (
-        "case0005: its image has values from", "case0006: its label holds other values", "case0007: its slices have the",
-        "case0009: case0009_slice000.npz: cannot be read as image and label", "case0010: holds values that are no finite",
-        "case0021: case0021_slice000.npz:", "case0023: case0023_slice000.npz:",
-    ):  # fmt: skip
+        "case0005: its image has values from",
+        "case0006: its label holds other values",
+        "case0007: its slices have the",
+        "case0009: case0009_slice000.npz: cannot be read as image and label",
+        "case0010: holds values that are no finite",
+        "case0021: case0021_slice000.npz:",
+        "case0023: case0023_slice000.npz:",
+    ):
         assert text in str(error.value), text
 
 

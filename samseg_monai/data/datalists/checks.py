@@ -275,45 +275,46 @@ def write_checked(
         warnings, left_out, extra: to be shown; see ``Summary``. Warnings of the cases come before these.
     """
     of = {check.case: check for check in good}
-    first = splits[0].sections
-    checks = [of[case] for cases in first.values() for case in cases]
-    one_file = header.get("kind") == IMAGES
-
-    def item(check: CaseCheck) -> dict[str, Any]:
-        files = {name: path.relative_to(src).as_posix() for name, path in check.files.items()}
-        stored = files.pop(label)
-        several = list(files.values())
-        image = several[0] if one_file or len(several) < len(header["scans"]) else several
-        owner = check.case if patient is None else patient(check.case)
-        return {"case": check.case, "patient": owner, "image": image, "label": stored, "reference": stored}
-
+    checks = [of[case] for cases in splits[0].sections.values() for case in cases]
+    images = header.get("kind") == IMAGES
     labels = [check.files[label] for check in checks]
     drawn = all(path.name.endswith((".nii", ".nii.gz")) and is_phantom(path) for path in labels)
+    facts = {**header, "phantoms": drawn and not images}
     path = Path(output)
     folds = [path.with_name(f"{path.stem}_fold{n}{path.suffix}") for n in range(1, len(splits) + 1)]
     written = folds if len(splits) > 1 else [path]
     for target, split in zip(written, splits, strict=True):
-        datalist = {
-            **header,
-            "split": dict(split.made_by),
-            "phantoms": drawn and not one_file,
-            **{section: [item(of[case]) for case in cases] for section, cases in split.sections.items()},
-            "hashes": {check.case: check.sha256 for check in checks},
+        sections = {
+            section: [_item(of[case], src, label, header, patient) for case in cases]
+            for section, cases in split.sections.items()
         }
-        write_datalist(datalist, target)
+        hashes = {check.case: check.sha256 for check in checks}
+        write_datalist({**facts, "split": dict(split.made_by), **sections, "hashes": hashes}, target)
     warnings = [*_notes(good), *warnings]
     for text in warnings:
         LOG.warning("%s", text)
     return Summary(
         datalists=written,
         header=header,
-        sections={section: len(cases) for section, cases in first.items()},
+        sections={section: len(cases) for section, cases in splits[0].sections.items()},
         patients=None if patient is None else len({patient(check.case) for check in checks}),
         warnings=warnings,
         left_out=left_out,
         extra=extra,
         **_counts(checks),
     )
+
+
+def _item(
+    check: CaseCheck, src: Path, label: str, header: Mapping[str, Any], patient: Callable[[str], str] | None
+) -> dict[str, Any]:
+    """What a datalist says of a case; the arguments are those of ``write_checked``."""
+    files = {name: path.relative_to(src).as_posix() for name, path in check.files.items()}
+    stored, images = files.pop(label), list(files.values())
+    one_file = header.get("kind") == IMAGES or len(images) < len(header["scans"])
+    owner = check.case if patient is None else patient(check.case)
+    image = images[0] if one_file else images
+    return {"case": check.case, "patient": owner, "image": image, "label": stored, "reference": stored}
 
 
 def _counts(checks: Sequence[CaseCheck]) -> dict[str, dict[str, int]]:

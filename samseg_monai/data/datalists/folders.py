@@ -6,12 +6,20 @@ split by volume.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from samseg_monai.data.datalists.checks import Summary, check_files, duplicates, labelled, read_all, write_checked
+from samseg_monai.data.datalists.checks import (
+    CaseCheck,
+    Summary,
+    check_files,
+    duplicates,
+    labelled,
+    read_all,
+    write_checked,
+)
 from samseg_monai.data.datalists.label_maps import (
     BACKGROUND,
     OWN_CODING,
@@ -74,43 +82,38 @@ def prepare_folders(
     check_one_split(by_name=by_name or None, folds=folds, split_file=split_file)
     found = find_layout(src, None if table is None else Path(table), named=bool(labels or label_coding))
     names = _table_of(labels, label_coding, found)
-    values = {int(value): text for value, text in names.items()}
-    checks, alone = labelled(list(found.cases.values()), LABEL, src)
-    owners = found.patients or {case: case for case in found.cases}
 
     def divide(cases: Sequence[str]) -> tuple[list[Split], list[str]]:
-        return _splits(
-            cases, owners, known=found.patients is not None, counts=counts, by_name=by_name, seed=seed, **ways
-        )
+        return _splits(found, cases, counts=counts, by_name=by_name, seed=seed, **ways)
 
+    good, warnings, problems = _read(src, found, names, divide, **reading)
+    splits, unused = divide([check.case for check in good])
+    warnings += unused
+    if label_coding:
+        warnings += implausible_sizes([check.voxels_per_label for check in good], label_coding)
+    header = {"name": name or found.name, "modality": found.modality, "scans": list(found.scans), "labels": names}
+    header |= {"label_coding": label_coding or OWN_CODING}
+    patient = None if found.patients is None else found.patients.__getitem__
+    extra = [f"layout: {found.kind}"]
+    return write_checked(
+        output, src, good, splits, header=header, patient=patient, warnings=warnings, left_out=problems, extra=extra
+    )
+
+
+def _read(
+    src: Path, found: Layout, names: Mapping[str, str], divide: Callable[[Sequence[str]], Any], **reading: Any
+) -> tuple[list[CaseCheck], list[str], list[str]]:
+    """Good cases, warnings, and problems of the bad ones; ``divide`` raises where a number of cases has no split."""
+    values = {int(value): text for value, text in names.items()}
+    checks, alone = labelled(list(found.cases.values()), LABEL, src)
     if not reading.get("skip_bad"):  # a split that cannot be made is told before the reading
         divide([check.case for check in checks])
     hint = "; name every value with --labels, or is the mask stored as grey values"
-    read = partial(
-        check_files,
-        label=LABEL,
-        legal=values,
-        hint=lambda check, strange: hint,
-        channels=len(found.scans) if found.one_file else 1,
-    )
+    channels = len(found.scans) if found.one_file else 1
+    read = partial(check_files, label=LABEL, legal=values, hint=lambda check, strange: hint, channels=channels)
     good, problems = read_all(checks, read, src, **reading)
-    splits, unused = divide([check.case for check in good])
-    voxels = [check.voxels_per_label for check in good]
-    warnings = [*alone, *found.notes, *duplicates(good), *absent_labels(voxels, values), *unused]
-    warnings += implausible_sizes(voxels, label_coding) if label_coding else []
-    header = {"name": name or found.name, "modality": found.modality, "scans": list(found.scans), "labels": names}
-    header |= {"label_coding": label_coding or OWN_CODING}
-    return write_checked(
-        output,
-        src,
-        good,
-        splits,
-        header=header,
-        patient=None if found.patients is None else found.patients.__getitem__,
-        warnings=warnings,
-        left_out=problems,
-        extra=[f"layout: {found.kind}"],
-    )
+    missing = absent_labels([check.voxels_per_label for check in good], values)
+    return good, [*alone, *found.notes, *duplicates(good), *missing], problems
 
 
 def _table_of(labels: Mapping[str, str] | None, label_coding: str | None, found: Layout) -> dict[str, str]:
@@ -129,20 +132,17 @@ def _table_of(labels: Mapping[str, str] | None, label_coding: str | None, found:
 
 
 def _splits(
+    found: Layout,
     cases: Sequence[str],
-    everyone: Mapping[str, str],
     *,
-    known: bool,
     counts: Sequence[int] | None,
     by_name: bool,
     fractions: Sequence[float] | None,
     **ways: Any,
 ) -> tuple[list[Split], list[str]]:
-    """The splits of ``cases``, which are sorted, and the cases that a split file does not name.
-
-    ``everyone`` is case -> patient, ``known`` whether anybody has told the patients; the others as ``prepare_folders``.
-    """
-    what = "patient" if known else "volume"
+    """The splits of ``cases``, which are sorted, and the cases that a split file does not name."""
+    everyone = found.patients or {case: case for case in found.cases}
+    what = "volume" if found.patients is None else "patient"
     if counts is None and not by_name:
         splits, unused = choose_splits(
             {case: everyone[case] for case in cases}, everyone, fractions=fractions, what=what, **ways

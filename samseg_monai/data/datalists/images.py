@@ -90,24 +90,17 @@ def prepare_images(
         reading: ``skip_bad``, ``num_threads``, ``progress``, see ``checks.read_all``.
 
     Raises:
-        ConfigError: a regular expression that is none, a spacing that is no size, no labels or names that no class can
-            have, a group and a table, several ways to split.
+        ConfigError: no regular expression, size or name of a class; a group and a table; several ways to split.
         DataError: folders without a common parent, no images, all defects of all cases at once (unless ``skip_bad``),
             only some images with a pixel size, a split that does not fit the cases.
     """
-    if not labels:
-        raise ConfigError("nobody says what the values in the masks mean: give --labels '255=tumour'")
-    if group is not None and table is not None:
-        raise ConfigError("got a group and a table of patients: give one of them")
-    check_names(labels)
-    spacing, names = checked_spacing(spacing), {"0": BACKGROUND, **labels}
+    names = _names(labels)
+    spacing = checked_spacing(spacing)
     values = {int(value): text for value, text in names.items()}
     root, folders = _common_folder(Path(images), Path(masks))
     found, unpaired = _find_pairs(*folders, match)
     checks, alone = labelled(found, "label", folders[0])
-    group_of = _groups(found, group)
-    if table is not None:
-        group_of = patients_in(read_csv(Path(table)), group_of, Path(table).name)
+    group_of = _groups(found, group, table)
     read, judge = partial(_read_pair, legal=values, spacing=spacing), partial(_judge, spacing=spacing)
     good, left_out = read_all(checks, read, folders[0], judge=judge, **reading)
     of = {check.case: check for check in good}
@@ -157,8 +150,19 @@ def _common_folder(images: Path, masks: Path) -> tuple[Path, tuple[Path, Path]]:
     return root, both
 
 
-def _groups(checks: Sequence[ImageCheck], group: str | None) -> dict[str, str]:
-    """Group of each case; without a regular expression each is its own."""
+def _names(labels: Mapping[str, str]) -> dict[str, str]:
+    if not labels:
+        raise ConfigError("nobody says what the values in the masks mean: give --labels '255=tumour'")
+    check_names(labels)
+    return {"0": BACKGROUND, **labels}
+
+
+def _groups(checks: Sequence[ImageCheck], group: str | None, table: str | Path | None) -> dict[str, str]:
+    """Group of each case; without a regular expression or a table each is its own."""
+    if group is not None and table is not None:
+        raise ConfigError("got a group and a table of patients: give one of them")
+    if table is not None:
+        return patients_in(read_csv(Path(table)), [check.case for check in checks], Path(table).name)
     if group is None:
         return {check.case: check.case for check in checks}
     try:
