@@ -36,6 +36,8 @@ def perform(run: plans.Run, plan: dict[str, Any], options: argparse.Namespace) -
     shared = {"dataset_dir": str(options.data), "datalist": str(plans.write_inputs(options.work, run.fold))}
     shared |= {"output_dir": str(folder), **plans.overrides_of(plan, run)}
     shared |= {"sam_checkpoint": str(options.weights)} if run.row.get("sam", True) else {}
+    stored = options.stored and run.row["strategy"] == "decoder"  # its encoder is frozen and nothing is augmented
+    shared |= {"embeddings::cache_dir": str(options.work / "stored"), "embeddings::variants": 1} if stored else {}
     given = {"prompt::source": "json", "prompt::boxes": str(plans.box_file(options.work, "loose"))}
     if run.training and not records.is_trained(folder, {**plans.overrides_of(plan, run), **run.training}):
         known = given if run.prompted and run.fold != "all" else {}  # the boxes of the validation slices
@@ -50,7 +52,8 @@ def perform(run: plans.Run, plan: dict[str, Any], options: argparse.Namespace) -
         run_workflow([configs / "evaluate.json"], {**shared, **own})
         named = {"row": run.name, "fold": run.fold, "seed": run.seed}
         rows += rows_of(results, {**named, "section": section, "boxes": law, "weights": weights})
-    named |= {"settings": plans.settings_of(plan, run), "minutes": (time.perf_counter() - started) / 60}
+    minutes = (time.perf_counter() - started) / 60
+    named |= {"settings": plans.settings_of(plan, run), "stored_embeddings": stored, "minutes": minutes}
     named |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "threads": torch.get_num_threads()}
     return rows, records.facts_of(folder, results, trained=bool(run.training), **named)
 
@@ -80,6 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", help="names of rows; default: all")
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th run from the I-th on, I from 0")
     parser.add_argument("--search", action="store_true", help="try the learning rates instead (validation slices)")
+    parser.add_argument("--stored", action="store_true", help="decoder rows: keep the encoder's outputs, in bf16")
     parser.add_argument("--predictions", action="store_true", help="keep predicted masks in the work folder")
     options = parser.parse_args(arguments)
     plan, failed = plans.read("plan.json"), []

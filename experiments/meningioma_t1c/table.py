@@ -14,18 +14,18 @@ import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import plan as plans
 import records
 from pages import insert, markdown, short_table
-from scipy import stats
 
 from samseg_monai.errors import DataError, raise_all
 from samseg_monai.files import write_json
 from samseg_monai.handlers.provenance import plain
+from samseg_monai.metrics import rows as scores
+from samseg_monai.metrics.rows import Interval, holm
 
 ROOT = plans.HERE.parents[1]
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "does_fine_tuning_help.md"
@@ -34,39 +34,14 @@ ROLES = ("zero-shot", "fine-tuned", "without SAM")
 MEASURES = ("dice", "hd95_px", "nsd_1px", "nsd_2px")
 
 
-class Interval(NamedTuple):
-    """Mean of n values with its two-sided t interval and the p-value of a mean of 0; NaN below two values."""
-
-    n: int
-    mean: float
-    low: float
-    high: float
-    p: float
-
-
 def t_interval(values: Sequence[float] | pd.Series) -> Interval:
-    """Student's t interval (95 %) of a mean."""
-    array = np.asarray(values, dtype=float)
-    n, mean = len(array), float(array.mean()) if len(array) else np.nan
-    if n < 2:
-        return Interval(n, mean, np.nan, np.nan, np.nan)
-    error = float(array.std(ddof=1)) / np.sqrt(n)
-    half = float(stats.t.ppf(0.975, n - 1) * error)
-    p = float(2 * stats.t.sf(abs(mean) / error, n - 1)) if error > 0 else float(mean == 0)
-    return Interval(n, mean, mean - half, mean + half, p)
+    """Student's own t interval (95 %) of a mean, with n - 1 degrees of freedom: that of the published numbers."""
+    return scores.t_interval(values, margin=0, least=2)
 
 
 def block_means(values: Mapping[str, float] | pd.Series, blocks: Mapping[str, str]) -> list[float]:
     """Mean of the slices of each block, in the order of block names; slices without a value are left out."""
     return pd.Series(values, dtype=float).dropna().groupby(blocks).mean().tolist()
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values (Holm 1979), in the order given; they keep the family-wise error rate."""
-    p = np.asarray(p_values, dtype=float)
-    order = np.argsort(p, kind="stable")
-    adjusted = np.maximum.accumulate(np.minimum(1.0, np.arange(len(p), 0, -1) * p[order]))
-    return adjusted[np.argsort(order, kind="stable")].tolist()
 
 
 class Results:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from samseg_monai.errors import BundleError, DataError, visible_lines
+from samseg_monai.errors import BundleError, DataError
 from samseg_monai.workflow import run_workflow
 
 EVALUATION = "evaluation"
@@ -33,19 +33,22 @@ def report(
     """Make one page with table, figures and provenance of evaluated runs, and print the table.
 
     A training that was not evaluated since it ended is evaluated first, on the test cases of its data, with its own
-    settings.
+    settings. The numbers are written beside the page, too, as JSON and CSV. Several training seeds of one strategy are
+    rows of their own.
     """
     from samseg_monai.report.page import write_report
-    from samseg_monai.report.runs import RunResult
-    from samseg_monai.report.tables import table_text
+    from samseg_monai.report.runs import RunResult, by_seed
+    from samseg_monai.report.tables import table_text, write_results
 
     given: dict[str, Any] = {} if sam_checkpoint is None else {"sam_checkpoint": sam_checkpoint}
     if dataset_dir is not None:
         given["dataset_dir"] = os.path.abspath(dataset_dir)
-    results = [RunResult.load(_evaluated(folder, given)) for folder in runs]
+    results = by_seed([RunResult.load(_evaluated(folder, given)) for folder in runs])
     write_report(output, title=title, runs=results)
-    typer.echo(visible_lines(table_text(results)))
-    typer.echo(f"report: {output}")
+    numbers = output.with_name(f"{output.stem}_results.json")
+    write_results(numbers, results)
+    typer.echo(table_text(results))
+    typer.echo(f"report: {output}   numbers: {numbers}, {numbers.with_suffix('.csv').name}")
 
 
 def _evaluated(folder: Path, given: dict[str, Any]) -> Path:

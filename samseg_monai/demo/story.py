@@ -111,20 +111,20 @@ def write_results(
     notes: Mapping[str, str] | None = None,
     organs: bool = False,
 ) -> str:
-    """Write ``results.json`` and ``report.html``, and return the table as text.
+    """Write ``results.json``, ``results.csv`` and ``report.html``, and return the table as text.
 
     With ``organs`` it is the table of the eight organs, with quoted rows, which ``organs.json`` holds, too. Raises
     BundleError for runs that cannot stand in one table.
     """
     from samseg_monai.files import write_json
+    from samseg_monai.report import tables
     from samseg_monai.report.organs import organ_table, organs_json, organs_text
     from samseg_monai.report.page import write_report
-    from samseg_monai.report.tables import results_json, table_text
 
     table = organ_table(runs) if organs else None
-    write_json(output / "results.json", results_json(runs))
+    tables.write_results(output / "results.json", runs)
     if table is not None:
         write_json(output / "organs.json", organs_json(table))
     page = output / "report.html"
     write_report(page, title=title, runs=runs, montage=montage, commands=commands, notes=notes, organs=table)
-    return table_text(runs) if table is None else organs_text(table)
+    return tables.table_text(runs) if table is None else organs_text(table)

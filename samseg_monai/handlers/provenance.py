@@ -28,20 +28,38 @@ PACKAGES = ("torch", "monai", "numpy", "pytorch-ignite", "segment-anything")
 # where things lie on one machine; what they contain is recorded by hashes of contents instead
 PLACES = ("bundle_root", "dataset_dir", "datalist", "output_dir", "sam_checkpoint", "cache_dir")
 
+# user and password of a URL, and values of its query that open something
+_LOGIN = re.compile(r"(?<![\w+.-])([A-Za-z][\w+.-]*://)[^\s/'\"]*@")
+_SECRET = re.compile(
+    r"([?&;](?:[\w.-]*(?:token|passw(?:or)?d|pwd|secret|key|signature|credential|auth)[\w.-]*|sig)=)[^&;\s'\"]*", re.I
+)
+# The folders of a file in a URL, and of one on a drive or share: there, names with blanks are known by what is around.
+_FOLDERS = r"[/\\]+(?:[^/\\:*?\"'<>|,;\n]+[/\\]+)*"
+_FILE = re.compile(r"((?:sqlite(?:\+\w+)?:/|file:)//)(?:[A-Za-z]:)?" + _FOLDERS)
+_DRIVE = re.compile(r"(?:(?<![A-Za-z])[A-Za-z]:|(?<![\w\\])\\(?=\\))" + _FOLDERS)
+_DRIVE_HOME = re.compile(r"(?<![A-Za-z])[A-Za-z]:[/\\]+Users[/\\]+[^/\\'\":;,\n]+(?![^'\":;,\n])")
 _HOME = re.compile(r"(?:[A-Za-z]:)?[/\\](?:home|Users)[/\\][^\s/\\:'\",;()]+(?![\w./\\-])")
 _QUOTED = re.compile(r"(['\"])(?:~|[A-Za-z]:)?[/\\](?:[^'\"\n]*[/\\])?([^'\"/\\\n]*)\1")
 _ABSOLUTE = re.compile(r"(?<![\w.:/\\])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\:'\",;()\[\]]+[/\\])+")
 _WHOLE = re.compile(r"(?:~|[A-Za-z]:)?[/\\][^\n:,;'\"]*")
 
 
-def scrub(text: str) -> str:
-    """``text`` with every absolute path in it cut down to its last part; a home folder becomes ``~``.
+def without_secrets(text: str) -> str:
+    """``text`` with no user, password or key in its URLs: ``postgresql://jane:secret@host/db`` has its host alone."""
+    return _SECRET.sub(r"\1***", _LOGIN.sub(r"\1", text))
 
-    Paths with blanks are known as such when they are quoted or the whole text.
+
+def scrub(text: str) -> str:
+    """``text`` with every absolute path in it cut down to its last part and no secrets in its URLs; a home folder
+    becomes ``~``.
+
+    Paths with blanks are known as such when they are quoted or the whole text, or begin with a drive.
     """
+    text = _FILE.sub(r"\1", without_secrets(text))
     home = str(Path.home())
     if len(home) > 1:
         text = re.sub(re.escape(home) + r"(?![\w./\\-])", "~", text)
+    text = _DRIVE.sub("", _DRIVE_HOME.sub("~", text))
     text = _QUOTED.sub(r"\1\2\1", _HOME.sub("~", text))
     if _WHOLE.fullmatch(text):
         return re.split(r"[/\\]", text.rstrip("/\\"))[-1]

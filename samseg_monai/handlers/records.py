@@ -23,7 +23,7 @@ from samseg_monai.handlers import provenance
 from samseg_monai.handlers.keeping import case_rows
 from samseg_monai.handlers.provenance import plain
 from samseg_monai.metrics import read_history, write_rows
-from samseg_monai.metrics.rows import Curves
+from samseg_monai.metrics.rows import Curves, write_cell
 from samseg_monai.training.owned import count_trainable
 
 logger = logging.getLogger(__name__)
@@ -279,7 +279,7 @@ class CurveLog:
         def write(path: Path) -> None:
             ordered = sorted(self._rows.items(), key=lambda item: item[0][0])
             with path.open("w", newline="", encoding="utf-8") as stream:
-                rows = ([epoch, it, name, repr(value)] for (epoch, name), (it, value) in ordered)
+                rows = ([epoch, it, write_cell(name), repr(value)] for (epoch, name), (it, value) in ordered)
                 csv.writer(stream).writerows([COLUMNS, *rows])
 
         if idist.get_rank() == 0:

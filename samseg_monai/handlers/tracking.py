@@ -28,7 +28,7 @@ from ignite.engine import Events
 
 from samseg_monai.errors import ConfigError, TrainingError
 from samseg_monai.files import write_json
-from samseg_monai.handlers.provenance import plain, read_json
+from samseg_monai.handlers.provenance import plain, read_json, without_secrets
 from samseg_monai.handlers.records import RunCard, read_curves
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ def check_address(uri: str) -> None:
             sqlite database is none (or would be forgotten).
     """
     if not isinstance(uri, str) or not uri.startswith((SQLITE, *SERVERS)):
-        raise ConfigError(f"mlflow::uri must be sqlite:///PATH or the address of an MLflow server, got {uri!r}")
+        got = without_secrets(repr(uri))
+        raise ConfigError(f"mlflow::uri must be sqlite:///PATH or the address of an MLflow server, got {got}")
     needed = ("mlflow", "sqlalchemy", "alembic") if uri.startswith(SQLITE) else ("mlflow",)
     absent = [name for name in needed if importlib.util.find_spec(name) is None]
     if absent:
@@ -132,7 +133,7 @@ class MlflowRun:
                 self.id = str(self._client.create_run(experiment_id, run_name=name, tags=texts).info.run_id)
         except self.errors as error:
             first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise TrainingError(f"MLflow: {uri} cannot be used ({first_line})") from error
+            raise TrainingError(without_secrets(f"MLflow: {uri} cannot be used ({first_line})")) from error
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Record settings. A resumed run keeps those it began with; a changed one becomes the tag ``resumed.<key>``."""
@@ -176,8 +177,8 @@ class MlflowRun:
             return str(self._client.create_experiment(name, artifact_location=place))
         if found.lifecycle_stage != "active":
             raise TrainingError(
-                f"MLflow: experiment {name!r} was deleted in {uri}; restore it there, or set mlflow::experiment to "
-                "another name"
+                f"MLflow: experiment {name!r} was deleted in {without_secrets(uri)}; restore it there, or set "
+                "mlflow::experiment to another name"
             )
         return str(found.experiment_id)
 
@@ -248,7 +249,7 @@ class Tracking:
         parent = None if self._training else before
         self.run = self._open(resumed, parent)
         if resumed and not self.run.resumed:
-            logger.warning("MLflow: %s has no run %s; a new one goes on", self.uri, resumed)
+            logger.warning("MLflow: %s has no run %s; a new one goes on", without_secrets(str(self.uri)), resumed)
         if self._training:
             write_json(self.folder / RUN_FILE, {"run_id": self.run.id})
             if not engine.has_event_handler(self._epoch, Events.EPOCH_COMPLETED):
@@ -314,7 +315,8 @@ class Tracking:
         try:
             send(self.run)
         except self.run.errors as error:
-            logger.warning("MLflow: %s does not answer as it should, the run goes on without it: %s", self.uri, error)
+            what = without_secrets(f"{self.uri} does not answer as it should, the run goes on without it: {error}")
+            logger.warning("MLflow: %s", what)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from ignite.engine import Events
 from monai.engines.utils import IterationEvents
 from monai.handlers import TensorBoardStatsHandler
+from tensorboard.summary.writer import event_file_writer
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -27,6 +29,9 @@ from samseg_monai.metrics.engine import of_all_ranks
 logger = logging.getLogger(__name__)
 
 TAG = "validation/worst_case"  # of the pictures in TensorBoard
+# TensorBoard puts the machine's name into the names of its files, which travel with the results; it cannot be told not
+# to. This also holds for the files of MONAI's handlers, in bundles of any age.
+vars(event_file_writer)["socket"] = types.SimpleNamespace(gethostname=lambda: "run")
 
 
 class SameBuffers:

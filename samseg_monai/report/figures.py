@@ -33,6 +33,7 @@ INK, MUTED, GRID, SURFACE = "#010203", "#040506", "#070809", "#0a0b0c"
 _PAGE = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", SURFACE: "var(--surface)"}
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a $ in a name is a $
     "svg.hashsalt": "samseg",  # ids do not change from run to run
     "font.family": "sans-serif", "font.size": 11, "text.color": INK,
     "axes.labelcolor": INK, "axes.edgecolor": MUTED, "axes.facecolor": "none", "axes.axisbelow": True,

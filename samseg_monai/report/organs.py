@@ -180,7 +180,7 @@ class OrganTable:
             run = honest.run
             kind, sam = "phantoms" if run.is_phantom else "cases", f" [{run.sam}]" if run.sam not in run.title else ""
             heading = f"{run.title}{sam}, n = {honest.cases} {kind}, split: {run.split}, {run.prompt_source}"
-            remarks = [] if run.gate is None else [gate_text(run.gate)]
+            remarks = [*run.warnings, *([] if run.gate is None else [gate_text(run.gate)])]
             yield run, heading, [published, honest], [*remarks, *filter(None, (published.remark, honest.remark))]
 
     def caveats(self) -> list[str]:

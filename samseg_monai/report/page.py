@@ -16,9 +16,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from samseg_monai.files import StrPath, write_text
-from samseg_monai.metrics.rows import BOOTSTRAP_DRAWS, mean_of
+from samseg_monai.metrics.rows import MIN_CASES, mean_of, spelt_out
 from samseg_monai.report import figures, tables
 from samseg_monai.report import organs as organ_tables
+from samseg_monai.report.comparing import unequal
 from samseg_monai.report.montage import OverlayCase, image_tag, pick_cases
 from samseg_monai.report.runs import LORA, NO_PROMPTS, NOT_RECORDED, PICO_LABEL, RunResult, check_runs, facts, gate_text
 
@@ -65,7 +66,7 @@ def write_report(
     page = environment.from_string(source).render(
         title=title,
         banner=banner(runs),
-        warnings=[line for run in runs for line in run.warnings],
+        warnings=[*(line for run in runs for line in run.warnings), *(one.text for one in unequal(runs))],
         headline=headline(runs),
         schemes={scheme: figures.css_variables(names, scheme) for scheme in ("light", "dark")},
         runs=runs,
@@ -82,10 +83,12 @@ def write_report(
         facts=facts(runs),
         cards=[(run.title, json.dumps(run.card, indent=2, default=str)) for run in runs],
         notes={**(notes or {}), **({"Gate": gates} if gates else {})},
-        resamples=f"{BOOTSTRAP_DRAWS:,}",
+        failures=tables.failures(runs),
+        least=MIN_CASES,
+        held_out=all(run.held_out for run in runs),
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
-    write_text(output, page)
+    write_text(output, spelt_out(page, keep="\n\t"))
     return Path(output)
 
 
@@ -103,9 +106,10 @@ def headline(runs: Sequence[RunResult]) -> str:
     sources = dict.fromkeys(run.prompt_source for run in runs)
     prompts = NO_PROMPTS if list(sources) == [NO_PROMPTS] else f"prompts: {'; '.join(sources)}"
     kind = "phantoms" if all(run.is_phantom for run in runs) else "cases"
+    kind = f"held-out {kind}" if all(run.held_out for run in runs) else kind
     several = len(tables.classes_of(runs))
     over = f", mean over {several} classes" if several > 1 else ""
-    return f"Mean Dice of {max(map(len, dice))} held-out {kind}{over} ({prompts}). {'; '.join(means)}."
+    return f"Mean Dice of {max(map(len, dice))} {kind}{over} ({prompts}). {'; '.join(means)}."
 
 
 def _numbers(runs: Sequence[RunResult]) -> dict[str, Any]:

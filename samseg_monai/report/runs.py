@@ -7,18 +7,19 @@ Facts that a card does not record are shown as "not recorded", never guessed.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from samseg_monai.errors import BundleError, raise_all
 from samseg_monai.files import StrPath, read_json
 from samseg_monai.metrics import read_history, read_rows
-from samseg_monai.metrics.rows import HISTORY_FILE
+from samseg_monai.metrics.rows import HISTORY_FILE, spelt_out
 from samseg_monai.sam.weights import RANDOM
 
 BOX_ELLIPSE = "box_ellipse"
@@ -51,12 +52,18 @@ PROMPTS = {
     "none": NO_PROMPTS,
 }
 CARD_FILE = "run_card.json"
+ADAPTER_CARD = "card.json"  # beside the weights
 METRICS_FILE = "metrics.json"
 CASES_FILE = "cases.csv"
 _HOW = (
     "run the bundle's evaluate.json (python -m monai.bundle run --config_file ...) with output_dir set to this folder"
 )
 Curves = dict[str, dict[int, float]]
+MET = {"training": "were trained on", "validation": "chose the epoch (validation)"}  # parts that weights have met
+# By source, the settings that decide where boxes lie; what only a law of drawing uses says nothing of given boxes.
+_BOXES = {"label": ("loosen", "tight", "shift", "shrink", "per_component"), "none": ()}
+_BOXES_GIVEN = ("shrink", "per_component")
+_NAMED = 5  # cases in a line
 
 
 def sam_text(variant: str, base_sha256: str | None) -> str:
@@ -107,6 +114,7 @@ class RunResult:
 
     Args:
         card, training: contents of ``run_card.json``, and of that of the training, which lies beside its curves.
+        adapter: contents of the weights' ``card.json``, in the folder or one up; empty without.
         metrics: contents of ``metrics.json``.
         rows: one mapping per case and class, as ``samseg_monai.metrics.read_rows`` gives them.
         history: curve name -> epoch -> value, finite ones; empty when nothing was trained.
@@ -120,6 +128,7 @@ class RunResult:
     rows: Sequence[Mapping[str, Any]]
     history: Curves = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
     label: str | None = None
 
     @classmethod
@@ -141,13 +150,14 @@ class RunResult:
             label: how the run is called on the page.
 
         Raises:
-            BundleError: naming every missing file and how to make it, or one that is unreadable; a CSV without cases,
-                or with two rows of one case and class.
+            BundleError: naming every missing file and how to make it, or one that is unreadable; a card with values of
+                wrong types; a CSV without cases, or with two rows of one case and class (say, of two training seeds).
             DataError: the CSV of cases is not one (columns, numbers).
         """
         folder = Path(folder)
         card_path, metrics_path = folder / CARD_FILE, folder / METRICS_FILE
         card = _json(card_path) if card_path.is_file() else {}
+        _check_types(card, card_path)
         told = str(card.get("cases_file") or CASES_FILE)
         if re.search(r"[/\\:]|^\.+$", told):
             raise BundleError(f"{card_path}: cases_file is {told!r}, no name of a file beside it; {_HOW}")
@@ -159,12 +169,16 @@ class RunResult:
             raise BundleError(f"{cases_path}: holds no case; {_HOW}")
         counts = Counter((row["case"], row["class"]) for row in rows)
         doubled = [f"case {case}, class {klass}: {count} rows" for (case, klass), count in counts.items() if count > 1]
-        raise_all(doubled, BundleError, f"{cases_path} counts cases twice; evaluate again into an empty folder")
+        heading = f"{cases_path} counts cases twice; evaluate again, each training seed into an empty folder"
+        raise_all(doubled, BundleError, heading)
         name = name or _strategy_name(card) or folder.name
         curves: Curves = {}
         training: dict[str, Any] = {}
-        places = (place / HISTORY_FILE for place in (folder, folder.absolute().parent))
-        curves_path = next((path for path in places if path.is_file()), None)
+        places = (folder, folder.absolute().parent)
+        curves_path, adapter = (
+            next((place / name for place in places if (place / name).is_file()), None)
+            for name in (HISTORY_FILE, ADAPTER_CARD)
+        )
         if curves_path is not None and name != BOX_ELLIPSE:
             points, problems = read_history(curves_path)
             raise_all(problems, BundleError, f"{curves_path} cannot be read; train again to write it")
@@ -174,13 +188,16 @@ class RunResult:
             training_card = curves_path.parent / CARD_FILE
             if training_card.is_file() and training_card.resolve() != card_path.resolve():
                 training = _json(training_card)
-        return cls(folder, name, card, _json(metrics_path), rows, curves, training, label)
+                _check_types(training, training_card)
+        weights = {} if adapter is None else _json(adapter)
+        return cls(folder, name, card, _json(metrics_path), rows, curves, training, weights, label)
 
     @property
     def title(self) -> str:
-        """Label of the run for people, e.g. ``LoRA, rank 4``."""
-        if self.label:
-            return self.label
+        """Label of the run for people, e.g. ``LoRA, rank 4``; what nobody could see in a name is spelt out."""
+        return spelt_out(self.label or self._title())
+
+    def _title(self) -> str:
         base = STRATEGIES.get(self.name, self.name.replace("_", " "))
         side = str(self.fact("strategy.arguments.side") or "").rpartition(".")[2]
         if self.name == LADDER and side:
@@ -253,9 +270,33 @@ class RunResult:
         return self.training.get("seconds")
 
     @property
+    def seen(self) -> dict[str, list[str]]:
+        """Evaluated cases that the weights have met: ``training`` (learnt from) and ``validation`` (chose the epoch).
+
+        Known by the hashed ids in ``cases`` on the card of the run, its weights or its training, else by the section.
+        """
+        if self.trainable == 0:
+            return {}
+        record = next((one["cases"] for one in (self.card, self.adapter, self.training) if "cases" in one), None)
+        if not isinstance(record, Mapping):
+            return {part: self.cases for part in MET if part == self.fact("settings.section")}
+        ids = {part: {str(one) for one in record.get(part) or ()} for part in MET}
+        met = {part: [case for case in self.cases if case_id(case) in ids[part]] for part in MET}
+        return {part: cases for part, cases in met.items() if cases}
+
+    @property
+    def held_out(self) -> bool:
+        """Whether nothing says that the weights have met one of the evaluated cases."""
+        return not self.seen and self.fact("settings.section") not in MET
+
+    @property
     def warnings(self) -> list[str]:
-        """What its cards say against the run: it did not complete, or predicted a class empty everywhere."""
-        found = []
+        """What its cards say against the run: cases that its weights have met, a run that did not complete, a class
+        that was predicted empty everywhere."""
+        found = [
+            f"{self.title}: {len(cases)} of {len(self.cases)} evaluated cases {MET[part]}: {some(cases)}"
+            for part, cases in self.seen.items()
+        ]
         for what, card in (("evaluation", self.card), ("training", self.training)):
             if card.get("status", "completed") != "completed":
                 reason = card.get("error") or card.get("stop_reason")
@@ -264,6 +305,23 @@ class RunResult:
                 names = ", ".join(map(str, card["collapsed_classes"]))
                 found.append(f"{self.title}: predicted empty everywhere in {what}: {names}")
         return found
+
+    @property
+    def cases(self) -> list[str]:
+        return list(dict.fromkeys(str(row["case"]) for row in self.rows))
+
+    @property
+    def boxes(self) -> dict[str, Any]:
+        """What decides where its boxes lie: source, file or law; settings that are off are left out."""
+        source, settings = self.fact("prompt_source"), self.fact("settings.prompt") or {}
+        settings = {"loosen": self.fact("prompt_loosen"), **settings}
+        found = {key: settings.get(key) for key in _BOXES.get(str(source), _BOXES_GIVEN)}
+        found = {key: value for key, value in found.items() if (any(value) if isinstance(value, list) else value)}
+        if any(key in found for key in ("loosen", "tight", "shift")):
+            found["seed"] = settings.get("seed", 0)
+        if source == "json":
+            found["file"] = self.fact("boxes_sha256") or settings.get("boxes")
+        return {"source": source, **found}
 
     @property
     def classes(self) -> list[str]:
@@ -288,6 +346,50 @@ def check_runs(runs: Sequence[RunResult]) -> None:
     doubled = [f"{name}: {count} runs" for name, count in Counter(run.name for run in runs).items() if count > 1]
     heading = "runs on one page need different names; give each its own with RunResult.load(folder, name=...)"
     raise_all(doubled, BundleError, heading)
+
+
+def by_seed(runs: Sequence[RunResult]) -> list[RunResult]:
+    """The runs, each with its training seed in name and title where several are of one strategy."""
+    counts = Counter(run.name for run in runs)
+    found = []
+    for run in runs:
+        seed = run.training.get("seed", run.fact("seed"))
+        if counts[run.name] > 1 and seed is not None and run.name not in (ZERO_SHOT, BOX_ELLIPSE):
+            run = replace(run, name=f"{run.name}_seed{seed}", label=f"{run.title}, seed {seed}")
+        found.append(run)
+    return found
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def case_id(case: str) -> str:
+    """How cards name a case without telling who it is: the first 16 hexadecimal digits of its sha256."""
+    return hashlib.sha256(case.encode()).hexdigest()[:16]
+
+
+# What the report reads from a card and its type; other keys are shown as they are.
+_TYPES: dict[str, tuple[type, ...]] = {
+    "settings": (Mapping,), "settings.prompt": (Mapping,), "cases": (Mapping,), "cases.training": (list,),
+    "cases.validation": (list,), "cases_file": (str,), "policy": (str,), "collapsed_classes": (list,),
+    "side_arguments": (Mapping,), "trainable_parameters": (int,), "gate": (int, float), "seconds": (int, float),
+}  # fmt: skip
+
+
+def _check_types(card: Mapping[str, Any], path: Path) -> None:
+    """Raise BundleError naming every value that has another type than this package writes."""
+    problems = []
+    for name, types in _TYPES.items():
+        value: Any = card
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
+            wanted = " or ".join(one.__name__ for one in types)
+            problems.append(f"{name}: expected {wanted}, got {fact_text(value)!r} ({type(value).__name__})")
+    raise_all(problems, BundleError, f"{path} is no card of this package; evaluate again")
 
 
 def _strategy_name(card: Mapping[str, Any]) -> str | None:

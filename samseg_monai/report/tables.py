@@ -1,25 +1,31 @@
 """The table of runs: a line per run and class, differences against zero-shot; as data, as JSON, as text for a terminal.
 
 Every number is computed from the rows of the cases' CSV by `samseg_monai.metrics`; nothing is typed and nothing is
-taken from a log. Mean, SD (population) and median are over cases, the 95 % interval of the mean is a percentile
-bootstrap over cases (Efron 1979), differences are paired by case. Excluded cases (empty in reference and prediction
-under the honest policy) are counted and left out.
+taken from a log. Mean, SD (population) and median are over cases, the 95 % interval of the mean is Student's t over
+cases (`metrics.rows.t_interval`), differences are paired by case and made only between runs that differ in their method
+alone (`comparing.what_differs`). Excluded cases (empty in reference and prediction under the honest policy) are counted
+and left out. Nothing here tells how much another training seed would change.
 """
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from samseg_monai.errors import BundleError
+from samseg_monai.files import StrPath, write_json
 from samseg_monai.metrics import aggregate, case_means, paired_difference
-from samseg_monai.metrics.rows import bootstrap_interval
+from samseg_monai.metrics.rows import MIN_CASES, NOT_DISTINGUISHABLE, TOO_FEW, holm, spelt_out, t_interval, write_table
+from samseg_monai.report.comparing import unequal
 from samseg_monai.report.runs import NOT_RECORDED, ZERO_SHOT, RunResult, check_runs, gate_text
 
 MEAN_OF_CLASSES = "mean of classes"
 WIDTH = 130  # of a table for a terminal
+INTERVALS = "Student t over cases, one training seed"
 # Column of the CSV -> (heading, whether more is better). Names with transunet come from that policy alone.
 MEASURES = {
     "dice": ("Dice", True),
@@ -54,6 +60,10 @@ class Line:
         """Mean, std or median of the run's Dice, as text."""
         return fixed(self.numbers[f"{dice_column(self.run)}_{statistic}"])
 
+    def interval(self) -> str:
+        """The 95 % interval of the mean Dice as text, or why there is none."""
+        return interval(self.low, self.high) if self.n >= MIN_CASES else TOO_FEW
+
     def mean(self, measure: str) -> str:
         """Mean of a measure as text, with 2 decimals for distances, 3 for scores; a dash where the run has none."""
         return fixed(self.numbers.get(f"{measure}_mean", math.nan), digits(measure))
@@ -69,8 +79,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Difference:
-    """Run minus baseline over the cases both have, for one measure; ``verdict`` is ``better``, ``worse`` or ``not
-    distinguishable`` (the interval holds 0, or there are fewer cases than `metrics.paired_difference` asks for)."""
+    """Run minus baseline over the cases both have, for one measure.
+
+    ``p`` is that of no difference after Holm's correction over the rows of this measure; ``low`` and ``high`` are of
+    this comparison alone. ``verdict`` is ``better``, ``worse`` (p below 0.05), ``not distinguishable``, or ``too few
+    cases`` (below 6, without interval and p).
+    """
 
     run: RunResult
     measure: str
@@ -78,6 +92,7 @@ class Difference:
     mean: float
     low: float
     high: float
+    p: float
     verdict: str
 
     def text(self) -> str:
@@ -118,32 +133,51 @@ def table_lines(runs: Sequence[RunResult]) -> list[Line]:
     for run in runs:
         for klass in [MEAN_OF_CLASSES, *run.classes] if len(run.classes) > 1 else run.classes:
             rows = [row for row in run.rows if klass in (MEAN_OF_CLASSES, row["class"])]
-            interval = bootstrap_interval(list(case_means(rows, dice_column(run)).values()))
-            lines.append(Line(run, klass, aggregate(rows, columns=measures([run])), *interval))
+            found = t_interval(list(case_means(rows, dice_column(run)).values()))
+            # a mean of values from 0 to 1 is such a value, too; NaN stays what it is
+            low, high = (min(max(end, 0.0), 1.0) if math.isfinite(end) else math.nan for end in (found.low, found.high))
+            lines.append(Line(run, klass, aggregate(rows, columns=measures([run])), low, high))
     return lines
 
 
 def differences(runs: Sequence[RunResult], *, only: str | None = None) -> list[Difference]:
-    """Every other run minus zero-shot, paired by case, in one measure or all; empty when there is no such run.
+    """Every other run minus zero-shot, paired by case, in one measure or all, corrected for the number of rows (Holm).
 
-    Raises:
-        DataError: two runs were not evaluated on the same cases and classes.
+    Empty when there is no zero-shot. Runs that differ in more than their method are left out: `comparing.unequal`
+    names them.
     """
     check_runs(runs)
     base = next((run for run in runs if run.name == ZERO_SHOT), None)
     if base is None:
         return []
-    found = []
-    for run in (run for run in runs if run is not base):
-        for measure in measures([base]) if only is None else [only]:
-            if measure in run.rows[0]:
-                one = paired_difference(run.rows, base.rows, value=measure)
-                verdict = one["verdict"]
-                if verdict in ("a higher", "b higher"):
-                    verdict = "better" if (verdict == "a higher") == MEASURES[measure][1] else "worse"
-                numbers = (one["difference"], one["ci_low"], one["ci_high"])
-                found.append(Difference(run, measure, int(one["n"]), *numbers, verdict))
-    return found
+    apart = [base, *(one.run for one in unequal(runs))]
+    rows = [run for run in runs if not any(run is one for one in apart)]
+    found: dict[str, list[Difference]] = {}
+    for measure in measures([base]) if only is None else [only]:
+        having = [run for run in rows if measure in run.rows[0] and measure in base.rows[0]]
+        pairs = [paired_difference(run.rows, base.rows, value=measure) for run in having]
+        for run, one, p in zip(having, pairs, holm([pair["p"] for pair in pairs]), strict=True):
+            numbers = (one["difference"], one["ci_low"], one["ci_high"], p)
+            verdict = TOO_FEW if one["n"] < MIN_CASES else NOT_DISTINGUISHABLE
+            if p < 0.05:
+                verdict = "better" if (one["difference"] > 0) == MEASURES[measure][1] else "worse"
+            found.setdefault(run.name, []).append(Difference(run, measure, int(one["n"]), *numbers, verdict))
+    return [one for its in found.values() for one in its]
+
+
+def failures(runs: Sequence[RunResult]) -> list[str]:
+    """A line for each run with cases whose Dice is 0: what its intervals then are worth."""
+    lines = []
+    for run in runs:
+        column = dice_column(run)
+        zero = {row["case"] for row in run.rows if not row["excluded"] and row[column] == 0}
+        if zero:
+            lines.append(
+                f"{run.title}: {len(zero)} of {len(run.cases)} cases hold a Dice of 0. Few cases tell too little of "
+                "such failures, and intervals are too narrow: with 10 % of them, one of 95 % covers 66 % at 6 cases, "
+                "75 % at 13 and 92 % at 40 (simulated)"
+            )
+    return lines
 
 
 def results_json(runs: Sequence[RunResult]) -> dict[str, dict[str, Any]]:
@@ -157,7 +191,7 @@ def results_json(runs: Sequence[RunResult]) -> dict[str, dict[str, Any]]:
         keys = [f"{name}_{kind}" for name in measures([run]) for kind in ("mean", "std", "median")]
         entry: dict[str, Any] = {key: or_none(line.numbers[key]) for key in keys}
         entry |= {f"{dice_column(run)}_ci95": [or_none(line.low), or_none(line.high)], "n": line.n}
-        entry["excluded"] = line.excluded
+        entry |= {"excluded": line.excluded, "interval": INTERVALS if line.n >= MIN_CASES else TOO_FEW}
         if run.name in result:
             result[run.name].setdefault("classes", {})[line.klass] = entry
             continue
@@ -166,12 +200,41 @@ def results_json(runs: Sequence[RunResult]) -> dict[str, dict[str, Any]]:
             **{"sam": run.sam, "prompt_source": run.prompt_source, "trainable_parameters": run.trainable},
             **{"phantoms": run.is_phantom, "seconds": run.seconds, "seconds_training": run.training_seconds},
             **({} if run.gate is None else {"gate": run.gate}),
+            **({"alerts": alerts} if (alerts := [*run.warnings, *failures([run])]) else {}),
         }
     for one in differences(runs):
         interval = [or_none(one.low), or_none(one.high)]
-        entry = {"mean": or_none(one.mean), "ci95": interval, "n": one.n, "verdict": one.verdict}
-        result[one.run.name].setdefault("minus_zero_shot", {})[one.measure] = entry
+        entry = {"mean": or_none(one.mean), "ci95": interval, "n": one.n, "p_holm": or_none(one.p)}
+        result[one.run.name].setdefault("minus_zero_shot", {})[one.measure] = {**entry, "verdict": one.verdict}
+    for apart in unequal(runs):
+        result[apart.run.name]["not_compared"] = {"with": apart.base.name, "differ_in": apart.what}
     return result
+
+
+def write_results(path: StrPath, runs: Sequence[RunResult]) -> None:
+    """Write `results_json` to ``path``, and beside it as a CSV: a line per run, and one for each class where there are
+    several; keys of values within values are joined by dots, ends of an interval are ``.low`` and ``.high``."""
+    results = results_json(runs)
+    write_json(path, results)
+    names = {run.name: run.classes[0] for run in runs}
+    rows = []
+    for name, entry in results.items():
+        several = entry.pop("classes", {})
+        classes = {MEAN_OF_CLASSES if several else names[name]: entry, **several}
+        rows += [{"run": name, "class": klass, **_flat(its)} for klass, its in classes.items()]
+    write_table(rows, Path(path).with_suffix(".csv"), list(dict.fromkeys(key for row in rows for key in row)))
+
+
+def _flat(entry: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in entry.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and "ci95" in key:
+            found |= {f"{prefix}{key}.low": value[0], f"{prefix}{key}.high": value[1]}
+        else:
+            found[prefix + key] = "; ".join(value) if isinstance(value, list) else value
+    return found
 
 
 def table_text(runs: Sequence[RunResult]) -> str:
@@ -183,7 +246,7 @@ def table_text(runs: Sequence[RunResult]) -> str:
     means = [line for line in lines if line.klass == MEAN_OF_CLASSES or len(line.run.classes) == 1]
     head = ["strategy [SAM]", "n", "Dice mean +- SD", "95 % CI", "median", *headings(shown), "excl."]
     body = [
-        [named(line.run), str(line.n), f"{line.dice()} +- {line.dice('std')}", interval(line.low, line.high),
+        [named(line.run), str(line.n), f"{line.dice()} +- {line.dice('std')}", line.interval(),
          line.dice("median"), *map(line.mean, shown), str(line.excluded)]
         for line in means
     ]  # fmt: skip
@@ -193,12 +256,18 @@ def table_text(runs: Sequence[RunResult]) -> str:
         blocks.append(grid(["lesion-wise, all cases", *headings(lesion_wise)], body))
     if len(classes_of(runs)) > 1:
         blocks += [_by_class(runs, lines, measure) for measure in (dice_column(runs[0]), *shown[:1])]
+    blocks[0] += f"\n95 % CI: {INTERVALS}; none below {MIN_CASES} cases."
     if gaps := differences(runs, only=dice_column(runs[0])):
         # no true minus sign: terminals and spreadsheets read this, too
         body = [
-            [named(g.run), str(g.n), fixed(g.mean, 3, "+"), interval(g.low, g.high, 3, "+"), g.verdict] for g in gaps
+            [named(g.run), str(g.n), fixed(g.mean, 3, "+"), interval(g.low, g.high, 3, "+"), p_text(g.p), g.verdict]
+            for g in gaps
         ]
-        blocks.append(grid(["Dice minus zero-shot", "n", "mean", "95 % CI", "verdict"], body))
+        head = ["Dice minus zero-shot", "n", "mean", "95 % CI", "p (Holm)", "verdict"]
+        note = (
+            f"95 % CI of each: {INTERVALS}, paired; p and verdict are corrected for the number of rows ({len(gaps)})."
+        )
+        blocks.append(f"{grid(head, body)}\n{note}")
     cost = [
         [named(r), r.prompt_source, count_text(r.trainable), seconds_text(r.training_seconds), seconds_text(r.seconds)]
         for r in runs
@@ -206,7 +275,11 @@ def table_text(runs: Sequence[RunResult]) -> str:
     head = ["strategy [SAM]", "prompt source", "trainable", "s training", "s evaluation"]
     blocks.append(grid(head, cost, left=2))
     gates = "\n".join(f"{named(run)}: {gate_text(run.gate)}" for run in runs if run.gate is not None)
-    return "\n\n".join([*blocks, *([gates] if gates else [])]) + "\n"
+    said = [*(line for run in runs for line in run.warnings), *(one.text for one in unequal(runs)), *failures(runs)]
+    alerts = "\n".join(textwrap.fill(f"! {line}.", WIDTH, subsequent_indent="  ") for line in said)
+    return (
+        spelt_out("\n\n".join([*([alerts] if alerts else []), *blocks, *([gates] if gates else [])]), keep="\n") + "\n"
+    )
 
 
 def _by_class(runs: Sequence[RunResult], lines: Sequence[Line], measure: str) -> str:
@@ -226,7 +299,11 @@ def _by_class(runs: Sequence[RunResult], lines: Sequence[Line], measure: str) ->
 
 
 def grid(head: Sequence[str], body: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Columns two spaces apart; the first ``left`` ones are flush left, the others right; a row of one cell runs on."""
+    """Columns two spaces apart; the first ``left`` ones are flush left, the others right; a row of one cell runs on.
+
+    Characters that a terminal would obey are spelt out.
+    """
+    head, body = ([spelt_out(c) for c in head], [[spelt_out(c) for c in row] for row in body])
     whole = [row for row in [head, *body] if len(row) == len(head)]
     widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
     rows = [head, ["-" * width for width in widths], *body]
@@ -243,6 +320,11 @@ def fixed(value: float, digits: int = 3, sign: str = "-") -> str:
 def interval(low: float, high: float, digits: int = 3, sign: str = "-") -> str:
     """``low to high`` of a 95 % interval, a dash when there is none."""
     return f"{fixed(low, digits, sign)} to {fixed(high, digits, sign)}" if math.isfinite(low) else "-"
+
+
+def p_text(p: float) -> str:
+    """A p-value with two digits, a dash when there is none."""
+    return "-" if not math.isfinite(p) else "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def count_text(count: int | None) -> str:

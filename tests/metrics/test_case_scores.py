@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 import random
 
@@ -20,11 +21,13 @@ from samseg_monai.metrics import (
     aggregate,
     merge_rows,
     paired_difference,
+    read_history,
     read_rows,
     score_case,
     score_columns,
     write_rows,
 )
+from samseg_monai.metrics import rows as rows_module
 
 SHAPE = (10, 8, 4)
 SPACING = (0.8, 0.5, 3.0)
@@ -205,6 +208,62 @@ def test_rows_survive_the_csv_file_exactly(tmp_path):
     assert read_rows(write_rows([], tmp_path / "none.csv")) == []
 
 
+HOSTILE = (
+    "=1+1",
+    "+x",
+    "-x",
+    "@SUM(A1)",
+    "\t=x",
+    "\r=x",
+    "\uff1dx",
+    "'",
+    "'=x",
+    "''-x",
+    "a=b",
+    "x\x1b[2Jy",
+    "a\u202eb",
+    "-",
+)
+
+
+def test_no_spreadsheet_runs_a_name_and_no_terminal_obeys_it(tmp_path):
+    rows = [row(case, -0.25) for case in HOSTILE]
+    path = write_rows(rows, tmp_path / "cases.csv")
+    assert same(read_rows(path), rows)
+    with path.open(newline="", encoding="utf-8") as stream:
+        cells = [line["case"] for line in csv.DictReader(stream)]
+    assert all(cell[0] not in "=+-@\t\r\uff1d" and cell.isprintable() for cell in cells)
+    assert "a=b" in cells and ",-0.25," in path.read_text(encoding="utf-8")  # numbers stay numbers
+    # what an earlier version wrote is read as it was meant
+    path.write_text("case,class,dice,excluded,empty_prediction,empty_reference\n=1+1,-t,0.5,False,False,False\n")
+    assert [(one["case"], one["class"]) for one in read_rows(path)] == [("=1+1", "-t")]
+
+
+@pytest.mark.parametrize("text", ["", "\\", "\\x1b", "\\\\t", "\x1b\\", "\n'=", "'", "\u2028", "é", "=" * 3])
+def test_every_text_comes_back_from_its_cell(text):
+    assert rows_module.read_cell(rows_module.write_cell(text)) == text
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG\r\n\x1a\n\xff\xfe", b"case,class\x00,dice\n", b"\x1f\x8b\x08\x00\xa5"])
+def test_a_table_that_is_no_text_is_called_so(tmp_path, content):
+    path = tmp_path / "cases.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="is not a"):
+        read_rows(path)
+    points, problems = read_history(path)
+    assert points == {} and len(problems) <= 1
+
+
+def test_tables_saved_by_a_spreadsheet_are_read(tmp_path):
+    head, line = "case,class,dice,excluded,empty_prediction,empty_reference", "a,t,0.5,False,False,False"
+    path = tmp_path / "cases.csv"
+    path.write_text(f"{head}\n{line}\n", encoding="utf-8-sig")
+    assert read_rows(path)[0]["case"] == "a"
+    path.write_text(f"{head},dice\n{line},0.9\n")
+    with pytest.raises(DataError, match="'dice': 2 columns"):
+        read_rows(path)
+
+
 @pytest.mark.parametrize("extra", [{"image": "/data/x/y.nii.gz"}, {"case": "data\\x"}])
 def test_paths_do_not_enter_a_table(tmp_path, extra):
     with pytest.raises(DataError, match="names, not paths"):
@@ -241,13 +300,12 @@ def test_constant_gain_is_told_from_noise():
     b = [row(f"c{i:02}", float(v)) for i, v in enumerate(base)]
     gain = paired_difference(a, b)
     assert gain["difference"] == pytest.approx(0.05 + noise.mean())
-    # the bootstrap of a mean is close to the normal interval; its own error with 10,000 draws is below 2 %
-    half = 1.96 * noise.std() / math.sqrt(30)
-    assert gain["ci_high"] - gain["ci_low"] == pytest.approx(2 * half, rel=0.06)
+    half = 2.048407 * noise.std(ddof=1) / math.sqrt(30)  # Student's t of 28 degrees of freedom, from a printed table
+    assert gain["ci_high"] - gain["ci_low"] == pytest.approx(2 * half, rel=1e-6)
     assert gain["ci_low"] < gain["difference"] < gain["ci_high"]
     assert gain["verdict"] == "a higher"
     assert paired_difference(b, a)["verdict"] == "b higher"
-    assert paired_difference(a[::-1], b) == gain  # seeded, and independent of order
+    assert paired_difference(a[::-1], b) == gain  # independent of order
     jitter = [row(r["case"], r["dice"] + 0.1 * (-1) ** i) for i, r in enumerate(b)]
     assert paired_difference(jitter, b)["verdict"] == "not distinguishable"
 
@@ -255,10 +313,12 @@ def test_constant_gain_is_told_from_noise():
 def test_equal_runs_and_few_cases_are_not_distinguishable():
     a = [row(f"c{i}", 0.9) for i in range(5)]
     b = [row(f"c{i}", 0.1) for i in range(5)]
-    assert paired_difference(a, a)["verdict"] == "not distinguishable"
-    assert paired_difference(a, b)["verdict"] == "not distinguishable"  # five cases prove nothing
+    few = paired_difference(a, b)  # five cases prove nothing
+    assert few["verdict"] == paired_difference(a, a)["verdict"] == "too few cases"
+    assert math.isnan(few["ci_low"]) and math.isnan(few["p"]) and few["difference"] == pytest.approx(0.8)
     more = [row("c5", 0.9)], [row("c5", 0.1)]
     assert paired_difference(a + more[0], b + more[1])["verdict"] == "a higher"
+    assert paired_difference(a + more[0], a + more[0])["verdict"] == "not distinguishable"
 
 
 def test_pairs_that_one_side_excludes_are_left_out_and_counted():
@@ -267,7 +327,7 @@ def test_pairs_that_one_side_excludes_are_left_out_and_counted():
     result = paired_difference(a, b)
     assert (result["difference"], result["n"], result["n_excluded"]) == (0.25, 1.0, 1.0)
     nothing = paired_difference(a[1:], b[1:])
-    assert math.isnan(nothing["difference"]) and nothing["verdict"] == "not distinguishable"
+    assert math.isnan(nothing["difference"]) and nothing["verdict"] == "too few cases"
 
 
 def test_rows_that_do_not_belong_together_are_refused():

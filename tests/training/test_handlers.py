@@ -575,6 +575,18 @@ def test_networks_without_a_strategy_have_no_gate_in_their_card(network, tmp_pat
         ("/home/jane", "~"),
         ("C:\\Users\\jane\\x.nii is bad", "x.nii is bad"),
         ("models/model.pt at https://host.org/a/b 1/2", "models/model.pt at https://host.org/a/b 1/2"),
+        ("postgresql://jane:s3cret@db.clinic/runs is away", "postgresql://db.clinic/runs is away"),
+        ("https://jane:p@ss@host/a/b?x=1&token=abc&y=2", "https://host/a/b?x=1&token=***&y=2"),
+        ("http://host/a@b and s3://bucket/x?sig=abc", "http://host/a@b and s3://bucket/x?sig=***"),
+        ("sqlite:////home/jane/runs/x.db cannot be opened", "sqlite:///x.db cannot be opened"),
+        ("sqlite:///C:\\Users\\Jane Doe\\x.db", "sqlite:///x.db"),
+        ("sqlite:///runs/x.db", "sqlite:///runs/x.db"),
+        ("file:///mnt/jane doe/x.nii, bad", "file://x.nii, bad"),
+        ("C:\\Users\\Jane Doe\\data sets\\x.nii is bad", "x.nii is bad"),
+        ("No space: 'C:\\\\Users\\\\Jane Doe\\\\x y.nii'", "No space: 'x y.nii'"),
+        ("C:/Users/Jane Doe/a b/x.nii: bad", "x.nii: bad"),
+        ("see C:\\Users\\Jane Doe, please", "see ~, please"),
+        ("\\\\server\\Jane Doe\\x.nii is gone", "x.nii is gone"),
     ],
 )
 def test_scrub_leaves_no_absolute_path(text, expected):

@@ -363,8 +363,17 @@ def has_caption(picture: np.ndarray, caption: str) -> bool:
 
 @pytest.mark.parametrize("strategy", ON_DEMAND)
 def test_every_validation_of_a_training_leaves_one_picture(strategy, tracked):
-    steps = [step for step, _ in pictures(tracked.folder / strategy / "tensorboard")]
+    folder = tracked.folder / strategy / "tensorboard"
+    steps = [step for step, _ in pictures(folder)]
     assert steps == ([1, 2] if strategy == "ladder" else [2])
+    # nor do these files, of MONAI's handlers and ours, tell on which machine they were written
+    assert all(".run." in path.name and f".{socket.gethostname()}." not in path.name for path in folder.iterdir())
+
+
+def test_no_password_of_a_store_is_shown():
+    with pytest.raises(ConfigError) as caught:
+        tracking.check_address("ftp://jane:s3cret@host/runs")
+    assert "ftp://host/runs" in str(caught.value) and "s3cret" not in str(caught.value)
 
 
 def test_the_case_with_the_lowest_dice_of_the_validation_is_shown(configs, hippocampi, datalist, tmp_path):
