@@ -433,6 +433,38 @@ def accounted(cases):
     return names(cases), sorted(cases.bad), sorted(name for listed in cases.passed.values() for name in listed)
 
 
+@pytest.mark.parametrize("old", [("t1", "t1ce", "t2", "flair"), ("T1", "T1CE", "T2", "FLAIR")])
+def test_names_of_older_brats_are_known(old, tmp_path):
+    for case in ("B17_1", "B17_2"):
+        for scan in old:
+            blank(tmp_path / case / f"{case}_{scan}.nii.gz")
+        blank(tmp_path / case / f"{case}_seg.nii.gz")
+    expected = [str(tmp_path / "B17_1" / f"B17_1_{scan}.nii.gz") for scan in old]
+    found = find_cases(tmp_path)
+    assert accounted(found) == (["B17_1", "B17_2"], [], ["B17_1_seg.nii.gz", "B17_2_seg.nii.gz"])
+    assert found.good[0]["image"] == expected
+    found = find_cases(tmp_path, scans=("t1c",))  # the others are no cases of their own
+    assert names(found) == ["B17_1", "B17_2"] and found.good[0]["image"] == expected[1]
+    (tmp_path / "B17_2" / f"B17_2_{old[1]}.nii.gz").unlink()
+    assert "no file for t1c beside" in find_cases(tmp_path).bad["B17_2"]
+    assert accounted(find_cases(tmp_path, scans=("t1c",)))[:2] == (["B17_1"], ["B17_2"])
+    blank(tmp_path / "B17_1" / "B17_1-t1c.nii.gz")
+    with pytest.raises(DataError, match=f"B17_1-t1c.nii.gz and B17_1_{old[1]}.nii.gz are the same scan"):
+        find_cases(tmp_path / "B17_1")
+
+
+def test_scans_may_lie_in_the_folder_of_their_case_under_their_names_alone(tmp_path):
+    for case in ("p1", "p2"):
+        for scan in ("t1c", "flair", "seg"):
+            blank(tmp_path / case / f"{scan}.nii.gz")
+    found = find_cases(tmp_path, scans=("t1c", "t2f"))
+    assert accounted(found)[:2] == (["p1", "p2"], [])
+    assert found.good[1]["image"] == [str(tmp_path / "p2" / f"{scan}.nii.gz") for scan in ("t1c", "flair")]
+    found = find_cases(tmp_path, scans=("t1c",))
+    assert accounted(found) == (["p1", "p2"], [], [*["flair.nii.gz"] * 2, *["seg.nii.gz"] * 2])
+    assert names(find_cases([tmp_path / "p1" / "t1c.nii.gz"], scans=("t1c",))) == ["t1c"]  # as it always was
+
+
 def test_a_stray_image_beside_case_folders_hides_none_of_them(tmp_path, caplog):
     for case in "ABC":
         blank(tmp_path / case / f"{case}.nii.gz")

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from samseg_monai.data import BRATS_SCANS
+from samseg_monai.data import BRATS_OLD, BRATS_SCANS
 from samseg_monai.data.datalists import patient_of
 from samseg_monai.data.datalists.checks import CaseCheck, Summary, check_files, labelled, read_all, write_checked
 from samseg_monai.data.datalists.label_maps import BRATS, labels_in
@@ -26,7 +26,6 @@ from samseg_monai.data.files.volumes import stem_of
 from samseg_monai.errors import DataError
 
 LOG = logging.getLogger(__name__)
-OLD_NAMES = {"t1": "t1n", "t1ce": "t1c", "t2": "t2w", "flair": "t2f"}  # of BraTS 2012 to 2022 -> of 2023
 SEG, GTV = "seg", "gtv"
 _CASE_NAME = re.compile(r".+-\d{3,}-\d{3}$")
 _GRADES = {"HGG", "LGG"}  # folders of BraTS 2017 to 2019
@@ -117,7 +116,7 @@ def _named_of_2023(folder: Path) -> dict[str, list[Path]]:
     """Images of a case by the names of their scans as of 2023."""
     found: dict[str, list[Path]] = {}
     for part, paths in parts_of(folder).items():
-        found.setdefault(OLD_NAMES.get(part.lower(), part.lower()), []).extend(paths)
+        found.setdefault(BRATS_OLD.get(part.lower(), part.lower()), []).extend(paths)
     return found
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from samseg_monai.data import BRATS_SCANS, IMAGES
+from samseg_monai.data import BRATS_OLD, BRATS_SCANS, IMAGES
 from samseg_monai.data.files.boxes import IMAGE_BOXES, VOLUME_BOXES, as_floats, box_problems, read_table, volume_boxes
 from samseg_monai.data.files.case_list import SHOWN, CaseList, noted
 from samseg_monai.data.files.dicom import holds_series, is_dicom, read_any
@@ -77,8 +77,9 @@ def find_cases(
         source: folder of case folders, one case folder, folder of single NIfTI/MHA/NRRD files, a file, folder of the
             slices of one DICOM series, folder of such folders, or a list. Files of a series may have any name.
         scans: names of the scans in the order the network wants them. With one scan a file of any name, or a folder
-            with a DICOM series, is a case; with several, files are named ``<case>-<scan>`` or hold that many channels
-            on a fourth axis, and DICOM series lie in folders ``<case>/<scan>``.
+            with a DICOM series, is a case; with several, files are named ``<case>-<scan>``, or ``<scan>`` in a
+            folder ``<case>``, or hold that many channels on a fourth axis, and DICOM series lie in folders
+            ``<case>/<scan>``. BraTS's scans may have their names of 2012 to 2022 (t1, t1ce, t2, flair), too.
         boxes: JSON file ``{case: [{"slice": k | "slices": [k0, k1], "box": [i0, j0, i1, j1]}]}``: inclusive voxel
             indices of the stored array. Of a DICOM series, which stores none, it is the array as loaded: i is the
             column and j the row of a slice's picture, k counts the slices from 0 in the order of their positions
@@ -322,6 +323,8 @@ def _group_one(folder: Path, scans: Sequence[str], found: CaseList) -> str:
 
 def _group_scans(case: str, series: Mapping[str, Path], scans: Sequence[str], found: CaseList) -> bool:
     """Add a case whose sub-folders are DICOM ``series`` named after the scans; False when they are not."""
+    own = {name: scan for name in series if name not in scans and (scan := _called(name, scans)) not in series}
+    series = {own.get(name) or name: path for name, path in series.items()}
     named = [scan for scan in scans if scan in series]
     # A lone scan's name among other folders is a case that happens to be called so.
     if not named or (len(scans) == 1 and len(series) > 1):
@@ -350,8 +353,9 @@ def _group_named(paths: Iterable[Path], scans: Sequence[str], found: CaseList, *
             expected = f"expected one of {', '.join(SUFFIXES)}, or the folder of a DICOM series"
             what = "is one slice of a DICOM series; give its folder" if is_dicom(path) else f"is no image; {expected}"
             found.bad[path.name] = "is a link that leads nowhere" if is_dead_link(path) else what
-        elif scan := next((s for s in scans if stem.endswith((f"-{s}", f"_{s}"))), None):
-            named.setdefault((path.parent, stem[: -len(scan) - 1]), {}).setdefault(scan, []).append(path)
+        elif (which := _scan_of(path, stem, scans, listed)) is not None:
+            case, scan = which
+            named.setdefault((path.parent, case), {}).setdefault(scan, []).append(path)
         elif _MASK.search(stem) and not listed:
             found.pass_over("named like masks", [path.name])
         else:
@@ -367,13 +371,37 @@ def _group_named(paths: Iterable[Path], scans: Sequence[str], found: CaseList, *
     # Beside the scans of a case, its other files are scans this network does not use, or derived images.
     others = [scan for scan in BRATS_SCANS if scan not in scans] if set(scans) <= set(BRATS_SCANS) else []
     for path, stem in single:
-        other = next((scan for scan in others if stem.endswith((f"-{scan}", f"_{scan}"))), "")
-        if any(path.parent == folder and re.match(rf"{re.escape(case)}[-_. ]", stem) for folder, case in named):
+        other = _scan_of(path, stem, others, listed)
+        cases = [case for folder, case in named if folder == path.parent]
+        if any(re.match(rf"{re.escape(case)}[-_. ]", stem) or (other and other[0] == case) for case in cases):
             found.pass_over("scans that the network does not use", [path.name])
-        elif other and not listed:
-            found.bad[stem[: -len(other) - 1]] = f"no file for {', '.join(scans)} beside {path.name}"
+        elif other is not None and not listed:
+            found.bad[other[0]] = f"no file for {', '.join(scans)} beside {path.name}"
         else:
             found.add(stem, [path])
+
+
+def _called(name: str, scans: Sequence[str]) -> str:
+    """Which of the scans a name means; empty when none."""
+    if name in scans:
+        return name
+    scan = BRATS_OLD.get(name.lower(), "")
+    return scan if scan in scans else ""
+
+
+def _scan_of(path: Path, stem: str, scans: Sequence[str], listed: bool) -> tuple[str, str] | None:
+    """Case and scan of a file ``<case>-<scan>``, or in a folder ``<case>/<scan>``; None for others.
+
+    A lone scan's name without a case may be any word (``image``), so that it has to be one of BraTS's.
+    """
+    for name in (*scans, *BRATS_OLD):
+        begin, end = stem[: -len(name)], stem[-len(name) :]
+        if begin.endswith(("-", "_")) and (end == name or name in BRATS_OLD) and (scan := _called(end, scans)):
+            return begin[:-1], scan
+    scan = "" if listed else _called(stem, scans)
+    if scan in BRATS_SCANS or (scan and len(scans) > 1):
+        return path.absolute().parent.name, scan
+    return None
 
 
 def _group_images(sources: Sequence[Path]) -> CaseList:
