@@ -142,7 +142,7 @@ def facts(datalist: str, *, seen: Mapping[str, list[str]] | None = None) -> dict
         known["label_values"] = content.get("labels")
     known["seen_cases"] = seen
     if found is not None:
-        known["warnings"] = _of_prompts(found)
+        known["warnings"] = _doubts(found)
         if found.kind == "train" and found.parser.get_parsed_content("val_interval"):
             known["warnings"] += too_few_to_choose(read_datalist(datalist))
         for text in known["warnings"]:
@@ -151,13 +151,17 @@ def facts(datalist: str, *, seen: Mapping[str, list[str]] | None = None) -> dict
     return known
 
 
-def _of_prompts(found: Running) -> list[str]:
-    """A warning where SAM, which is made for prompts, gets none and has no network beside it that was made for that."""
+def _doubts(found: Running) -> list[str]:
+    """A warning where SAM, which is made for prompts, gets none and has no network beside it that was made for that,
+    and one where nothing learns of random weights."""
     strategy, prompt = found.config.get("strategy"), found.config.get("prompt")
     kind = str(strategy.get("_target_", "")).rpartition(".")[2] if isinstance(strategy, dict) else ""
-    if not isinstance(prompt, dict) or prompt.get("source") != "none" or kind not in ("ZeroShot", "LoRA", "Selective"):
-        return []
-    return [f"{kind} without boxes: this task has none (prompt::source none), SAM segments the image alone"]
+    told = []
+    if isinstance(prompt, dict) and prompt.get("source") == "none" and kind in ("ZeroShot", "LoRA", "Selective"):
+        told.append(f"{kind} without boxes: this task has none (prompt::source none), SAM segments the image alone")
+    if kind == "ZeroShot" and found.config.get("sam_checkpoint") == RANDOM:
+        told.append("ZeroShot on random weights (sam_checkpoint random): nothing learns, its scores are those of noise")
+    return told
 
 
 def bundle_name(configs: Path) -> str:

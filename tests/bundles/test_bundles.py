@@ -17,6 +17,7 @@ from samseg_monai.bundles.door import own_errors
 from samseg_monai.bundles.running import unknown_keys
 from samseg_monai.bundles.values import effective_settings
 from samseg_monai.errors import BundleError, CheckpointError, ConfigError, PromptError
+from samseg_monai.report.runs import RunResult
 from samseg_monai.settings import read_settings
 from samseg_monai.workflow import run_workflow
 from tests.conftest import TINY
@@ -573,8 +574,15 @@ def test_zero_shot_can_choose_sams_best_mask_from_the_command_line(phantoms, tmp
         folder = tmp_path / masks
         run_workflow(configs, {**TINY, "dataset_dir": str(phantoms), "output_dir": str(folder), "masks": masks})
         tables.append((folder / "evaluation" / "cases.csv").read_text())
-        assert read_json(folder / "evaluation" / "run_card.json")["settings"]["masks"] == masks
+        card = read_json(folder / "evaluation" / "run_card.json")
+        assert card["settings"]["masks"] == masks
+        noise = "nothing learns, its scores are those of noise"
+        assert card["warnings"] == [f"ZeroShot on random weights (sam_checkpoint random): {noise}"]
     assert tables[0] != tables[1]
+    alerts = RunResult.load(folder / "evaluation").warnings
+    assert [text.partition(": ")[2] for text in alerts] == [
+        "SAM's weights are random, and nothing has learnt: its scores are those of noise"
+    ]
 
 
 def test_zero_shot_of_several_classes_is_noise_and_has_to_be_asked_for(abdomen, tmp_path):
@@ -582,6 +590,8 @@ def test_zero_shot_of_several_classes_is_noise_and_has_to_be_asked_for(abdomen, 
     shared = {"dataset_dir": str(abdomen), "output_dir": str(tmp_path / "run"), "sam_variant": "pico", "image_size": 64}
     with pytest.raises(ConfigError, match=r"predictions would be noise.*strategy::random_masks true"):
         run_workflow([configs / "evaluate.json"], shared)
+    with pytest.raises(ConfigError, match=r"predictions would be noise.*strategy::random_masks true"):
+        run_workflow([configs / "evaluate.json"], {**shared, "sam_checkpoint": "random"})
     run_workflow([configs / "evaluate.json"], {**shared, "batch_size": 8, "strategy::random_masks": True})
     card = read_json(tmp_path / "run" / "evaluation" / "run_card.json")
     assert card["strategy"]["arguments"] == {"random_masks": True}
