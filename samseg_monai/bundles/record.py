@@ -98,24 +98,32 @@ def note_cases(network: Any, training: Sequence[Mapping[str, Any]], validation: 
     network.cases = {name: sorted(case_hash(item["case"]) for item in items) for name, items in sections.items()}
 
 
-def seen_cases(network: Any, items: Sequence[Mapping[str, Any]], *, allow: bool = False) -> dict[str, list[str]]:
+def seen_cases(
+    network: Any, items: Sequence[Mapping[str, Any]], *, allow: bool = False, section: str | None = None
+) -> dict[str, list[str]]:
     """Of the cases to be evaluated those that the network has learnt from, or that chose its epoch.
 
+    Args:
+        section: of the datalist that is evaluated: "validation" is there to choose by, so that cases which chose the
+            epoch may be in it, and are told.
+
     Raises:
-        DataError: there are some, and they are not allowed; all are named.
+        DataError: there are others, and they are not allowed; all are named.
     """
     seen = checkpoints.seen_cases(network, [item["case"] for item in items])
-    told = [
-        f"{len(names)} of {len(items)} cases to be evaluated {what}: {', '.join(names[:20])}"
+    told = {
+        part: f"{len(names)} of {len(items)} cases to be evaluated {what}: {', '.join(names[:20])}"
         + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-        for section, what in SEEN.items()
-        if (names := seen.get(section, []))
-    ]
+        for part, what in SEEN.items()
+        if (names := seen.get(part, []))
+    }
     fix = "prepare the split that the training had, or evaluate them nevertheless with --allow_seen True"
     if not allow:
-        raise_all(told, DataError, f"the adapter has seen cases of this evaluation; {fix}")
-    for line in told:
-        logger.warning("%s. These scores say nothing of new cases", line)
+        wrong = [line for part, line in told.items() if part != section or part == "training"]
+        raise_all(wrong, DataError, f"the adapter has seen cases of this evaluation; {fix}")
+    for part, line in told.items():
+        where = f"section {part}: " if part == section else ""
+        logger.warning("%s%s. These scores say nothing of new cases", where, line)
     return seen
 
 

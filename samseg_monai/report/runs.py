@@ -294,7 +294,9 @@ class RunResult:
         """What its cards say against the run: cases that its weights have met, random weights that nothing learnt from,
         a run that did not complete, a class that was predicted empty everywhere."""
         found = [
-            f"{self.title}: {len(cases)} of {len(self.cases)} evaluated cases {MET[part]}: {some(cases)}"
+            f"{self.title}: section validation: {len(cases)} of {len(self.cases)} cases chose the epoch"
+            if part == "validation" == self.fact("settings.section")
+            else f"{self.title}: {len(cases)} of {len(self.cases)} evaluated cases {MET[part]}: {some(cases)}"
             for part, cases in self.seen.items()
         ]
         if self.has_network and self.trainable == 0 and self.fact("base_sha256") == RANDOM:

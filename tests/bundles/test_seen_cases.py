@@ -14,6 +14,7 @@ from samseg_monai.checkpoints import read_card
 from samseg_monai.data.datalists.folders import prepare_folders
 from samseg_monai.errors import BundleError, CheckpointError, DataError
 from samseg_monai.metrics import read_rows
+from samseg_monai.report.runs import RunResult
 from samseg_monai.workflow import run_workflow
 from tests.conftest import TINY
 
@@ -91,8 +92,6 @@ def test_cases_that_were_seen_are_refused_or_said(run, configs, data, lists, tmp
     with pytest.raises(DataError, match=r"--allow_seen True(.|\n)*3 of 3 cases .*trained on: volume_0, volume_1, volu"):
         evaluate(configs, data, lists["second"], kept)
     assert not (kept / "evaluation" / "cases.csv").exists()
-    with pytest.raises(DataError, match=r"1 of 1 cases to be evaluated chose the epoch: volume_3"):
-        evaluate(configs, data, lists["first"], kept, section="validation")
     results = evaluate(configs, data, lists["second"], kept, allow_seen=True)
     card = json.loads((results / "run_card.json").read_text(encoding="utf-8"))
     assert card["seen_cases"] == {"training": ["volume_0", "volume_1", "volume_2"]}
@@ -101,6 +100,24 @@ def test_cases_that_were_seen_are_refused_or_said(run, configs, data, lists, tmp
     with pytest.raises(BundleError, match=r"volume_0, volume_1, volume_2 were trained on: .* --allow-seen"):
         pack_bundle(kept, tmp_path / "packed.zip")
     assert pack_bundle(kept, tmp_path / "packed.zip", allow_seen=True, pt=False).is_file()
+
+
+def test_the_validation_of_the_run_itself_can_be_evaluated_and_is_named(run, configs, data, lists, tmp_path, capfd):
+    kept = shutil.copytree(run, tmp_path / "run")
+    results = evaluate(configs, data, lists["first"], kept, section="validation")
+    told = "section validation: 1 of 1 cases to be evaluated chose the epoch: volume_3. These scores say nothing of new"
+    assert told in "".join(capfd.readouterr())
+    assert json.loads((results / "run_card.json").read_text(encoding="utf-8"))["seen_cases"] == {"validation": ["volume_3"]}
+    scored = RunResult.load(results)
+    assert [text.partition(": ")[2] for text in scored.warnings] == ["section validation: 1 of 1 cases chose the epoch"]
+    assert not scored.held_out
+    content = json.loads(lists["first"].read_text(encoding="utf-8"))
+    moved = {**content, "validation": content["training"], "training": [], "testing": content["validation"]}
+    (tmp_path / "moved.json").write_text(json.dumps(moved), encoding="utf-8")
+    with pytest.raises(DataError, match="3 of 3 cases to be evaluated were trained on: volume_0, volume_1, volume_2"):
+        evaluate(configs, data, tmp_path / "moved.json", kept, section="validation")
+    with pytest.raises(DataError, match="1 of 1 cases to be evaluated chose the epoch: volume_3"):
+        evaluate(configs, data, tmp_path / "moved.json", kept)  # not the section that is there to choose by
 
 
 def test_a_packed_bundle_knows_what_its_network_has_seen(run, configs, data, lists, tmp_path):
