@@ -248,7 +248,9 @@ class LastAdapter:
         if self.best is not None and self.best.score is None and self.best.epoch not in (None, engine.state.epoch):
             self.best.epoch = engine.state.epoch
             folders.append(self.best.folder)
-            if engine.state.epoch == engine.state.max_epochs:  # after a resume there was perhaps no validation to say so
+            if (
+                engine.state.epoch == engine.state.max_epochs
+            ):  # after a resume there was perhaps no validation to say so
                 warn(engine, UNSCORED)
         if folders and idist.get_rank() == 0:
             with nullcontext() if self.ema is None else self.ema.in_use():

@@ -300,7 +300,9 @@ class RunResult:
             for part, cases in self.seen.items()
         ]
         if self.has_network and self.trainable == 0 and self.fact("base_sha256") == RANDOM:
-            found.append(f"{self.title}: SAM's weights are random, and nothing has learnt: its scores are those of noise")
+            found.append(
+                f"{self.title}: SAM's weights are random, and nothing has learnt: its scores are those of noise"
+            )
         for what, card in (("evaluation", self.card), ("training", self.training)):
             if card.get("status", "completed") != "completed":
                 reason = card.get("error") or card.get("stop_reason")
