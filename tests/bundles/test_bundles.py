@@ -237,6 +237,23 @@ def test_what_is_wrong_is_told_once_and_in_one_answer_whatever_its_kind(phantoms
     assert '"vit_t" or "pico"' in text and "tiny" not in text.replace(str(tmp_path), "")
 
 
+@pytest.mark.parametrize("config", ["train", "evaluate"])
+def test_a_datalist_that_is_not_there_is_told_with_the_rest_before_anything_is_loaded(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("samseg_monai.networks.SamSegmenter.load_base", lambda *_, **__: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    wrong = {"dataset_dir": str(tmp_path), "batch_size": 0, "output_dir": str(tmp_path / "file" / "run")}
+    wrong |= {"sam_checkpoint": str(tmp_path / "absent.pth")} if config == "train" else {"checkpoint": "nowhere"}
+    with pytest.raises(ConfigError, match="4 problems") as caught:
+        run_workflow([Path(file) for file in files_of(LORA, config)], wrong)
+    text = str(caught.value)
+    for part in (
+        f"datalist: got '{tmp_path}/datalist.json'; no such file; 'samseg prepare' or", "batch_size: got 0",
+        f"{tmp_path}/file: a file is where a folder is wanted",
+        "absent.pth" if config == "train" else "checkpoint: got",
+    ):  # fmt: skip
+        assert text.count(part) == 1, (part, text)
+
+
 @pytest.mark.parametrize(
     ("place", "said"),
     [(20241126, "write ./20241126"), ("~/runs", "only known to shells"), ("runs/#3", "use another name")],
