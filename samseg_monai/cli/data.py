@@ -208,6 +208,7 @@ def bbox(
     threads: Annotated[int, typer.Option(min=1, help="Cases read at the same time.")] = 4,
 ) -> None:
     """Measure the smallest in-plane centre crop that holds every training brain."""
+    check_places("bbox", {"DATALIST": datalist, "--dataset-dir": dataset_dir})
     from samseg_monai.data.datalists.crops import smallest_crop
     from samseg_monai.files import write_json
 

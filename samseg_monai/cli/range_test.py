@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ class _Finder(LearningRateFinder):
         return super()._train_batch(_judged(train_iter), *given, **options)
 
 
-def _judged(batches: Any) -> Iterator[tuple[Any, Tensor]]:
+def _judged(batches: Any) -> Any:
     empty = 0
     for inputs, label in batches:
         if judged_slices(label).any():

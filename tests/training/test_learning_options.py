@@ -561,7 +561,7 @@ def test_find_lr_tells_what_is_wrong_in_words(bundle, monkeypatch, capsys):
     for words, message in [
         ([str(bundle), "--start-lr", "1", "--end-lr", "0.1"], "0 < start-lr < end-lr"),
         ([str(bundle), "--end-lr", "inf"], "0 < start-lr < end-lr"),
-        (["nowhere"], "there is no bundle nowhere"),
+        (["nowhere"], "BUNDLE: nowhere: no such file or folder"),
         ([str(bundle), "--epohcs", "3", "--dataset_dir", "."], "epohcs"),
     ]:
         monkeypatch.setattr(sys, "argv", ["samseg", "find-lr", *words])
