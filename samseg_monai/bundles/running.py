@@ -166,9 +166,7 @@ def guard() -> None:
     log_visibly()
     for engine in ("SupervisedTrainer", "SupervisedEvaluator"):
         logging.getLogger(f"ignite.engine.engine.{engine}").addFilter(_no_echo)
-    # LoadImaged tries every reader there is, and one that nobody asked for tells each time that its GPU codec is absent
-    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
+    mute_readers()
     # "Engine run resuming from iteration 0" of a fresh run: its terms are not ours, and CurveLog tells the same
     logging.getLogger("ignite.engine.engine").setLevel(logging.WARNING)
     found = running()
@@ -184,6 +182,13 @@ def guard() -> None:
     unknown = {line.split(" (did")[0].partition(": ")[0] for line in problems}
     problems += [line for line in _wrong_values(found) if line.partition(": no such key")[0] not in unknown]
     raise_all(problems + _wrong_places(found), ConfigError, REFUSED)
+
+
+def mute_readers() -> None:
+    """MONAI's ``LoadImaged`` tries every reader there is, and one that nobody asked for tells each time that its GPU
+    codec is absent."""
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
 
 
 def check_groups(configs: Sequence[Path], overrides: Mapping[str, Any]) -> None:
