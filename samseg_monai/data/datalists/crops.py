@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from samseg_monai.data.datalists import labels_of, load_datalist
 from samseg_monai.data.datalists.label_maps import is_ignored
-from samseg_monai.data.files.volumes import read_volume
+from samseg_monai.data.files.dicom import read_any
 from samseg_monai.errors import DataError, raise_all
 
 PAPER_CROP = (138, 202)
@@ -149,5 +149,5 @@ def _measure(item: dict[str, Any], crop: tuple[int, int], unjudged: Sequence[int
 
 
 def _in_ras(file: str) -> np.ndarray:
-    volume = read_volume(file)
+    volume = read_any(Path(file))
     return apply_orientation(volume.array, io_orientation(volume.affine))
