@@ -304,7 +304,8 @@ def _crop(measured: Measured) -> Choice:
     largest = [max(size[axis] for size in sizes) for axis in (0, 1)]
     if not measured.images and len(sizes) > 1 and max(largest) <= 2 * min(max(size) for size in sizes):
         why = (
-            f"{len(sizes)} sizes, up to {largest[0]} x {largest[1]}: all are filled up to one, and so seen at one scale; nothing is cut"
+            f"{len(sizes)} sizes, up to {largest[0]} x {largest[1]}: all are filled up to one, and so seen at one "
+            "scale; nothing is cut"
         )
         return Choice("run::crop_size", [16 * -(-side // 16) for side in largest], f"slices have {why}")
     others = f" and {len(sizes) - 1} other sizes" if len(sizes) > 1 else ""
