@@ -14,14 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
-
-import torch
-from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from typing import IO, TYPE_CHECKING, Any
 
 from samseg_monai.errors import SamsegError, raise_all
 from samseg_monai.faults import writing
+
+if TYPE_CHECKING:
+    from torch import nn
 
 MOST_LEVELS = 100  # of JSON: nobody writes deeper, and whoever walks through it would run out of stack
 StrPath = str | os.PathLike[str]
@@ -77,6 +76,8 @@ def write_text(path: StrPath, text: str) -> None:
 
 def write_tensors(path: StrPath, value: Any) -> None:
     """``torch.save`` through a stream of Python's: torch's own does not say that the disk is full."""
+    import torch  # seconds, which who reads and writes JSON need not wait
+
     with writing(path), Path(path).open("wb") as stream:
         torch.save(value, stream)
 
@@ -199,4 +200,6 @@ def file_name(text: str) -> str:
 
 def unwrap(network: nn.Module) -> nn.Module:
     """The network inside ``DistributedDataParallel`` or ``DataParallel``; any other as it is."""
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
+
     return network.module if isinstance(network, (DistributedDataParallel, DataParallel)) else network

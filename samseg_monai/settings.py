@@ -178,7 +178,8 @@ class RunSettings(Model):
     section: Literal["testing", "validation", "training"] = "testing"
     """Section of the datalist that is evaluated."""
     allow_seen: bool = False
-    """Evaluate cases, too, that the network was trained or its epoch chosen on; run card and table say so."""
+    """Evaluate cases, too, that the network was trained on or, outside of section validation, that chose its epoch; run
+    card and table say so."""
     policy: Literal["honest", "transunet"] = "honest"
     """What counts where a class is empty."""
     regions: Literal["brats"] | dict[Label, Annotated[list[Label], Field(min_length=1)]] | None = None

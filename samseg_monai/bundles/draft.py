@@ -7,16 +7,18 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import create_model
 
 from samseg_monai.bundles.build import compose_recipes, read_recipe, recipe_names, without_comments
 from samseg_monai.data.datalists.label_maps import check_names
-from samseg_monai.data.datalists.measure import Measured
 from samseg_monai.errors import ConfigError
 from samseg_monai.files import write_text
 from samseg_monai.settings import DemoSettings, RunPatch, TaskSettings
+
+if TYPE_CHECKING:
+    from samseg_monai.data.datalists.measure import Measured
 
 # DICOM's abbreviation -> how a text calls it, and the words by which data sets name it
 MODALITIES = {
@@ -302,7 +304,8 @@ def _crop(measured: Measured) -> Choice:
     largest = [max(size[axis] for size in sizes) for axis in (0, 1)]
     if not measured.images and len(sizes) > 1 and max(largest) <= 2 * min(max(size) for size in sizes):
         why = (
-            f"{len(sizes)} sizes, up to {largest[0]} x {largest[1]}: all are filled up to one, and so seen at one scale"
+            f"{len(sizes)} sizes, up to {largest[0]} x {largest[1]}: all are filled up to one, and so seen at one "
+            "scale; nothing is cut"
         )
         return Choice("run::crop_size", [16 * -(-side // 16) for side in largest], f"slices have {why}")
     others = f" and {len(sizes) - 1} other sizes" if len(sizes) > 1 else ""

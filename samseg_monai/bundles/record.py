@@ -98,24 +98,32 @@ def note_cases(network: Any, training: Sequence[Mapping[str, Any]], validation: 
     network.cases = {name: sorted(case_hash(item["case"]) for item in items) for name, items in sections.items()}
 
 
-def seen_cases(network: Any, items: Sequence[Mapping[str, Any]], *, allow: bool = False) -> dict[str, list[str]]:
+def seen_cases(
+    network: Any, items: Sequence[Mapping[str, Any]], *, allow: bool = False, section: str | None = None
+) -> dict[str, list[str]]:
     """Of the cases to be evaluated those that the network has learnt from, or that chose its epoch.
 
+    Args:
+        section: of the datalist that is evaluated: "validation" is there to choose by, so that cases which chose the
+            epoch may be in it, and are told.
+
     Raises:
-        DataError: there are some, and they are not allowed; all are named.
+        DataError: there are others, and they are not allowed; all are named.
     """
     seen = checkpoints.seen_cases(network, [item["case"] for item in items])
-    told = [
-        f"{len(names)} of {len(items)} cases to be evaluated {what}: {', '.join(names[:20])}"
+    told = {
+        part: f"{len(names)} of {len(items)} cases to be evaluated {what}: {', '.join(names[:20])}"
         + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-        for section, what in SEEN.items()
-        if (names := seen.get(section, []))
-    ]
+        for part, what in SEEN.items()
+        if (names := seen.get(part, []))
+    }
     fix = "prepare the split that the training had, or evaluate them nevertheless with --allow_seen True"
     if not allow:
-        raise_all(told, DataError, f"the adapter has seen cases of this evaluation; {fix}")
-    for line in told:
-        logger.warning("%s. These scores say nothing of new cases", line)
+        wrong = [line for part, line in told.items() if part != section or part == "training"]
+        raise_all(wrong, DataError, f"the adapter has seen cases of this evaluation; {fix}")
+    for part, line in told.items():
+        where = f"section {part}: " if part == section else ""
+        logger.warning("%s%s. These scores say nothing of new cases", where, line)
     return seen
 
 
@@ -142,7 +150,7 @@ def facts(datalist: str, *, seen: Mapping[str, list[str]] | None = None) -> dict
         known["label_values"] = content.get("labels")
     known["seen_cases"] = seen
     if found is not None:
-        known["warnings"] = _of_prompts(found)
+        known["warnings"] = _doubts(found)
         if found.kind == "train" and found.parser.get_parsed_content("val_interval"):
             known["warnings"] += too_few_to_choose(read_datalist(datalist))
         for text in known["warnings"]:
@@ -151,13 +159,17 @@ def facts(datalist: str, *, seen: Mapping[str, list[str]] | None = None) -> dict
     return known
 
 
-def _of_prompts(found: Running) -> list[str]:
-    """A warning where SAM, which is made for prompts, gets none and has no network beside it that was made for that."""
+def _doubts(found: Running) -> list[str]:
+    """A warning where SAM, which is made for prompts, gets none and has no network beside it that was made for that,
+    and one where nothing learns of random weights."""
     strategy, prompt = found.config.get("strategy"), found.config.get("prompt")
     kind = str(strategy.get("_target_", "")).rpartition(".")[2] if isinstance(strategy, dict) else ""
-    if not isinstance(prompt, dict) or prompt.get("source") != "none" or kind not in ("ZeroShot", "LoRA", "Selective"):
-        return []
-    return [f"{kind} without boxes: this task has none (prompt::source none), SAM segments the image alone"]
+    told = []
+    if isinstance(prompt, dict) and prompt.get("source") == "none" and kind in ("ZeroShot", "LoRA", "Selective"):
+        told.append(f"{kind} without boxes: this task has none (prompt::source none), SAM segments the image alone")
+    if kind == "ZeroShot" and found.config.get("sam_checkpoint") == RANDOM:
+        told.append("ZeroShot on random weights (sam_checkpoint random): nothing learns, its scores are those of noise")
+    return told
 
 
 def bundle_name(configs: Path) -> str:

@@ -166,9 +166,7 @@ def guard() -> None:
     log_visibly()
     for engine in ("SupervisedTrainer", "SupervisedEvaluator"):
         logging.getLogger(f"ignite.engine.engine.{engine}").addFilter(_no_echo)
-    # LoadImaged tries every reader there is, and one that nobody asked for tells each time that its GPU codec is absent
-    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
+    mute_readers()
     # "Engine run resuming from iteration 0" of a fresh run: its terms are not ours, and CurveLog tells the same
     logging.getLogger("ignite.engine.engine").setLevel(logging.WARNING)
     found = running()
@@ -184,7 +182,13 @@ def guard() -> None:
     unknown = {line.split(" (did")[0].partition(": ")[0] for line in problems}
     problems += [line for line in _wrong_values(found) if line.partition(": no such key")[0] not in unknown]
     raise_all(problems + _wrong_places(found), ConfigError, REFUSED)
-    raise_all(_wrong_outputs(found), ConfigError, REFUSED)
+
+
+def mute_readers() -> None:
+    """MONAI's ``LoadImaged`` tries every reader there is, and one that nobody asked for tells each time that its GPU
+    codec is absent."""
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
 
 
 def check_groups(configs: Sequence[Path], overrides: Mapping[str, Any]) -> None:
@@ -272,20 +276,34 @@ def _wrong_places(found: Running) -> list[str]:
             continue
         elif value is not None and not isinstance(value, str):
             problems.append(f"{name}: got {value!r}, a {type(value).__name__}; a path is text: write ./{value}")
-    return problems + (_absent(found) if not problems else []) + _wrong_device(found)
+    return problems + ([*_absent(found), *_wrong_outputs(found)] if not problems else []) + _wrong_device(found)
 
 
 def _absent(found: Running) -> list[str]:
-    """Data and weights of a training or evaluation that are not there; told before anything is loaded."""
-    folder, problems = found.config.get("dataset_dir"), []
-    plain = isinstance(folder, str) and not folder.startswith(("$", "@"))
-    if found.kind != "inference" and plain and not Path(str(folder)).is_dir():
-        where = "" if Path(str(folder)).is_absolute() else f" ({Path(str(folder)).absolute()})"
-        problems.append(f"dataset_dir: got {folder!r}, which is not a folder{where}; give that of the data")
-    base = found.config.get("sam_checkpoint")
-    given = isinstance(base, str) and base != RANDOM and not base.startswith(("$", "@"))
-    if found.kind == "train" and given and not Path(str(base)).exists():
-        problems.append(f"sam_checkpoint: got {base!r}; no such file")
+    """Data, weights and prompts that are not there; told before anything is loaded."""
+    config, problems = found.config, []
+
+    def given(name: str) -> str | None:
+        value = found.parser.get(name)
+        return value if isinstance(value, str) and value != RANDOM and not value.startswith(("$", "@")) else None
+
+    def absolute(place: str) -> str:
+        return "" if Path(place).is_absolute() else f" ({Path(place).absolute()})"
+
+    folder = given("dataset_dir")
+    if found.kind != "inference" and folder is not None and not Path(folder).is_dir():
+        problems.append(f"dataset_dir: got {folder!r}, which is not a folder{absolute(folder)}; give that of the data")
+    elif found.kind != "inference" and (given("datalist") or (folder and config.get("datalist"))):
+        listed = found.parser.get_parsed_content("datalist")
+        if isinstance(listed, str) and not Path(listed).is_file():
+            where = absolute(listed)
+            problems.append(
+                f"datalist: got {listed!r}; no such file{where}; 'samseg prepare' or 'samseg phantom' makes one"
+            )
+    names = ["checkpoint", "boxes", "prompts", "prompt::boxes"] + ["sam_checkpoint"] * (found.kind == "train")
+    for name in names:
+        if (place := given(name)) is not None and not Path(place).expanduser().exists():
+            problems.append(f"{name}: got {place!r}; no such file{absolute(place)}")
     return problems
 
 

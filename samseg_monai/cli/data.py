@@ -18,6 +18,7 @@ from samseg_monai.cli.places import check_places
 from samseg_monai.errors import visible_lines
 
 MOST_SEED = 2**32 - 1  # of NumPy's generators
+NO_TASK = "none"
 prepare_app = typer.Typer(help="Check a data set and write its datalist.", no_args_is_help=True)
 phantom_app = typer.Typer(help="Write synthetic cases for demos and tests.", no_args_is_help=True)
 
@@ -65,6 +66,10 @@ Folds = Annotated[
     typer.Option(min=3, help="Cross-validation instead: that many datalists; in each one part tests, one validates."),
 ]
 Table = Annotated[Path | None, typer.Option(help="CSV with the columns case and patient.")]
+Task = Annotated[
+    str | None,
+    typer.Option(help="Task, or file of one, whose crop is tried: what it cuts is counted for each case; none: not."),
+]
 Shape = Annotated[Any, typer.Option(parser=numbers(int, 3), metavar="X,Y,Z", help="Voxels along the three axes.")]
 
 
@@ -85,16 +90,16 @@ def _brats_men(
     fractions: Fractions = None,
     folds: Folds = None,
     split_file: SplitFile = None,
+    task: Task = "meningioma",
     seed: Seed = 0,
     skip_bad: SkipBad = False,
     num_threads: Threads = 4,
 ) -> None:
     """Check case folders of BraTS (2017 to 2024, MEN-RT too) and write a datalist, split by patient."""
-    given = locals()
-    check_places("prepare", {"--src": src, "--split-file": split_file})
+    given = _known({"--src": src, "--split-file": split_file}, locals())
     from samseg_monai.data.datalists.brats import prepare_brats_men
 
-    _tell(prepare_brats_men(**given))
+    _tell_cut(prepare_brats_men(**given), task, src, num_threads)
 
 
 @prepare_app.command("synapse")
@@ -111,16 +116,16 @@ def _synapse(
     ] = "btcv13",
     validation: Annotated[int, typer.Option(min=0, help="Patients taken out of the 18; 0: as published.")] = 0,
     allow_missing: Annotated[bool, typer.Option("--allow-missing", help="Go on without missing cases.")] = False,
+    task: Task = "abdomen",
     seed: Seed = 0,
     skip_bad: SkipBad = False,
     num_threads: Threads = 2,
 ) -> None:
     """Check BTCV's abdominal CTs and write a datalist with the published 18 training and 12 test cases."""
-    given = locals()
-    check_places("prepare", {"--src": src})
+    given = _known({"--src": src}, locals())
     from samseg_monai.data.datalists.synapse import prepare_synapse
 
-    _tell(prepare_synapse(**given))
+    _tell_cut(prepare_synapse(**given), task, src, num_threads)
 
 
 @prepare_app.command("folders")
@@ -152,16 +157,16 @@ def _folders(
     folds: Folds = None,
     split_file: SplitFile = None,
     by_name: Annotated[bool, typer.Option("--by-name", help="Cut fractions from the order of names.")] = False,
+    task: Task = None,
     seed: Seed = 0,
     skip_bad: SkipBad = False,
     num_threads: Threads = 2,
 ) -> None:
     """Check volumes and their labels, see which layout they have, and write a datalist, split by volume or patient."""
-    given = locals()
-    check_places("prepare", {"--src": src, "--split-file": split_file})
+    given = _known({"--src": src, "--split-file": split_file}, locals())
     from samseg_monai.data.datalists.folders import prepare_folders
 
-    _tell(prepare_folders(**given))
+    _tell_cut(prepare_folders(**given), task, src, num_threads)
 
 
 @prepare_app.command("images")
@@ -208,6 +213,7 @@ def bbox(
     threads: Annotated[int, typer.Option(min=1, help="Cases read at the same time.")] = 4,
 ) -> None:
     """Measure the smallest in-plane centre crop that holds every training brain."""
+    check_places("bbox", {"DATALIST": datalist, "--dataset-dir": dataset_dir})
     from samseg_monai.data.datalists.crops import smallest_crop
     from samseg_monai.files import write_json
 
@@ -247,6 +253,25 @@ def _phantom_btcv(
 
     ids = write_btcv_cases(**given, progress=True)
     typer.echo(f"wrote {len(ids)} labelled and {unlabelled} unlabelled phantoms to {output}")
+
+
+def _known(places: dict[str, Path | None], given: dict[str, Any]) -> dict[str, Any]:
+    """What was given beside the task, once its places and the task are known to be there."""
+    check_places("prepare", places)
+    if (task := given["task"]) not in (None, NO_TASK):
+        from samseg_monai.bundles.build import compose
+
+        compose(task, "lora")
+    return {key: value for key, value in given.items() if key != "task"}
+
+
+def _tell_cut(summary: Any, task: str | None, src: Path, num_threads: int) -> None:
+    """Tell a summary, and what the crop of a task leaves out of its cases."""
+    _tell(summary)
+    if task not in (None, NO_TASK):
+        from samseg_monai.bundles.cut import count_cut
+
+        _tell(count_cut(task, summary.datalists[0], src, num_threads=num_threads))
 
 
 def _tell(summary: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from samseg_monai.cli.places import check_places
 from samseg_monai.cli.predict import Trust
 from samseg_monai.errors import ConfigError
 from samseg_monai.workflow import run_workflow
@@ -38,8 +39,7 @@ def find_lr(
     from step to step. Writes lr_finder.csv and lr_finder.png to the bundle's folder eval (--output_dir DIR changes it).
     Of the bundle its settings are read; its own JSON is not run, unless --trust says so.
     """
-    from samseg_monai.bundles.door import open_bundle
-
+    check_places("find-lr", {"BUNDLE": bundle}, "; give the folder or ZIP of a bundle")
     if not 0 < start_lr < end_lr < math.inf:
         raise ConfigError(f"find-lr: 0 < start-lr < end-lr needed, got {start_lr:g} and {end_lr:g}")
     test = {
@@ -59,6 +59,8 @@ def find_lr(
             raise ConfigError(f"find-lr: {bundle} is no folder that results could be written to; give --output_dir DIR")
         if (bundle / "eval").is_symlink():
             raise ConfigError(f"find-lr: {bundle / 'eval'} is a link, which can lead anywhere; give --output_dir DIR")
+    from samseg_monai.bundles.door import open_bundle
+
     with open_bundle(bundle, trust=trust) as opened:
         opened.check()
         configs = [opened.root / "configs" / Path(name).name for name in ("train.json", *(overlay or ()))]

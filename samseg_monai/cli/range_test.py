@@ -24,6 +24,7 @@ from samseg_monai.errors import ConfigError, TrainingError
 from samseg_monai.files import write_whole
 from samseg_monai.handlers.steps import optimised
 from samseg_monai.report.figures import write_lr_curve
+from samseg_monai.training.losses import judged_slices
 
 TABLE, CURVE = "lr_finder.csv", "lr_finder.png"
 SMOOTHING = 0.2  # weight of the newest loss in the running mean
@@ -55,7 +56,8 @@ def range_test(
         lr: the rate of the config, shown in the curve; groups of ``optimizer`` keep their ratio to it.
         start_lr, end_lr, steps: first and last rate and the number of steps between them.
     Returns: the rate where the smoothed loss falls most steeply.
-    Raises: ConfigError where ``lr`` is not above 0; TrainingError where the loss fell nowhere, or never was finite.
+    Raises: ConfigError where ``lr`` is not above 0; TrainingError where the loss fell nowhere, or never was finite, or
+        no pixel of any batch counts in it.
     """
     if not lr > 0:
         raise ConfigError(f"find-lr: lr must be above 0, got {lr:g}: the rates of parts are told as multiples of it")
@@ -73,7 +75,7 @@ def range_test(
 
     hook = optimizer.register_step_pre_hook(before_step)
     criterion: Any = partial(_finite, loss)
-    finder = LearningRateFinder(_OneInput(network), optimizer, criterion, device=device)
+    finder = _Finder(_OneInput(network), optimizer, criterion, device=device)
     try:
         finder.range_test(
             loader,
@@ -122,6 +124,26 @@ def _write_table(path: Path, rows: list[tuple[float, float]]) -> None:
 def _finite(loss: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, label: Tensor) -> Tensor:
     """Mean loss, infinite where it would be NaN, which the finder would not take for divergence."""
     return torch.nan_to_num(loss(prediction, label).mean(), nan=math.inf, posinf=math.inf)
+
+
+class _Finder(LearningRateFinder):
+    """MONAI's, but batches in which no pixel counts in the loss, as slices without a box, are passed over: their 0 is
+    no loss."""
+
+    def _train_batch(self, train_iter: Any, *given: Any, **options: Any) -> float:
+        return super()._train_batch(_judged(train_iter), *given, **options)
+
+
+def _judged(batches: Any) -> Any:
+    empty = 0
+    for inputs, label in batches:
+        if judged_slices(label).any():
+            yield inputs, label
+        elif (empty := empty + 1) > len(batches.data_loader):
+            raise TrainingError(
+                "find-lr: there is nothing to learn from in any batch; look for slices without a box, or labels that "
+                "are to be ignored"
+            )
 
 
 class _OneInput(nn.Module):

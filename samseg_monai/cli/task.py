@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from samseg_monai.cli.outputs import folder_to_write
+from samseg_monai.cli.places import check_places
 from samseg_monai.errors import BundleError, ConfigError
 
 task_app = typer.Typer(help="Write settings of a task of your own.", no_args_is_help=True)
@@ -33,14 +34,17 @@ def new(
     file as keys that begin with //. Change what you know better; samseg bundle build checks it.
     """
     from samseg_monai.bundles.draft import check_name, draft_task, write_task
-    from samseg_monai.data.datalists.measure import measure
 
     check_name(name)
+    places = {"--datalist": datalist, "--dataset-dir": dataset_dir}
+    check_places("task new", places, "; samseg prepare writes a datalist")
     if modality is not None and not modality.isalnum():
         raise ConfigError(f"--modality: got {modality!r}; give MR, CT, US, XC ... as DICOM abbreviates it")
     path = output / f"{name}.json"
     if path.exists() and not force:
         raise BundleError(f"{path}: exists; give another name, or --force to replace it")
+    from samseg_monai.data.datalists.measure import measure  # libraries that take seconds, once they are wanted
+
     measured = measure(datalist, dataset_dir or datalist.parent, progress=True)
     choices = draft_task(measured, modality and modality.upper())
     write_task(name, choices, output)

@@ -29,7 +29,7 @@ from samseg_monai.handlers.steps import steps_now, warn
 
 logger = logging.getLogger(__name__)
 
-UNSCORED = "no validation could be scored (no case counts): the adapter is that of the last validated epoch"
+UNSCORED = "no validation could be scored (no case counts): no epoch is known to be the best, the last one is kept"
 
 
 class EMA:
@@ -145,8 +145,8 @@ class EMA:
 class BestAdapter:
     """Saves the adapter and its card whenever a validation beats all before it; else the files stay as they are.
 
-    As long as the score of every validation is NaN (no case could be scored) the last one's adapter is kept, with a
-    warning: nothing that was trained is lost, and the best epoch is not known.
+    As long as the score of every validation is NaN (no case could be scored) the best epoch is not known: then the last
+    one is kept, with a warning; that of an epoch without a validation is saved by the trainer's LastAdapter.
 
     Its best score and the metrics of the last validation go into the resume file.
 
@@ -223,21 +223,39 @@ class LastAdapter:
         network: SamSegmenter (or DDP of it) that is trained.
         output_dir: folder for ``adapter.safetensors`` and ``card.json``; None saves nothing.
         ema: EMA whose average is saved in place of the weights; None where there is none.
+        best: BestAdapter in whose folder, too, the last epoch stays for as long as no validation could be scored.
     """
 
-    def __init__(self, network: Any, output_dir: StrPath | None, *, ema: EMA | None = None) -> None:
+    def __init__(
+        self,
+        network: Any,
+        output_dir: StrPath | None,
+        *,
+        ema: EMA | None = None,
+        best: BestAdapter | None = None,
+    ) -> None:
         self.network: Any = unwrap(network)
         self.folder = None if output_dir is None else Path(output_dir)
         self.ema = ema
+        self.best = best
 
     def attach(self, engine: Any) -> None:
-        """Attach to the trainer."""
+        """Attach to the trainer, on every rank, behind the handler that validates."""
         engine.add_event_handler(Events.EPOCH_COMPLETED, self)
 
     def __call__(self, engine: Any) -> None:
-        if self.folder is not None and idist.get_rank() == 0:
+        folders = [] if self.folder is None else [self.folder]
+        if self.best is not None and self.best.score is None and self.best.epoch not in (None, engine.state.epoch):
+            self.best.epoch = engine.state.epoch
+            folders.append(self.best.folder)
+            if (
+                engine.state.epoch == engine.state.max_epochs
+            ):  # after a resume there was perhaps no validation to say so
+                warn(engine, UNSCORED)
+        if folders and idist.get_rank() == 0:
             with nullcontext() if self.ema is None else self.ema.in_use():
-                save_adapter(self.network, self.folder, metrics={"epoch": engine.state.epoch})
+                for folder in folders:
+                    save_adapter(self.network, folder, metrics={"epoch": engine.state.epoch})
 
 
 class EarlyStop(EarlyStopping):

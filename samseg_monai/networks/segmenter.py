@@ -28,7 +28,7 @@ from samseg_monai.networks.common import (
 )
 from samseg_monai.sam.backbone import SamSpec
 from samseg_monai.sam.build import build_sam
-from samseg_monai.sam.weights import RANDOM, LoadReport, find_weights, load_sam_weights, plain_names
+from samseg_monai.sam.weights import MASK_HEAD, RANDOM, LoadReport, find_weights, load_sam_weights, plain_names
 from samseg_monai.strategies import Segmenter, Strategy, ZeroShot
 from samseg_monai.training.owned import hold_statistics, keep_only
 
@@ -144,7 +144,8 @@ class SamSegmenter(Segmenter):
             start: also load what the strategy's own parts start from (a side network's weights); not before an adapter.
         Raises:
             WeightsError: absent, damaged or not fitting.
-            ConfigError: the number of classes needs a new mask head that the strategy would leave untrained.
+            ConfigError: the number of classes needs a new mask head, or the start is random, and the strategy would
+                leave the masks of several classes untrained.
         """
         path = find_weights(self.spec.name, None if checkpoint is None else os.fspath(checkpoint), download=download)
         # Another number of masks than SAM's starts the mask head anew; then it has to learn, and to be saved.
@@ -152,8 +153,9 @@ class SamSegmenter(Segmenter):
         report = load_sam_weights(
             self.sam, path, ignore=self.owned, allow_new_masks=self.num_classes > 1, tile_masks=strategy.tile_masks
         )
-        if not strategy.random_masks:
-            check_new_masks(self, report.skipped)
+        if not strategy.random_masks and self.num_classes > 1:
+            random = [name for name in self.sam.state_dict() if MASK_HEAD.match(name)] if str(path) == RANDOM else []
+            check_new_masks(self, report.skipped or random)
         if start:
             strategy.start(self, download=download)
         self.base_sha256 = report.sha256 or RANDOM

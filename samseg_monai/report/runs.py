@@ -70,10 +70,10 @@ def sam_text(variant: str, base_sha256: str | None) -> str:
     """Name of the SAM that numbers come from; of MobileSAM, which of its files (``base_sha256``, or "random")."""
     if variant.startswith("pico"):
         return PICO_LABEL
+    if base_sha256 == RANDOM:
+        return f"{'MobileSAM' if variant == 'vit_t' else variant}'s network, random weights"
     if variant != "vit_t":
         return variant
-    if base_sha256 == RANDOM:
-        return "MobileSAM's network, random weights"
     return MOBILE_SAM.get(base_sha256 or "", f"MobileSAM (file {(base_sha256 or NOT_RECORDED)[:12]})")
 
 
@@ -291,12 +291,18 @@ class RunResult:
 
     @property
     def warnings(self) -> list[str]:
-        """What its cards say against the run: cases that its weights have met, a run that did not complete, a class
-        that was predicted empty everywhere."""
+        """What its cards say against the run: cases that its weights have met, random weights that nothing learnt from,
+        a run that did not complete, a class that was predicted empty everywhere."""
         found = [
-            f"{self.title}: {len(cases)} of {len(self.cases)} evaluated cases {MET[part]}: {some(cases)}"
+            f"{self.title}: section validation: {len(cases)} of {len(self.cases)} cases chose the epoch"
+            if part == "validation" == self.fact("settings.section")
+            else f"{self.title}: {len(cases)} of {len(self.cases)} evaluated cases {MET[part]}: {some(cases)}"
             for part, cases in self.seen.items()
         ]
+        if self.has_network and self.trainable == 0 and self.fact("base_sha256") == RANDOM:
+            found.append(
+                f"{self.title}: SAM's weights are random, and nothing has learnt: its scores are those of noise"
+            )
         for what, card in (("evaluation", self.card), ("training", self.training)):
             if card.get("status", "completed") != "completed":
                 reason = card.get("error") or card.get("stop_reason")

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from monai.bundle import ConfigParser, create_workflow, run, verify_metadata, verify_net_in_out
 
 from samseg_monai import bundles
@@ -17,6 +18,8 @@ from samseg_monai.bundles.door import own_errors
 from samseg_monai.bundles.running import unknown_keys
 from samseg_monai.bundles.values import effective_settings
 from samseg_monai.errors import BundleError, CheckpointError, ConfigError, PromptError
+from samseg_monai.metrics import read_rows
+from samseg_monai.report.runs import RunResult
 from samseg_monai.settings import read_settings
 from samseg_monai.workflow import run_workflow
 from tests.conftest import TINY
@@ -236,6 +239,23 @@ def test_what_is_wrong_is_told_once_and_in_one_answer_whatever_its_kind(phantoms
     assert '"vit_t" or "pico"' in text and "tiny" not in text.replace(str(tmp_path), "")
 
 
+@pytest.mark.parametrize("config", ["train", "evaluate"])
+def test_a_datalist_that_is_not_there_is_told_with_the_rest_before_anything_is_loaded(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("samseg_monai.networks.SamSegmenter.load_base", lambda *_, **__: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    wrong = {"dataset_dir": str(tmp_path), "batch_size": 0, "output_dir": str(tmp_path / "file" / "run")}
+    wrong |= {"sam_checkpoint": str(tmp_path / "absent.pth")} if config == "train" else {"checkpoint": "nowhere"}
+    with pytest.raises(ConfigError, match="4 problems") as caught:
+        run_workflow([Path(file) for file in files_of(LORA, config)], wrong)
+    text = str(caught.value)
+    for part in (
+        f"datalist: got '{tmp_path}/datalist.json'; no such file; 'samseg prepare' or", "batch_size: got 0",
+        f"{tmp_path}/file: a file is where a folder is wanted",
+        "absent.pth" if config == "train" else "checkpoint: got",
+    ):  # fmt: skip
+        assert text.count(part) == 1, (part, text)
+
+
 @pytest.mark.parametrize(
     ("place", "said"),
     [(20241126, "write ./20241126"), ("~/runs", "only known to shells"), ("runs/#3", "use another name")],
@@ -275,6 +295,42 @@ def test_evaluate_alone_stops_with_the_line_to_type(phantoms, tmp_path, monkeypa
     assert "inference.json','" in told and "evaluate.json']\"" in told
     with pytest.raises(ConfigError, match=r"only changes inference\.json"), own_errors():
         run(config_file=str(folder / "evaluate.json"), network_def="$None", output_dir=str(tmp_path))
+
+
+def test_values_of_a_command_line_that_are_read_as_another_type_are_all_told_in_one_answer(
+    phantoms, monkeypatch, capsys
+):
+    """MONAI's command line makes numbers of what looks like one: 2024_11_26 is 20241126."""
+    wrong = {"output_dir": "2024_11_26", "image_size": "32.0", "batch_size": "0", "crop_size": "64", "lr": "abc"}
+    wrong |= {} if torch.cuda.is_available() else {"device": "cuda"}
+    words = [word for pair in wrong.items() for word in (f"--{pair[0]}", pair[1])]
+    train = str(root_of(LORA) / "configs" / "train.json")
+    words = ["--config_file", train, "--dataset_dir", str(phantoms), *words]
+    monkeypatch.setattr(sys, "argv", ["monai.bundle", "run", *words])
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    with pytest.raises(RuntimeError) as stop:
+        runpy.run_module("monai.bundle", run_name="__main__")
+    sys.excepthook(stop.type, stop.value, stop.tb)
+    told = capsys.readouterr().err
+    assert "Traceback" not in told and f"{len(wrong)} problems" in told
+    assert all(f"- {key}: got" in told for key in wrong), told
+
+
+def test_a_class_that_is_called_as_brats_calls_one_is_trained_evaluated_and_predicted(hippocampi, tmp_path):
+    names = ["NCR/NET", "edema"]
+    content = read_json(hippocampi / "datalist.json")
+    content |= {"labels": {"0": "background", "1": names[0], "2": names[1]}}
+    (tmp_path / "d.json").write_text(json.dumps(content))
+    configs = root_of("hippocampus_segmentation_unet") / "configs"
+    shared = {"dataset_dir": str(hippocampi), "output_dir": str(tmp_path / "run"), "image_size": 32, "classes": names}
+    own = {"datalist": str(tmp_path / "d.json"), "crop_size": [32, 32]}
+    run_workflow([configs / "train.json"], {**shared, **own, "epochs": 1, "val_interval": 1})
+    run_workflow([configs / "evaluate.json"], {**shared, **own})
+    assert {row["class"] for row in read_rows(tmp_path / "run" / "evaluation" / "cases.csv")} == set(names)
+    run_workflow(
+        [configs / "inference.json"], {**shared, "crop_size": [32, 32], "dataset_dir": str(hippocampi / "images")}
+    )
+    assert len(list((tmp_path / "run" / "predictions").glob("*_seg.nii.gz"))) == 6
 
 
 def test_prompts_of_a_training_are_those_of_its_prediction(phantoms, tmp_path):
@@ -573,8 +629,15 @@ def test_zero_shot_can_choose_sams_best_mask_from_the_command_line(phantoms, tmp
         folder = tmp_path / masks
         run_workflow(configs, {**TINY, "dataset_dir": str(phantoms), "output_dir": str(folder), "masks": masks})
         tables.append((folder / "evaluation" / "cases.csv").read_text())
-        assert read_json(folder / "evaluation" / "run_card.json")["settings"]["masks"] == masks
+        card = read_json(folder / "evaluation" / "run_card.json")
+        assert card["settings"]["masks"] == masks
+        noise = "nothing learns, its scores are those of noise"
+        assert card["warnings"] == [f"ZeroShot on random weights (sam_checkpoint random): {noise}"]
     assert tables[0] != tables[1]
+    alerts = RunResult.load(folder / "evaluation").warnings
+    assert [text.partition(": ")[2] for text in alerts] == [
+        "SAM's weights are random, and nothing has learnt: its scores are those of noise"
+    ]
 
 
 def test_zero_shot_of_several_classes_is_noise_and_has_to_be_asked_for(abdomen, tmp_path):
@@ -582,6 +645,8 @@ def test_zero_shot_of_several_classes_is_noise_and_has_to_be_asked_for(abdomen, 
     shared = {"dataset_dir": str(abdomen), "output_dir": str(tmp_path / "run"), "sam_variant": "pico", "image_size": 64}
     with pytest.raises(ConfigError, match=r"predictions would be noise.*strategy::random_masks true"):
         run_workflow([configs / "evaluate.json"], shared)
+    with pytest.raises(ConfigError, match=r"predictions would be noise.*strategy::random_masks true"):
+        run_workflow([configs / "evaluate.json"], {**shared, "sam_checkpoint": "random"})
     run_workflow([configs / "evaluate.json"], {**shared, "batch_size": 8, "strategy::random_masks": True})
     card = read_json(tmp_path / "run" / "evaluation" / "run_card.json")
     assert card["strategy"]["arguments"] == {"random_masks": True}

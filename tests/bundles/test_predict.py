@@ -31,7 +31,8 @@ SHAPE = (40, 32, 16)
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     """Eight organs with the smallest SAM and random weights: what matters here is the way, not the outcome."""
-    changes = {"run": {"sam_variant": "tiny", "image_size": 32}}
+    noise = {"method": {"name": "zero_shot", "random_masks": True}}
+    changes = {"run": {"sam_variant": "tiny", "image_size": 32}, "strategy": noise}
     settings = read_settings(merged(dump_settings(compose("abdomen", "zero_shot")), changes), "test")
     return write_bundle(settings, tmp_path_factory.mktemp("bundle") / settings.name)
 

@@ -14,6 +14,7 @@ from samseg_monai.checkpoints import read_card
 from samseg_monai.data.datalists.folders import prepare_folders
 from samseg_monai.errors import BundleError, CheckpointError, DataError
 from samseg_monai.metrics import read_rows
+from samseg_monai.report.runs import RunResult
 from samseg_monai.workflow import run_workflow
 from tests.conftest import TINY
 
@@ -91,8 +92,6 @@ def test_cases_that_were_seen_are_refused_or_said(run, configs, data, lists, tmp
     with pytest.raises(DataError, match=r"--allow_seen True(.|\n)*3 of 3 cases .*trained on: volume_0, volume_1, volu"):
         evaluate(configs, data, lists["second"], kept)
     assert not (kept / "evaluation" / "cases.csv").exists()
-    with pytest.raises(DataError, match=r"1 of 1 cases to be evaluated chose the epoch: volume_3"):
-        evaluate(configs, data, lists["first"], kept, section="validation")
     results = evaluate(configs, data, lists["second"], kept, allow_seen=True)
     card = json.loads((results / "run_card.json").read_text(encoding="utf-8"))
     assert card["seen_cases"] == {"training": ["volume_0", "volume_1", "volume_2"]}
@@ -101,6 +100,26 @@ def test_cases_that_were_seen_are_refused_or_said(run, configs, data, lists, tmp
     with pytest.raises(BundleError, match=r"volume_0, volume_1, volume_2 were trained on: .* --allow-seen"):
         pack_bundle(kept, tmp_path / "packed.zip")
     assert pack_bundle(kept, tmp_path / "packed.zip", allow_seen=True, pt=False).is_file()
+
+
+def test_the_validation_of_the_run_itself_can_be_evaluated_and_is_named(run, configs, data, lists, tmp_path, capfd):
+    kept = shutil.copytree(run, tmp_path / "run")
+    results = evaluate(configs, data, lists["first"], kept, section="validation")
+    told = "section validation: 1 of 1 cases to be evaluated chose the epoch: volume_3. These scores say nothing of new"
+    assert told in "".join(capfd.readouterr())
+    assert json.loads((results / "run_card.json").read_text(encoding="utf-8"))["seen_cases"] == {
+        "validation": ["volume_3"]
+    }
+    scored = RunResult.load(results)
+    assert [text.partition(": ")[2] for text in scored.warnings] == ["section validation: 1 of 1 cases chose the epoch"]
+    assert not scored.held_out
+    content = json.loads(lists["first"].read_text(encoding="utf-8"))
+    moved = {**content, "validation": content["training"], "training": [], "testing": content["validation"]}
+    (tmp_path / "moved.json").write_text(json.dumps(moved), encoding="utf-8")
+    with pytest.raises(DataError, match="3 of 3 cases to be evaluated were trained on: volume_0, volume_1, volume_2"):
+        evaluate(configs, data, tmp_path / "moved.json", kept, section="validation")
+    with pytest.raises(DataError, match="1 of 1 cases to be evaluated chose the epoch: volume_3"):
+        evaluate(configs, data, tmp_path / "moved.json", kept)  # not the section that is there to choose by
 
 
 def test_a_packed_bundle_knows_what_its_network_has_seen(run, configs, data, lists, tmp_path):
@@ -125,6 +144,25 @@ def test_resume_names_the_cases_that_moved(run, configs, data, lists, tmp_path):
     moved |= {f"training: volume_{n} now, not in the file" for n in (3, 4)}
     moved |= {"validation: volume_3 in the file, not now", "validation: volume_5 now, not in the file"}
     assert all(line in lines for line in moved)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_an_image_of_four_axes_that_replaces_one_is_named_in_training_and_evaluation(
+    listed, run, configs, data, lists, tmp_path
+):
+    folder, kept = shutil.copytree(data, tmp_path / "data"), shutil.copytree(run, tmp_path / "run")
+    content = json.loads(lists["first"].read_text(encoding="utf-8"))
+    if not listed:  # a list of one's own has no hashes
+        del content["hashes"]
+    (folder / "own.json").write_text(json.dumps(content), encoding="utf-8")
+    for case in ("volume_0", "volume_4"):
+        path = folder / "images" / f"{case}.nii.gz"
+        nib.save(nib.Nifti1Image(np.stack([nib.load(path).get_fdata(dtype=np.float32)] * 3, axis=-1), np.eye(4)), path)
+    told = "its files are not those that were prepared" if listed else "its image has 3 channels or time points of"
+    with pytest.raises(DataError, match=f"volume_0: {told}"):
+        train(configs, folder, folder / "own.json", tmp_path / "again")
+    with pytest.raises(DataError, match=f"volume_4: {told}"):
+        evaluate(configs, folder, folder / "own.json", kept)
 
 
 def test_a_warm_up_longer_than_the_training_is_refused_before_embeddings(configs, data, lists, tmp_path, monkeypatch):

@@ -211,7 +211,7 @@ def test_unusable_data_are_one_error_and_leave_no_file(tmp_path, monkeypatch, ca
     datalist = write_cts(folder)
     content = json.loads(datalist.read_text())
     bad = {
-        "none.json": (None, "cannot be read"),
+        "none.json": (None, "no such file or folder"),
         "text.json": ("no JSON", "is not JSON"),
         "labels.json": (content | {"labels": None}, 'has no "labels"'),
         "background.json": (content | {"labels": {"0": "background"}}, "name no class"),

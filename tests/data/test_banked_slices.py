@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import json
 import logging
 import pickle
@@ -36,10 +37,14 @@ from monai.transforms import (
 from torch import nn
 from torch.nn.parallel import DataParallel
 
-from samseg_monai.data.slices import AllSlices, EveryNth, Foreground, RandomN, SliceDataset
+from samseg_monai.bundles import build_bundle
+from samseg_monai.data.slices import AllSlices, EveryNth, Foreground, RandomN, SliceCollate, SliceDataset
 from samseg_monai.data.slices.cache import describe, encode, frozen_encoder
 from samseg_monai.errors import CacheError, ConfigError
 from samseg_monai.networks import SamSegmenter
+from samseg_monai.training.losses import judged_slices
+from samseg_monai.workflow import run_workflow
+from tests.conftest import TINY
 
 KEYS = ["image", "label"]
 DEPTHS = (3, 0, 4)  # slices with foreground of each case, of six
@@ -406,6 +411,59 @@ def test_a_random_transform_is_described_alike_before_and_after_a_dataset_used_i
 )
 def test_settings_of_a_random_transform_are_described(one, other):
     assert describe(one) != describe(other)
+
+
+class Rectangular(Encoder):
+    """Fills nothing up to a square, as SAM with ``rectangular``."""
+
+    def embedding_identity(self) -> dict:
+        return {**super().embedding_identity(), "rectangular": True}
+
+
+def test_slices_of_unequal_shape_are_encoded_as_a_batch_of_them_would_be(cases, tmp_path, caplog):
+    """Where nobody fills slices up to a square, embeddings of narrow ones are not those of the batch's image."""
+    cases[0] = {**cases[0], **{key: cases[0][key][:, :, :16] for key in KEYS}}
+    network = Rectangular().eval()
+    dataset = banked(cases, tmp_path)
+    with caplog.at_level(logging.INFO):
+        assert dataset.fill(network) == sum(DEPTHS) * 3
+    assert "Slices of 2 sizes are filled up to 16 x 24 pixels" in caplog.text
+    assert caplog.text.count("are to be written") == 1  # of two cases
+    batch = next(iter(DataLoader(dataset, batch_size=7, collate_fn=SliceCollate())))
+    assert batch["image"].shape[-2:] == (16, 24) and (batch["label"][:3, :, :, 16:] == 255).all()
+    alone, banked_too = network(batch["image"]), network(batch["image"], batch["embedding"])
+    torch.testing.assert_close(alone, banked_too, rtol=2**-6, atol=1e-2)
+    again = banked(cases, tmp_path)
+    assert again.fill(network) == 0 and torch.equal(again[0]["embedding"], dataset[0]["embedding"])
+    equal = banked(cases[1:], tmp_path)
+    assert equal.fill(network) == DEPTHS[2] * 3  # they are as they were, and another file
+
+
+def test_a_batch_is_filled_up_by_what_counts_nowhere():
+    items = [{"image": torch.ones(1, 4, size), "label": torch.full((1, 4, size), label), "case": "a"}
+             for size, label in ((6, 1), (3, 255))]  # fmt: skip
+    batch = SliceCollate()(items)
+    assert batch["image"].sum() == 4 * 9 and batch["label"].shape == (2, 1, 4, 6)
+    assert judged_slices(batch["label"]).tolist() == [True, False]  # the second slice has no box: it stays out
+
+
+def test_a_bundle_trains_alike_with_and_without_embeddings_where_a_crop_grows(phantoms, tmp_path):
+    """Rectangular, with boxes; of four cases some have a label beyond the crop. One batch holds them all."""
+    configs = build_bundle("meningioma", "decoder", tmp_path) / "configs"
+    own = {**TINY, "crop_size": [5, 12], "rectangular": True, "scans": ["t1c"], "dataset_dir": str(phantoms)}
+    own |= {"epochs": 1, "val_interval": 1, "batch_size": 4, "prompt::loosen": [0.0, 0.0], "schedule::warmup": 0}
+    own |= {"slices::picker": {"_target_": "samseg_monai.data.slices.MaxArea"}}
+    losses = {}
+    for folder in (None, tmp_path / "embeddings"):
+        run = tmp_path / ("without" if folder is None else "with")
+        cache = {"embeddings::cache_dir": None if folder is None else str(folder)}
+        run_workflow([configs / "train.json"], {**own, **cache, "output_dir": str(run)}, echo=False)
+        with (run / "history.csv").open(encoding="utf-8", newline="") as stream:
+            losses[folder] = {row["name"]: float(row["value"]) for row in csv.DictReader(stream)}
+    without, stored = losses.values()
+    # embeddings filled up with 0 in place of their slices, as collating them would, are off by 2.4e-4
+    assert without["train_loss"] == pytest.approx(stored["train_loss"], rel=2e-5)
+    assert without["val_loss"] == pytest.approx(stored["val_loss"], rel=2e-5)
 
 
 def test_transforms_that_were_used_elsewhere_find_the_same_bank(cases, tmp_path):

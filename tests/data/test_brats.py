@@ -232,6 +232,21 @@ def test_smallest_crop_holds_every_brain_by_monai_s_own_centre_crop(src):
     assert union[low_0].any() and union[high_0].any() and union[:, low_1].any() and union[:, high_1].any()
 
 
+def test_voxels_that_nobody_has_judged_are_no_tumour_that_a_crop_loses(src):
+    prepare(src, fractions=(1, 0, 0))
+    before = smallest_crop(src / "datalist.json", src, crop=(20, 22))
+    content = json.loads((src / "datalist.json").read_text(encoding="utf-8"))
+    for item in content["training"]:
+        label = nib.load(src / item["label"])
+        values = np.asarray(label.dataobj).astype(np.uint8)
+        values[:3] = np.where(values[:3] == 0, 255, values[:3])  # outside of the crop
+        nib.save(nib.Nifti1Image(values, label.affine), src / item["label"])
+    content |= {"labels": {**content["labels"], "255": "ignore"}, "label_coding": "own"}
+    (src / "datalist.json").write_text(json.dumps(content), encoding="utf-8")
+    after = smallest_crop(src / "datalist.json", src, crop=(20, 22))
+    assert after.tumour_voxels == before.tumour_voxels and after.tumour_voxels_lost == before.tumour_voxels_lost
+
+
 def test_commands_do_the_whole_way(tmp_path):
     import typer
 

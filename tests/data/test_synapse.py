@@ -222,3 +222,11 @@ def test_commands_do_the_whole_way(tmp_path):
     assert listed.exit_code == 0, listed.output
     assert "5 cases of 5 patients: 2 training, 1 validation, 2 testing" in listed.output
     assert call("phantom", "btcv", "--output", tmp_path, "--shape", "32,36").exit_code == 2
+
+
+@pytest.mark.parametrize("change", [lambda hu: hu + 1024, lambda hu: np.clip((hu + 125) / 400 * 255, 0, 255)])
+def test_a_ct_that_is_not_in_hounsfield_units_is_told(change, src):
+    for case in TRAINING[:2]:
+        rewrite(image_of(src, case), lambda array: change(array.astype(float)).astype(np.int16))
+    told = [text for text in prepare(src).warnings if "do not look like a CT in Hounsfield units" in text]
+    assert len(told) == 2 and all(case in text for case, text in zip(sorted(TRAINING[:2]), sorted(told), strict=True))

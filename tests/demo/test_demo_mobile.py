@@ -132,4 +132,4 @@ def test_options_that_cannot_be_met_are_refused_before_anything_is_done(words, p
 
 def test_random_weights_are_called_so():
     assert demo_meningioma.mobile_sam("random").text.startswith("MobileSAM's network, random weights at 512 pixels")
-    assert sam_text("pico", "random") == PICO_LABEL and sam_text("vit_b", "random") == "vit_b"
+    assert sam_text("pico", "random") == PICO_LABEL and sam_text("vit_b", "random") == "vit_b's network, random weights"

@@ -293,7 +293,11 @@ def test_a_new_mask_head_that_nobody_trains_is_refused(tmp_path):
         tiny(LoRA(2), num_classes=8).load_base(tmp_path / "tiny.pth")
     with pytest.raises(ConfigError, match="use a strategy that trains the decoder"):
         tiny(num_classes=8).load_base(tmp_path / "tiny.pth")
+    for strategy in (LoRA(2), ZeroShot()):  # of a random start, too, nobody trains the masks
+        with pytest.raises(ConfigError, match="use a strategy that trains the decoder"):
+            tiny(strategy, num_classes=8).load_base("random")
     for strategy in (LoRA(2, decoder=True), ZeroShot(random_masks=True)):  # the second is noise on purpose
+        tiny(strategy, num_classes=8).load_base("random")
         report = tiny(strategy, num_classes=8).load_base(tmp_path / "tiny.pth")
         assert any(name.startswith("mask_decoder.mask_tokens") for name in report.skipped)
 

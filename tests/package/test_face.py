@@ -29,6 +29,30 @@ def test_importing_reads_nothing_heavy(module):
     assert module in loaded and not HEAVY & set(loaded)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "task new mine --datalist nowhere.json --dataset-dir nowhere",
+            "--dataset-dir: nowhere: no such file or folder",
+        ),
+        ("task new a/b --datalist nowhere.json", "'a/b' is no name of a task"),
+        ("bundle build --task nowhere.json --strategy lora", "nowhere.json: no such file"),
+        ("bundle build --task meningiom --strategy lora", "did you mean meningioma?"),
+        ("find-lr nowhere", "BUNDLE: nowhere: no such file or folder"),
+        ("bbox nowhere.json", "DATALIST: nowhere.json: no such file or folder"),
+    ],
+)
+def test_mistakes_in_paths_and_names_are_told_before_anything_heavy_is_read(words, said):
+    code = (
+        "import sys\nfrom samseg_monai.cli import main\n"
+        "try: main()\nexcept SystemExit as end: print('code', end.code, *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=True)
+    assert said in done.stderr and done.stdout.startswith("code 1 ")
+    assert not {"torch", "monai"} & set(done.stdout.split())
+
+
 def test_every_name_of_the_face_is_there():
     assert len(sm.__all__) > 40
     for name in sm.__all__:

@@ -168,7 +168,7 @@ def test_batches_without_anything_to_learn_are_left_out_of_the_curve(tmp_path, c
     assert "(1 of 5 batches have nothing to learn from)" in caplog.text
 
 
-def test_without_any_scored_validation_the_last_epoch_is_kept(network, tmp_path, monkeypatch, caplog):
+def test_without_any_scored_validation_the_last_validated_epoch_is_kept(network, tmp_path, monkeypatch, caplog):
     saved = []
     monkeypatch.setattr(
         "samseg_monai.handlers.keeping.save_adapter",
@@ -181,7 +181,7 @@ def test_without_any_scored_validation_the_last_epoch_is_kept(network, tmp_path,
         validator.run(global_epoch=epoch)
         assert (saved[-1], best.epoch, best.score) == (kept, kept, None if epoch < 3 else 0.5)
         assert card._seen(validator)["warnings"] == ([UNSCORED] if epoch < 3 else [])
-    assert "the adapter is that of the last validated epoch" in caplog.text
+    assert "no epoch is known to be the best, the last one is kept" in caplog.text
 
 
 @pytest.mark.parametrize("alone", [True, False])

@@ -445,8 +445,10 @@ class Shifted(nn.Module):
         return self.weight * image.sign() + boxes.sum() + 0 * self.other
 
 
-def try_rates(network, tmp_path, *, scale=1.0, loss=None, **options):
+def try_rates(network, tmp_path, *, scale=1.0, loss=None, ignored=(), **options):
     data = [{"image": torch.ones(1), "label": torch.zeros(1), "boxes": torch.zeros(4)} for _ in range(4)]
+    for index in ignored:
+        data[index]["label"].fill_(255)
     optimizer = torch.optim.SGD(
         [{"params": [network.weight], "lr": 0.01}, {"params": [network.other], "lr": 0.1}], lr=0.01
     )
@@ -504,6 +506,21 @@ def test_a_loss_that_is_not_a_number_ends_the_test_and_one_that_never_falls_is_t
     assert (tmp_path / "lr_finder.png").is_file()
 
 
+def test_batches_without_anything_to_learn_are_left_out_of_a_range_test(tmp_path):
+    """A batch of two slices that are to be ignored is no loss of 0: table and suggestion are those of the others."""
+    found = {}
+    for ignored in ((), (0, 1), (2, 3), (1,)):
+        rate, _ = try_rates(Shifted(), tmp_path, loss=left_out, ignored=ignored)
+        found[ignored] = rate, (tmp_path / "lr_finder.csv").read_bytes()
+    assert found[()] == found[(0, 1)] == found[(2, 3)] and found[(1,)] != found[()]
+    with pytest.raises(TrainingError, match="nothing to learn from in any batch"):
+        try_rates(Shifted(), tmp_path, loss=left_out, ignored=range(4))
+
+
+def left_out(pred, label):
+    return torch.where(label == 255, 0.0, pred.square())
+
+
 def test_rates_of_parts_need_one_to_be_multiples_of(tmp_path):
     with pytest.raises(ConfigError, match="lr must be above 0, got 0"):
         try_rates(Shifted(), tmp_path, lr=0.0)
@@ -544,7 +561,7 @@ def test_find_lr_tells_what_is_wrong_in_words(bundle, monkeypatch, capsys):
     for words, message in [
         ([str(bundle), "--start-lr", "1", "--end-lr", "0.1"], "0 < start-lr < end-lr"),
         ([str(bundle), "--end-lr", "inf"], "0 < start-lr < end-lr"),
-        (["nowhere"], "there is no bundle nowhere"),
+        (["nowhere"], "BUNDLE: nowhere: no such file or folder"),
         ([str(bundle), "--epohcs", "3", "--dataset_dir", "."], "epohcs"),
     ]:
         monkeypatch.setattr(sys, "argv", ["samseg", "find-lr", *words])

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from samseg_monai import handlers
 from samseg_monai.errors import CheckpointError, ConfigError, TrainingError
+from samseg_monai.handlers.keeping import UNSCORED
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.strategies import LoRA
 from samseg_monai.training import warmup_schedule
@@ -102,6 +103,7 @@ class Run:
                 ValidationHandler(2, self.evaluator),
                 LrScheduleHandler(self.schedule, print_lr=False, epoch_level=False),
                 self.curves,
+                handlers.LastAdapter(network, None, best=self.best),
             ],
         )
         self.stop.set_trainer(self.trainer)
@@ -264,6 +266,30 @@ def test_a_nan_score_is_never_the_best_and_a_lost_adapter_is_saved_anew(tmp_path
     (tmp_path / "adapter.safetensors").unlink()
     Run(tmp_path, script=[0.25], epochs=6).go()
     assert json.loads((tmp_path / "card.json").read_text())["metrics"] == {"score": 0.25, "epoch": 6}
+
+
+@pytest.mark.parametrize("killed", [None, 1, 3, 4])
+def test_where_no_validation_is_scored_the_last_epoch_is_kept_also_after_a_resume(tmp_path, killed):
+    """Validations after epochs 2 and 4 of 5: the adapter is of epoch 5, which has none."""
+    nan = [float("nan")] * 2
+    if killed is not None:
+        cut(Run(tmp_path, script=list(nan)), killed)
+        card = json.loads((tmp_path / "card.json").read_text()) if killed > 1 else None
+        assert card is None or card["metrics"]["epoch"] == killed
+    run = Run(tmp_path, script=nan[(killed or 0) // 2 :])
+    run.go()
+    tensors, card = kept(tmp_path)
+    assert card["metrics"] == {"epoch": EPOCHS}
+    assert all(torch.equal(tensor, run.network.state_dict()[name]) for name, tensor in tensors.items())
+    record = json.loads((tmp_path / "run_card.json").read_text())
+    assert record["best"] == {"metric": None, "epoch": EPOCHS} and record["warnings"] == [UNSCORED]
+
+
+def test_once_a_validation_is_scored_its_epoch_is_kept(tmp_path):
+    cut(Run(tmp_path, script=[float("nan")]), 3)
+    Run(tmp_path, script=[0.5]).go()
+    assert kept(tmp_path)[1]["metrics"] == {"score": 0.5, "epoch": 4}
+    assert json.loads((tmp_path / "run_card.json").read_text())["warnings"] == []
 
 
 def test_patience_goes_on_where_it_was_and_a_stopped_training_is_not_begun_again(tmp_path):

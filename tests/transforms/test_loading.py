@@ -2,16 +2,18 @@
 
 import gzip
 import json
+import tracemalloc
 
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from samseg_monai.data.datalists import load_datalist
 from samseg_monai.data.datalists.brats import prepare_brats_men
 from samseg_monai.data.datalists.folders import prepare_folders
 from samseg_monai.data.datalists.images import prepare_images
-from samseg_monai.data.files.volumes import modality_doubt
+from samseg_monai.data.files.volumes import modality_doubt, read_volume
 from samseg_monai.demo.brain_phantoms import write_brats_cases
 from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.transforms import LoadCased, RecodeLabeld
@@ -132,3 +134,54 @@ def test_foreground_is_one_class_and_its_values_must_be_known():
     assert free.tolist() == [[0, 0, 1, 1]] and str(free.dtype) == "torch.uint8"
     with pytest.raises(ConfigError, match="merged labels are one class"):
         RecodeLabeld("label", table, ["a", "b"], merged=True)
+
+
+@pytest.mark.parametrize("axes", [(6, 5, 4, 3), (6, 5, 4, 2, 2)])
+def test_an_image_of_other_axes_that_comes_after_prepare_is_named(folder, axes):
+    """Of a datalist with hashes as a changed file, of one's own list by its shape."""
+    [item] = load_datalist(folder / "d.json", folder, "testing")
+    nib.save(
+        nib.Nifti1Image(np.random.default_rng(0).normal(0, 9, axes).astype(np.float32), np.eye(4)), item["image"][0]
+    )
+    with pytest.raises(DataError, match="v2: its files are not those that were prepared"):
+        load(dict(item), scans=["image"])
+    del item["recorded"]
+    shape = " x ".join(map(str, axes[:3])) if len(axes) == 4 else " x ".join(map(str, axes[:4]))
+    told = rf"v2: its image has {axes[-1]} channels or time points of {shape} voxels, expected 1 of three axes"
+    with pytest.raises(DataError, match=told):
+        load(dict(item), scans=["image"])
+    if len(axes) == 4:  # one file of named scans
+        assert load(dict(item), scans=["a", "b", "c"])["image"].shape == (3, 6, 5, 4)
+    item["image"], item["label"] = [item["label"]], item["image"][0]
+    with pytest.raises(DataError, match=r"v2: its label has . channels or time points of"):
+        load(item, scans=["image"])
+
+
+def test_volumes_beyond_the_memory_are_refused_by_their_headers(folder, monkeypatch):
+    image = nib.load(folder / "images" / "v0.nii.gz")
+    image.to_filename(folder / "x.nii")
+    sitk.WriteImage(sitk.GetImageFromArray(np.ones((4, 5, 6), np.float32)), str(folder / "x.nrrd"))
+    monkeypatch.setattr("samseg_monai.data.files.volumes._free_memory", lambda: 900.0)
+    for name in ("images/v0.nii.gz", "x.nii", "x.nrrd"):
+        told = r"its header speaks of 120 voxels, 9\.6e-07 GB in memory, of which 9e-07 GB are free"
+        with pytest.raises(DataError, match=told):
+            read_volume(folder / name)
+        with pytest.raises(DataError, match=f"one: cannot be loaded; .*{told}"):
+            load({"case": "one", "image": str(folder / name)})
+    monkeypatch.setattr("samseg_monai.data.files.volumes._free_memory", lambda: 1000.0)
+    assert read_volume(folder / "images" / "v0.nii.gz").array.shape == (6, 5, 4)
+
+
+@pytest.mark.parametrize("name", ["x.nii", "x.nii.gz"])
+def test_a_file_that_goes_on_behind_its_voxels_is_refused_and_not_unpacked(folder, name):
+    whole = gzip.decompress((folder / "images" / "v0.nii.gz").read_bytes())
+    pack = gzip.compress if name.endswith(".gz") else bytes
+    (folder / name).write_bytes(pack(whole))
+    assert read_volume(folder / name).array.shape == (6, 5, 4)
+    for more in (1, 200_000_000 if name.endswith(".gz") else 1000):  # the larger one is 200 kB as gzip
+        (folder / name).write_bytes(pack(whole + bytes(more)))
+        tracemalloc.start()
+        with pytest.raises(DataError, match=rf"{name}: goes on behind the 832 bytes that its header speaks of"):
+            read_volume(folder / name)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+        tracemalloc.stop()

@@ -17,7 +17,8 @@ from monai.transforms import CenterSpatialCrop
 from nibabel.orientations import apply_orientation, io_orientation
 from tqdm import tqdm
 
-from samseg_monai.data.datalists import load_datalist
+from samseg_monai.data.datalists import labels_of, load_datalist
+from samseg_monai.data.datalists.label_maps import is_ignored
 from samseg_monai.data.files.dicom import read_any
 from samseg_monai.errors import DataError, raise_all
 
@@ -80,7 +81,8 @@ def smallest_crop(
     num_threads: int = 4,
     progress: bool = False,
 ) -> CropReport:
-    """Measure the training section; brain is where any scan differs from 0, tumour where the label is above 0.
+    """Measure the training section; brain is where any scan differs from 0, tumour where the label is above 0 and the
+    datalist does not say that nobody has judged it.
 
     Args:
         crop: in-plane centre crop (axis 0, axis 1) whose losses are counted.
@@ -90,10 +92,11 @@ def smallest_crop(
     """
     items = load_datalist(datalist, dataset_dir, "training")
     asked = (int(crop[0]), int(crop[1]))
+    unjudged = [int(value) for value, name in labels_of(datalist, needed=False).items() if is_ignored(name)]
 
     def attempt(item: dict[str, Any]) -> _Extent | str:
         try:
-            return _measure(item, asked)
+            return _measure(item, asked, unjudged)
         except DataError as error:
             return f"{item['case']}: {error}"
 
@@ -117,7 +120,7 @@ def smallest_crop(
     )
 
 
-def _measure(item: dict[str, Any], crop: tuple[int, int]) -> _Extent:
+def _measure(item: dict[str, Any], crop: tuple[int, int], unjudged: Sequence[int]) -> _Extent:
     scans = [_in_ras(file) != 0 for file in ([item["image"]] if isinstance(item["image"], str) else item["image"])]
     scans = [scan.any(axis=3) if scan.ndim == 4 else scan for scan in scans]
     if len({scan.shape for scan in scans}) > 1:
@@ -125,7 +128,8 @@ def _measure(item: dict[str, Any], crop: tuple[int, int]) -> _Extent:
     brain = np.any(scans, axis=0)
     if not brain.any():
         raise DataError("every voxel of every scan is 0")
-    tumour = _in_ras(item["label"]) > 0 if item.get("label") else np.zeros_like(brain)
+    label = _in_ras(item["label"]) if item.get("label") else np.zeros_like(brain)
+    tumour = (label > 0) & ~np.isin(label, unjudged)
     if tumour.shape != brain.shape:
         raise DataError(f"label has shape {tumour.shape}, scans have {brain.shape}")
     plane, size = brain.any(axis=2), np.array(brain.shape[:2])

@@ -33,7 +33,6 @@ _NOTED = 1e-3  # of a voxel: more than rounding of a header's 32 bits
 _FORM_TOLERANCE_MM = 0.1
 _SHEAR_TOLERANCE = 1e-2
 _GZIP_MAGIC = b"\x1f\x8b"
-_CHUNK = 1 << 22  # bytes unpacked at a time
 _MOST_VOXELS = 1 << 31  # 8 GB as float32; a CT of the whole body has a quarter of it
 _VOXEL_MM = (0.05, 20.0)  # sides that scanners of people give; others are a wrong unit or a damaged header
 _HEADERS = {348: nib.Nifti1Image, 540: nib.Nifti2Image}  # by their size in bytes, with which they begin
@@ -187,6 +186,45 @@ def size_problem(affine: np.ndarray, shape: Sequence[int]) -> str:
         return ""
     shown = " x ".join(f"{side:.4g}" for side in sides)
     return f"its voxels are {shown} mm, expected {_VOXEL_MM[0]:g} to {_VOXEL_MM[1]:g}; is its header in another unit?"
+
+
+def memory_problem(voxels: int, itemsize: int) -> str:
+    """Why so many voxels cannot be loaded, as stored (``itemsize`` bytes each) and in float32; empty if they can."""
+    if not 0 <= voxels <= _MOST_VOXELS:
+        return f"speaks of {voxels} voxels, more than {_MOST_VOXELS}: damaged, or too large"
+    needed, free = voxels * (itemsize + 4), _free_memory()
+    if needed <= free:
+        return ""
+    return f"speaks of {voxels} voxels, {needed / 1e9:.3g} GB in memory, of which {free / 1e9:.3g} GB are free"
+
+
+def _free_memory() -> float:
+    """Bytes that programs can have without others being put out to disk; infinite where the system does not tell."""
+    info = Path("/proc/meminfo")
+    found = re.search(r"(?m)^MemAvailable: *(\d+) kB$", info.read_text("ascii")) if info.is_file() else None
+    return 1024.0 * int(found[1]) if found else math.inf
+
+
+def refuse_too_large(path: str | Path) -> None:
+    """Raise DataError for a NIfTI, MHA or NRRD file whose header speaks of more voxels than the memory holds; of a file
+    that has no readable header whoever reads it tells."""
+    path = Path(path)
+    if not path.is_file():
+        return
+    try:
+        if path.name.lower().endswith((".nii", ".nii.gz")):
+            header: Any = nib.load(path).header
+            voxels, itemsize = math.prod(map(int, header.get_data_shape())), header.get_data_dtype().itemsize
+        else:
+            reader = sitk.ImageFileReader()
+            reader.SetFileName(str(path))
+            reader.ReadImageInformation()
+            voxels = math.prod(reader.GetSize()) * reader.GetNumberOfComponents()
+            itemsize = 4
+    except Exception:  # noqa: BLE001  see above
+        return
+    if problem := memory_problem(voxels, itemsize):
+        raise DataError(f"{path.name}: its header {problem}")
 
 
 def unit_problem(xyzt_units: int) -> str:
@@ -371,8 +409,8 @@ def parse_nifti(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tup
 
 
 def _whole(stream: Any) -> Any:
-    """The NIfTI image in a stream, which is read to its end; no more of it is kept than the header speaks of, so that
-    a small file that unpacks to more than the memory holds is told and not unpacked."""
+    """The NIfTI image in a stream, which has to end where the header says; no more of it is unpacked, and nothing that
+    the memory does not hold: a small file can unpack to more than any disk."""
     start = stream.read(540)
     if start[344:347] == b"ni1" or start[4:7] == b"ni2":
         raise DataError("is the header of a pair of files (.hdr and .img); save it as one NIfTI file")
@@ -381,14 +419,14 @@ def _whole(stream: Any) -> Any:
     kind = _HEADERS[size]
     header = kind.header_class(start[:size])  # without the extensions, which may follow
     voxels = math.prod(map(int, header.get_data_shape()))
-    if not 0 <= voxels <= _MOST_VOXELS:
-        raise DataError(f"its header speaks of {voxels} voxels, more than {_MOST_VOXELS}: damaged, or too large")
+    if problem := memory_problem(voxels, header.get_data_dtype().itemsize):
+        raise DataError(f"its header {problem}")
     needed = int(header.get_data_offset()) + voxels * header.get_data_dtype().itemsize
     raw = start + stream.read(max(0, needed - len(start)))
-    while stream.read(_CHUNK):  # a check sum stands at the very end
-        pass
     if len(raw) < needed:
         raise OSError(f"{len(raw)} bytes of {needed}")
+    if len(raw) > needed or stream.read(1):  # where nothing follows this compares the check sum at the very end
+        raise DataError(f"goes on behind the {needed} bytes that its header speaks of: damaged; copy it again")
     return kind.from_stream(io.BytesIO(raw))
 
 
@@ -430,6 +468,7 @@ def named_file(content: bytes) -> str | None:
 
 
 def _parse_itk(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    refuse_too_large(path)
     try:
         image = sitk.ReadImage(str(path), imageIO="NrrdImageIO" if content.startswith(b"NRRD") else "MetaImageIO")
     except RuntimeError as error:

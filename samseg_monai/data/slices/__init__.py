@@ -10,7 +10,9 @@ from samseg_monai.data.slices.dataset import (
     RandomN,
     SliceDataset,
 )  # fmt: skip
+from samseg_monai.data.slices.padding import SliceCollate
 
 __all__ = [
-    "DEFAULT_VARIANTS", "AllSlices", "EveryNth", "Foreground", "MaxArea", "Picker", "RandomN", "SliceDataset",
+    "DEFAULT_VARIANTS", "AllSlices", "EveryNth", "Foreground", "MaxArea", "Picker", "RandomN", "SliceCollate",
+    "SliceDataset",
 ]  # fmt: skip

@@ -70,13 +70,16 @@ class CachedCase:
             logger.warning("%s %s and is built again", self.path, problem)
         return False
 
-    def ensure(self, build: Callable[[], Iterable[Rows]], rows: int | None = None, *, planned: int = 0) -> bool:
+    def ensure(
+        self, build: Callable[[], Iterable[Rows]], rows: int | None = None, *, planned: int = 0, tell: bool = True
+    ) -> bool:
         """Write the file, unless it is whole; of several processes that want to, one does and the others wait.
 
         Args:
             build: makes the rows, in their order, in blocks of one or more; type and shape of a row never change.
             rows: how many there are; None: as many as in the one block.
             planned: rows of this size that are to be written in all, for which the disk must have room.
+            tell: log the size of all that is planned.
         Returns: whether this process wrote it.
         Raises: CacheError if the folder or file cannot be written, the disk has no room, or rows differ in shape.
         """
@@ -93,7 +96,7 @@ class CachedCase:
         try:
             if self.is_whole(tell=False):
                 return False
-            write_whole(self.path, lambda part: self._write(part, build(), rows, planned))
+            write_whole(self.path, lambda part: self._write(part, build(), rows, planned, tell))
             return True
         except OSError as error:
             raise CacheError(f"{self.path} cannot be written ({error}); free some space") from error
@@ -128,7 +131,7 @@ class CachedCase:
         except (SafetensorError, OSError) as error:
             raise CacheError(f"{self.path} is missing or damaged ({error}); start again to have it built") from error
 
-    def _write(self, part: Path, blocks: Iterable[Rows], rows: int | None, planned: int) -> None:
+    def _write(self, part: Path, blocks: Iterable[Rows], rows: int | None, planned: int, tell: bool) -> None:
         done, sums, first = 0, [], None
         with open(part, "wb") as file:
             for block in blocks:
@@ -137,7 +140,7 @@ class CachedCase:
                 count = len(next(iter(plain.values())))
                 if first is None:
                     first, rows = shapes, count if rows is None else rows
-                    starts = self._begin(file, shapes, rows, max(rows, planned))
+                    starts = self._begin(file, shapes, rows, max(rows, planned), tell)
                 if shapes != first:
                     raise CacheError(f"rows of {self.path} differ, {first} and {shapes}: pad slices to one size")
                 for name, tensor in plain.items():
@@ -152,7 +155,12 @@ class CachedCase:
             file.write(_bytes(torch.tensor(sums, dtype=torch.int64)))
 
     def _begin(
-        self, file: IO[bytes], shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], rows: int, planned: int
+        self,
+        file: IO[bytes],
+        shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        rows: int,
+        planned: int,
+        tell: bool,
     ) -> dict[str, int]:
         """Write safetensors' header (length, JSON); returns where each tensor starts. Large types go first: aligned."""
         columns = {"crc": (torch.int64, ()), **dict(sorted(shapes.items(), key=lambda item: -item[1][0].itemsize))}
@@ -164,7 +172,7 @@ class CachedCase:
                 f"{human(needed)} do not fit on the disk of {self.path.parent}: {human(free)} are free, and "
                 f"{human(reserve)} stay in reserve; choose a folder on another disk, or fewer variants or slices"
             )
-        if planned > rows:
+        if tell and planned > rows:
             logger.info("%s are to be written to %s", human(needed), self.path.parent)
         header: dict[str, Any] = {"__metadata__": {"key": self.text}}
         starts, end = {}, 0

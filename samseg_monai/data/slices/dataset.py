@@ -27,6 +27,7 @@ from tqdm import tqdm
 from samseg_monai.choices import IGNORE
 from samseg_monai.data import CUT
 from samseg_monai.data.slices.cache import CachedCase, describe, describe_item, encode, frozen_encoder
+from samseg_monai.data.slices.padding import fill_up
 from samseg_monai.errors import CacheError, ConfigError, DataError, raise_all, reason_of
 
 logger = logging.getLogger(__name__)
@@ -185,6 +186,7 @@ class SliceDataset(Dataset):
         self._index = [(i, k) for i, z in enumerate(self._numbers) for k in range(len(picker.draw(z, rng)))]
         self._embedding_dir = embedding_dir
         self._embeddings: list[CachedCase] = []
+        self._filled: list[int] | None = None  # height and width of every slice, where embeddings need them to be one
         # now, while no transform has drawn
         looks = {"slice_transforms": describe(self.slice_transforms), "variants": self.variants}
         self._made_by = [{**key, **looks, "row": row} for key, row in zip(self._made_by, self._first, strict=False)]
@@ -251,7 +253,9 @@ class SliceDataset(Dataset):
         encoder = frozen_encoder(network)
         device = _device_of(encoder) if device is None else torch.device(device)
         identity, folder = encoder.embedding_identity(), self._embedding_dir
-        files = [CachedCase(folder, {**key, "network": identity}) for key in self._made_by]
+        self._filled = self._common_size() if identity.get("rectangular") else None
+        filled = {} if self._filled is None else {"filled": self._filled}
+        files = [CachedCase(folder, {**key, **filled, "network": identity}) for key in self._made_by]
         rows = [len(numbers) * self.variants for numbers in self._numbers]
         todo = [i for i, file in enumerate(files) if rows[i] and not file.is_whole()]
         left, done, start = sum(rows[i] for i in todo), 0, time.monotonic()
@@ -260,7 +264,7 @@ class SliceDataset(Dataset):
         with tqdm(total=left, desc="Embedding slices", unit="slice", disable=not (todo and progress)) as bar:
             for position in todo:
                 build = partial(self._encoded, position, encoder, device, batch_size)
-                built = files[position].ensure(build, rows[position], planned=left)
+                built = files[position].ensure(build, rows[position], planned=left, tell=not done)
                 left -= rows[position]
                 minutes = (time.monotonic() - start) * left / rows[position] / 60
                 if built and not done and minutes >= 1:  # by the first case, which is all that is known by then
@@ -269,6 +273,16 @@ class SliceDataset(Dataset):
                 bar.update(rows[position])
         self._embeddings = files
         return done
+
+    def _common_size(self) -> list[int] | None:
+        """Height and width that all slices are filled up to before a network sees them that does not do so by itself:
+        embeddings of one batch must be of one size. None where slices have one already."""
+        sizes = {tuple(self._look(i, 0, 0)["image"].shape[-2:]) for i, numbers in enumerate(self._numbers) if numbers}
+        if len(sizes) == 1:
+            return None
+        size = [max(sides) for sides in zip(*sizes, strict=True)]
+        logger.info("Slices of %d sizes are filled up to %d x %d pixels", len(sizes), *size)
+        return size
 
     def _encoded(
         self, position: int, encoder: Any, device: torch.device, batch_size: int
@@ -280,7 +294,8 @@ class SliceDataset(Dataset):
 
     def _look(self, position: int, candidate: int, variant: int) -> dict[str, Any]:
         row = self._first[position] + candidate
-        return self._transformed(position, candidate, (self.seed, variant, row), variant=variant)
+        item = self._transformed(position, candidate, (self.seed, variant, row), variant=variant)
+        return item if self._filled is None else fill_up(item, self._filled)
 
     def _transformed(self, position: int, candidate: int, seeds: tuple[int, ...], **extra: Any) -> dict[str, Any]:
         slices = self._slices[position]
