@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LABEL := .venv_monailabel
+SITE := import sysconfig; purelib = sysconfig.get_path('purelib');
 
 .PHONY: setup dev demo check test test-all lint docs pico bundles bench clean
 
@@ -31,9 +33,21 @@ check: lint
 test: dev
 	$(PYTEST) -m "not whole" $(if $(COVERAGE),--cov --cov-report term:skip-covered --cov-fail-under 90)
 
-# and what takes minutes by itself: both studies and SAM at their real sizes, every chain of killed trainings
+# and what takes minutes by itself: both studies and SAM at their real sizes, every chain of killed trainings; MONAI Label
 test-all: test
+	-$(MAKE) $(LABEL)/.installed
 	$(PYTEST) -m whole
+
+# MONAI Label with what its bundles' inference imports, beside the packages of .venv: all that its server needs is 8 GB
+$(LABEL)/.installed: tools/monailabel.txt $(VENV)/.installed-dev
+	rm -rf $(LABEL)
+	$(BIN)/python -m venv --without-pip $(LABEL)
+	$(BIN)/python -c "$(SITE) print('import site; site.addsitedir(%r)' % purelib)" \
+	    > `$(LABEL)/bin/python -c "$(SITE) print(purelib)"`/beside.pth
+	$(BIN)/python -m pip --python $(LABEL)/bin/python install --quiet --no-deps --requirement tools/monailabel.txt \
+	    > $(LABEL)/install.log 2>&1
+	$(LABEL)/bin/python -c "import monailabel.tasks.infer.bundle" >> $(LABEL)/install.log 2>&1
+	touch $@
 
 lint: dev
 	$(BIN)/ruff check .
@@ -58,4 +72,4 @@ bench: dev
 	    $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) demo site build *.egg-info
+	rm -rf $(VENV) $(LABEL) demo site build *.egg-info

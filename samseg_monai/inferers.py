@@ -23,6 +23,7 @@ from samseg_monai.data.slices.cache import VolumeEmbeddings, describe
 from samseg_monai.errors import ConfigError, PromptError, raise_all
 from samseg_monai.networks import EMPTY_LOGIT
 from samseg_monai.transforms import BoxFromPromptd, boxes_of, clip_boxes, move_boxes
+from samseg_monai.transforms.requested import carried_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ class SliceVolumeInferer(Inferer):
     (and 20 for the background, which is channel 0 of several).
 
     A 2-D image, a volume of one slice, takes ``boxes`` instead of a prompt volume: floats that follow the slice's
-    affine through ``slice_transforms`` and are never rounded.
+    affine through ``slice_transforms`` and are never rounded. Programs that pass neither have the prompt in the
+    metadata of the image (``transforms.CarriedPromptd``).
 
     With ``embedding_dir`` the encoder sees each slice of a volume once: its embedding is kept on disk, in bf16, and
     read in later passes, as long as weights, transforms and volume stay the same. The first pass uses the rounded
@@ -113,6 +115,7 @@ class SliceVolumeInferer(Inferer):
         images = inputs.as_subclass(torch.Tensor)
         prompts: Any = [None] * len(images)
         if self.prompted:
+            prompt = carried_prompt(inputs) if prompt is None and boxes is None else prompt
             prompts = self._checked(prompt, images) if boxes is None else _checked_boxes(boxes, prompt, images)
         logits = torch.stack([self._volume(image, p, network) for image, p in zip(images, prompts, strict=True)])
         return MetaTensor(logits).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else logits

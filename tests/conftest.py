@@ -33,7 +33,7 @@ SLOW = {
     "audit_classes", "audit_geometry", "augmentation", "banked_slices", "broken_runs", "bundles", "contributing",
     "demo_abdomen", "demo_mobile", "docs", "door", "experiment", "export", "foreign_layouts", "kill_resume", "own_data",
     "pico", "planar", "processes", "realdata", "reproduce", "reproduce_sam_lst", "sam_parity", "site", "strategy_laws",
-    "tracking", "travel", "tutorial",
+    "tracking", "travel", "tutorial", "zoo",
 }  # fmt: skip
 
 

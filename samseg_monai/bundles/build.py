@@ -27,6 +27,7 @@ from samseg_monai.settings import BundleSettings, demonstrated, dump_settings, m
 
 RECIPES = Path(str(files("samseg_monai") / "recipes"))
 SETTINGS = "settings.json"
+LARGE_FILES = "large_files.yml"  # what may be downloaded: not in a bundle that holds all weights
 CONFIGS = ("train", "inference", "evaluate")
 OVERLAYS = ("multi_gpu_train", "multi_gpu_evaluate", "demo")
 PARTS = {"train": ("base", "labels", "train"), "inference": ("base", "inference"), "evaluate": ("labels", "evaluate")}
@@ -34,7 +35,7 @@ TEXTS = {
     "README.md": "docs/README.md",
     "data_license.txt": "docs/data_license.txt",
     "LICENSE": "LICENSE",
-    "large_files.yml": "large_files.yml",
+    LARGE_FILES: LARGE_FILES,
     "logging.conf": "configs/logging.conf",
 }
 KIRILLOV = "Kirillov A. et al. Segment Anything. ICCV 2023. arXiv:2304.02643"
@@ -342,6 +343,7 @@ def _values(settings: BundleSettings) -> dict[str, Any]:
         "picker": component(PICKERS, dumped["run"]["slices"]["picker"]),
         "demo_keys": _demo_keys(settings),
         "weights": KNOWN.get(run.sam_variant or "vit_b", KNOWN["vit_b"]),
+        "published": run.sam_variant in KNOWN,
         "references": list(
             dict.fromkeys([*([KIRILLOV] if settings.has_sam else []), *task.references, *settings.strategy.references])
         ),

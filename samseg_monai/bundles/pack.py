@@ -16,7 +16,7 @@ import torch
 
 from samseg_monai import __version__, checkpoints
 from samseg_monai.bundles.archive import SUMS
-from samseg_monai.bundles.build import install_words, write_bundle
+from samseg_monai.bundles.build import LARGE_FILES, install_words, write_bundle
 from samseg_monai.bundles.door import WEIGHTS, Opened, open_bundle
 from samseg_monai.bundles.record import RECORD, SEEN
 from samseg_monai.bundles.wheel import WHEEL, build_wheel
@@ -112,6 +112,7 @@ def pack_bundle(
         with torch.random.fork_rng():
             torch.manual_seed(int(card.get("seed") or 0))  # a random base is that of the evaluation
             _write_models(run, opened, root / "models", sam_checkpoint, steps, pt)
+        (root / LARGE_FILES).unlink(missing_ok=True)
         (root / "metrics").mkdir()
         for result in RESULTS:
             if (run / "evaluation" / result).is_file() and (cases or result not in CASES):

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 EMPTY_LOGIT = -20.0  # of a class where there is nothing to predict: sigmoid(-20) = 2e-9, still finite in every type
 
+UNSCRIPTED = "boxes would be no input of the result; use samseg export --format torch or onnx, where they are"
+
 OPTIONS: dict[str, tuple[str | None, ...]] = {
     "scan_mode": ("mean_logits", "channels"),
     "input_scale": ("zscore", "unit", "sam"),
@@ -66,6 +68,8 @@ def plain_inputs(
         )
     image = image.as_subclass(Tensor).float()
     if boxes is None:
+        if network.prompt != "none" and torch.jit.is_tracing():
+            raise ConfigError(f"boxes: got none while TorchScript traces this network; {UNSCRIPTED}")
         return image, None
     if network.prompt == "none":
         how = "boxes='channel', 'crop' or 'given'" if hasattr(network, "boxes") else "'box'"

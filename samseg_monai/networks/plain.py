@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from samseg_monai.errors import AdapterError, ConfigError, raise_all
 from samseg_monai.networks.common import (
     EMPTY_LOGIT,
+    UNSCRIPTED,
     check_options,
     empty_logits,
     join_boxes,
@@ -93,6 +94,12 @@ class PlainSegmenter(Segmenter):
             raise ConfigError(f"sam_checkpoint: got {checkpoint}, but this network has no SAM in it; leave it out")
         self.base_sha256 = RANDOM
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` takes instead: the net behind the padding, which needs none of this package."""
+        if self.boxes != "none":
+            raise ConfigError(f"TorchScript cannot hold this network; {UNSCRIPTED}")
+        return _Padded(self.net, self.image_size)
+
     def box_facts(self) -> dict[str, Any]:
         """How boxes reach the net, as JSON values for the card: an adapter of another way is another network's."""
         if self.boxes == "none":
@@ -152,6 +159,22 @@ class PlainSegmenter(Segmenter):
                 f"{shape or f'a {type(logits).__name__}'}; check its output channels against the classes"
             )
         return logits.float()
+
+
+class _Padded(nn.Module):
+    """A net behind the padding of ``PlainSegmenter``, in the part of Python that TorchScript knows."""
+
+    def __init__(self, net: nn.Module, image_size: int) -> None:
+        super().__init__()
+        self.net, self.image_size = net, image_size
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Slices (B, S, H, W) to logits (B, C, H, W), float32; H and W at most ``image_size``."""
+        height, width = image.shape[-2], image.shape[-1]
+        if max(height, width) > self.image_size:
+            raise ValueError("image: a side is longer than image_size")
+        padded = F.pad(image.float(), [0, self.image_size - width, 0, self.image_size - height])
+        return self.net(padded)[..., :height, :width].float()
 
 
 def _check_crop(margin: float, size: int) -> None:

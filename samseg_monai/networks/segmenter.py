@@ -15,6 +15,7 @@ from samseg_monai.adapters.lora import LoRALinear, merge_all
 from samseg_monai.errors import AdapterError, ConfigError
 from samseg_monai.files import unwrap
 from samseg_monai.networks.common import (
+    UNSCRIPTED,
     best_mask,
     check_embedding,
     check_new_masks,
@@ -132,6 +133,11 @@ class SamSegmenter(Segmenter):
         facts = {key: getattr(self, key) for key in ("image_size", "scan_mode", "input_scale")}
         facts |= {"rectangular": self.sam.rectangular, "autocast": self.autocast is not None}
         return {"encoder_sha256": self._encoder_hash[1], **facts}
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Say to ``torch.jit.script`` what is possible instead."""
+        how = "trace it (ckpt_export ... --use_trace True --input_shape [1,S,H,W])"
+        raise ConfigError(f"TorchScript cannot script SAM; {how if self.prompt == 'none' else UNSCRIPTED}")
 
     def load_base(
         self, checkpoint: str | os.PathLike[str] | None = None, *, download: bool = True, start: bool = True

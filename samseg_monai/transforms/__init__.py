@@ -32,13 +32,14 @@ from samseg_monai.transforms.prompts import (
     SimulatedPromptd,
     UnpromptedIgnoredd,
 )
+from samseg_monai.transforms.requested import CarriedPromptd, RequestedPromptd
 from samseg_monai.transforms.saving import NameAfterCased, SaveImagePngd, SaveOverlayd, SaveVolumed
 
 __all__ = [
-    "BoxFromPromptd", "CheckSameGridd", "CropInPlaned", "EllipseFromBoxesd", "EllipseFromPromptd", "FinalBoxesd",
-    "GivenPromptd", "LoadCased", "NameAfterCased", "RandBiasFromMinimumd", "RandMirroredd", "RandShiftedAffined",
-    "RecodeLabeld", "RemoveSmallComponentsd", "ResampleInPlaned", "SaveImagePngd", "SaveOverlayd", "SaveVolumed",
-    "ScaleGreysd", "ScaleInputd", "SimulatedBoxesd", "SimulatedPromptd", "SplineResized", "UnpromptedIgnoredd",
-    "boxes_of", "clip_boxes", "for_training", "left_right_axis", "move_boxes", "named_transforms", "resized_slices",
-    "side_mirror", "stored_slices",
+    "BoxFromPromptd", "CarriedPromptd", "CheckSameGridd", "CropInPlaned", "EllipseFromBoxesd", "EllipseFromPromptd",
+    "FinalBoxesd", "GivenPromptd", "LoadCased", "NameAfterCased", "RandBiasFromMinimumd", "RandMirroredd",
+    "RandShiftedAffined", "RecodeLabeld", "RemoveSmallComponentsd", "RequestedPromptd", "ResampleInPlaned",
+    "SaveImagePngd", "SaveOverlayd", "SaveVolumed", "ScaleGreysd", "ScaleInputd", "SimulatedBoxesd", "SimulatedPromptd",
+    "SplineResized", "UnpromptedIgnoredd", "boxes_of", "clip_boxes", "for_training", "left_right_axis", "move_boxes",
+    "named_transforms", "resized_slices", "side_mirror", "stored_slices",
 ]  # fmt: skip

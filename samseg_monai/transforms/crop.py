@@ -17,7 +17,7 @@ from monai.utils import TraceKeys
 from samseg_monai.data import CUT
 from samseg_monai.errors import PromptError
 from samseg_monai.transforms.grids import foreground, name_of, on_grid_of, refuse_huge
-from samseg_monai.transforms.prompts import boxes_on_image
+from samseg_monai.transforms.prompts import WHOLE, boxes_on_image
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,8 @@ class CropInPlaned(CropForegroundd):
         image = d["image"]
         shown = _foreground(image)
         low, high = np.zeros(3, int), np.array(image.shape[1:])
-        held = [_extent(d, key) for key in self.held if d.get(key) is not None]
+        holding = () if d.get(WHOLE) else self.held
+        held = [_extent(d, key) for key in holding if d.get(key) is not None]
         for axis, wanted in zip(AXES, self._voxels(image), strict=True):
             ends = [box[:, axis] for box in held if box is not None]
             span = (min(e[0] for e in ends), max(e[1] for e in ends)) if ends else None
@@ -83,7 +84,7 @@ class CropInPlaned(CropForegroundd):
                 )  # fmt: skip
         refuse_huge(image.shape, [int(side) for side in high - low], f"{name_of(d)}: crop_mm (or crop_size)")
         counts = {"image": int(shown.sum())}
-        told = ("label", "prompt") if "prompt" in self.held else ("label",)
+        told = ("label", "prompt") if "prompt" in holding else ("label",)
         counts |= {key: int(foreground(d[key]).sum()) for key in told if key in self.keys and key in d}
         for key, mode in self.key_iterator(d, self.mode):
             d[key] = self.cropper.crop_pad(img=d[key], box_start=low, box_end=high, mode=mode, lazy=False)

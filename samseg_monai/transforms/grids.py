@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -51,8 +53,10 @@ def refuse_huge(shape: Sequence[int], sides: Sequence[int], what: str) -> None:
 
 
 def name_of(d: Mapping[Hashable, Any]) -> str:
-    """Name of a case, for messages and seeds."""
-    return str(d.get("case", "unnamed case"))
+    """Name of a case, for messages and seeds; of one without a name that of its image's file."""
+    image = d.get("image")
+    file = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else image
+    return str(d.get("case") or (Path(file).name if isinstance(file, (str, os.PathLike)) else "unnamed case"))
 
 
 class EachKeyd(MapTransform):

@@ -24,6 +24,7 @@ from samseg_monai.transforms.boxes import Rectangle, boxes_of, clip_boxes, inscr
 from samseg_monai.transforms.grids import CheckSameGridd, EachKeyd, foreground, name_of, on_grid_of
 
 Random = np.random.RandomState | np.random.Generator
+WHOLE = "whole_slice"  # entry of a request that asks for the source "image", whatever the bundle's is
 
 
 class _FromLabeld(RandomizableTransform, EachKeyd):
@@ -208,8 +209,9 @@ class GivenPromptd(EachKeyd):
 
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
         shape = tuple(d[key].shape[1:])
-        prompt = torch.full((1, *shape), self.source == "image", dtype=torch.uint8)
-        if self.source == "json":
+        whole = self.source == "image" or bool(d.get(WHOLE))
+        prompt = torch.full((1, *shape), whole, dtype=torch.uint8)
+        if not whole:
             boxes = d.pop("boxes", None)
             if not isinstance(boxes, (list, tuple)):
                 raise PromptError(f"{name_of(d)}: 'boxes' must be a list of boxes (it may be empty), got {boxes!r}")

@@ -20,7 +20,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import LoadImage
+from monai.transforms import LoadImage, SaveImaged
 from nibabel.affines import voxel_sizes
 from PIL import Image, ImageDraw
 
@@ -51,6 +51,7 @@ _SAME_MM = 1e-3  # entries of affines before and after transforms that undo each
 _SCANNER = 1  # code of a form that says where voxels lie in the scanner
 
 
+@SaveImaged.register  # whatever leaves the writing out, as MONAI Label does, finds it by that class
 class SaveVolumed(EachKeyd):
     """Write ``<case>_<postfix>.nii.gz`` with the grid and the geometry of the image's own file.
 
@@ -127,6 +128,7 @@ def write_result(path: Path, content: bytes) -> None:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}); free some space") from error
 
 
+@SaveImaged.register  # whatever leaves the writing out, as MONAI Label does, finds it by that class
 class SaveOverlayd(EachKeyd):
     """Write ``<case>_overlay.png``: slices of a volume with the outline of each class and the boxes that were given.
 
@@ -254,6 +256,7 @@ def _array(tensor: Any) -> np.ndarray:
     return np.asarray(_bare(tensor).detach().cpu())
 
 
+@SaveImaged.register  # whatever leaves the writing out, as MONAI Label does, finds it by that class
 class SaveImagePngd(EachKeyd):
     """Write ``<case>_seg.png`` with the values of the data's own labels, and ``<case>_overlay.png``.
 

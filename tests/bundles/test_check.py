@@ -140,14 +140,14 @@ def test_edits_are_named_by_key(bundle):
     config["initialize"][0] = "$print(1)"
     path.write_text(json.dumps(config, indent=4))
     (bundle / "docs" / "README.md").write_text("hello")
-    (bundle / "large_files.yml").unlink()
+    (bundle / "docs" / "data_license.txt").unlink()
     assert set(check_bundle(bundle).problems) == {
         "configs/inference.json: seed: 7 in place of 0",
         "configs/inference.json: x\\x1b[31m: added, \"$exec('1')\"",
         "configs/inference.json: handlers: taken out",
         'configs/inference.json: initialize::0: "$print(1)" in place of "$monai.utils.set_determinism(seed=@seed)"',
         "docs/README.md: not what the package writes",
-        "large_files.yml: missing",
+        "docs/data_license.txt: missing",
     }
 
 

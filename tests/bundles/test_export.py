@@ -45,6 +45,7 @@ from samseg_monai.sam.weights import find_weights, load_sam_weights, read_state,
 from samseg_monai.settings import dump_settings, merged, read_settings
 from samseg_monai.strategies import Ladder, LoRA
 from tests.docs.test_docs import commands
+from tests.helpers.packed import packed
 from tests.helpers.reference_sam import reference_sam
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
@@ -118,6 +119,7 @@ def made(tmp_path_factory):
     bundle = folder / "abdomen_segmentation_ladder"
     shutil.copytree(folder / "runs" / "ladder" / "bundle", bundle)
     save_model(networks["ladder"], bundle / "models" / "model.pt")
+    packed("hippocampus", "unet", folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for line in commands(PAGE):
@@ -129,8 +131,10 @@ def run_line(line, patch):
     words = shlex.split(line)
     if words[:4] == ["python", "-m", "monai.bundle", "ckpt_export"]:
         options = {k.removeprefix("--"): v for k, v in zip(words[5::2], words[6::2], strict=True)}
-        assert json.loads(options["input_shape"])[:2] == [1, 1]
-        monai.bundle.ckpt_export(words[4], **{**options, "use_trace": True, "input_shape": [1, 1, 64, 64]})
+        if "use_trace" in options:
+            assert json.loads(options["input_shape"])[:2] == [1, 1]
+            options |= {"use_trace": True, "input_shape": [1, 1, 64, 64]}
+        monai.bundle.ckpt_export(words[4], **options)
     else:
         assert samseg(patch, *words[1:], "--sam-checkpoint", BASE) == 0, line
 

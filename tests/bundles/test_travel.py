@@ -86,6 +86,7 @@ def test_archive_holds_everything_and_its_sums_fit(unpacked):
                  "metrics/cases.csv", "SHA256SUMS"):  # fmt: skip
         assert (unpacked / name).is_file(), name
     assert [p.name for p in (unpacked / "models").glob("*.pt")] == ["model.pt"]
+    assert not (unpacked / "large_files.yml").exists()  # nothing is to be downloaded
     with closing(open_files(unpacked)) as files:
         assert not files.changed() and len(files.sums()) > 10
     config = json.loads((unpacked / "configs" / "inference.json").read_text())

@@ -37,6 +37,10 @@ ELSEWHERE = {
     "mlflow ui": "a server that does not end; test_tracking.py reads what it shows",
     "tensorboard ": "a server that does not end; test_tracking.py reads what it shows",
     "pip install": "needs an index of packages; the Makefile does it",
+    "unzip ": "bundles/test_travel.py unpacks one",
+    "monailabel ": "a server that does not end; bundles/test_label.py asks the part of it that runs a bundle",
+    "python -m monai.bundle verify_metadata": "bundles/test_zoo.py",
+    "python -m monai.bundle verify_net_in_out": "bundles/test_zoo.py",
 }
 LAUNCHER = ["torchrun", "--standalone", "--nproc_per_node=2", "-m", "monai.bundle", "run"]
 SMALL = {
