@@ -47,7 +47,7 @@ NO_PROMPTS = (
 )
 MASK_ENDINGS = ("_mask", "-mask", "_seg", "-seg")
 # ends of names that every reader takes for a mask: P01.seg.nrrd, P01-label.nrrd, P01_GTV2.nii.gz, labelsTr
-_MASK = re.compile(
+MASK_NAME = re.compile(
     r"(^|[-_. ])(segs?|segmentations?|masks?|labels?|labelmaps?|labels?t[rs]|gts?|[gcp]tv)([-_. ]?\d+)?$", re.IGNORECASE
 )
 # volumes that this package does not read: their owner takes them for cases
@@ -260,7 +260,7 @@ def _group_folder(folder: Path, scans: Sequence[str], found: CaseList, prompts: 
     for sub in _folders(folder):
         if prompts is not None and prompts.is_dir() and sub.samefile(prompts):
             found.pass_over("the folder of the prompts", [sub.name])
-        elif _MASK.search(sub.name) and not holds_series(sub):
+        elif MASK_NAME.search(sub.name) and not holds_series(sub):
             found.pass_over("named like masks", [f"{sub.name}/"])
         elif not _group_one(sub, scans, found):
             _group_deep(sub, scans, found)
@@ -281,10 +281,10 @@ def _group_deep(sub: Path, scans: Sequence[str], found: CaseList) -> None:
 
 def _images_below(folder: Path) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _MASK.search(name))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not MASK_NAME.search(name))
         for path in (Path(root, name) for name in sorted(files)):
             stem = stem_of(path)
-            if is_dicom(path) or (stem is not None and not _MASK.search(stem)):
+            if is_dicom(path) or (stem is not None and not MASK_NAME.search(stem)):
                 yield path
 
 
@@ -305,7 +305,7 @@ def _group_one(folder: Path, scans: Sequence[str], found: CaseList) -> str:
     if not files and not series:
         return "scans" if _group_scans(case, below, scans, found) else ""
     _group_named(files, scans, found)
-    images = [path.name for path in files if not _MASK.search(stem_of(path) or "")]
+    images = [path.name for path in files if not MASK_NAME.search(stem_of(path) or "")]
     if series and images:
         found.bad[case] = f"holds DICOM files beside {images[0]}; put the DICOM series into a folder of its own"
     elif series and len(scans) > 1:
@@ -350,7 +350,7 @@ def _group_named(paths: Iterable[Path], scans: Sequence[str], found: CaseList, *
             found.bad[path.name] = "is a link that leads nowhere" if is_dead_link(path) else what
         elif scan := next((s for s in scans if stem.endswith((f"-{s}", f"_{s}"))), None):
             named.setdefault((path.parent, stem[: -len(scan) - 1]), {}).setdefault(scan, []).append(path)
-        elif _MASK.search(stem) and not listed:
+        elif MASK_NAME.search(stem) and not listed:
             found.pass_over("named like masks", [path.name])
         else:
             single.append((path, stem))
@@ -411,7 +411,7 @@ def _in_folder(folder: Path, found: CaseList) -> list[tuple[str, Path]]:
     images, others, folders = list_images(folder)
     found.pass_over("no images", others)
     found.pass_over("folders", [f"{name}/" for name in folders])
-    made = [path for case, path in images if _MASK.search(case) or case.endswith("_overlay")]
+    made = [path for case, path in images if MASK_NAME.search(case) or case.endswith("_overlay")]
     found.pass_over("named like masks or overlays", [path.name for path in made])
     return [(case, path) for case, path in images if path not in made]
 
