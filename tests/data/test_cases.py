@@ -510,7 +510,7 @@ def test_any_error_in_the_check_of_a_case_is_its_own(src, monkeypatch):
             raise ZeroDivisionError("odd")
         return read(path)
 
-    monkeypatch.setattr("samseg_monai.data.files.cases.read_volume", read_or_fail)
+    monkeypatch.setattr("samseg_monai.data.files.dicom.read_volume", read_or_fail)
     found = find_cases(src)
     assert names(found) == [IDS[0], IDS[2]] and found.bad == {IDS[1]: "ZeroDivisionError: odd"}
 

@@ -16,8 +16,8 @@ from samseg_monai.data import IMAGES
 from samseg_monai.data.datalists import labels_of, load_datalist, read_datalist
 from samseg_monai.data.datalists.label_maps import BACKGROUND, OTHER, is_ignored
 from samseg_monai.data.datalists.splits import SECTIONS
+from samseg_monai.data.files.dicom import read_any, read_any_grid
 from samseg_monai.data.files.images import read_image
-from samseg_monai.data.files.volumes import read_grid, read_volume
 from samseg_monai.errors import DataError, raise_all
 
 MOST_READ = 20  # training cases whose intensities are read; the grid of every case is
@@ -157,7 +157,7 @@ def _scans(item: Item, datalist: str | Path) -> list[str]:
 
 def _grid(file: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Shape and size of a voxel in mm along right-left, back-front and bottom-top."""
-    shape, affine = read_grid(file)
+    shape, affine = read_any_grid(file)
     axes = io_orientation(affine)[:, 0]
     if np.isnan(axes).any():
         raise DataError(f"{Path(file).name}: its affine is singular; mend the header")
@@ -168,7 +168,7 @@ def _grid(file: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
 
 def _read(item: Item, images: bool, values: set[int], spacing: float | None) -> _Case:
     def load(file: str) -> Any:
-        return read_image(file, spacing) if images else read_volume(file)
+        return read_image(file, spacing) if images else read_any(Path(file))
 
     volumes = [load(file) for file in _files(item)]
     arrays = [volume.array for volume in volumes]

@@ -24,9 +24,9 @@ import numpy as np
 from samseg_monai.data import BRATS_SCANS
 from samseg_monai.data.files.boxes import MOST_BOXES, is_number, rectangles
 from samseg_monai.data.files.cases import MASK_NAME
-from samseg_monai.data.files.dicom import holds_series, read_series
+from samseg_monai.data.files.dicom import holds_series, read_any_grid
 from samseg_monai.data.files.images import is_grey, read_image
-from samseg_monai.data.files.volumes import SUFFIXES, affine_difference, image_stem, read_grid, read_volume, stem_of
+from samseg_monai.data.files.volumes import SUFFIXES, affine_difference, image_stem, read_volume, stem_of
 from samseg_monai.errors import ConfigError, DataError, PromptError
 from samseg_monai.files import file_name, read_json
 
@@ -132,7 +132,7 @@ def boxes_from_slicer(paths: Sequence[Path], image: Path, case: str | None = Non
     """
     if image.is_file() and stem_of(image) is None:
         raise ConfigError(f"image: {image.name} is no volume; expected {', '.join(SUFFIXES)}, or a DICOM folder")
-    grid, drawn = grid_of(image), Drawn()
+    grid, drawn = read_any_grid(image), Drawn()
     name = file_name(case or _case_of(image))
     boxes: list[dict[str, Any]] = []
     for path in paths:
@@ -147,14 +147,6 @@ def boxes_from_slicer(paths: Sequence[Path], image: Path, case: str | None = Non
     if boxes:
         drawn.boxes[name] = boxes
     return drawn
-
-
-def grid_of(path: Path) -> Grid:
-    """Shape and affine of a volume: of a DICOM folder as ``read_series`` has them. Raises DataError."""
-    if path.is_dir():
-        series = read_series(path)
-        return series.array.shape, series.affine
-    return read_grid(path)
 
 
 def image_of(images: Path, case: str) -> Path:
@@ -268,7 +260,7 @@ def _of_volume(
     mask, notes = _foreground(volume.array, labels, "voxel")
     affine = volume.affine
     if image is not None:
-        shape, affine = grid_of(image)
+        shape, affine = read_any_grid(image)
         mask, note = _moved(mask, volume.affine, (shape, affine), image.name)
         notes += [note] if note else []
     sides = np.linalg.norm(affine[:3, :2], axis=0)

@@ -51,7 +51,7 @@ class Volume:
     """One file, or one series of DICOM slices, as it is stored.
 
     Attributes:
-        array: (X, Y, Z) or (X, Y, Z, C), numbers scaled as the header says.
+        array: (X, Y, Z) or (X, Y, Z, C) with C > 1, numbers scaled as the header says.
         affine: (4, 4) float64, voxel indices to RAS mm.
         sha256: of the file's bytes; for a series see ``dicom.read_series``.
         notes: oddities that do not prevent its use.
@@ -101,6 +101,8 @@ def read_volume(path: str | Path) -> Volume:
     array, affine, notes = parse_nifti(path, content) if is_nifti else (*_parse_itk(path, content), ())
     if reason := _unusable(array, affine):
         raise DataError(f"{path.name}: {reason}")
+    if array.ndim == 4 and array.shape[3] == 1:  # one scan, as MONAI loads it, too
+        array = array[..., 0]
     return Volume(array, affine, hashlib.sha256(content).hexdigest(), notes)
 
 
@@ -304,12 +306,10 @@ def _affine_of(image: sitk.Image | sitk.ImageFileReader) -> np.ndarray:
     return affine
 
 
-def spacing_in_plane(path: str | Path, orientation: str) -> tuple[float, float]:
-    """Voxel size in mm along the first two axes of a volume once it is turned to ``orientation`` (MONAI's axcodes).
-
-    Raises: as ``read_grid``.
+def spacing_in_plane(affine: np.ndarray, orientation: str) -> tuple[float, float]:
+    """Voxel size in mm along the first two axes of a volume of this affine (4, 4) once it is turned to ``orientation``
+    (MONAI's axcodes).
     """
-    _, affine = read_grid(path)
     sizes = np.linalg.norm(affine[:3, :3], axis=0)
     axes = list(nib.orientations.io_orientation(affine)[:, 0])
     wanted = nib.orientations.axcodes2ornt(orientation)[:2, 0]
