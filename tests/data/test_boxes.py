@@ -392,4 +392,3 @@ def test_the_commands_write_what_predictions_read(tmp_path, monkeypatch, capsys)
     assert samseg(monkeypatch, *words) == 0 and "replaced: B" in capsys.readouterr().out
     assert samseg(monkeypatch, "boxes", "slices", out) == 1
     assert samseg(monkeypatch, "boxes", "from-mask", tmp_path / "gone", "--output", out) == 1
-    assert samseg(monkeypatch, *words[:-1], "--case", "") == 0  # the image's name
