@@ -205,7 +205,7 @@ def open_dicom(path: Path, content: bytes) -> tuple[pydicom.Dataset, sitk.ImageF
         uid = str(tags.file_meta.get("MediaStorageSOPClassUID", ""))
     except Exception:  # noqa: BLE001  pydicom has no error of its own for what is no DICOM; ITK says below what it is
         tags, uid = pydicom.Dataset(), ""
-    if kind := next((text for stem, text in _NOT_IMAGES.items() if f"{uid}.".startswith(f"{stem}.")), ""):
+    if kind := without_image(uid):
         raise DataError(f"{path.name}: is {kind}, not a slice of an image")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
@@ -215,6 +215,11 @@ def open_dicom(path: Path, content: bytes) -> tuple[pydicom.Dataset, sitk.ImageF
     except RuntimeError as error:
         raise DataError(f"{path.name}: truncated or damaged DICOM file, or one without an image") from error
     return tags, reader
+
+
+def without_image(uid: str) -> str:
+    """What the objects of a storage class (SOP class UID) are that hold no image; empty where they may hold one."""
+    return next((text for stem, text in _NOT_IMAGES.items() if f"{uid}.".startswith(f"{stem}.")), "")
 
 
 def modality_of(tags: pydicom.Dataset) -> str:
