@@ -18,7 +18,14 @@ from samseg_monai.data.datalists import case_hashes, too_few_to_choose, write_da
 from samseg_monai.data.datalists.label_maps import BACKGROUND, ROUNDED, is_ignored
 from samseg_monai.data.datalists.splits import Split
 from samseg_monai.data.files.dicom import read_any
-from samseg_monai.data.files.volumes import Volume, grid_difference, is_phantom, modality_doubt, value_problem
+from samseg_monai.data.files.volumes import (
+    Volume,
+    grid_difference,
+    is_phantom,
+    modality_doubt,
+    stored_like,
+    value_problem,
+)
 from samseg_monai.errors import DataError, raise_all
 
 LOG = logging.getLogger(__name__)
@@ -139,6 +146,9 @@ def check_files(
             check.problems.append(f"{path.name}: has shape {volume.array.shape}, expected {expected}")
             continue
         grid = replace(volume, array=scans[0])
+        if name == label and first is not None:
+            grid, note = stored_like(grid, first)
+            check.warnings += [f"{path.name}: {note}"] if note else []
         if first is None:
             first, first_name = grid, path.name
             check.shape, check.spacing_mm = grid.array.shape, grid.spacing_mm

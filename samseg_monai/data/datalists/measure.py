@@ -18,6 +18,7 @@ from samseg_monai.data.datalists.label_maps import BACKGROUND, OTHER, is_ignored
 from samseg_monai.data.datalists.splits import SECTIONS
 from samseg_monai.data.files.dicom import read_any, read_any_grid
 from samseg_monai.data.files.images import read_image
+from samseg_monai.data.files.volumes import stored_like
 from samseg_monai.errors import DataError, raise_all
 
 MOST_READ = 20  # training cases whose intensities are read; the grid of every case is
@@ -176,7 +177,10 @@ def _read(item: Item, images: bool, values: set[int], spacing: float | None) -> 
     if len({array.shape for array in arrays}) > 1:
         raise DataError(f"scans of unequal shape {' and '.join(str(array.shape) for array in arrays)}")
     zero = np.all([(array == 0) if array.ndim == 3 else (array == 0).all(axis=-1) for array in arrays], axis=0)
-    label = load(item["label"]).array if item.get("label") else np.zeros(first.shape)
+    label = np.zeros(first.shape)
+    if item.get("label"):
+        stored = load(item["label"])
+        label = stored.array if images else stored_like(stored, volumes[0])[0].array
     if label.shape != first.shape:
         raise DataError(f"label has shape {label.shape}, the image has {first.shape}")
     inside = first[np.isin(label, list(values))].astype(float)

@@ -36,6 +36,7 @@ from samseg_monai.data.files.volumes import (
     modality_problem,
     read_volume,
     stem_of,
+    stored_like,
     value_problem,
 )
 from samseg_monai.errors import ConfigError, DataError, PromptError, raise_all, reason_of
@@ -213,8 +214,10 @@ def _mask_of(prompts: Path, case: str, image: Volume) -> Path:
     if path is None:
         names = f"{case}{SUFFIXES[0]} or {case}_seg{SUFFIXES[0]}"
         raise PromptError(f"no coarse mask in {prompts}; expected {names}")
-    mask = read_volume(path)
     first_scan = Volume(image.array[..., 0] if image.array.ndim == 4 else image.array, image.affine, image.sha256)
+    mask, note = stored_like(read_volume(path), first_scan)
+    if note:
+        LOG.warning("%s: prompt %s: %s", case, path.name, note)
     if difference := _same_grid(mask, first_scan, f"{case}: prompt {path.name}"):
         raise PromptError(f"prompt {path.name}: {difference} of the image; resample it to the image's grid")
     if bad := int(np.count_nonzero(~np.isfinite(mask.array))):

@@ -15,13 +15,14 @@ import os
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
+from nibabel.orientations import aff2axcodes, apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
 from samseg_monai.errors import DataError
 
@@ -236,6 +237,32 @@ def is_phantom(path: str | Path) -> bool:
     """Whether a NIfTI file was written by ``samseg phantom``; reads its header only."""
     header: Any = nib.load(path).header
     return "descrip" in header and bytes(header["descrip"].item()).startswith(PHANTOM_MARK)
+
+
+def stored_like(volume: Volume, reference: Volume) -> tuple[Volume, str]:
+    """A mask with its axes in the order and direction of ``reference``, and a note if they were others.
+
+    Masks drawn on DICOM come back with their rows the other way round as NIfTI (dcm2niix, ITK-SNAP, 3D Slicer): every
+    voxel stays where it is in the patient, and no value is interpolated.
+    """
+    codes = axes_to_turn(volume.affine, reference.affine, volume.array.shape)
+    if not codes:
+        return volume, ""
+    turn = ornt_transform(io_orientation(volume.affine), io_orientation(reference.affine))
+    array = np.ascontiguousarray(apply_orientation(volume.array, turn))
+    affine = volume.affine @ inv_ornt_aff(turn, volume.array.shape)
+    stored = "".join(aff2axcodes(volume.affine))
+    return replace(volume, array=array, affine=affine), f"its axes are stored as {stored}, and turned to {codes}"
+
+
+def axes_to_turn(affine: np.ndarray, reference: np.ndarray, shape: Sequence[int]) -> str:
+    """Axcodes of ``reference``, such as "LPS", where the axes of a volume of three axes run another way; else ""."""
+    ways = [aff2axcodes(which) for which in (affine, reference)]
+    if len(shape) != 3 or ways[0] == ways[1] or None in (*ways[0], *ways[1]):
+        return ""
+    if not affine_difference(affine, reference, shape)[0]:  # both close to 45 degrees, where rounding decides
+        return ""
+    return "".join(map(str, ways[1]))
 
 
 def grid_difference(volume: Volume, reference: Volume) -> tuple[str, str]:
