@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,15 @@ from samseg_monai.data.files.boxes import MOST_BOXES, is_number, rectangles
 from samseg_monai.data.files.cases import MASK_NAME
 from samseg_monai.data.files.dicom import holds_series, read_any_grid
 from samseg_monai.data.files.images import is_grey, read_image
-from samseg_monai.data.files.volumes import SUFFIXES, affine_difference, image_stem, read_volume, stem_of
+from samseg_monai.data.files.volumes import (
+    SUFFIXES,
+    Volume,
+    affine_difference,
+    image_stem,
+    read_volume,
+    stem_of,
+    stored_like,
+)
 from samseg_monai.errors import ConfigError, DataError, PromptError
 from samseg_monai.files import file_name, read_json
 
@@ -261,7 +269,7 @@ def _of_volume(
     affine = volume.affine
     if image is not None:
         shape, affine = read_any_grid(image)
-        mask, note = _moved(mask, volume.affine, (shape, affine), image.name)
+        mask, note = _moved(replace(volume, array=mask), (shape, affine), image.name)
         notes += [note] if note else []
     sides = np.linalg.norm(affine[:3, :2], axis=0)
     i, j = (int(np.ceil(margin[0] / side - _EDGE if margin[1] == "mm" else margin[0])) for side in sides)
@@ -274,29 +282,25 @@ def _of_volume(
     return found, notes
 
 
-def _moved(mask: np.ndarray, affine: np.ndarray, grid: Grid, name: str) -> tuple[np.ndarray, str]:
-    """A mask (X, Y, Z) with its affine on the ``grid`` of an image, and a note where it was stored in another way.
+def _moved(mask: Volume, grid: Grid, name: str) -> tuple[np.ndarray, str]:
+    """A mask (X, Y, Z) on the ``grid`` of an image, and a note where it was stored in another way.
 
-    Raises: DataError where that is no exchange, turn or shift of whole voxels, or leaves voxels outside.
+    Raises: DataError where that is no turn or shift by whole voxels, or leaves voxels outside.
     """
     shape, target = grid
-    exact = np.linalg.inv(target) @ affine
-    whole = np.rint(exact)
-    turn = np.abs(whole[:3, :3])
-    difference = ""
-    if not np.array_equal(turn.sum(0), np.ones(3)) or not np.array_equal(turn.sum(1), np.ones(3)):
-        difference = "its voxels have another size or direction"
-    difference = difference or affine_difference(target @ whole, affine, mask.shape)[0]
-    if difference:
+    turned, note = stored_like(mask, Volume(np.broadcast_to(False, shape), target, ""))
+    whole = np.eye(4)
+    whole[:3, 3] = np.rint((np.linalg.inv(target) @ turned.affine)[:3, 3])
+    if difference := affine_difference(target @ whole, turned.affine, turned.array.shape)[0]:
         raise DataError(f"lies on another grid than {name} ({difference}); resample it to that of the image")
-    if np.array_equal(whole, np.eye(4)) and mask.shape == tuple(shape):
-        return mask, ""
-    places = np.argwhere(mask) @ whole[:3, :3].T.astype(int) + whole[:3, 3].astype(int)
+    if not whole[:3, 3].any() and turned.array.shape == tuple(shape):
+        return turned.array, note
+    places = np.argwhere(turned.array) + whole[:3, 3].astype(int)
     if outside := int(((places < 0) | (places >= np.array(shape))).any(axis=1).sum()):
         raise DataError(f"{outside} of its {len(places)} foreground voxels lie outside of {name}")
     moved = np.zeros(shape, bool)
     moved[tuple(places.T)] = True
-    return moved, f"is stored in another way than {name}: its voxels were moved onto the image's grid"
+    return moved, "; ".join(filter(None, (note, f"it is cut to a part of {name}, and put into its place there")))
 
 
 def _regions(path: Path, notes: list[str]) -> list[tuple[str, np.ndarray]]:
