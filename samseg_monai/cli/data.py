@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from samseg_monai.cli.outputs import file_to_write
-from samseg_monai.cli.places import check_places
+from samseg_monai.cli.places import check_places, scans_given
 from samseg_monai.errors import visible_lines
 
 MOST_SEED = 2**32 - 1  # of NumPy's generators
@@ -141,6 +141,13 @@ def _folders(
         Path | None,
         typer.Option(help="CSV with the columns case and patient; with label and image (or scans) it lists the cases."),
     ] = None,
+    scan: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=TEXT]",
+            help="SRC is DICOM as an archive exports it; the scan NAME has TEXT in its SeriesDescription; repeatable.",
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Of the data set; default: dataset.json, or the folder.")] = None,
     counts: Annotated[
         Any,
@@ -161,6 +168,7 @@ def _folders(
     check_places("prepare", {"--src": src, "--split-file": split_file})
     from samseg_monai.data.datalists.folders import prepare_folders
 
+    given["scans"] = scans_given(given.pop("scan") or [])
     _tell(prepare_folders(**given))
 
 

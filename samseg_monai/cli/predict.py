@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from samseg_monai.cli.places import check_places
-from samseg_monai.errors import BundleError, ConfigError, PromptError, raise_all
+from samseg_monai.cli.places import check_places, scans_given
+from samseg_monai.errors import BundleError, ConfigError, PromptError
 from samseg_monai.workflow import run_workflow
 
 if TYPE_CHECKING:
@@ -109,16 +109,12 @@ def _series_overrides(opened: Opened, scans: list[str], name_by: str | None) -> 
         ConfigError: no NAME=TEXT, or a name twice.
         BundleError: it cannot sort series.
     """
-    pairs = [(name.strip(), text.strip()) for name, _, text in (given.partition("=") for given in scans)]
-    names = [name for name, _ in pairs]
-    problems = [f"{text!r} is no NAME=TEXT" for text, pair in zip(scans, pairs, strict=True) if not all(pair)]
-    problems += [f"{name} is given twice" for name in sorted(set(names)) if names.count(name) > 1]
-    raise_all(problems, ConfigError, "--scan: expected the name of a scan and a text, such as t1c=MPRAGE")
+    texts = scans_given(scans, text=True)
     if not scans and name_by is None:
         return {}
     if "series" not in opened.parser().get():
         raise BundleError("predict: this bundle sorts no DICOM series; leave --scan and --name-by out")
-    return {"series": {"texts": dict(pairs), "name_by": name_by}}
+    return {"series": {"texts": texts, "name_by": name_by}}
 
 
 def _prompt_overrides(opened: Opened, prompts: dict[str, str], sources: list[str]) -> dict[str, str]:

@@ -101,9 +101,9 @@ def test_patients_studies_and_series_become_cases(tmp_path, flat, caplog):
         for path, scan in zip(cases.good[n - 1]["image"], SCANS, strict=True):
             assert np.array_equal(read_series(path).array, arrays[n][scan])
     told = passed(cases)
-    assert sorted(told) == ["series that are no scan of the network", "series: localizers"]
+    assert sorted(told) == ["series that are none of the scans", "series: localizers"]
     assert all(len(listed) == 2 for listed in told.values())
-    assert '("ADC", series 9)' in told["series that are no scan of the network"][0]
+    assert '("ADC", series 9)' in told["series that are none of the scans"][0]
     assert "DOE" not in caplog.text and "ID1" not in caplog.text
     alone = find_cases(tmp_path / "PAT1" / "STUDY1")
     assert names(alone) == ["STUDY1"] and len(alone.good[0]["image"]) == 4
@@ -161,7 +161,7 @@ def test_two_series_of_one_scan_are_named_and_a_text_chooses(tmp_path):
         find_cases(tmp_path, scans=("t1c",))
     cases = find_cases(tmp_path, scans=("t1c",), series={"texts": {"t1c": "mprage"}})
     assert np.array_equal(read_series(cases.good[0]["image"]).array, first)
-    assert passed(cases) == {"series that are no scan of the network": ['b ("T1 TSE +C", series 7)']}
+    assert passed(cases) == {"series that are none of the scans": ['b ("T1 TSE +C", series 7)']}
     with pytest.raises(DataError, match=r'P: no series is t1c by its description, among a \("T1 MPRAGE'):
         find_cases(tmp_path, scans=("t1c",), series={"texts": {"t1c": "SPACE"}})
     with pytest.raises(DataError, match="one series is taken for several scans"):
@@ -208,7 +208,7 @@ def test_what_is_no_scan_is_passed_over_with_its_reason(tmp_path):
     assert cases.good[0]["image"] == str(place / "t1c")
     told = passed(cases)
     assert told.keys() == {
-        "series: localizers", "series that are no scan of the network", "series: single images",
+        "series: localizers", "series that are none of the scans", "series: single images",
         "series: pictures without a place in the patient, such as secondary captures",
         "series: no images (a radiotherapy structure set (RTSTRUCT))",
     }  # fmt: skip

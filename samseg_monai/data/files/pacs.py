@@ -220,11 +220,16 @@ class Sorter:
         rules: of the prediction.
         found: where cases, bad ones and what is passed over go. Folders of links, and what a ZIP held, are removed when
             it goes, or when Python ends.
+        links: make folders of links for series that share theirs; else these are bad.
+
+    Attributes:
+        patients: case -> its top folder and PatientID.
     """
 
-    def __init__(self, rules: Rules, found: CaseList) -> None:
-        self.rules, self._found = rules, found
+    def __init__(self, rules: Rules, found: CaseList, *, links: bool = True) -> None:
+        self.rules, self._found, self._links = rules, found, links
         self._place: Path | None = None
+        self.patients: dict[str, tuple[str, str]] = {}
 
     def folder(self, *parts: str) -> Path:
         """A new folder in a temporary one: what lies there is given back at the end."""
@@ -256,7 +261,7 @@ class Sorter:
                 cases[key] = members
         for (key, members), name in zip(cases.items(), self._names(root, cases), strict=True):
             if usable[key]:
-                self._add(name, usable[key])
+                self._add(name, usable[key], key[:2])
             else:
                 listed = "; ".join(f"{one.told()}: {against[id(one)]}" for one in members)
                 self._found.bad[file_name(name)] = f"none of its series is one for the network: {listed}"
@@ -279,21 +284,25 @@ class Sorter:
         inside = {place: [p for p in sorted(place.iterdir()) if is_dicom(p)] for place in (folder, *subs)}
         if self.rules.asked:
             dead = [path for path in sorted(folder.iterdir()) if is_dead_link(path)] if inside[folder] else []
-            files = [*inside[folder], *dead, *(path for sub in subs for path in dicom_files(sub))]
-            self.sort(folder, series_of(files))
-            return {folder, *subs} if any(is_dicom(path) for path in files) else set()
+            below = {sub: list(dicom_files(sub)) for sub in subs}
+            # ids that all were replaced by one do not join what lies deeper in one folder and in another
+            near = [path for sub, files in below.items() for path in files if path.parent == sub]
+            groups = [[path for path in files if path.parent != sub] for sub, files in below.items()]
+            series = [one for files in ([*inside[folder], *dead, *near], *groups) for one in series_of(files)]
+            self.sort(folder, series)
+            return {folder, *subs} if series else set()
         several = len(self.rules.scans) > 1
-        series = {place: series_of(files) for place, files in inside.items() if files}
-        taken = {place for place, found in series.items() if len(found) > 1 or several}
+        held = {place: series_of(files) for place, files in inside.items() if files}
+        taken = {place for place, found in held.items() if len(found) > 1 or several}
         if folder in taken:
-            self.sort(folder, series[folder])
+            self.sort(folder, held[folder])
         flat = [sub for sub in subs if sub in taken]
         if several:  # its scans may lie side by side
             self.sort(folder, series_of(path for sub in flat for path in inside[sub]))
         else:
             for sub in flat:
-                self.sort(folder, series[sub])
-            alone = {sub: series[sub][0] for sub in subs if sub in series and sub not in taken}
+                self.sort(folder, held[sub])
+            alone = {sub: held[sub][0] for sub in subs if sub in held and sub not in taken}
             taken |= {sub for sub, one in alone.items() if self._is_beside(one, list(alone.values()))}
         for sub in subs:
             deep = [] if inside[sub] or self.named_like_scans(sub) else list(dicom_files(sub))
@@ -324,7 +333,7 @@ class Sorter:
             self._found.pass_over(f"series: {reason}", [one.told()])
         return bool(reason)
 
-    def _add(self, name: str, usable: Sequence[Series]) -> None:
+    def _add(self, name: str, usable: Sequence[Series], patient: tuple[str, str]) -> None:
         """Add the case of one exam, whose series may all be scans."""
         chosen: dict[str, Series] = {}
         problems, missing = [], []
@@ -343,15 +352,22 @@ class Sorter:
             problems.append(f"no series is {' or '.join(missing)} by its description, among {listed}; {how}")
         if not problems and len({id(one) for one in chosen.values()}) < len(chosen):
             problems.append("one series is taken for several scans; give --scan texts that tell them apart")
+        if not self._links:
+            problems += [
+                f"{one.told()} shares its folder with other files, or has several; put it into one of its own"
+                for one in chosen.values()
+                if not _has_folder(one)
+            ]
         used = {id(one) for one in chosen.values()}
         if problems:
             self._found.bad[file_name(name)] = "; ".join(problems)
             return
         if rest := [one.told() for one in usable if id(one) not in used]:
-            self._found.pass_over("series that are no scan of the network", rest)
+            self._found.pass_over("series that are none of the scans", rest)
         if self.rules.name_by == SERIES:
             name = self._by_series(name, chosen[self.rules.scans[0]])
         case = file_name(name)
+        self.patients[case] = patient
         self._found.add(case, [self._path(one, case, scan) for scan, one in chosen.items()])
 
     def _matching(self, scan: str, usable: Sequence[Series]) -> list[Series]:
@@ -412,14 +428,19 @@ class Sorter:
 
     def _path(self, series: Series, case: str, scan: str) -> Path:
         """The folder of a series; of one that shares it, or has several, a folder of links to its files."""
-        if len(series.folders) == 1:
-            [folder] = series.folders
-            if {path for path in folder.iterdir() if is_dicom(path) or is_dead_link(path)} == set(series.files):
-                return folder
+        if _has_folder(series):
+            return series.folders[0]
         place = self.folder(case, file_name(scan))
         for number, path in enumerate(series.files):
             link(path, place / f"{number:05d}_{path.name}")
         return place
+
+
+def _has_folder(series: Series) -> bool:
+    """Whether a series has a folder of its own: all of its files, and no others of DICOM."""
+    if len(series.folders) != 1:
+        return False
+    return {path for path in series.folders[0].iterdir() if is_dicom(path) or is_dead_link(path)} == set(series.files)
 
 
 def link(path: Path, target: Path) -> None:
