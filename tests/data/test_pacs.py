@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from samseg_monai.data import BRATS_SCANS as SCANS
 from samseg_monai.data.files.cases import find_cases
 from samseg_monai.data.files.dicom import read_series
 from samseg_monai.data.files.pacs import kind_of, link, rules_of
 from samseg_monai.errors import ConfigError, DataError
-from tests.data.test_dicom import AXES, object_without_image, write_series, write_slice
+from tests.data.test_dicom import AXES, in_monai, object_without_image, write_series, write_slice
 
 EXAM = {
     "t1n": "t1_mprage_sag", "t1c": "Ax T1 MPRAGE +C", "t2w": "t2_tse_tra", "t2f": "t2_tirm_tra_dark-fluid",
@@ -115,8 +116,9 @@ def test_one_scan_is_taken_out_of_a_whole_exam(tmp_path):
     assert names(cases) == ["PAT1"] and np.array_equal(read_series(cases.good[0]["image"]).array, arrays["t1c"])
     # of a study given by itself, what is another scan by its words is none, though each has a folder of its own
     study = find_cases(tmp_path / "PAT1" / "STUDY1", scans=("t1c",))
-    assert names(study) == ["SE000003", "SE000009"]  # the map says nothing about T1, and a person may want it
+    assert names(study) == ["SE000003"]
     assert {"series: t1n by their description, not t1c", "series: localizers"} < study.passed.keys()
+    assert "series: none of the scans by their description, not t1c" in study.passed
     asked = find_cases(tmp_path / "PAT1" / "STUDY1", scans=("t1c",), series={"name_by": "folder"})
     assert names(asked) == ["STUDY1"]
 
@@ -147,7 +149,9 @@ def test_names_by_series_are_unique_and_safe(tmp_path):
     for patient in (1, 2):
         exam(tmp_path / f"PAT{patient}" / "S", patient=patient, scans={"t1c": "T1 +C: ../../ax?"})
     cases = find_cases(tmp_path, scans=("t1c",), series={"name_by": "series"})
-    assert names(cases) == ["PAT2_T1_C_ax_2", "T1_C_ax_2"]
+    assert names(cases) == ["PAT1_T1_C_ax_2", "PAT2_T1_C_ax_2"]
+    one = find_cases(tmp_path / "PAT1", scans=("t1c",), series={"name_by": "series"})
+    assert names(one) == ["T1_C_ax_2"]
     series(tmp_path / "bare" / "S" / "x", number=4)
     assert names(find_cases(tmp_path / "bare", scans=("ct",), series={"name_by": "series"})) == ["4"]
 
@@ -217,11 +221,28 @@ def test_what_is_no_scan_is_passed_over_with_its_reason(tmp_path):
     assert derived.good[0]["image"] == str(place / "mpr")
 
 
+def test_frames_in_one_file_are_refused_where_they_are_the_scan(tmp_path):
+    for patient, text in ((1, "T1 +C"), (2, "angio")):
+        place = tmp_path / f"P{patient}" / "S" / "frames"
+        place.mkdir(parents=True)
+        image = sitk.GetImageFromArray(np.zeros((4, 6, 7), np.uint8))
+        for tag, value in tags_of(patient, 1, 8, text).items():
+            image.SetMetaData(tag, value)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(place / "IM1.dcm"))
+        writer.Execute(image)
+        series(tmp_path / f"P{patient}" / "S" / "t1", patient, 1, 3, "T1 post" if patient == 2 else "T2")
+    cases = find_cases(tmp_path, scans=("t1c",))
+    assert names(cases) == ["P2"] and "IM1.dcm: holds 4 frames in one file" in cases.bad["P1"]
+
+
 def test_slices_and_a_structure_set_in_one_folder_are_one_case(tmp_path):
     array = series(tmp_path / "P", number=1, description="Abdomen")
     (tmp_path / "P" / "RS.1").write_bytes(object_without_image(b"1.2.840.10008.5.1.4.1.1.481.3"))
     cases = find_cases(tmp_path, scans=("image",), modality="MR")
     assert names(cases) == ["P"] and np.array_equal(read_series(cases.good[0]["image"]).array, array)
+    assert np.array_equal(in_monai(cases.good[0]["image"])[0].numpy(), array)
     place = Path(cases.good[0]["image"])
     assert place != tmp_path / "P" and len(list(place.iterdir())) == 5
     del cases
@@ -262,6 +283,22 @@ def test_damaged_files_and_dead_links_are_not_lost(tmp_path):
     assert names(cases) == ["B"]
     assert "not every file is a slice" in cases.bad["A"] and "x.dcm" in cases.bad["A"]
     assert "is a damaged DICOM file" in cases.bad["A/S/y.dcm"] and "leads nowhere" in cases.bad["A/S/z"]
+
+
+def test_a_dead_link_among_files_of_several_series_is_told(tmp_path):
+    exam(tmp_path / "A", flat=True)
+    (tmp_path / "A" / "gone").symlink_to("nowhere")
+    (tmp_path / "A" / "gone.nii.gz").symlink_to("nowhere")
+    cases = find_cases(tmp_path)
+    assert names(cases) == ["A"] and cases.bad.keys() == {"A/gone", "gone"}
+
+
+def test_zips_that_are_called_alike_are_told(tmp_path):
+    for place in ("a", "b"):
+        series(tmp_path / place / "one", description="Abdomen")
+        zipped(tmp_path / place / "x.zip", tmp_path / place / "one")
+    cases = find_cases([tmp_path / "a" / "x.zip", tmp_path / "b" / "x.zip"], scans=("image",))
+    assert names(cases) == ["x"] and "another case is called x too" in str(cases.bad)
 
 
 def test_a_ring_of_links_ends_and_copies_replace_links(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ import pydicom
 
 from samseg_monai.data.files.case_list import CaseList
 from samseg_monai.data.files.dicom import is_dicom, without_image
-from samseg_monai.data.files.volumes import is_dead_link, modality_problem
+from samseg_monai.data.files.volumes import is_dead_link, modality_problem, stem_of
 from samseg_monai.errors import ConfigError, raise_all
 from samseg_monai.files import file_name
 from samseg_monai.zips import unpack
@@ -197,6 +197,10 @@ def kind_of(text: str, *, contrast: bool = False) -> str:
     return "t2w" if t2 and not t1 else ""
 
 
+def _meaning(series: Series) -> str:
+    return kind_of(series.description, contrast=series.contrast)
+
+
 def reason_against(series: Series, rules: Rules) -> str:
     """Why a series is no scan of a patient that the network could want; empty for one that may be."""
     tags = series.tags
@@ -204,7 +208,9 @@ def reason_against(series: Series, rules: Rules) -> str:
         return f"{_NO_IMAGES[0]} ({kind})"
     frames = _text(tags, "NumberOfFrames") not in ("", "0", "1")
     placed = "ImagePositionPatient" in tags and "ImageOrientationPatient" in tags
-    if "Rows" in tags and not placed and not frames:
+    if "Rows" not in tags:
+        return _NO_IMAGES[0]
+    if not placed and not frames:
         return f"{_NO_IMAGES[1]} without a place in the patient, such as secondary captures"
     if "LOCALIZER" in _image_type(tags) or _LOCALIZER.search(series.description.casefold().replace("_", " ")):
         return "localizers"
@@ -236,7 +242,7 @@ class Sorter:
         if self._place is None:
             self._place = Path(tempfile.mkdtemp(prefix="samseg-"))
             weakref.finalize(self._found, _remove, self._place, os.getpid())
-        path = self._place.joinpath(*parts)
+        path = Path(tempfile.mkdtemp(dir=self._place), *parts)  # two may be called alike
         path.mkdir(parents=True)
         return path
 
@@ -261,7 +267,7 @@ class Sorter:
                 cases[key] = members
         for (key, members), name in zip(cases.items(), self._names(root, cases), strict=True):
             if usable[key]:
-                self._add(name, usable[key], key[:2])
+                self._add(name, usable[key], key[:2], alone=len(cases) == 1)
             else:
                 listed = "; ".join(f"{one.told()}: {against[id(one)]}" for one in members)
                 self._found.bad[file_name(name)] = f"none of its series is one for the network: {listed}"
@@ -281,14 +287,13 @@ class Sorter:
             subs: its sub-folders that may hold cases.
         Returns: those of the folders whose DICOM files are dealt with.
         """
-        inside = {place: [p for p in sorted(place.iterdir()) if is_dicom(p)] for place in (folder, *subs)}
+        inside = {place: _dicom_in(place) for place in (folder, *subs)}
         if self.rules.asked:
-            dead = [path for path in sorted(folder.iterdir()) if is_dead_link(path)] if inside[folder] else []
             below = {sub: list(dicom_files(sub)) for sub in subs}
             # ids that all were replaced by one do not join what lies deeper in one folder and in another
             near = [path for sub, files in below.items() for path in files if path.parent == sub]
             groups = [[path for path in files if path.parent != sub] for sub, files in below.items()]
-            series = [one for files in ([*inside[folder], *dead, *near], *groups) for one in series_of(files)]
+            series = [one for files in ([*inside[folder], *near], *groups) for one in series_of(files)]
             self.sort(folder, series)
             return {folder, *subs} if series else set()
         several = len(self.rules.scans) > 1
@@ -325,15 +330,16 @@ class Sorter:
         others = [(_text(o.tags, "StudyInstanceUID"), _text(o.tags, "SeriesInstanceUID")) for o in series]
         if not study or not any(other == study and its != uid for other, its in others):
             return False
-        wanted, meant = kind_of(self.rules.scans[0]), kind_of(one.description, contrast=one.contrast)
+        wanted, meant = kind_of(self.rules.scans[0]), _meaning(one)
         reason = reason_against(one, self.rules)
-        if not reason and wanted and meant and meant != wanted:
-            reason = f"{meant} by their description, not {self.rules.scans[0]}"
+        clear = [o for o in series if _text(o.tags, "StudyInstanceUID") == study and _meaning(o) == wanted]
+        if not reason and wanted and meant != wanted and (meant or clear):
+            reason = f"{meant or 'none of the scans'} by their description, not {self.rules.scans[0]}"
         if reason:
             self._found.pass_over(f"series: {reason}", [one.told()])
         return bool(reason)
 
-    def _add(self, name: str, usable: Sequence[Series], patient: tuple[str, str]) -> None:
+    def _add(self, name: str, usable: Sequence[Series], patient: tuple[str, str], *, alone: bool) -> None:
         """Add the case of one exam, whose series may all be scans."""
         chosen: dict[str, Series] = {}
         problems, missing = [], []
@@ -365,7 +371,7 @@ class Sorter:
         if rest := [one.told() for one in usable if id(one) not in used]:
             self._found.pass_over("series that are none of the scans", rest)
         if self.rules.name_by == SERIES:
-            name = self._by_series(name, chosen[self.rules.scans[0]])
+            name = _by_series(chosen[self.rules.scans[0]], name, alone=alone)
         case = file_name(name)
         self.patients[case] = patient
         self._found.add(case, [self._path(one, case, scan) for scan, one in chosen.items()])
@@ -379,7 +385,7 @@ class Sorter:
         elif called := [one for one in usable if all(folder.name == scan for folder in one.folders)]:
             matching = called
         elif kind:
-            matching = [one for one in usable if kind_of(one.description, contrast=one.contrast) == kind]
+            matching = [one for one in usable if _meaning(one) == kind]
         elif len(self.rules.scans) == 1:
             matching = list(usable)
         else:
@@ -387,13 +393,6 @@ class Sorter:
             matching = [one for one in usable if word.search(one.description.casefold().replace("_", " "))]
         originals = [one for one in matching if not one.derived]
         return originals or ([] if text is None and kind else matching)
-
-    def _by_series(self, name: str, series: Series) -> str:
-        number = _text(series.tags, "SeriesNumber")
-        words = [*re.findall(r"[^\W_]+", series.description), *([number] if number else [])]
-        own = file_name("_".join(words)) if words else name
-        # of several exams: what they share, a protocol's names, does not tell them apart
-        return own if own not in self._found.files and own not in self._found.bad else f"{name}_{own}"
 
     def _exams(self, root: Path, series: Sequence[Series]) -> dict[tuple[str, str, str], list[Series]]:
         """Series by top folder, patient's id and study, in the order of their folders.
@@ -434,6 +433,21 @@ class Sorter:
         for number, path in enumerate(series.files):
             link(path, place / f"{number:05d}_{path.name}")
         return place
+
+
+def _by_series(series: Series, name: str, *, alone: bool) -> str:
+    """What a case is called after a series; of several exams, behind ``name``: protocols give all the same names."""
+    number = _text(series.tags, "SeriesNumber")
+    own = "_".join([*re.findall(r"[^\W_]+", series.description), *([number] if number else [])])
+    return "_".join(filter(None, ("" if alone and own else name, own)))
+
+
+def _dicom_in(folder: Path) -> list[Path]:
+    """DICOM files in ``folder`` itself; beside some, also links that lead nowhere and may be one."""
+    listed = sorted(folder.iterdir())
+    dead = [path for path in listed if is_dead_link(path) and stem_of(path) is None and not path.name.startswith(".")]
+    files = [path for path in listed if is_dicom(path)]
+    return files and files + dead
 
 
 def _has_folder(series: Series) -> bool:
