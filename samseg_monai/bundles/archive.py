@@ -11,36 +11,25 @@ import hashlib
 import os
 import re
 import shutil
-import stat
 import struct
-import unicodedata
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
 
 from samseg_monai.errors import BundleError, raise_all, visible
 from samseg_monai.faults import OF_WRITING, writing
 from samseg_monai.files import hash_stream, open_regular, parse_json
+from samseg_monai.zips import DAMAGED, TOTAL_BYTES, collisions, is_bomb, is_left_behind, member_problems, name_problem
 
 SUMS = "SHA256SUMS"
 TEXT_BYTES = 8 << 20  # no text of a bundle is longer
 KEPT_BYTES = 1 << 20  # nor a config
 MOST_MEMBERS = 1000
-LONGEST_NAME = 500  # characters of a path
-TOTAL_BYTES = 32 << 30  # several times a bundle with SAM's largest encoder
-RATIO, RATIO_BYTES = 100, 16 << 20  # weights hardly shrink: a large member that shrinks so far is a bomb
-METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 # zip64; then times, and the owners that Info-ZIP and macOS write with them
 EXTRA_FIELDS = (0x0001, 0x000A, 0x5455, 0x5855, 0x7855, 0x7875)
-# what zipfile raises on archives that are damaged, or made to hurt; RuntimeError is its word for encrypted ones
-DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError, LookupError)
 _BUNDLE = re.compile(r"((?:[^/]+/){0,2})configs/[^/]+\.json", re.IGNORECASE)
-_DEVICE = re.compile(r"(con|prn|aux|nul|com[\d¹²³]|lpt[\d¹²³]|conin\$|conout\$) *(\..*)?", re.IGNORECASE)
-_LEFT_BEHIND = (".ds_store", "thumbs.db")  # and no desktop.ini, which Windows acts upon
 _EXPECTED = "give the folder or the ZIP of a bundle"
 
 
@@ -210,11 +199,11 @@ class Archive(BundleFiles):
         self.sizes = {name: member.file_size for name, member in self._members.items()}
         outside = (m.filename for m in files if not m.filename.startswith(root))
         self.problems += [f"{visible(name)}: lies outside the bundle's folder" for name in outside]
-        self.problems += [f"{visible(m.orig_filename)}: {why}" for m in members for why in _member_problems(m)]
-        self.problems += _collisions(members)
+        self.problems += [f"{visible(m.orig_filename)}: {why}" for m in members for why in member_problems(m)]
+        self.problems += collisions(members)
         total = sum(member.file_size for member in members)
         size = self.place.stat().st_size
-        if total > TOTAL_BYTES or _is_bomb(size, total):
+        if total > TOTAL_BYTES or is_bomb(size, total):
             self.problems.append(f"{size:,} -> {total:,} bytes: unpacks to more than any bundle, a bomb")
         try:
             with self.place.open("rb") as stream:
@@ -271,67 +260,11 @@ def open_files(path: str | Path) -> BundleFiles:
     return Folder(path) if path.is_dir() else Archive(path)
 
 
-def is_left_behind(name: str) -> bool:
-    """Whether macOS or Windows has left this file behind, which is nobody's and does nothing."""
-    part = name.rpartition("/")[2]
-    return part.startswith("._") or part.lower() in _LEFT_BEHIND
-
-
-def name_problem(name: str) -> str:
-    """Why a path in a bundle means something else on another machine, or nothing; "" for a plain one."""
-    parts = name.rstrip("/").split("/")
-    if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name):
-        return "points outside the bundle"
-    if not name.isprintable() or len(name) > LONGEST_NAME:
-        return "has control characters in its name, or too many"
-    if re.search(r'[\\:<>"|?*]', name) or any(part in ("", ".") or part[-1] in " ." for part in parts):
-        return "its name means another path to other readers, or none"
-    return "is the name of a device" if any(_DEVICE.fullmatch(part) for part in parts) else ""
-
-
 def _is_bundle(folder: Path) -> bool:
     try:
         return any(re.fullmatch(r"(?i)[^.].*\.json", path.name) for path in (folder / "configs").iterdir())
     except OSError:
         return False
-
-
-def _is_bomb(packed: int, unpacked: int) -> bool:
-    return unpacked > RATIO_BYTES and unpacked > RATIO * max(packed, 1)
-
-
-def _member_problems(member: zipfile.ZipInfo) -> Iterator[str]:
-    """What is wrong with one entry of the table of contents."""
-    if problem := name_problem(member.orig_filename):
-        yield problem
-    elif member.orig_filename != member.filename:
-        yield "means another path to other readers"
-    if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-        yield f"a link or special file (mode {member.external_attr >> 16:o})"
-    if member.flag_bits & 0x1:
-        yield "encrypted: cannot be looked into"
-    if member.compress_type not in METHODS:
-        yield f"compressed by method {member.compress_type}, as no bundle is"
-    if _is_bomb(member.compress_size, member.file_size):
-        yield f"{member.compress_size:,} -> {member.file_size:,} bytes: shrinks too far for weights, a bomb"
-
-
-def _collisions(members: list[zipfile.ZipInfo]) -> Iterator[str]:
-    """Names that are one file or folder on some file systems, which tell neither case nor Unicode forms apart."""
-    # no more than a name may have: the time of a normal form can grow with the square of the length
-    folded = [_folded(member.filename[:LONGEST_NAME].rstrip("/")) for member in members]
-    files = {name for name, member in zip(folded, members, strict=True) if not member.is_dir()}
-    taken: set[str] = set()
-    for name, member in zip(folded, members, strict=True):
-        if name in taken:
-            yield f"{visible(member.filename)}: given twice: which of the two counts depends on the reader"
-        taken.add(name)
-        if files & set(accumulate(name[:LONGEST_NAME].split("/")[:-1], "{}/{}".format)):
-            yield f"{visible(member.filename)}: lies in a folder that is a file, too"
-
-
-def _folded(name: str) -> str:
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 def _layout_problems(stream: IO[bytes], members: list[zipfile.ZipInfo], table: int, size: int) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from samseg_monai import __version__
+from samseg_monai.cli.boxes import boxes_app
 from samseg_monai.cli.bundle import bundle_app, check
 from samseg_monai.cli.data import bbox, phantom_app, prepare_app
 from samseg_monai.cli.export import export
@@ -38,6 +39,7 @@ app.command(name="bbox")(bbox)
 app.add_typer(phantom_app, name="phantom")
 app.add_typer(task_app, name="task")
 app.add_typer(bundle_app, name="bundle")
+app.add_typer(boxes_app, name="boxes")
 app.command(name="predict")(predict)
 app.command(name="lint", help="The same as samseg bundle check.", hidden=True)(check)
 app.command(name="export")(export)

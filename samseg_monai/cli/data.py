@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from samseg_monai.cli.outputs import file_to_write
-from samseg_monai.cli.places import check_places
+from samseg_monai.cli.places import check_places, scans_given
 from samseg_monai.errors import visible_lines
 
 MOST_SEED = 2**32 - 1  # of NumPy's generators
@@ -146,6 +146,13 @@ def _folders(
         Path | None,
         typer.Option(help="CSV with the columns case and patient; with label and image (or scans) it lists the cases."),
     ] = None,
+    scan: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=TEXT]",
+            help="SRC is DICOM as an archive exports it; the scan NAME has TEXT in its SeriesDescription; repeatable.",
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Of the data set; default: dataset.json, or the folder.")] = None,
     counts: Annotated[
         Any,
@@ -166,6 +173,7 @@ def _folders(
     given = _known({"--src": src, "--split-file": split_file}, locals())
     from samseg_monai.data.datalists.folders import prepare_folders
 
+    given["scans"] = scans_given(given.pop("scan") or [])
     _tell_cut(prepare_folders(**given), task, src, num_threads)
 
 

@@ -1,12 +1,12 @@
-"""Paths of a command line, looked at before anything large is imported."""
+"""Paths and pairs of a command line, looked at before anything large is imported."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from samseg_monai.errors import DataError, raise_all
+from samseg_monai.errors import ConfigError, DataError, raise_all
 
 
 def check_places(command: str, given: Mapping[str, Path | None], expected: str = "") -> None:
@@ -26,3 +26,27 @@ def check_places(command: str, given: Mapping[str, Path | None], expected: str =
             where = "" if path.is_absolute() else f" ({path.absolute()})"
             problems.append(f"{name}: {path}: no such file or folder{where}")
     raise_all(problems, DataError, f"{command}: paths that lead nowhere{expected}")
+
+
+def scans_given(options: Sequence[str], *, text: bool = False) -> dict[str, str]:
+    """Scan -> text of options ``--scan NAME=TEXT``.
+
+    Args:
+        options: as they were given.
+        text: there must be one; else it may be left out, and is then empty.
+
+    Raises:
+        ConfigError: no such pair, or a name twice; all are listed.
+    """
+    pairs = [
+        (name.strip(), equals, words.strip()) for name, equals, words in (given.partition("=") for given in options)
+    ]
+    names = [name for name, _, _ in pairs]
+    problems = [
+        f"{given!r} is no NAME=TEXT"
+        for given, (name, equals, words) in zip(options, pairs, strict=True)
+        if not name or ((text or equals) and not words)
+    ]
+    problems += [f"{name} is given twice" for name in sorted(set(names)) if names.count(name) > 1]
+    raise_all(problems, ConfigError, "--scan: expected the name of a scan and a text, such as t1c=MPRAGE")
+    return {name: words for name, _, words in pairs}

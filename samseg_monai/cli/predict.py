@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from samseg_monai.cli.outputs import briefly
-from samseg_monai.cli.places import check_places
+from samseg_monai.cli.places import check_places, scans_given
 from samseg_monai.errors import BundleError, ConfigError, PromptError
 from samseg_monai.workflow import run_workflow
 
@@ -23,13 +23,21 @@ Trust = Annotated[
 Modality = Annotated[
     bool, typer.Option("--allow-modality", help="go on where an image seems to be of another modality")
 ]
+Scans = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=TEXT", help="DICOM: the scan NAME has TEXT in its SeriesDescription; repeatable"),
+]
+NameBy = Annotated[
+    str | None, typer.Option(help="DICOM: call cases like their folder, or like their series: folder, series")
+]
 BaseWeights = Annotated[str | None, typer.Option(help="base weights, if not found by name")]
 
 
 def predict(
     bundle: Annotated[Path, typer.Argument(help="folder or ZIP of a bundle")],
     input: Annotated[
-        Path, typer.Option(help="case folder, folder of cases, of volumes or of 2-D images, a file, or a DICOM series")
+        Path,
+        typer.Option(help="case folder, folder of cases, of volumes or of 2-D images, a file, DICOM, or a ZIP of it"),
     ],
     output: Annotated[Path, typer.Option("--output", "--out", help="folder for the segmentations")],
     boxes: Annotated[Path | None, typer.Option(help="JSON of boxes per case")] = None,
@@ -40,6 +48,8 @@ def predict(
     no_resample: Annotated[
         bool, typer.Option("--no-resample", help="Keep the in-plane spacing, though another was trained on.")
     ] = False,
+    scan: Scans = None,
+    name_by: NameBy = None,
     sam_checkpoint: Annotated[str | None, typer.Option(help="base weights, if the bundle holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")] = None,
     allow_modality: Modality = False,
@@ -53,6 +63,9 @@ def predict(
     picture with outlines and boxes, and predictions.csv has a row per case: mL, slices, prompt, seconds, warnings.
 
     Of the bundle its settings and its weights are read; its own JSON is not run, unless --trust says so.
+
+    DICOM may lie in folders of any depth: series are told apart by their tags, and mapped to the bundle's scans by
+    their descriptions, where these leave no doubt, or by --scan. Series that are no scan are passed over by name.
 
     Prompts of a bundle that takes boxes: --boxes, --prompts, or --whole-slice. Cases whose in-plane spacing is not one
     that the bundle was trained on are resampled to it, and the masks come back on the images' own grids. Bad cases are
@@ -71,13 +84,7 @@ def predict(
     overrides: dict[str, Any] = {key: os.path.abspath(place) for key, place in places.items()}
     overrides |= {} if sam_checkpoint is None else {"sam_checkpoint": sam_checkpoint}
     overrides |= {"allow_modality": True} if allow_modality else {}
-    if device is not None:
-        import torch
-
-        try:
-            overrides["device"] = f"$torch.device({str(torch.device(device))!r})"
-        except RuntimeError as error:
-            raise ConfigError(f"--device: got {device!r}; give cpu, cuda or cuda:1") from error
+    overrides |= {} if device is None else {"device": _device(device)}
     logs = nullcontext() if verbose else briefly()
     with logs, open_bundle(bundle, trust=trust) as opened:
         opened.check()
@@ -87,10 +94,36 @@ def predict(
             overrides["resample"] = False
         if no_pictures and "pictures" in opened.parser().get():
             overrides["pictures"] = False
+        overrides |= _series_overrides(opened, scan or [], name_by)
         if opened.checkpoint is not None:  # the folder of predictions is no place to look for an adapter
             overrides["checkpoint"] = str(opened.checkpoint)
         run_workflow([opened.config("inference")], overrides, echo=False, logs=verbose)
     typer.echo(f"segmentations: {overrides['predictions_dir']}")
+
+
+def _device(name: str) -> str:
+    """The expression of a device for a config. Raises ConfigError where there is none of this name."""
+    import torch
+
+    try:
+        return f"$torch.device({str(torch.device(name))!r})"
+    except RuntimeError as error:
+        raise ConfigError(f"--device: got {name!r}; give cpu, cuda or cuda:1") from error
+
+
+def _series_overrides(opened: Opened, scans: list[str], name_by: str | None) -> dict[str, Any]:
+    """How a bundle is to sort DICOM series; nothing where nobody says it.
+
+    Raises:
+        ConfigError: no NAME=TEXT, or a name twice.
+        BundleError: it cannot sort series.
+    """
+    texts = scans_given(scans, text=True)
+    if not scans and name_by is None:
+        return {}
+    if "series" not in opened.parser().get():
+        raise BundleError("predict: this bundle sorts no DICOM series; leave --scan and --name-by out")
+    return {"series": {"texts": texts, "name_by": name_by}}
 
 
 def _prompt_overrides(opened: Opened, prompts: dict[str, str], sources: list[str]) -> dict[str, str]:

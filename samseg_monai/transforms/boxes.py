@@ -11,35 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import SimpleITK as sitk
 import torch
 
+from samseg_monai.data.files.boxes import rectangles
 from samseg_monai.errors import PromptError, raise_all
 
-Rectangle = tuple[int, int, int, int]
 _PARALLEL = 1e-6  # of a pixel's side: what an affine may be off the axes by rounding
 _DUST = 1e-3  # pixels: what rounding may put beyond the border
-
-
-def rectangles(mask: torch.Tensor, *, per_component: bool = False) -> list[Rectangle]:
-    """Tight rectangles around a mask.
-
-    Args:
-        mask: (H, W) bool.
-        per_component: one rectangle per 8-connected component, largest first, instead of one around everything.
-    Returns: (x0, y0, x1, y1) each, upper ends exclusive; an empty list for an empty mask.
-    """
-    rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
-    if not len(rows):
-        return []
-    if not per_component:
-        return [(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)]
-    image = sitk.GetImageFromArray(mask.cpu().numpy().astype(np.uint8))
-    shapes = sitk.LabelShapeStatisticsImageFilter()
-    shapes.Execute(sitk.ConnectedComponent(image, True))
-    found = [(shapes.GetNumberOfPixels(label), *shapes.GetBoundingBox(label)) for label in shapes.GetLabels()]
-    found.sort(key=lambda entry: (-entry[0], entry[2], entry[1]))
-    return [(x, y, x + width, y + height) for _, x, y, width, height in found]
 
 
 def boxes_of(prompt: torch.Tensor, *, per_component: bool = False, max_boxes: int = 8) -> torch.Tensor:
@@ -65,7 +43,7 @@ def boxes_of(prompt: torch.Tensor, *, per_component: bool = False, max_boxes: in
         raise PromptError(f"a prompt slice is (H, W) or (N, H, W), got {tuple(prompt.shape)}; take one slice at a time")
     level = 0.5 * plane.max().float().clamp(0.0, 1.0) if plane.numel() else 0.5
     boxes = torch.full((max_boxes if per_component else 1, 4), torch.nan, dtype=torch.float32, device=plane.device)
-    found = rectangles(plane > level, per_component=per_component)[: len(boxes)]
+    found = rectangles((plane > level).cpu().numpy(), per_component=per_component)[: len(boxes)]
     if found:
         boxes[: len(found)] = torch.tensor(found, dtype=torch.float32, device=plane.device)
     return boxes if per_component else boxes[0]

@@ -18,9 +18,9 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, MapTransform, RandomizableTransform
 
 from samseg_monai.choices import IGNORE
-from samseg_monai.data.files.boxes import is_number, volume_boxes
+from samseg_monai.data.files.boxes import Rectangle, is_number, rectangles, volume_boxes
 from samseg_monai.errors import ConfigError, PromptError, raise_all
-from samseg_monai.transforms.boxes import Rectangle, boxes_of, clip_boxes, inscribed, move_boxes, rectangles
+from samseg_monai.transforms.boxes import boxes_of, clip_boxes, inscribed, move_boxes
 from samseg_monai.transforms.grids import CheckSameGridd, EachKeyd, foreground, name_of, on_grid_of
 
 Random = np.random.RandomState | np.random.Generator
@@ -93,7 +93,7 @@ class SimulatedPromptd(_FromLabeld):
 
     def _fill(self, prompt: torch.Tensor, mask: torch.Tensor, random: Random) -> None:
         height, width = mask.shape
-        for x0, y0, x1, y1 in rectangles(mask, per_component=self.per_component):
+        for x0, y0, x1, y1 in rectangles(mask.numpy(), per_component=self.per_component):
             left, top, right, bottom = random.uniform(*self.loosen, size=4)
             x0, x1 = max(0, x0 - round(left * (x1 - x0))), min(width, x1 + round(right * (x1 - x0)))
             y0, y1 = max(0, y0 - round(top * (y1 - y0))), min(height, y1 + round(bottom * (y1 - y0)))
@@ -162,7 +162,7 @@ class SimulatedBoxesd(_FromLabeld):
             )
         mask = foreground(label).any(dim=0).cpu()  # (C, H, W) -> (H, W)
         random = self._random(d)
-        drawn = [self._draw(r, mask.shape, random) for r in rectangles(mask, per_component=self.per_component)]
+        drawn = [self._draw(r, mask.shape, random) for r in rectangles(mask.numpy(), per_component=self.per_component)]
         rows = self.max_boxes if self.per_component and self.max_boxes else max(1, len(drawn))
         drawn += [[torch.nan] * 4] * rows
         d["boxes"] = torch.tensor(drawn[:rows], dtype=torch.float32)

@@ -10,6 +10,7 @@ import pytest
 from samseg_monai.bundles import build_bundle
 from samseg_monai.errors import DataError
 from samseg_monai.workflow import run_workflow
+from tests.helpers.commands import samseg
 
 TUMOUR = (slice(8, 30), slice(100, 130), slice(1, 4))
 # a network that finds what is bright, in or out of boxes, at a size at which the crop of 24 x 30 mm is not enlarged
@@ -71,6 +72,22 @@ def test_what_a_box_marks_far_from_the_middle_is_segmented(resample, inference, 
     assert dice == 1 if not resample else dice > 0.9, dice
     assert ("trained on 1 x 1 mm: resampled" in told) is bool(resample)
     assert "clinic: the crop leaves out" in told
+
+
+def test_boxes_made_of_a_mask_reach_the_network_as_they_were_made(inference, tmp_path, monkeypatch):
+    """A mask of rectangles, ``samseg boxes``, a network that fills its boxes: the mask comes back, voxel for voxel."""
+    write(tmp_path / "in", "clinic", exam())
+    mask = np.zeros((150, 150, 5), np.uint8)
+    mask[TUMOUR], mask[120:141, 10:30, 2:4] = 1, 1
+    (tmp_path / "masks").mkdir()
+    nib.save(nib.Nifti1Image(mask, np.diag([0.43, 0.43, 4.0, 1.0])), tmp_path / "masks" / "clinic_seg.nii.gz")
+    words = ["from-mask", tmp_path / "masks", "--image", tmp_path / "in", "--output", tmp_path / "made.json"]
+    assert samseg(monkeypatch, "boxes", *words, "--per", "component") == 0
+    boxes = json.loads((tmp_path / "made.json").read_text())
+    assert len(boxes["clinic"]) == 5
+    network = {"_target_": "tests.helpers.audit_networks.InBoxes"}
+    found = predict(inference, tmp_path / "in", boxes, crop_mm="$None", image_size=150, network_def=network)["clinic"]
+    assert np.array_equal(found, mask)
 
 
 def test_two_boxes_apart_make_the_crop_grow_and_nothing_is_lost(inference, tmp_path, capfd):

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -16,6 +17,7 @@ from samseg_monai.bundles import write_bundle
 from samseg_monai.bundles.build import compose
 from samseg_monai.bundles.loaded import load_bundle
 from samseg_monai.choices import Spacing
+from samseg_monai.data.files.dicom import read_series
 from samseg_monai.demo.abdomen_phantoms import make_case
 from samseg_monai.errors import DataError
 from samseg_monai.handlers import CaseDataset
@@ -83,6 +85,33 @@ def test_dicom_series_gives_nifti_in_the_same_place(bundle, tmp_path, monkeypatc
     [path] = (tmp_path / "out").glob("*_seg.nii.gz")
     # slices along the same axes in the same order: the affine says so to the last digit
     check(nib.load(path), affine, array.shape)
+
+
+def test_series_of_a_tree_are_chosen_and_named_by_the_command(bundle, tmp_path, monkeypatch, capsys):
+    array = np.random.default_rng(0).integers(-900, 900, (24, 20, 5)).astype(np.int16)
+    for number, kernel in enumerate(("B31f", "B70f")):
+        tags = {"0020|000e": f"1.2.3.{number}", "0020|0011": str(number), "0008|103e": f"Abdomen {kernel}"}
+        write_series(tmp_path / "PAT" / "ST" / kernel, array, tags=tags)
+    words = [bundle, "--input", tmp_path / "PAT", "--output", tmp_path / "out"]
+    assert predict(monkeypatch, *words) == 1
+    assert "may each be image; choose by a text of the description: --scan image=TEXT" in capsys.readouterr().err
+    assert predict(monkeypatch, *words, "--scan", "image=b70F", "--name-by", "series") == 0
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["Abdomen_B70f_1_seg.nii.gz"]
+    shutil.make_archive(str(tmp_path / "P7"), "zip", tmp_path / "PAT" / "ST" / "B31f")
+    zipped = [bundle, "--input", tmp_path / "P7.zip", "--output", tmp_path / "zip"]
+    assert predict(monkeypatch, *zipped) == 0
+    check(
+        nib.load(tmp_path / "zip" / "P7_seg.nii.gz"), read_series(tmp_path / "PAT" / "ST" / "B31f").affine, array.shape
+    )
+    for option in (
+        ("--scan", "ct"),
+        ("--scan", "ct=a", "--scan", "ct=b"),
+        ("--scan", "t1=a"),
+        ("--name-by", "patient"),
+    ):
+        assert predict(monkeypatch, *words, *option) == 1
+        told = capsys.readouterr().err
+        assert "ConfigError: " in told and "Traceback" not in told, option
 
 
 @pytest.mark.parametrize("option", ["--boxes", "--prompts"])

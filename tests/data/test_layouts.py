@@ -15,8 +15,11 @@ from samseg_monai.data.datalists import labels_of, load_datalist, read_datalist
 from samseg_monai.data.datalists.brats import prepare_brats_men
 from samseg_monai.data.datalists.folders import prepare_folders
 from samseg_monai.data.datalists.images import prepare_images
+from samseg_monai.data.files.dicom import read_series
 from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.transforms.loading import LoadCased
+from tests.data.test_pacs import exam
+from tests.helpers.commands import samseg
 
 LABELS = {"1": "a", "2": "b"}
 AFFINE = np.diag([1.0, 2.0, 1.5, 1.0])
@@ -396,3 +399,55 @@ def test_an_empty_argument_is_not_the_current_folder(words, monkeypatch, capsys)
     with pytest.raises(SystemExit) as error:
         cli.main()
     assert error.value.code == 2 and "an argument is empty" in capsys.readouterr().err
+
+
+def test_an_export_of_an_archive_is_prepared_by_its_tags(tmp_path, monkeypatch):
+    src = tmp_path / "export"
+    arrays = {n: exam(src / f"PAT{n}" / "STUDY", patient=n, scans={"t1c": "T1 +C", "x": "t2_flair"}) for n in range(4)}
+    again = exam(src / "PAT4" / "2021", patient=3, study=2, scans={"t1c": "T1 +C", "x": "t2_flair"})
+    affine = read_series(src / "PAT0" / "STUDY" / "SE000002").affine
+    label = MASK[:, ::-1]  # as other tools store it
+    turned = affine @ np.array([[1, 0, 0, 0], [0, -1, 0, 5], [0, 0, 1, 0], [0, 0, 0, 1.0]])
+    for place in ("PAT0/seg", "PAT1/STUDY/label", "labels/PAT2", "PAT3/PAT3_mask", "PAT4/2021/gtv"):
+        save(src / f"{place}.nii.gz", label, turned)
+    words = ["prepare", "folders", "--src", src, "--output", tmp_path / "d.json", "--labels", "1=a,2=b"]
+    words += ["--fractions", "0.5,0.25,0.25"]
+    assert samseg(monkeypatch, *words, "--scan", "t1c=+c", "--scan", "t2f") == 0
+    found = loaded(src)
+    assert sorted(found) == ["PAT0", "PAT1", "PAT2", "PAT3", "PAT4"]
+    for n in range(5):
+        scans = again if n == 4 else arrays[n]
+        assert np.array_equal(found[f"PAT{n}"][1], np.stack([scans["t1c"], scans["x"]]))
+    datalist = read_datalist(tmp_path / "d.json")
+    parts = {item["case"]: part for part in ("training", "validation", "testing") for item in datalist[part]}
+    assert parts["PAT3"] == parts["PAT4"]  # one patient, whose id stays in the files
+    assert "ID3" not in (tmp_path / "d.json").read_text() and "DOE" not in (tmp_path / "d.json").read_text()
+
+    shutil.copy(src / "labels" / "PAT2.nii.gz", src / "PAT2" / "seg.nii.gz")
+    (src / "PAT1" / "STUDY" / "SE000002").rename(src / "PAT1" / "STUDY" / "SE000003" / "more")
+    for path in (src / "PAT1" / "STUDY" / "SE000003" / "more").iterdir():
+        path.rename(path.parent.parent / f"T1_{path.name}")
+    (src / "PAT0" / "seg.nii.gz").unlink()
+    with pytest.raises(DataError) as error:
+        prepare(src, scans={"t1c": "", "t2f": ""})
+    assert "PAT2.nii.gz and seg.nii.gz: which is the label? Keep one" in str(error.value)
+    assert '("T1 +C", series 2) shares its folder with other files' in str(error.value)
+    with pytest.raises(DataError, match="no series is t1n by its description"):
+        prepare(src, scans={"t1n": ""})
+    with pytest.raises(DataError, match="no DICOM series in it or below"):
+        prepare(src / "labels", scans={"t1n": ""})
+    for scan_option in ("=x", "t1c="):
+        assert samseg(monkeypatch, *words, "--scan", scan_option) == 1
+    (tmp_path / "t.csv").write_text("case,label,image\na,b,c\n")
+    with pytest.raises(ConfigError, match=r"but t\.csv lists them"):
+        prepare(src, scans={"t1c": ""}, table=tmp_path / "t.csv")
+
+
+def test_one_patient_id_for_all_is_a_dummy(tmp_path):
+    src = tmp_path / "export"
+    for n in range(4):
+        array = exam(src / f"P{n}" / "S", patient=0, scans={"t1c": f"T1 +C {n}"})["t1c"]
+        affine = read_series(src / f"P{n}" / "S" / "SE000002").affine
+        save(src / f"P{n}" / "seg.nii.gz", (array % 3).astype(np.uint8), affine)
+    summary = prepare(src, scans={"t1c": ""}, fractions=(0.5, 0.25, 0.25))
+    assert "each top folder is taken for a patient" in str(summary.warnings) and summary.patients == 4

@@ -28,6 +28,7 @@ ELSEWHERE = {
     "samseg reproduce": "studies/test_reproduce.py",
     "samseg demo": "demo/test_demo_abdomen.py",
     "samseg export": "bundles/test_export.py",
+    "samseg boxes": "data/test_boxes.py",
     "samseg task schema": "bundles/test_task.py",
     "samseg info": "package/test_face.py",
     "samseg --version": "package/test_face.py",

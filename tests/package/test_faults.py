@@ -256,6 +256,7 @@ LATE = {
     "prepare": ["prepare", "brats-men", "--src", "{absent}", "--output", "{file}/list.json"],
     "prepare, a folder": ["prepare", "folders", "--src", "{absent}", "--output", "{folder}"],
     "bbox": ["bbox", "{absent}", "--output", "{file}/box.json"],
+    "boxes": ["boxes", "from-mask", "{absent}", "--output", "{folder}"],
     "task": ["task", "new", "mine", "--datalist", "{absent}", "--out", "{file}"],
     "reproduce": ["reproduce", "honours", "--brats", "{absent}", "--weights", "random", "--output", "{file}"],
 }  # fmt: skip

@@ -47,6 +47,7 @@ def prepare_folders(
     labels: Mapping[str, str] | None = None,
     label_coding: str | None = None,
     table: str | Path | None = None,
+    scans: Mapping[str, str] | None = None,
     name: str | None = None,
     counts: Sequence[int] | None = None,
     fractions: Sequence[float] | None = None,
@@ -63,7 +64,7 @@ def prepare_folders(
         output: datalist to write; a case is called like its files or its folder.
         labels: value -> name for all values in the labels; the background may be left out. Default: ``dataset.json``.
         label_coding: a known coding instead of ``labels``, by name (``label_maps.CODINGS``).
-        table: CSV with the patient of each case, or with the cases themselves; see ``layouts.find_layout``.
+        table, scans: patients or cases, and the series of an archive's export; see ``layouts.find_layout``.
         name: of the data set; default that of ``dataset.json``, or of the folder.
         counts: volumes for training, validation and testing, taken in the order of their names.
         fractions, folds, split_file, seed: instead of ``counts``, see ``splits.choose_splits``.
@@ -80,7 +81,7 @@ def prepare_folders(
     ways: dict[str, Any] = {"fractions": fractions, "folds": folds, "split_file": split_file}
     check_one_split(split=counts, **ways)
     check_one_split(by_name=by_name or None, folds=folds, split_file=split_file)
-    found = find_layout(src, None if table is None else Path(table), named=bool(labels or label_coding))
+    found = find_layout(src, Path(table) if table else None, named=bool(labels or label_coding), scans=scans)
     names = _table_of(labels, label_coding, found)
 
     def divide(cases: Sequence[str]) -> tuple[list[Split], list[str]]:

@@ -6,6 +6,8 @@
 - One folder for each case, with equal names in all, which may begin with the folder's: ``P01/t1.nii.gz``,
   ``P01/seg.nii.gz``, ``P02/P02_t1.nii.gz``.
 - A CSV table with a column for the label and one for each scan.
+- DICOM as an archive exports it (``files.pacs``), where a person names the scans; labels lie in the folder of a case,
+  or are called like it in ``labels`` or ``labelsTr``.
 
 In place of any image there may be a folder with one DICOM series. Names are compared in Unicode's composed form (NFC):
 macOS writes umlauts as two characters, others as one.
@@ -25,9 +27,11 @@ from typing import Any
 
 from samseg_monai.data.datalists.checks import CaseCheck
 from samseg_monai.data.datalists.label_maps import VALUE
+from samseg_monai.data.files.case_list import CaseList
 from samseg_monai.data.files.dicom import holds_series
+from samseg_monai.data.files.pacs import FOLDER, Sorter, rules_of
 from samseg_monai.data.files.volumes import SUFFIXES, image_stem, stem_of
-from samseg_monai.errors import DataError, raise_all
+from samseg_monai.errors import ConfigError, DataError, raise_all
 from samseg_monai.files import read_json
 
 PAIRS = (("imagesTr", "labelsTr"), ("images", "labels"))
@@ -63,7 +67,9 @@ class Layout:
     notes: list[str] = field(default_factory=list)
 
 
-def find_layout(src: Path, table: Path | None = None, *, named: bool = False) -> Layout:
+def find_layout(
+    src: Path, table: Path | None = None, *, named: bool = False, scans: Mapping[str, str] | None = None
+) -> Layout:
     """Find the cases in ``src``.
 
     Args:
@@ -71,14 +77,21 @@ def find_layout(src: Path, table: Path | None = None, *, named: bool = False) ->
         table: CSV with the columns ``case`` and ``patient`` for what lies in ``src``; with ``label`` and columns of
             images it lists the cases itself.
         named: somebody else says what the labels mean; what ``dataset.json`` says is not read.
+        scans: scan -> text in the SeriesDescription of its DICOM series, or "" where known words tell it: ``src`` is an
+            archive's export.
 
     Raises:
+        ConfigError: ``scans`` beside a table of images.
         DataError: no such folder, none of the layouts, no case in it, a ``dataset.json`` or table that cannot be read.
     """
     if not src.is_dir():
         raise DataError(f"{src}: {'is no folder' if src.exists() else 'no such folder'}; give the folder of the data")
     rows, title = ([], "") if table is None else (read_csv(table), table.name)
-    if rows and any(name in rows[0] for name in LABEL_NAMES):
+    if rows and scans and any(name in rows[0] for name in LABEL_NAMES):
+        raise ConfigError(f"--scan finds the images by their tags, but {title} lists them; give one of them")
+    if scans:
+        found = _of_export(src, scans)
+    elif rows and any(name in rows[0] for name in LABEL_NAMES):
         found = _of_table(rows, src, title)
     elif (pair := _pair_in(src)) is not None:
         found = _of_pair(src, pair, named)
@@ -367,6 +380,52 @@ def _of_case_folders(src: Path) -> Layout:
     if empty := [case for case, (_, parts) in folders.items() if not parts]:
         notes.append(f"{len(empty)} folders hold no image: {few(empty)}")
     return Layout(f"one folder for each case, with {', '.join(scans)}", scans, cases, notes=notes)
+
+
+def _of_export(src: Path, scans: Mapping[str, str]) -> Layout:
+    exams = CaseList()
+    texts = {scan: text for scan, text in scans.items() if text}
+    sorter = Sorter(rules_of({"texts": texts, "name_by": FOLDER}, tuple(scans)), exams, links=False)
+    sorter.take(src, case_folders(src))
+    if not exams.files and not exams.bad:
+        raise DataError(f"{src}: no DICOM series in it or below; --scan is for an export of an archive")
+    stored = [_by_stem(src / sub, []) for _, sub in PAIRS if (src / sub).is_dir()]
+    homes = {case: Path(os.path.commonpath(paths)) for case, paths in exams.files.items()}
+    cases = {case: CaseCheck(case, problems=[reason]) for case, reason in exams.bad.items()}
+    for case, paths in exams.files.items():
+        check = cases[case] = CaseCheck(case, dict(zip(scans, paths, strict=True)))
+        own = [homes[case], *homes[case].parents]
+        own = [folder for folder in own if src in folder.parents and _is_alone(folder, case, homes)]
+        labels = [path for files in stored for path in files.get(case, [])]
+        for folder in own:
+            inside = parts_of(folder)
+            labels += [path for part in _label_parts(inside) for path in inside[part] if not path.is_dir()]
+        if len(labels) > 1:
+            check.problems.append(f"{' and '.join(path.name for path in labels)}: which is the label? Keep one")
+        elif labels:
+            check.files[LABEL] = labels[0]
+    notes = [f"passed over, {reason}: {few(names)}" for reason, names in exams.passed.items()]
+    patients, shared = _owners(sorter.patients)
+    patients |= {case: case for case in exams.bad}
+    notes += ["all cases have the same PatientID: each top folder is taken for a patient"] if shared else []
+    return Layout(
+        "export of an archive, series found by their tags", tuple(scans), cases, patients=patients, notes=notes
+    )
+
+
+def _is_alone(folder: Path, case: str, homes: Mapping[str, Path]) -> bool:
+    """Whether no other case lies in ``folder``, whose label it could be as well."""
+    return not any(folder == home or folder in home.parents for other, home in homes.items() if other != case)
+
+
+def _owners(found: Mapping[str, tuple[str, str]]) -> tuple[dict[str, str], bool]:
+    """Case -> name of its patient's first case, as ids stay where they are; whether all have one id, a dummy."""
+    shared = len({number for _, number in found.values()}) == 1 < len({top for top, _ in found.values()})
+    first: dict[str, str] = {}
+    return {
+        case: first.setdefault(f"top {top}" if shared or not number else f"id {number}", case)
+        for case, (top, number) in sorted(found.items())
+    }, shared
 
 
 def _label_parts(parts: Iterable[str]) -> list[str]:

@@ -3,23 +3,29 @@
 The file of 2-D images is ``{"NAME": [[x0, y0, x1, y1], ...]}``: x runs along columns and y along rows, both from the
 outer edge of the first pixel, so that a box around the pixels a to b of a row reads (a, b + 1). That of volumes is
 ``{"CASE": [{"slice": k, "box": [i0, j0, i1, j1]}, {"slices": [k0, k1], "box": ...}]}``: voxel indices along axes 0, 1
-and (slices) 2 of the stored array, from 0, all ends included.
+and (slices) 2 of the stored array, from 0, all ends included. A DICOM series stores no array: of one it is that of
+``dicom.read_series``, where i is the column and j the row of a picture, and k the place of a slice along the normal.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import SimpleITK as sitk
+
 from samseg_monai.errors import PromptError, raise_all
-from samseg_monai.files import read_json
+from samseg_monai.files import read_json, write_text
 
 MOST_BOXES = 10_000  # of one image or volume
 _SMALLEST = 0.01  # pixels: what is left of a side must stay a side when large images are made small
 IMAGE_BOXES = '{"NAME": [[x0, y0, x1, y1], ...]}'
 VOLUME_BOXES = '{"CASE": [{"slice": 12, "box": [30, 40, 55, 70]}]}'
+Rectangle = tuple[int, int, int, int]
 
 
 def read_boxes(path: str | Path, sizes: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[list[float]]]:
@@ -112,6 +118,35 @@ def _volume_box(entry: Any, shape: Sequence[int]) -> tuple[int, ...] | str:
         limits = f"0 to {shape[0] - 1} and 0 to {shape[1] - 1}"
         return f"box {list(box)} is not [i0, j0, i1, j1] within {limits}, in order"
     return tuple(int(n) for n in (*box, *span))
+
+
+def rectangles(mask: np.ndarray, *, per_component: bool = False) -> list[Rectangle]:
+    """Tight rectangles around a mask.
+
+    Args:
+        mask: (H, W) bool.
+        per_component: one rectangle per 8-connected component, largest first, instead of one around everything.
+    Returns: (x0, y0, x1, y1) each, upper ends exclusive; an empty list for an empty mask.
+    """
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return []
+    if not per_component:
+        return [(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)]
+    shapes = sitk.LabelShapeStatisticsImageFilter()
+    shapes.Execute(sitk.ConnectedComponent(sitk.GetImageFromArray(mask.astype(np.uint8)), True))
+    found = [(shapes.GetNumberOfPixels(label), *shapes.GetBoundingBox(label)) for label in shapes.GetLabels()]
+    found.sort(key=lambda entry: (-entry[0], entry[2], entry[1]))
+    return [(x, y, x + width, y + height) for _, x, y, width, height in found]
+
+
+def write_boxes(path: str | Path, table: Mapping[str, Sequence[Any]]) -> None:
+    """Write a box file, one box a line: case -> boxes as ``read_boxes`` or ``volume_boxes`` take them."""
+    cases = []
+    for case, boxes in table.items():
+        lines = ",\n".join(f"    {json.dumps(box)}" for box in boxes)
+        cases.append(f"  {json.dumps(case, ensure_ascii=False)}: [\n{lines}\n  ]")
+    write_text(path, "{\n" + ",\n".join(cases) + "\n}\n")
 
 
 def is_number(value: Any) -> bool:

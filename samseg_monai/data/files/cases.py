@@ -25,6 +25,7 @@ from samseg_monai.data.files.boxes import IMAGE_BOXES, VOLUME_BOXES, as_floats, 
 from samseg_monai.data.files.case_list import SHOWN, CaseList, noted
 from samseg_monai.data.files.dicom import holds_series, is_dicom, read_any
 from samseg_monai.data.files.images import GREY, case_of, read_image
+from samseg_monai.data.files.pacs import Rules, Sorter, rules_of
 from samseg_monai.data.files.volumes import (
     IMAGE_SUFFIXES,
     SUFFIXES,
@@ -48,7 +49,7 @@ NO_PROMPTS = (
 )
 MASK_ENDINGS = ("_mask", "-mask", "_seg", "-seg")
 # ends of names that every reader takes for a mask: P01.seg.nrrd, P01-label.nrrd, P01_GTV2.nii.gz, labelsTr
-_MASK = re.compile(
+MASK_NAME = re.compile(
     r"(^|[-_. ])(segs?|segmentations?|masks?|labels?|labelmaps?|labels?t[rs]|gts?|[gcp]tv)([-_. ]?\d+)?$", re.IGNORECASE
 )
 # volumes that this package does not read: their owner takes them for cases
@@ -70,40 +71,40 @@ def find_cases(
     kind: str = VOLUMES,
     modality: str = "",
     allow_modality: bool = False,
+    series: Mapping[str, Any] | None = None,
 ) -> CaseList:
     """Find and check the cases of ``source``.
 
     Args:
         source: folder of case folders, one case folder, folder of single NIfTI/MHA/NRRD files, a file, folder of the
-            slices of one DICOM series, folder of such folders, or a list. Files of a series may have any name.
+            slices of one DICOM series (of any names), folder of such folders, or a list. Of DICOM in deeper folders,
+            several series in one, and ZIP files, see ``pacs``.
         scans: names of the scans in the order the network wants them. With one scan a file of any name, or a folder
             with a DICOM series, is a case; with several, files are named ``<case>-<scan>``, or ``<scan>`` in a
             folder ``<case>``, or hold that many channels on a fourth axis, and DICOM series lie in folders
             ``<case>/<scan>``. BraTS's scans may have their names of 2012 to 2022 (t1, t1ce, t2, flair), too.
         boxes: JSON file ``{case: [{"slice": k | "slices": [k0, k1], "box": [i0, j0, i1, j1]}]}``: inclusive voxel
-            indices of the stored array. Of a DICOM series, which stores none, it is the array as loaded: i is the
-            column and j the row of a slice's picture, k counts the slices from 0 in the order of their positions
-            (for the usual axial slices from the feet upwards), whatever their instance numbers.
+            indices of the stored array, as ``boxes`` says; there is also what they are in a DICOM series.
         prompts: coarse masks on the image's grid: one file (for one case), or a folder with ``<case>.nii.gz`` or
             ``<case>_seg.nii.gz``, also in a sub-folder ``<case>/``.
-        kind: ``volumes``, or ``images``: each 2-D image file is a case (but masks and overlays), boxes are
-            those of ``boxes.read_boxes``, and there are no masks as prompts.
+        kind: ``volumes``, or ``images``: each 2-D image file is a case (but masks and overlays), boxes are those of
+            ``boxes.read_boxes``, and there are no masks as prompts.
         modality: of the images that the network was trained on (CT, MR ...); empty where nobody knows. Cases whose
-            DICOM files state another one are bad, and so are volumes whose values do not look like it
-            (``volumes.modality_doubt``).
+            DICOM files state another one, or whose values do not look like it (``volumes.modality_doubt``), are bad.
         allow_modality: take them all the same, with a warning.
+        series: how DICOM series become cases; see ``pacs.rules_of``.
 
     Raises:
         DataError: nothing found, or no case at all is good.
+        ConfigError: unknown kind; ``series`` ask for what there is not.
         PromptError: both kinds of prompts given, masks for images, or their file or folder cannot be read.
     """
     _check_arguments(boxes, prompts, kind)
     table = None if boxes is None else read_table(boxes, IMAGE_BOXES if kind == IMAGES else VOLUME_BOXES)
     sources = [Path(source)] if isinstance(source, (str, Path)) else [Path(path) for path in source]
     masks = None if prompts is None else Path(prompts)
-    cases = _group_images(sources) if kind == IMAGES else _group_files(sources, scans, masks)
-    if masks is not None and masks.is_file() and len(cases.files) > 1:
-        raise PromptError(f"prompts {prompts} is one file for {len(cases.files)} cases; give a folder of <case>.nii.gz")
+    rules = rules_of(series, scans, modality=modality, allow_modality=allow_modality)
+    cases = _group_images(sources) if kind == IMAGES else _group_files(sources, rules, masks)
     fits = partial(_check_modality, kind=kind, modality=modality, allowed=allow_modality)
 
     def check(case: str) -> dict[str, Any] | str:
@@ -119,11 +120,10 @@ def find_cases(
             finally:
                 cases.note(case, notes)
 
-    for case in sorted(set(table or {}) - set(cases.files) - set(cases.bad)):
+    for case in sorted({*(table or {})} - {*cases.files, *cases.bad}):
         LOG.warning("boxes are given for %s, but there is no such case", case)
-    names = sorted(cases.files)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        cases.sort(dict(zip(names, pool.map(check, names), strict=True)))
+        cases.sort(dict(zip(names := sorted(cases.files), pool.map(check, names), strict=True)))
     return cases
 
 
@@ -231,17 +231,20 @@ def _mask_of(prompts: Path, case: str, image: Volume) -> Path:
     return path
 
 
-def _group_files(sources: Sequence[Path], scans: Sequence[str], prompts: Path | None) -> CaseList:
+def _group_files(sources: Sequence[Path], rules: Rules, prompts: Path | None) -> CaseList:
     """Volumes by their names, and by the first bytes of files whose names do not tell what they are.
 
     Files named ``<case>-<scan>`` or ``<case>_<scan>`` belong together, others are cases of their own. Files and folders
     named like masks are none, and neither is the folder of ``prompts``.
     """
-    found = CaseList()
+    found, scans = CaseList(), rules.scans
+    sorter = Sorter(rules, found)
     loose = []
     for path in sources:
         if path.is_dir():
-            _group_folder(path, scans, found, prompts)
+            _group_folder(path, sorter, found, prompts)
+        elif path.is_file() and path.suffix.lower() == ".zip":
+            _group_folder(sorter.unpacked(path), sorter, found, prompts)
         elif path.is_file() or is_dead_link(path):
             loose.append(path)
         else:
@@ -253,69 +256,66 @@ def _group_files(sources: Sequence[Path], scans: Sequence[str], prompts: Path | 
             f"no image in {', '.join(map(str, sources)) or 'an empty list'}: expected case folders with "
             f"<case>-{scans[0]}.nii.gz, files ending in {', '.join(SUFFIXES)}, or folders of DICOM slices{also}"
         )
+    if prompts is not None and prompts.is_file() and len(found.files) > 1:
+        raise PromptError(f"prompts {prompts} is one file for {len(found.files)} cases; give a folder of <case>.nii.gz")
     return found
 
 
-def _group_folder(folder: Path, scans: Sequence[str], found: CaseList, prompts: Path | None) -> None:
+def _group_folder(folder: Path, sorter: Sorter, found: CaseList, prompts: Path | None) -> None:
     """Images of ``folder`` itself, and those of each of its sub-folders."""
-    if _group_one(folder, scans, found) == "scans":
+    scans, subs, own = sorter.rules.scans, [], ""
+    if not sorter.rules.asked and sorter.named_like_scans(folder):
+        own = _group_one(folder, scans, found)
+    if own == "scans":
         return
     for sub in _folders(folder):
         if prompts is not None and prompts.is_dir() and sub.samefile(prompts):
             found.pass_over("the folder of the prompts", [sub.name])
-        elif _MASK.search(sub.name) and not holds_series(sub):
+        elif MASK_NAME.search(sub.name) and not holds_series(sub):
             found.pass_over("named like masks", [f"{sub.name}/"])
-        elif not _group_one(sub, scans, found):
-            _group_deep(sub, scans, found)
-
-
-def _group_deep(sub: Path, scans: Sequence[str], found: CaseList) -> None:
-    """A folder without an image in itself: an error where images lie deeper."""
-    if nested := [path.name for path in _folders(sub) if holds_series(path)]:
-        found.bad[sub.name] = (
-            f"its DICOM series lie one folder too deep ({', '.join(nested)}); give {sub} as the folder of cases, "
-            f"or name the series' folders after the scans ({', '.join(scans)})"
-        )
-    elif deeper := next(_images_below(sub), None):
-        found.bad[sub.name] = f"its images lie too deep ({deeper.relative_to(sub)}); give their folder"
-    else:
-        found.pass_over("folders without an image", [f"{sub.name}/"])
+        else:
+            subs.append(sub)
+    sorted_out = sorter.take(folder, subs)
+    own = own or _group_one(folder, scans, found, dicom=folder not in sorted_out)
+    for sub in subs:
+        if _group_one(sub, scans, found, dicom=sub not in sorted_out):
+            continue
+        if deeper := next(_images_below(sub), None):
+            found.bad[sub.name] = f"its images lie too deep ({deeper.relative_to(sub)}); give their folder"
+        elif sub not in sorted_out:
+            found.pass_over("folders without an image", [f"{sub.name}/"])
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _MASK.search(name))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not MASK_NAME.search(name))
         for path in (Path(root, name) for name in sorted(files)):
             stem = stem_of(path)
-            if is_dicom(path) or (stem is not None and not _MASK.search(stem)):
+            if stem is not None and not MASK_NAME.search(stem):
                 yield path
 
 
-def _group_one(folder: Path, scans: Sequence[str], found: CaseList) -> str:
+def _group_one(folder: Path, scans: Sequence[str], found: CaseList, *, dicom: bool = True) -> str:
     """Add the files of ``folder`` itself, the DICOM series that they are ("files"), or the series named after the scans
-    in its sub-folders ("scans"); empty when there is no image."""
+    in its sub-folders ("scans"); empty when there is no image. Without ``dicom`` such files have been dealt with."""
     case = Path(os.path.abspath(folder)).name  # it may have been given as . or ..
     entries = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and p.name.lower() not in _LEFTOVERS]
-    below = {path.name: path for path in _folders(folder) if holds_series(path)}
-    series = holds_series(folder)
+    below = {path.name: path for path in _folders(folder) if dicom and holds_series(path)}
+    series = dicom and holds_series(folder)
     files = []
     for path in (path for path in entries if not path.is_dir()):
         other = path.name.lower().endswith(_OTHER_VOLUMES)
-        if stem_of(path) is not None or other or (is_dead_link(path) and not series):
+        if stem_of(path) is not None or other or (is_dead_link(path) and dicom and not series):
             files.append(path)
-        elif not (series and (is_dicom(path) or is_dead_link(path))):
-            found.pass_over("no images", [path.name])
+        elif not ((series or not dicom) and (is_dicom(path) or is_dead_link(path))):
+            is_zip = path.suffix.lower() == ".zip"
+            found.pass_over("ZIP files in a folder (unpack them, or give one)" if is_zip else "no images", [path.name])
     if not files and not series:
         return "scans" if _group_scans(case, below, scans, found) else ""
     _group_named(files, scans, found)
-    images = [path.name for path in files if not _MASK.search(stem_of(path) or "")]
+    images = [path.name for path in files if not MASK_NAME.search(stem_of(path) or "")]
     if series and images:
         found.bad[case] = f"holds DICOM files beside {images[0]}; put the DICOM series into a folder of its own"
-    elif series and len(scans) > 1:
-        found.bad[case] = (
-            f"holds DICOM files, for a network that wants {len(scans)} scans; put each scan's series into a folder "
-            f"of its own: {', '.join(f'{case}/{scan}' for scan in scans)}"
-        )
     elif series:
         found.add(case, [folder])
     return "files"
@@ -356,7 +356,7 @@ def _group_named(paths: Iterable[Path], scans: Sequence[str], found: CaseList, *
         elif (which := _scan_of(path, stem, scans, listed)) is not None:
             case, scan = which
             named.setdefault((path.parent, case), {}).setdefault(scan, []).append(path)
-        elif _MASK.search(stem) and not listed:
+        elif MASK_NAME.search(stem) and not listed:
             found.pass_over("named like masks", [path.name])
         else:
             single.append((path, stem))
@@ -441,7 +441,7 @@ def _in_folder(folder: Path, found: CaseList) -> list[tuple[str, Path]]:
     images, others, folders = list_images(folder)
     found.pass_over("no images", others)
     found.pass_over("folders", [f"{name}/" for name in folders])
-    made = [path for case, path in images if _MASK.search(case) or case.endswith("_overlay")]
+    made = [path for case, path in images if MASK_NAME.search(case) or case.endswith("_overlay")]
     found.pass_over("named like masks or overlays", [path.name for path in made])
     return [(case, path) for case, path in images if path not in made]
 

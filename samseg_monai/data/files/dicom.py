@@ -62,8 +62,13 @@ _NOT_IMAGES = {
 
 
 @dataclass(frozen=True)
-class _Slice:
-    """Header of one file: ``position`` (3,) of the first pixel and ``axes`` (2, 3) of rows and columns, in LPS mm."""
+class Slice:
+    """Header of one file.
+
+    Attributes:
+        position: (3,) of the first pixel, and ``axes`` (2, 3): directions of rows and columns, in LPS mm.
+        instance: instance number (0020,0013) as it stands there: viewers show it, and it may run either way.
+    """
 
     name: str
     details: tuple[str, ...]
@@ -73,6 +78,12 @@ class _Slice:
     pixel_type: str
     digest: bytes
     modality: str
+    instance: str
+
+    @property
+    def place_mm(self) -> float:
+        """Position along the normal of the slices."""
+        return float(self.position @ np.cross(*self.axes))
 
 
 def is_dicom(path: str | Path) -> bool:
@@ -95,8 +106,9 @@ def read_series(folder: str | Path) -> Volume:
     """Read the one series in ``folder``, every file to its last byte, slices in the order of their positions.
 
     Returns: array (X, Y, Z) = (column, row, slice), in the units of the rescale slope and intercept (HU for CT); slices
-        ascend along the cross product of the row and column directions. ``sha256`` is that of
-        ``hash_of``. ``notes`` says when there are only two slices.
+        ascend along the cross product of the row and column directions (0020,0037): in the usual axial slices from the
+        feet upwards, in the usual coronal ones from the front, in the usual sagittal ones from the patient's left.
+        ``sha256`` is that of ``hash_of``. ``notes`` says when there are only two slices.
 
     Raises:
         DataError: a file is damaged, a link that leads nowhere, no image, in colour or multi-frame; several series or
@@ -104,20 +116,7 @@ def read_series(folder: str | Path) -> Volume:
             none.
     """
     folder = Path(folder)
-    listed = _listed_by_gdcm(folder)
-    paths = _files(folder, listed)
-    found: list[_Slice] = []
-    problems = []
-    for path in paths:
-        try:
-            found.append(_read_header(path, content_of(path)))
-        except DataError as error:
-            problems.append(str(error))
-    raise_all(problems, DataError, f"{folder.name}: not every file is a slice; copy them again, or move them elsewhere")
-    if len(found) < 2:
-        raise DataError(f"{folder.name}: {len(found)} DICOM slice, which is no volume; give the whole series")
-    _check_one_series(folder.name, found, len(listed))
-    slices = _in_order(folder.name, found)
+    slices = slices_of(folder)
     reader = sitk.ImageSeriesReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileNames([str(folder / piece.name) for piece in slices])
@@ -130,6 +129,26 @@ def read_series(folder: str | Path) -> Volume:
     sha256 = _together(piece.digest for piece in slices)
     few = f"{folder.name}: has only 2 slices; is the series complete?"
     return Volume(array, affine, sha256, (few,) if len(slices) == 2 else (), slices[0].modality)
+
+
+def slices_of(folder: Path) -> list[Slice]:
+    """Headers of the slices of the one series in ``folder``, in the order in which ``read_series`` stacks them.
+
+    Number k of a box file is the k-th of them, from 0. Raises: as ``read_series``, but for pixels and sizes.
+    """
+    listed = _listed_by_gdcm(folder)
+    found: list[Slice] = []
+    problems = []
+    for path in _files(folder, listed):
+        try:
+            found.append(_read_header(path, content_of(path)))
+        except DataError as error:
+            problems.append(str(error))
+    raise_all(problems, DataError, f"{folder.name}: not every file is a slice; copy them again, or move them elsewhere")
+    if len(found) < 2:
+        raise DataError(f"{folder.name}: {len(found)} DICOM slice, which is no volume; give the whole series")
+    _check_one_series(folder.name, found, len(listed))
+    return _in_order(folder.name, found)
 
 
 def read_any(path: Path) -> Volume:
@@ -186,7 +205,7 @@ def open_dicom(path: Path, content: bytes) -> tuple[pydicom.Dataset, sitk.ImageF
         uid = str(tags.file_meta.get("MediaStorageSOPClassUID", ""))
     except Exception:  # noqa: BLE001  pydicom has no error of its own for what is no DICOM; ITK says below what it is
         tags, uid = pydicom.Dataset(), ""
-    if kind := next((text for stem, text in _NOT_IMAGES.items() if f"{uid}.".startswith(f"{stem}.")), ""):
+    if kind := without_image(uid):
         raise DataError(f"{path.name}: is {kind}, not a slice of an image")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
@@ -198,12 +217,17 @@ def open_dicom(path: Path, content: bytes) -> tuple[pydicom.Dataset, sitk.ImageF
     return tags, reader
 
 
+def without_image(uid: str) -> str:
+    """What the objects of a storage class (SOP class UID) are that hold no image; empty where they may hold one."""
+    return next((text for stem, text in _NOT_IMAGES.items() if f"{uid}.".startswith(f"{stem}.")), "")
+
+
 def modality_of(tags: pydicom.Dataset) -> str:
     """Modality (0008,0060), empty where the file does not tell it."""
     return str(tags.get("Modality") or "").strip()
 
 
-def _read_header(path: Path, content: bytes) -> _Slice:
+def _read_header(path: Path, content: bytes) -> Slice:
     tags, reader = open_dicom(path, content)
     if not content.startswith(b"DICM", 128):  # GDCM lists such a file, but ITK then finds no reader for it
         raise DataError(f"{path.name}: has no DICOM preamble (DICM at byte 128); {_CONVERT}")
@@ -214,7 +238,7 @@ def _read_header(path: Path, content: bytes) -> _Slice:
     position, axes = (_numbers(tags, f"Image{what}Patient", n) for what, n in (("Position", 3), ("Orientation", 6)))
     if position is None or axes is None:
         raise DataError(f"{path.name}: has no position or orientation in the patient (0020,0032 and 0020,0037)")
-    return _Slice(
+    return Slice(
         name=path.name,
         details=tuple(str(tags.get(name) or "").strip() for name in _SERIES_TAGS.values()),
         position=position,
@@ -223,6 +247,7 @@ def _read_header(path: Path, content: bytes) -> _Slice:
         pixel_type=sitk.GetPixelIDValueAsString(reader.GetPixelID()),
         digest=hashlib.sha256(content).digest(),
         modality=modality_of(tags),
+        instance=str(tags.get("InstanceNumber") or "").strip(),
     )
 
 
@@ -234,7 +259,7 @@ def _numbers(tags: pydicom.Dataset, name: str, count: int) -> np.ndarray | None:
     return values if values.shape == (count,) and np.isfinite(values).all() else None
 
 
-def _check_one_series(folder: str, slices: Sequence[_Slice], listed: int) -> None:
+def _check_one_series(folder: str, slices: Sequence[Slice], listed: int) -> None:
     """Refuse what ITK would divide, or would stack although it does not belong together."""
     first = slices[0]
     for other in slices:
@@ -263,7 +288,7 @@ def _check_one_series(folder: str, slices: Sequence[_Slice], listed: int) -> Non
         raise DataError(f"{folder}: ITK divides it into {listed} series; {_CONVERT}")
 
 
-def _in_order(folder: str, found: Sequence[_Slice]) -> list[_Slice]:
+def _in_order(folder: str, found: Sequence[Slice]) -> list[Slice]:
     """Slices by ascending position along their normal; refused unless evenly spaced and stacked at right angles."""
     normal = np.cross(*found[0].axes)
     slices = sorted(found, key=lambda piece: float(piece.position @ normal))
@@ -283,7 +308,7 @@ def _in_order(folder: str, found: Sequence[_Slice]) -> list[_Slice]:
     return slices
 
 
-def _check_even(folder: str, slices: Sequence[_Slice], places: np.ndarray) -> None:
+def _check_even(folder: str, slices: Sequence[Slice], places: np.ndarray) -> None:
     steps = np.diff(places)
     uneven = np.abs(places - np.linspace(places[0], places[-1], len(places))).max()
     if uneven <= _EVEN * steps.min():
@@ -301,7 +326,7 @@ def _check_even(folder: str, slices: Sequence[_Slice], places: np.ndarray) -> No
     )
 
 
-def _check_upright(folder: str, slices: Sequence[_Slice], normal: np.ndarray) -> None:
+def _check_upright(folder: str, slices: Sequence[Slice], normal: np.ndarray) -> None:
     """Sheared stacks are read by ITK as if they were upright: no voxel may be misplaced by more than half a pixel."""
     offsets = np.array([piece.position - slices[0].position for piece in slices])
     sideways = np.linalg.norm(offsets - np.outer(offsets @ normal, normal), axis=1)
