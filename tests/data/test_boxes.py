@@ -334,6 +334,8 @@ BAD_ROI = {
     "flat": ({"size": [5, 0, 5]}, "a size of three numbers above 0"),
     "words": ({"size": "5 5 5"}, "a size of three numbers above 0"),
     "nan": ({"center": [float("nan"), 0, 0]}, "needs a center of three numbers"),
+    "huge": ({"center": [10**400, 0, 0]}, "needs a center of three numbers"),
+    "far": ({"center": [1e308, -1e308, 0]}, "needs a center of three numbers"),
     "two": ({"center": [1, 2]}, "needs a center of three numbers"),
     "shear": ({"orientation": [1, 1, 0, 0, 1, 0, 0, 0, 1]}, "is no rotation"),
     "zero": ({"orientation": [0] * 9}, "is no rotation"),

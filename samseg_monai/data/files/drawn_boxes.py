@@ -43,6 +43,7 @@ _MARGIN = re.compile(r"(\d+(?:\.\d+)?) *(mm|voxels?|pixels?|px)", re.IGNORECASE)
 _WHOLE = 1e-4  # labels that another tool has resampled are off by rounding
 _EDGE = 1e-3  # voxels: an edge that a person put onto that of a voxel is there, but for rounding
 _TURNED = 0.5  # voxels by which an edge of a ROI may leave its row of voxels
+_FAR = 1e9  # mm or microns: no patient is as large, and sums of more could overflow
 _LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
 _EXPECTED = "save the ROI from Slicer's module Markups as .mrk.json"
 Grid = tuple[tuple[int, ...], np.ndarray]  # shape and affine to RAS mm
@@ -350,8 +351,11 @@ def _corners(markup: Mapping[str, Any], name: str) -> np.ndarray:
 def _vector(value: Any, count: int) -> np.ndarray | None:
     if not isinstance(value, list) or len(value) != count or not all(is_number(number) for number in value):
         return None
-    numbers = np.array(value, dtype=float)
-    return numbers if np.isfinite(numbers).all() else None
+    try:
+        numbers = np.array(value, dtype=float)
+    except OverflowError:  # whole numbers of JSON have no end
+        return None
+    return numbers if (np.abs(numbers) < _FAR).all() else None
 
 
 def _of_region(corners: np.ndarray, grid: Grid, name: str) -> tuple[dict[str, Any], list[str]]:
