@@ -72,28 +72,22 @@ def predict(
     named and left out; the exit code is then 1. An image that is not of the bundle's modality is bad, too (by DICOM, or
     by values: a CT has Hounsfield units), unless --allow-modality says that it is right.
     """
-    asked = {"boxes": boxes, "prompts": prompts, "whole-slice": whole_slice}
-    sources = [f"--{key}" for key, value in asked.items() if value]
-    if len(sources) > 1:
-        raise BundleError(f"predict: got both {' and '.join(sources)}; give one source of prompts")
+    asked = (("boxes", boxes), ("prompts", prompts), ("whole-slice", whole_slice))
+    sources = [f"--{key}" for key, value in asked if value]
     check_places("predict", {"BUNDLE": bundle, "--input": input, "--boxes": boxes, "--prompts": prompts})
     from samseg_monai.bundles.door import open_bundle
 
     given = {key: os.path.abspath(value) for key, value in {"boxes": boxes, "prompts": prompts}.items() if value}
     places = {"dataset_dir": input, "output_dir": output, "predictions_dir": output}
     overrides: dict[str, Any] = {key: os.path.abspath(place) for key, place in places.items()}
-    overrides |= {} if sam_checkpoint is None else {"sam_checkpoint": sam_checkpoint}
-    overrides |= {"allow_modality": True} if allow_modality else {}
-    overrides |= {} if device is None else {"device": _device(device)}
-    logs = nullcontext() if verbose else briefly()
-    with logs, open_bundle(bundle, trust=trust) as opened:
+    how = {"sam_checkpoint": sam_checkpoint, "allow_modality": allow_modality or None, "device": _device(device)}
+    overrides |= {key: value for key, value in how.items() if value is not None}
+    with nullcontext() if verbose else briefly(), open_bundle(bundle, trust=trust) as opened:
         opened.check()
         typer.echo(f"{opened.name}: {input} -> {output}")
         overrides |= _prompt_overrides(opened, given, sources)
-        if no_resample and "resample" in opened.parser().get():
-            overrides["resample"] = False
-        if no_pictures and "pictures" in opened.parser().get():
-            overrides["pictures"] = False
+        off = {"resample": no_resample, "pictures": no_pictures}
+        overrides |= {key: False for key, wanted in off.items() if wanted and key in opened.parser().get()}
         overrides |= _series_overrides(opened, scan or [], name_by)
         if opened.checkpoint is not None:  # the folder of predictions is no place to look for an adapter
             overrides["checkpoint"] = str(opened.checkpoint)
@@ -101,8 +95,10 @@ def predict(
     typer.echo(f"segmentations: {overrides['predictions_dir']}")
 
 
-def _device(name: str) -> str:
+def _device(name: str | None) -> str | None:
     """The expression of a device for a config. Raises ConfigError where there is none of this name."""
+    if name is None:
+        return None
     import torch
 
     try:
@@ -134,9 +130,11 @@ def _prompt_overrides(opened: Opened, prompts: dict[str, str], sources: list[str
         sources: options that name the one source of prompts.
 
     Raises:
-        BundleError: it takes none and got some.
+        BundleError: it takes none and got some, or got them from several sources.
         PromptError: it takes some and got none.
     """
+    if len(sources) > 1:
+        raise BundleError(f"predict: got both {' and '.join(sources)}; give one source of prompts")
     if opened.prompted and not sources:
         from samseg_monai.data.files.cases import NO_PROMPTS
 

@@ -76,15 +76,12 @@ def find_cases(
     """Find and check the cases of ``source``.
 
     Args:
-        source: folder of case folders, one case folder, folder of single NIfTI/MHA/NRRD files, a file, folder of the
-            slices of one DICOM series (of any names), folder of such folders, or a list. Of DICOM in deeper folders,
-            several series in one, and ZIP files, see ``pacs``.
-        scans: names of the scans in the order the network wants them. With one scan a file of any name, or a folder
-            with a DICOM series, is a case; with several, files are named ``<case>-<scan>``, or ``<scan>`` in a
-            folder ``<case>``, or hold that many channels on a fourth axis, and DICOM series lie in folders
-            ``<case>/<scan>``. BraTS's scans may have their names of 2012 to 2022 (t1, t1ce, t2, flair), too.
-        boxes: JSON file ``{case: [{"slice": k | "slices": [k0, k1], "box": [i0, j0, i1, j1]}]}``: inclusive voxel
-            indices of the stored array, as ``boxes`` says; there is also what they are in a DICOM series.
+        source: folder of case folders, one case folder, folder of single NIfTI/MHA/NRRD files, a file, DICOM series in
+            folders as ``pacs`` finds them, or in a ZIP file, or a list of these.
+        scans: names of the scans in the order the network wants them. With one scan any file or DICOM series is a
+            case; with several, files are ``<case>-<scan>``, or ``<case>/<scan>``, as are folders of DICOM series, or
+            hold that many channels on a fourth axis. BraTS's names of 2012 to 2022 (t1, t1ce, t2, flair) do, too.
+        boxes: JSON file as of ``boxes``, which also says what voxel indices are in a DICOM series.
         prompts: coarse masks on the image's grid: one file (for one case), or a folder with ``<case>.nii.gz`` or
             ``<case>_seg.nii.gz``, also in a sub-folder ``<case>/``.
         kind: ``volumes``, or ``images``: each 2-D image file is a case (but masks and overlays), boxes are those of
@@ -123,7 +120,7 @@ def find_cases(
     for case in sorted({*(table or {})} - {*cases.files, *cases.bad}):
         LOG.warning("boxes are given for %s, but there is no such case", case)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        cases.sort(dict(zip(names := sorted(cases.files), pool.map(check, names), strict=True)))
+        cases.sort(dict(zip(cases.files, pool.map(check, [*cases.files]), strict=True)))
     return cases
 
 
