@@ -71,13 +71,7 @@ def predict(
     overrides: dict[str, Any] = {key: os.path.abspath(place) for key, place in places.items()}
     overrides |= {} if sam_checkpoint is None else {"sam_checkpoint": sam_checkpoint}
     overrides |= {"allow_modality": True} if allow_modality else {}
-    if device is not None:
-        import torch
-
-        try:
-            overrides["device"] = f"$torch.device({str(torch.device(device))!r})"
-        except RuntimeError as error:
-            raise ConfigError(f"--device: got {device!r}; give cpu, cuda or cuda:1") from error
+    overrides |= {} if device is None else {"device": _device(device)}
     logs = nullcontext() if verbose else briefly()
     with logs, open_bundle(bundle, trust=trust) as opened:
         opened.check()
@@ -91,6 +85,16 @@ def predict(
             overrides["checkpoint"] = str(opened.checkpoint)
         run_workflow([opened.config("inference")], overrides, echo=False, logs=verbose)
     typer.echo(f"segmentations: {overrides['predictions_dir']}")
+
+
+def _device(name: str) -> str:
+    """The device of that name as an override. Raises ConfigError for another name."""
+    import torch
+
+    try:
+        return f"$torch.device({str(torch.device(name))!r})"
+    except RuntimeError as error:
+        raise ConfigError(f"--device: got {name!r}; give cpu, cuda or cuda:1") from error
 
 
 def _prompt_overrides(opened: Opened, prompts: dict[str, str], sources: list[str]) -> dict[str, str]:
