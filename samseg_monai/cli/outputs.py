@@ -49,6 +49,9 @@ def briefly() -> Iterator[None]:
         if logger.handlers and logger.name.partition(".")[0] != "samseg_monai":
             logger.setLevel(logging.ERROR)
     PROGRESS.setLevel(logging.INFO)
+    others = [handler for handler in logging.root.handlers if type(handler) is logging.StreamHandler]
+    for handler in others:  # of a workflow that ran before in this process
+        logging.root.removeHandler(handler)
     logging.root.addHandler(console)
     try:
         with warnings.catch_warnings():
@@ -56,6 +59,8 @@ def briefly() -> Iterator[None]:
             yield
     finally:
         logging.root.removeHandler(console)
+        for handler in others:
+            logging.root.addHandler(handler)
         for logger, level in levels.items():
             logger.setLevel(level)
 

@@ -221,7 +221,7 @@ def expected(folder: str) -> nib.Nifti1Image:
 def test_zip_of_an_earlier_version_gives_the_masks_that_it_gave(name, cases, masks, old, tmp_path, monkeypatch, caplog):
     boxes = {"boxes": ["--boxes", FOLDER / "boxes.json"], "image": ["--whole-slice"]}.get(masks, [])
     assert samseg(monkeypatch, "predict", old[name], "--input", FOLDER / cases, "--output", tmp_path, *boxes) == 0
-    [path] = tmp_path.iterdir()
+    [path] = tmp_path.glob("*_seg.nii.gz")
     np.testing.assert_array_equal(np.asarray(nib.load(path).dataobj), np.asarray(expected(masks).dataobj))
     np.testing.assert_array_equal(nib.load(path).affine, expected(masks).affine)
     assert "has no settings.json (samseg-monai 0.1.0 wrote none): its configs tell them" in caplog.text
@@ -363,6 +363,7 @@ def test_what_lies_in_the_users_folder_stays(mine, phantoms, tmp_path, monkeypat
     words = ["--input", phantoms / "unlabelled", "--output", "out", "--whole-slice"]
     assert samseg(monkeypatch, "predict", mine, *words) == 0
     assert set(os.listdir(tmp_path)) == listed | {"out"}
-    assert [p.name for p in (tmp_path / "out").iterdir()] == [f"{CASE}_seg.nii.gz"]
+    made = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert made == [f"{CASE}_overlay.png", f"{CASE}_seg.nii.gz", "predictions.csv"]
     assert {p: p.stat().st_mtime_ns for p in mine.rglob("*")} == before
     assert load_file(mine / "models" / "model.safetensors")

@@ -409,6 +409,25 @@ def test_results_lie_where_they_were_asked_for_whatever_the_folder_is_called(pac
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["new_overlay.png", "new_seg.png", TABLE]
 
 
+def test_the_table_of_images_has_areas(packed, pictures, tmp_path, monkeypatch):
+    """In pixels, and in mm^2 where the file says how large they are."""
+    with Image.open(pictures / "images" / "scan_0004.png") as image:
+        array = np.asarray(image)
+    (tmp_path / "in").mkdir()
+    nib.save(nib.Nifti1Image(array.T, np.diag([0.5, 0.4, 1, 1])), tmp_path / "in" / "flat.nii.gz")
+    (tmp_path / "in" / "scan_0004.png").write_bytes((pictures / "images" / "scan_0004.png").read_bytes())
+    boxes = box_file(tmp_path, dict.fromkeys(("flat", "scan_0004"), BOXES["scan_0004"]))
+    words = ["--input", tmp_path / "in", "--boxes", boxes, "--output", tmp_path / "out"]
+    assert predict(monkeypatch, packed, *words) == 0
+    with (tmp_path / "out" / TABLE).open(newline="") as file:
+        flat, plain = csv.DictReader(file)
+    made = {name: Image.open(tmp_path / "out" / f"{name}_seg.png") for name in ("flat", "scan_0004")}
+    pixels = {name: int(np.count_nonzero(image)) for name, image in made.items()}
+    assert [flat["tumour_px"], plain["tumour_px"]] == [str(pixels["flat"]), str(pixels["scan_0004"])]
+    assert float(flat["tumour_mm2"]) == pytest.approx(0.2 * pixels["flat"]) and plain["tumour_mm2"] == ""
+    assert flat["spacing_mm"] == "0.4 x 0.5" and plain["spacing_mm"] == "" and plain["prompt"] == "boxes"
+
+
 @pytest.mark.parametrize("box", [[60, 2, 70, 9], [3, 2, 3.0000001, 9]])
 def test_images_without_boxes_are_predicted_as_a_whole_and_bad_boxes_cost_one_image(
     box, packed, pictures, tmp_path, monkeypatch, capsys

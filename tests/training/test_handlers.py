@@ -712,6 +712,12 @@ def test_every_handler_can_be_written_in_json(network, tmp_path):
         "GradientFlow": {"network": "@net"},
         "LastAdapter": {"network": "@net", "output_dir": "@out"},
         "NonFiniteGuard": {},
+        "PredictionTable": {
+            "cases": {"_target_": "samseg_monai.data.files.case_list.CaseList"},
+            "output_dir": "@out",
+            "classes": ["tumour"],
+            "prompt_source": "json",
+        },
         "ResumeSaver": {"output_dir": "@out", "network": "@net", "optimizer": "$@trainer.optimizer"},
         "RunCard": {"output_dir": "@out", "settings": {"lr": 0.1}},
         "SameBuffers": {"network": "@net"},

@@ -105,23 +105,28 @@ def find_cases(
     fits = partial(_check_modality, kind=kind, modality=modality, allowed=allow_modality)
 
     def check(case: str) -> dict[str, Any] | str:
-        with noted(case) as notes:
-            try:
-                if kind == IMAGES:
-                    return _check_image(case, cases.files[case][0], scans, table, fits)
-                return _check_volumes(case, cases.files[case], scans, table, masks, fits)
-            except (DataError, PromptError) as error:
-                return str(error)
-            except Exception as error:  # noqa: BLE001  whatever is wrong with one case must not cost the others
-                return reason_of(error)
-            finally:
-                cases.note(case, notes)
+        if kind == IMAGES:
+            return _checked(cases, case, partial(_check_image, case, cases.files[case][0], scans, table, fits))
+        return _checked(cases, case, partial(_check_volumes, case, cases.files[case], scans, table, masks, fits))
 
     for case in sorted({*(table or {})} - {*cases.files, *cases.bad}):
         LOG.warning("boxes are given for %s, but there is no such case", case)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         cases.sort(dict(zip(cases.files, pool.map(check, [*cases.files]), strict=True)))
     return cases
+
+
+def _checked(cases: CaseList, case: str, check: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
+    """What a check gives, or why the case is bad; its warnings are noted."""
+    with noted(case) as notes:
+        try:
+            return check()
+        except (DataError, PromptError) as error:
+            return str(error)
+        except Exception as error:  # noqa: BLE001  whatever is wrong with one case must not cost the others
+            return reason_of(error)
+        finally:
+            cases.note(case, notes)
 
 
 def check_prompts(source: str, *, boxes: str | Path | None, prompts: str | Path | None) -> None:
