@@ -19,9 +19,28 @@ _FACE = {
     ),
 }  # fmt: skip
 _MODULES = {name: f"{__name__}.{module}" for module, names in _FACE.items() for name in names}
-__all__ = [*_MODULES]
+__all__ = [  # written out for the API pages, which read it without running it
+    "LoadedBundle",
+    "build_bundle",
+    "bundle_root",
+    "extra_inputs",
+    "facts",
+    "find_checkpoint",
+    "guard",
+    "in_order",
+    "join_processes",
+    "leave_processes",
+    "load_bundle",
+    "note_cases",
+    "pack_bundle",
+    "rank_device",
+    "recipe_names",
+    "record_bundle",
+    "seen_cases",
+    "settings",
+    "write_bundle",
+]
 
-# ruff: noqa: F401
 if TYPE_CHECKING:
     from samseg_monai.bundles.build import build_bundle, recipe_names, write_bundle
     from samseg_monai.bundles.loaded import LoadedBundle, load_bundle

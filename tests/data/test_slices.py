@@ -224,7 +224,7 @@ def test_slices_of_unequal_shape_stay_under_their_boxes_in_a_batch():
     assert batch["label"].shape == (3, 1, 64, 64)
     for key in ("image", "label"):
         for found, box in zip(batch[key][:, 0], batch["boxes"], strict=True):
-            rows, columns = (found.any(axis).nonzero()[:, 0].tolist() for axis in (1, 0))
+            rows, columns = ((found == 1).any(axis).nonzero()[:, 0].tolist() for axis in (1, 0))
             assert box.tolist() == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
 
 

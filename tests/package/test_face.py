@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import samseg_monai as sm
+from samseg_monai import bundles
 from samseg_monai.bundles import build_bundle, recipe_names
 from samseg_monai.cli import app
 from samseg_monai.sam.weights import KNOWN
@@ -63,10 +64,12 @@ def test_every_name_of_the_face_is_there():
         sm.LoRa  # noqa: B018
 
 
-def test_editors_are_told_the_same_names():
-    block = next(node for node in ast.parse(inspect.getsource(sm)).body if isinstance(node, ast.If))
+@pytest.mark.parametrize("module", [sm, bundles])
+def test_editors_are_told_the_same_names(module):
+    block = next(node for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.If))
     told = {alias.name: line.module for line in block.body for alias in line.names}
-    assert told == sm._MODULES
+    assert told == module._MODULES and set(told) == set(module.__all__) - {"__version__"}
+    assert all(getattr(module, name).__name__ == name for name in told)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
