@@ -28,9 +28,9 @@ from torch.nn import functional as F
 from torchvision.models import resnet18
 
 from samseg_monai.data.slices.cache import CachedCase
-from samseg_monai.export.official import official_encoder
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.backbone import SamSpec
+from samseg_monai.sam.build import official_encoder
 from samseg_monai.sam.spec import get_spec
 from samseg_monai.sam.vit import ViTSpec
 from samseg_monai.strategies import Ladder

@@ -21,7 +21,7 @@ from measuring import alternate, in_fresh_processes, machine, resident_peak_byte
 from torch import nn
 
 import samseg_monai
-from samseg_monai.export.official import official_encoder
+from samseg_monai.sam.build import official_encoder
 from samseg_monai.sam.spec import get_spec
 from samseg_monai.sam.vit import ImageEncoder
 

@@ -1,0 +1,155 @@
+"""Attention with SAM's decomposed relative positions, in the ways that are fastest on some device.
+
+SAM adds to the logit of query (y, x) and key (y', x') the terms ``q . R_h[y - y']`` and ``q . R_w[x - x']`` (Li et al.
+2022, arXiv:2112.01526, equation 4). All ways here compute softmax(q k^T + rows + columns) v with
+
+    q, k, v  (B, heads, N, d), q times its scale, N = h * w tokens in the order of rows
+    rows     (B, heads, N, h), the first term for each row of keys
+    cols     (B, heads, N, w), the second term for each column of keys
+
+to (B, heads, N, d), and are differentiable in all five. They differ in time and memory alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Way = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+# logits at a time: what stays in a core's cache between the product and the softmax
+CHUNK = 1 << 20
+
+
+def folded(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """In one kernel of ``scaled_dot_product_attention``, without any matrix of logits.
+
+    Both terms are inner products of a vector that depends on the query alone with a one-hot code of the key's row or
+    column: they are appended to query and key as extra channels, h + w of them.
+    """
+    h, w, d = rows.shape[-1], cols.shape[-1], q.shape[-1]
+    spare = -(h + w + d) % 8  # what the kernels of GPUs would fill up by copying
+    query = F.pad(torch.cat([q.to(rows.dtype), rows, cols], dim=-1), (0, spare))
+    key_row = torch.eye(h, dtype=k.dtype, device=k.device).repeat_interleave(w, dim=0)
+    key_col = torch.eye(w, dtype=k.dtype, device=k.device).repeat(h, 1)
+    code = F.pad(torch.cat([key_row, key_col], dim=-1), (0, spare)).expand(*k.shape[:-1], -1)
+    # the fused kernels want values as wide as queries; the padding is cut off again
+    out = F.scaled_dot_product_attention(query, torch.cat([k, code], dim=-1), F.pad(v, (0, h + w + spare)), scale=1.0)
+    return out[..., :d]
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """With both terms as one matrix (B, heads, N, N) that is added to the logits."""
+    bias = (rows[..., :, None] + cols[..., None, :]).flatten(-2).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+
+
+def masked_in_chunks(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """``masked`` for some queries at a time: no more than a chunk of the matrix is there. Without a gradient."""
+    shape = q.shape
+    q, k, v, rows, cols = (x.flatten(0, 1) for x in (q, k, v, rows, cols))
+    out = torch.empty_like(q)
+    for group, queries in _chunks(q.shape[0], q.shape[1], k.shape[1]):
+        some = slice(None), group, queries  # of one image: the kernel wants four dimensions
+        few = masked(q[None][some], k[None, group], v[None, group], rows[None][some], cols[None][some])
+        out[group, queries] = few[0]
+    return out.view(shape)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """With PyTorch's FlexAttention, which reads both terms within its kernel; compiled for GPUs only."""
+    width = cols.shape[-1]
+
+    def with_positions(logit: Tensor, b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return logit + rows[b, head, query, key // width] + cols[b, head, query, key % width]
+
+    return _flex_attention(q.is_cuda)(q, k, v, score_mod=with_positions, scale=1.0)
+
+
+@lru_cache
+def _flex_attention(compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention  # loads a compiler that few need
+
+    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+
+
+def by_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """With kernels of this package for GPUs, which take a row of keys at a time and so need no matrix either."""
+    from samseg_monai.sam.attention_triton import by_rows  # a compiler that exists where GPUs are
+
+    return by_rows(q, k, v, rows.to(q.dtype), cols.to(q.dtype))
+
+
+def chunked(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """For some heads and queries at a time, all of it computed again in the backward pass; for CPUs."""
+    flat = (x.flatten(0, 1) for x in (q, k, v, rows, cols))
+    return _Chunked.apply(*flat).view(q.shape)
+
+
+def _chunks(groups: int, queries: int, keys: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of heads and of queries with about ``CHUNK`` logits each; several heads only where all queries fit."""
+    rows = max(1, CHUNK // keys)
+    heads = max(1, rows // queries)
+    for group in range(0, groups, heads):
+        for query in range(0, queries, rows):
+            yield slice(group, group + heads), slice(query, min(query + rows, queries))
+
+
+def _weights(q: Tensor, k: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """Softmax over all keys: (G, n, d), (G, N, d), (G, n, h) and (G, n, w) to (G, n, N)."""
+    bias = (rows[..., :, None] + cols[..., None, :]).flatten(-2)
+    return bias.baddbmm_(q, k.transpose(1, 2)).softmax(-1)
+
+
+class _Chunked(torch.autograd.Function):
+    """Arguments as of this module with B and heads as one dimension, G."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:  # type: ignore[override]
+        out = torch.empty_like(v)
+        for group, part in _chunks(q.shape[0], q.shape[1], k.shape[1]):
+            weights = _weights(q[group, part], k[group], rows[group, part], cols[group, part])
+            out[group, part] = torch.bmm(weights, v[group])
+        ctx.save_for_backward(q, k, v, rows, cols)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        q, k, v, rows, cols = ctx.saved_tensors
+        h, w = rows.shape[-1], cols.shape[-1]
+        for_q, for_rows, for_cols = torch.empty_like(q), torch.empty_like(rows), torch.empty_like(cols)
+        for_k, for_v = torch.zeros_like(k), torch.zeros_like(v)
+        for group, part in _chunks(q.shape[0], q.shape[1], k.shape[1]):
+            weights = _weights(q[group, part], k[group], rows[group, part], cols[group, part])
+            for_v[group].baddbmm_(weights.transpose(1, 2), gradient[group, part])
+            logits = torch.bmm(gradient[group, part], v[group].transpose(1, 2))
+            logits = torch._softmax_backward_data(logits, weights, -1, logits.dtype)
+            for_k[group].baddbmm_(logits.transpose(1, 2), q[group, part])
+            for_q[group, part] = torch.bmm(logits, k[group])
+            grid = logits.unflatten(-1, (h, w))
+            for_rows[group, part], for_cols[group, part] = grid.sum(-1), grid.sum(-2)
+        return for_q, for_k, for_v, for_rows, for_cols
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    """In the way that was measured to be fastest: in chunks on a CPU, folded elsewhere and where a graph is drawn."""
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return folded(q, k, v, rows, cols)
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, rows, cols))
+    return (chunked if learning else masked_in_chunks)(q, k, v, rows, cols)
+
+
+WAYS: dict[str, Way] = {
+    "folded": folded,
+    "masked": masked,
+    "masked_in_chunks": masked_in_chunks,
+    "flex": flex,
+    "by_rows": by_rows,
+    "chunked": chunked,
+}
