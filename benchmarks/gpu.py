@@ -23,7 +23,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -50,9 +50,7 @@ ATTENTION = {
     "folded": ("folded", "folded"),
     "masked": ("masked", "masked"),
     "by_rows": ("by_rows", "by_rows"),
-    "folded, by_rows": ("folded", "by_rows"),
     "masked, by_rows": ("masked", "by_rows"),
-    "folded, flex": ("folded", "flex"),
 }
 TILES = ((64, 4), (128, 4), (128, 8), (64, 8), (32, 4))  # queries and warps of a program of "by_rows"
 
@@ -351,16 +349,16 @@ def tiles(tile: tuple[int, int] | None) -> Iterator[None]:
         return
     from samseg_monai.sam import attention_triton
 
-    before = attention_triton.WIDE, attention_triton.NARROW
-    attention_triton.WIDE = attention_triton.NARROW = tile
+    before = attention_triton.TILES
+    attention_triton.TILES = dict.fromkeys(before, (tile, tile))
     try:
         yield
     finally:
-        attention_triton.WIDE, attention_triton.NARROW = before
+        attention_triton.TILES = before
 
 
 @torch.no_grad()
-def correctness(variant: str, size: int, device: torch.device, ways: Sequence[str]) -> Iterator[dict[str, Any]]:
+def correctness(variant: str, size: int, device: torch.device) -> Iterator[dict[str, Any]]:
     """Largest and mean difference of embeddings from segment_anything's in float32, which are about 1 in size."""
     reference = encoder_of("reference", variant, size, device)
     ours = encoder_of("ours", variant, size, device)
@@ -369,7 +367,7 @@ def correctness(variant: str, size: int, device: torch.device, ways: Sequence[st
     image = torch.randn(1, 3, size, size, device=device)
     with precision(device, "fp32"):
         expected = reference(image)
-    for attention in ways:
+    for attention in ATTENTION:
         for kind in ("fp32", "tf32", "bf16"):
             row: dict[str, Any] = {"kind": "correctness", "attention": attention, "precision": kind}
             try:
@@ -384,7 +382,7 @@ def correctness(variant: str, size: int, device: torch.device, ways: Sequence[st
             yield row
 
 
-def gradients(variant: str, size: int, device: torch.device, ways: Sequence[str]) -> Iterator[dict[str, Any]]:
+def gradients(variant: str, size: int, device: torch.device) -> Iterator[dict[str, Any]]:
     """Largest relative difference of our gradients in float32 from segment_anything's, of all parameters."""
     reference = encoder_of("reference", variant, size, device)
     ours = encoder_of("ours", variant, size, device)
@@ -393,7 +391,7 @@ def gradients(variant: str, size: int, device: torch.device, ways: Sequence[str]
     image = torch.randn(1, 3, size, size, device=device)
     weights = torch.randn(1, get_spec(variant).prompt_dim, size // 16, size // 16, device=device)
     found: dict[str | None, dict[str, Tensor]] = {}
-    for attention in (None, *ways):
+    for attention in (None, *ATTENTION):
         row: dict[str, Any] = {"kind": "gradients", "attention": attention, "precision": "fp32"}
         try:
             encoder = reference if attention is None else ours
@@ -412,7 +410,7 @@ def gradients(variant: str, size: int, device: torch.device, ways: Sequence[str]
             yield row
 
 
-PARTS = ("correctness", "encoder", "lora", "attention", "compile", "ladder", "others", "rest")
+PARTS = ("correctness", "encoder", "lora", "compile", "attention", "ladder", "others")
 
 
 def measure(bench: Bench) -> None:
@@ -434,26 +432,30 @@ def measure(bench: Bench) -> None:
         bench.row(name, make, needs_s=needs, **place)
 
     if "correctness" in parts:
-        known = [attention for attention in ATTENTION if "flex" not in attention]
-        bench.note({"model": main, "size": large}, correctness(main, large, device, known))
-        bench.note({"model": main, "size": small}, gradients(main, small, device, known))
+        bench.note({"model": main, "size": large}, correctness(main, large, device))
+        bench.note({"model": main, "size": small}, gradients(main, small, device))
     for batch in options.batches if "encoder" in parts else ():
         encode(REFERENCE, "reference", "fp32", batch)
         encode("reference bf16", "reference", "bf16", batch)
         for kind in ("fp32", "tf32"):
-            encode(f"ours {kind}", "ours", kind, batch, attention="folded")
-        for attention in ("folded", "masked", "by_rows", "folded, by_rows", "masked, by_rows"):
-            encode("ours bf16", "ours", "bf16", batch, attention=attention)
-        encode("ours bf16 weights", "ours", "bf16 weights", batch, attention="folded")
-        encode("ours bf16 weights", "ours", "bf16 weights", batch, attention="masked, by_rows")
+            for attention in ("folded", "masked", "by_rows", "masked, by_rows"):
+                encode(f"ours {kind}", "ours", kind, batch, attention=attention)
+        for kind in ("bf16", "bf16 weights"):
+            for attention in ("auto", "folded", "masked, by_rows"):
+                encode(f"ours {kind}", "ours", kind, batch, attention=attention)
     for size in (large, small) if "lora" in parts else ():
         for batch in options.train_batches:
             train(REFERENCE, "reference", "fp32", size, batch)
-            train("reference bf16", "reference", "bf16", size, batch)
-            train("ours tf32", "ours", "tf32", size, batch, attention="folded")
-            for attention in ("folded", "by_rows", "folded, by_rows"):
-                train("ours bf16", "ours", "bf16", size, batch, attention=attention)
-            train("ours bf16 weights", "ours", "bf16 weights", size, batch, attention="folded, by_rows")
+            for attention in ("masked", "by_rows"):
+                train("ours tf32", "ours", "tf32", size, batch, attention=attention)
+            train("ours bf16", "ours", "bf16", size, batch, attention="auto")
+            train("ours bf16 weights", "ours", "bf16 weights", size, batch, attention="auto")
+    for batch in options.batches if "compile" in parts else ():
+        for how, needs in (("blocks", 25), ("default", 60), ("reduce-overhead", 60)):
+            encode(f"ours bf16 weights compiled, {how}", "ours", "bf16 weights", batch, needs, compile=how)
+    for batch in options.train_batches if "compile" in parts else ():
+        for size in (large, small):
+            train("ours bf16 compiled, blocks", "ours", "bf16", size, batch, 45, compile="blocks")
 
     spec = get_spec(main)
     assert isinstance(spec, ViTSpec)
@@ -464,24 +466,13 @@ def measure(bench: Bench) -> None:
             where = {"model": main, "size": large, "batch": batch}
             where["kind"] = f"attention, {place}, {'forward and backward' if learn else 'forward'}"
             for way in WAYS:
-                if way in ("chunked", "masked_in_chunks") and device.type == "cuda":
+                if way == "chunked" and device.type == "cuda":
                     continue  # for CPUs
                 make = partial(attention_alone, way, batch, spec.num_heads, side, learn, device)
-                bench.row(way, make, needs_s=20 if way == "flex" else 6, **where)
+                bench.row(way, make, needs_s=6, **where)
             for tile in TILES if device.type == "cuda" else ():
                 make = partial(attention_alone, "by_rows", batch, spec.num_heads, side, learn, device, tile)
                 bench.row(f"by_rows, {tile[0]} queries, {tile[1]} warps", make, needs_s=6, **where)
-
-    # interpreted kernels and a compiler do not go together
-    compilable = "masked, by_rows" if device.type == "cuda" else "masked"
-    batch, learned = options.batches[-1], options.train_batches[-1]
-    if "compile" in parts:
-        how = {"attention": "folded", "compile": "blocks"}
-        encode("ours bf16 compiled by blocks", "ours", "bf16", batch, 40, **how)
-        encode("ours bf16 weights compiled by blocks", "ours", "bf16 weights", batch, 40, **how)
-        how["attention"] = compilable
-        encode("ours bf16 weights compiled by blocks", "ours", "bf16 weights", batch, 40, **how)
-        train("ours bf16 compiled by blocks", "ours", "bf16", large, learned, 45, **how)
 
     for batch in options.ladder_batches if "ladder" in parts else ():
         for name, which, kind, last in (
@@ -493,23 +484,12 @@ def measure(bench: Bench) -> None:
             bench.row(name, partial(ladder_step, which, main, small, batch, kind, device, last), needs_s=6, **place)
 
     for model in options.others if "others" in parts else ():
-        ways = [{}] if model.endswith("_t") else [{"attention": way} for way in ("folded", "masked, by_rows")]
         for batch in options.batches:
             encode(REFERENCE, "reference", "fp32", batch, 12, model)
-            for how in ways:
-                encode("ours bf16", "ours", "bf16", batch, 10, model, **how)
-            encode("ours bf16 weights", "ours", "bf16 weights", batch, 10, model, **ways[-1])
-
-    if "rest" in parts:
-        known = [attention for attention in ATTENTION if "flex" in attention]
-        if time.monotonic() + 60 < bench.end:
-            bench.note({"model": main, "size": large}, correctness(main, large, device, known))
-        encode("ours bf16", "ours", "bf16", options.batches[-1], 30, attention="folded, flex")
-        train("ours bf16", "ours", "bf16", large, learned, 40, attention="folded, flex")
-        for mode in ("default", "reduce-overhead"):
-            for attention in ("folded", compilable):
-                encode(f"ours bf16 weights compiled, {mode}", "ours", "bf16 weights", options.batches[0], 60,
-                       attention=attention, compile=mode)  # fmt: skip
+            encode("ours bf16", "ours", "bf16", batch, 10, model)
+            encode("ours bf16 weights", "ours", "bf16 weights", batch, 10, model)
+        how = "default" if model.endswith("_t") else "blocks"
+        encode(f"ours bf16 weights compiled, {how}", "ours", "bf16 weights", batch, 60, model, compile=how)
 
 
 def main() -> None:

@@ -13,17 +13,20 @@ to (B, heads, N, d), and are differentiable in all five. They differ in time and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from samseg_monai.products import fits, times, times_plus
+
 Way = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
+TRITON = find_spec("triton") is not None
 # logits at a time: what stays in a core's cache between the product and the softmax
-CHUNK = 1 << 20
+CHUNK = 1 << 19
 
 
 def folded(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -47,35 +50,6 @@ def masked(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tenso
     """With both terms as one matrix (B, heads, N, N) that is added to the logits."""
     bias = (rows[..., :, None] + cols[..., None, :]).flatten(-2).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
-
-
-def masked_in_chunks(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """``masked`` for some queries at a time: no more than a chunk of the matrix is there. Without a gradient."""
-    shape = q.shape
-    q, k, v, rows, cols = (x.flatten(0, 1) for x in (q, k, v, rows, cols))
-    out = torch.empty_like(q)
-    for group, queries in _chunks(q.shape[0], q.shape[1], k.shape[1]):
-        some = slice(None), group, queries  # of one image: the kernel wants four dimensions
-        few = masked(q[None][some], k[None, group], v[None, group], rows[None][some], cols[None][some])
-        out[group, queries] = few[0]
-    return out.view(shape)
-
-
-def flex(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """With PyTorch's FlexAttention, which reads both terms within its kernel; compiled for GPUs only."""
-    width = cols.shape[-1]
-
-    def with_positions(logit: Tensor, b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return logit + rows[b, head, query, key // width] + cols[b, head, query, key % width]
-
-    return _flex_attention(q.is_cuda)(q, k, v, score_mod=with_positions, scale=1.0)
-
-
-@lru_cache
-def _flex_attention(compiled: bool) -> Any:
-    from torch.nn.attention.flex_attention import flex_attention  # loads a compiler that few need
-
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
 
 def by_rows(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
@@ -103,7 +77,16 @@ def _chunks(groups: int, queries: int, keys: int) -> Iterator[tuple[slice, slice
 def _weights(q: Tensor, k: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """Softmax over all keys: (G, n, d), (G, N, d), (G, n, h) and (G, n, w) to (G, n, N)."""
     bias = (rows[..., :, None] + cols[..., None, :]).flatten(-2)
+    if len(q) == 1 and fits(q, k, bias):
+        return times_plus(q[0], k[0], bias[0]).softmax(-1)[None]
     return bias.baddbmm_(q, k.transpose(1, 2)).softmax(-1)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``torch.bmm`` of (G, n, m) and (G, m, k)."""
+    if len(a) == 1 and fits(a, b):
+        return times(a[0], b[0].t())[None]
+    return torch.bmm(a, b)
 
 
 class _Chunked(torch.autograd.Function):
@@ -111,10 +94,11 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:  # type: ignore[override]
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # once instead of for each chunk
         out = torch.empty_like(v)
         for group, part in _chunks(q.shape[0], q.shape[1], k.shape[1]):
             weights = _weights(q[group, part], k[group], rows[group, part], cols[group, part])
-            out[group, part] = torch.bmm(weights, v[group])
+            out[group, part] = _product(weights, v[group])
         ctx.save_for_backward(q, k, v, rows, cols)
         return out
 
@@ -122,34 +106,36 @@ class _Chunked(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         q, k, v, rows, cols = ctx.saved_tensors
+        gradient = gradient.contiguous()
         h, w = rows.shape[-1], cols.shape[-1]
         for_q, for_rows, for_cols = torch.empty_like(q), torch.empty_like(rows), torch.empty_like(cols)
-        for_k, for_v = torch.zeros_like(k), torch.zeros_like(v)
+        for_k, for_v = (x.new_zeros(x.shape[0], x.shape[2], x.shape[1]) for x in (k, v))
         for group, part in _chunks(q.shape[0], q.shape[1], k.shape[1]):
             weights = _weights(q[group, part], k[group], rows[group, part], cols[group, part])
-            for_v[group].baddbmm_(weights.transpose(1, 2), gradient[group, part])
-            logits = torch.bmm(gradient[group, part], v[group].transpose(1, 2))
+            for_v[group] += _product(gradient[group, part].transpose(1, 2), weights)
+            logits = _product(gradient[group, part], v[group].transpose(1, 2))
             logits = torch._softmax_backward_data(logits, weights, -1, logits.dtype)
-            for_k[group].baddbmm_(logits.transpose(1, 2), q[group, part])
-            for_q[group, part] = torch.bmm(logits, k[group])
+            for_k[group] += _product(q[group, part].transpose(1, 2), logits)
+            for_q[group, part] = _product(logits, k[group])
             grid = logits.unflatten(-1, (h, w))
             for_rows[group, part], for_cols[group, part] = grid.sum(-1), grid.sum(-2)
-        return for_q, for_k, for_v, for_rows, for_cols
+        return for_q, for_k.transpose(1, 2), for_v.transpose(1, 2), for_rows, for_cols
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """In the way that was measured to be fastest: in chunks on a CPU, folded elsewhere and where a graph is drawn."""
-    if q.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return folded(q, k, v, rows, cols)
-    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, rows, cols))
-    return (chunked if learning else masked_in_chunks)(q, k, v, rows, cols)
+    """In the way that was measured to be fastest (``benchmarks``) for a device, a type and what is being done."""
+    drawn = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if q.device.type == "cpu" and not drawn and not torch.compiler.is_compiling():
+        return chunked(q, k, v, rows, cols)
+    narrow = max(q.shape[-1], cols.shape[-1]) <= 128
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and TRITON and narrow and not drawn:
+        return by_rows(q, k, v, rows, cols)
+    return folded(q, k, v, rows, cols)
 
 
 WAYS: dict[str, Way] = {
     "folded": folded,
     "masked": masked,
-    "masked_in_chunks": masked_in_chunks,
-    "flex": flex,
     "by_rows": by_rows,
     "chunked": chunked,
 }

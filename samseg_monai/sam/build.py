@@ -13,6 +13,7 @@ from segment_anything.modeling import PromptEncoder as SamPromptEncoder
 from torch import nn
 
 from samseg_monai.errors import ConfigError
+from samseg_monai.products import adopt
 from samseg_monai.sam.backbone import Backbone, SamSpec
 from samseg_monai.sam.spec import get_spec
 from samseg_monai.sam.vit import ViTSpec
@@ -131,6 +132,7 @@ class SamModel(Sam):
         self.spec = spec
         self.image_size = image_size
         self.rectangular = rectangular
+        adopt(self)
 
     def pad(self, image: torch.Tensor) -> torch.Tensor:
         """Pad (..., h, w) with zeros at the bottom and right: to the square, or to full patches if rectangular."""

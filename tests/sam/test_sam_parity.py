@@ -333,7 +333,7 @@ def test_fused_attention_and_its_gradients_equal_the_plain_formula(grid, way, ch
 
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [1 << 20, 20, 70], ids=["one chunk", "of queries", "of heads"])
-@pytest.mark.parametrize("way", [None, "masked_in_chunks", "flex", "chunked"])
+@pytest.mark.parametrize("way", [None, "folded", "chunked"])
 def test_attention_without_a_gradient_equals_the_plain_formula(way, chunk, monkeypatch):
     monkeypatch.setattr("samseg_monai.sam.attention.CHUNK", chunk)
     attention, x = _attention(4), torch.randn(2, 2, 4, 8, dtype=torch.float64)
