@@ -334,7 +334,7 @@ def attention_alone(
 
     def work() -> None:
         with torch.set_grad_enabled(learn):
-            out = WAYS[way](*tensors)
+            out = WAYS[way](*tensors, 1.0)
         if learn:
             torch.autograd.grad(out, tensors, torch.ones_like(out))
 

@@ -79,7 +79,7 @@ class FusedAttention(Attention):
         grid = q.unflatten(2, (h, w))
         rows = torch.einsum("bnhwd,hkd->bnhwk", grid, relative_rows(self.rel_pos_h, h)).flatten(2, 3)
         cols = torch.einsum("bnhwd,wkd->bnhwk", grid, relative_rows(self.rel_pos_w, w)).flatten(2, 3)
-        out = (self.way or attend)(q * self.scale, k, v, rows, cols)
+        out = (self.way or attend)(q, k, v, rows, cols, self.scale)
         out = out.reshape(b, down, across, heads, h, w, d).permute(0, 1, 4, 2, 5, 3, 6)
         return self.proj(out.reshape(b, down * h, across * w, c)[:, :height, :width])
 
