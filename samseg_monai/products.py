@@ -30,11 +30,11 @@ def _available() -> bool:
 def fits(*tensors: Tensor) -> bool:
     """Whether products of these may go to oneDNN, however small they are."""
     return (
-        _available()
+        not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and _available()
         and bool(torch.backends.mkldnn.enabled)
         and all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
         and not torch.is_autocast_enabled("cpu")
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
     )
 
 
@@ -55,8 +55,8 @@ def _dense(weight: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``, differentiable once where oneDNN computes it."""
-    large = x.numel() * weight.shape[0] >= SMALLEST
-    if not large or not fits(x, weight, *(() if bias is None else (bias,))):
+    # the size last: it must not be asked where a graph for all sizes is drawn
+    if not fits(x, weight, *(() if bias is None else (bias,))) or x.numel() * weight.shape[0] < SMALLEST:
         return F.linear(x, weight, bias)
     learning = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if learning and torch.is_grad_enabled():

@@ -24,6 +24,7 @@ from samseg_monai.products import fits, times, times_plus
 
 Way = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
+WIDEST = 128  # channels, and keys in a row, that the kernels for GPUs hold at a time
 TRITON = find_spec("triton") is not None
 # logits at a time: what stays in a core's cache between the product and the softmax
 CHUNK = 1 << 19
@@ -128,14 +129,18 @@ class _Chunked(torch.autograd.Function):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, cols: Tensor, scale: float) -> Tensor:
     """In the way that was measured to be fastest (``benchmarks``) for a device, a type and what is being done."""
-    drawn = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    wide = q.dtype in (torch.float32, torch.float64)
-    if q.device.type == "cpu" and wide and not drawn and not torch.compiler.is_compiling():
-        return chunked(q, k, v, rows, cols, scale)
-    narrow = max(q.shape[-1], cols.shape[-1]) <= 128
-    if q.is_cuda and not wide and TRITON and narrow and not drawn:
-        return by_rows(q, k, v, rows, cols, scale)
-    return folded(q, k, v, rows, cols, scale)
+    given = q, k, v, rows, cols
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return folded(*given, scale)
+    full = q.dtype == torch.float32
+    if q.device.type == "cpu" and (full or q.dtype == torch.float64) and not torch.compiler.is_compiling():
+        return chunked(*given, scale)
+    if q.is_cuda and TRITON and max(q.shape[-1], cols.shape[-1]) <= WIDEST and q.dtype != torch.float64:
+        if not full or torch.backends.cuda.matmul.allow_tf32:
+            return by_rows(*given, scale)
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
+            return masked(*given, scale)  # faster, but a backward pass would keep the matrix
+    return folded(*given, scale)
 
 
 WAYS: dict[str, Way] = {
