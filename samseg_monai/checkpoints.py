@@ -172,7 +172,8 @@ def read_card(folder: StrPath) -> dict[str, Any]:
     """The card of an adapter folder.
 
     Raises:
-        CheckpointError: absent, unreadable, or of a format that this version does not know.
+        CheckpointError: absent, unreadable, of a format that this version does not know, or with values of other types
+            than ``save_adapter`` writes, all at once.
     """
     path = _card_path(Path(folder))
     if not path.is_file():
@@ -183,6 +184,16 @@ def read_card(folder: StrPath) -> dict[str, Any]:
             f"{path}: card format {card.get('format_version')!r}, this version of samseg-monai reads {FORMAT_VERSION}; "
             "use the version that wrote it"
         )
+    strategy, text = card.get("strategy"), (str, type(None))
+    known = {
+        "strategy": isinstance(strategy, dict)
+        and isinstance(strategy.get("_target_"), str)
+        and isinstance(strategy.get("arguments", {}), dict),
+        "values": type(card.get("values", 0)) is int,
+        **{key: isinstance(card.get(key), text) for key in ("base_sha256", "base_file", "adapter_sha256")},
+    }
+    wrong = [f"{key}: got {card.get(key)!r:.80}" for key, good in known.items() if not good]
+    raise_all(wrong, CheckpointError, f"{path}: not what samseg-monai writes; get the file again")
     return card
 
 

@@ -17,11 +17,16 @@ IGNORE_NAMES = ("ignore", "ignored", "void")  # what datalists call the value of
 _WORD = "[A-Za-z0-9][A-Za-z0-9_.-]*"
 
 Name = Annotated[str, StringConstraints(pattern=f"^{_WORD}$", max_length=64)]
-Label = Annotated[str, StringConstraints(pattern=f"^{_WORD}( [A-Za-z0-9_.-]+)*$", max_length=64)]
+# of a class or channel: BraTS calls one "NCR/NET"; no slash begins or ends a word, so that it is no path
+_SIGNS = "[A-Za-z0-9_.()+-]"
+Label = Annotated[
+    str, StringConstraints(pattern=f"^[A-Za-z0-9]{_SIGNS}*( {_SIGNS}+|/[A-Za-z0-9(]{_SIGNS}*)*$", max_length=64)
+]
 # a sentence: it begins like one, so that it is neither an expression nor a path
 Text = Annotated[str, StringConstraints(pattern=r"""^[A-Za-z0-9"'(]""", max_length=4000)]
 Pattern = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9*][A-Za-z0-9_.*-]*|<norm>)$", max_length=200)]
 Weights = Annotated[str, StringConstraints(pattern=f"^{_WORD}[ =,A-Za-z0-9_.+-]*$", max_length=4000)]
+Place = Annotated[str, Field(min_length=1)]  # an empty one would mean the current folder
 Two = Field(min_length=2, max_length=2)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
@@ -32,6 +37,12 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Voxels = Annotated[int, Field(ge=1, le=8192)]
 Workers = Annotated[int, Field(ge=0, le=64)]
 Side = Annotated[int, Field(ge=16, le=2048)]  # twice SAM's own
+
+
+def is_label(text: str) -> bool:
+    """Whether a class can have this name."""
+    constraints = Label.__metadata__[0]  # type: ignore[attr-defined]
+    return len(text) <= constraints.max_length and re.search(constraints.pattern, text) is not None
 
 
 class Model(BaseModel):

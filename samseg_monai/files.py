@@ -23,6 +23,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from samseg_monai.errors import SamsegError, raise_all
 from samseg_monai.faults import writing
 
+MOST_LEVELS = 100  # of JSON: nobody writes deeper, and whoever walks through it would run out of stack
 StrPath = str | os.PathLike[str]
 
 
@@ -115,7 +116,7 @@ def read_json(path: StrPath, error: type[SamsegError], what: str, fix: str = "ge
     """Read a JSON object.
 
     Args:
-        path: file, UTF-8.
+        path: file, UTF-8, with or without a byte order mark.
         error: class to raise.
         what: what the file is, for the message ("datalist", "card", ...).
         fix: what the user can do about it.
@@ -127,7 +128,7 @@ def read_json(path: StrPath, error: type[SamsegError], what: str, fix: str = "ge
     try:
         if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
             raise OSError(errno.EINVAL, "no regular file: reading it may wait for ever")
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as problem:
         raise error(f"{what} {path}: cannot be read ({problem.strerror}); {fix}") from problem
     except ValueError as problem:
@@ -154,6 +155,12 @@ def parse_json(
     raise_all(twice, error, f"{what}: keys given twice; keep one of each")
     if not isinstance(value, dict):
         raise error(f"{what}: expected a JSON object, got a {type(value).__name__}; {fix}")
+    level: list[Any] = [value]
+    for _ in range(MOST_LEVELS):
+        groups = [group.values() if isinstance(group, dict) else group for group in level]
+        level = [item for group in groups for item in group if isinstance(item, (dict, list))]
+    if level:
+        raise error(f"{what}: more than {MOST_LEVELS} levels of lists and objects; {fix}")
     return value
 
 

@@ -31,6 +31,7 @@ from samseg_monai.choices import (
     Name,
     Network,
     Optimizer,
+    Place,
     Prompt,
     Schedule,
     Seed,
@@ -192,25 +193,25 @@ class Places(BaseModel):
     """Where a run's files lie: the receiver's business, never part of a bundle's settings."""
 
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
-    dataset_dir: str
+    dataset_dir: Place
     """Folder of the data."""
-    output_dir: str
+    output_dir: Place
     """Folder of the run."""
-    datalist: str | None = None
-    sam_checkpoint: str | None = None
+    datalist: Place | None = None
+    sam_checkpoint: Place | None = None
     """File of SAM's weights, or "random"; null: looked up by name."""
-    checkpoint: str | None = None
-    results_dir: str | None = None
-    predictions_dir: str | None = None
-    boxes: str | None = None
-    prompts: str | None = None
-    prompt_boxes: str | None = Field(default=None, alias="prompt::boxes")
-    slices_cache_dir: str | None = Field(default=None, alias="slices::cache_dir")
-    embeddings_cache_dir: str | None = Field(default=None, alias="embeddings::cache_dir")
-    side_weights: str | None = Field(default=None, alias="strategy::side_weights")
+    checkpoint: Place | None = None
+    results_dir: Place | None = None
+    predictions_dir: Place | None = None
+    boxes: Place | None = None
+    prompts: Place | None = None
+    prompt_boxes: Place | None = Field(default=None, alias="prompt::boxes")
+    slices_cache_dir: Place | None = Field(default=None, alias="slices::cache_dir")
+    embeddings_cache_dir: Place | None = Field(default=None, alias="embeddings::cache_dir")
+    side_weights: Place | None = Field(default=None, alias="strategy::side_weights")
     """File of the side network's weights, or "random"; null: the published ones."""
-    mlflow_uri: str | None = Field(default=None, alias="mlflow::uri")
-    mlflow_experiment: str | None = Field(default=None, alias="mlflow::experiment")
+    mlflow_uri: Place | None = Field(default=None, alias="mlflow::uri")
+    mlflow_experiment: Place | None = Field(default=None, alias="mlflow::experiment")
 
 
 PLACES = tuple(field.alias or name for name, field in Places.model_fields.items())

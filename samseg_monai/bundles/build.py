@@ -21,7 +21,7 @@ import jinja2
 
 from samseg_monai import __version__
 from samseg_monai.choices import Ladder, Method
-from samseg_monai.errors import BundleError, ConfigError
+from samseg_monai.errors import BundleError, ConfigError, raise_all
 from samseg_monai.files import read_json
 from samseg_monai.settings import BundleSettings, demonstrated, dump_settings, merged, read_settings
 
@@ -46,18 +46,25 @@ def recipe_names(kind: str) -> list[str]:
     return sorted(path.stem for path in (RECIPES / kind).glob("*.json"))
 
 
-def read_recipe(kind: str, name: str) -> dict[str, Any]:
-    """Read a recipe of ``kind`` by its name or path, with what it extends.
+def read_recipe(kind: str, name: str, *, level: int = 0) -> dict[str, Any]:
+    """Read a recipe of ``kind`` by its name or path, with what it extends, and so on up to ten times (``level``).
 
     Raises:
-        BundleError: there is none, or it is no JSON object.
+        BundleError: there is none, it is no JSON object, groups in it are none, or it extends itself.
     """
+    if "\0" in name or level > 10:
+        raise BundleError(f"{kind}: {name!r} {'is no name' if level <= 10 else 'extends itself, or too many others'}")
     path = Path(name) if name.endswith(".json") else RECIPES / kind / f"{name}.json"
     if not path.is_file():
         raise BundleError(f"{kind}: {_not_there(kind, name)}")
     recipe = without_comments(read_json(path, BundleError, f"{kind} recipe", "correct it"))
+    groups = {"run": recipe.get("run"), "demo": recipe.get("demo")}
+    groups["demo::run"] = recipe["demo"].get("run") if isinstance(recipe.get("demo"), dict) else None
+    wrong = [f"{key}: got {value!r}; expected an object" for key, value in groups.items() if not _is_group(value)]
+    raise_all(wrong, BundleError, f"{kind} recipe {path}: correct it")
+    recipe = {key: value for key, value in recipe.items() if key not in groups or value is not None}
     parent = recipe.pop("extends", None)
-    recipe = recipe if parent is None else merged(read_recipe(kind, str(parent)), recipe)
+    recipe = recipe if parent is None else merged(read_recipe(kind, str(parent), level=level + 1), recipe)
     return {**recipe, "name": path.stem}
 
 
@@ -78,6 +85,10 @@ def _not_there(kind: str, name: str) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     meant = f"did you mean {near[0]}? " if near else ""
     return f"no recipe {name!r}; {meant}There are {', '.join(known)}, or give the path of a .json file"
+
+
+def _is_group(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
 
 
 def without_comments(value: Any) -> Any:
@@ -111,7 +122,7 @@ def compose_recipes(task: dict[str, Any], strategy: dict[str, Any], title: str) 
         demo = merged({"run": {"sam_variant": "pico"}}, demo)
     if how.get("network") is not None:  # tasks choose a SAM, which means nothing to such a network
         run["sam_variant"] = None
-        demo["run"] = {key: value for key, value in demo.get("run", {}).items() if key != "sam_variant"}
+        demo["run"] = {key: value for key, value in (demo.get("run") or {}).items() if key != "sam_variant"}
     value = {
         "engine": __version__,
         "name": f"{what['name']}_segmentation_{how['name']}",

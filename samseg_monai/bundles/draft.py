@@ -12,9 +12,9 @@ from typing import Any
 from pydantic import create_model
 
 from samseg_monai.bundles.build import compose_recipes, read_recipe, recipe_names, without_comments
-from samseg_monai.choices import Label
+from samseg_monai.data.datalists.label_maps import check_names
 from samseg_monai.data.datalists.measure import Measured
-from samseg_monai.errors import ConfigError, raise_all
+from samseg_monai.errors import ConfigError
 from samseg_monai.files import write_text
 from samseg_monai.settings import DemoSettings, RunPatch, TaskSettings
 
@@ -58,8 +58,7 @@ def draft_task(measured: Measured, modality: str | None = None) -> list[Choice]:
     Raises:
         ConfigError: class names that no settings may hold, all at once.
     """
-    names = [f"{name!r}: name it in letters, digits, blanks and . _ -" for name in measured.classes if not _fits(name)]
-    raise_all(names, ConfigError, "class names cannot be used; give others with --labels of samseg prepare")
+    check_names({name: name for name in measured.classes})
     found, reason = _modality(measured, modality)
     return [*_data(measured, found, reason), *_texts(measured, found), *_run(measured, found)]
 
@@ -105,11 +104,6 @@ def recipe_schema() -> dict[str, Any]:
             part["patternProperties"] = {"^//": {"description": "A comment."}}
     required = [name for name in schema.pop("required") if name != "name"]
     return {**schema, "if": {"required": ["extends"]}, "else": {"required": required}}
-
-
-def _fits(name: str) -> bool:
-    constraints = Label.__metadata__[0]  # type: ignore[attr-defined]
-    return len(name) <= constraints.max_length and re.search(constraints.pattern, name) is not None
 
 
 def _modality(measured: Measured, given: str | None) -> tuple[str, str]:

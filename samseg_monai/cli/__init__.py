@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -69,6 +70,7 @@ def main() -> None:
     log_visibly()
     try:
         try:
+            _refuse_nothing(sys.argv[1:])
             app()
         finally:
             sys.stdout.flush()
@@ -90,3 +92,12 @@ def main() -> None:
 def _leave_stdout() -> None:
     """Let Python end without one more try to write what nobody takes."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _refuse_nothing(words: Sequence[str]) -> None:
+    """Refuse an empty word, as of a variable of the shell that is not set: as a path it means the current folder."""
+    for before, word in zip(("", *words), words, strict=False):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            where = f" behind {before}" if not word and before.startswith("-") else f" ({word})" if word else ""
+            typer.echo(f"an argument is empty{where}; is a variable of the shell not set?", err=True)
+            sys.exit(2)

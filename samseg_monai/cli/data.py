@@ -5,6 +5,7 @@ A command is the function that it calls: their parameters have the same names, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from samseg_monai.cli.outputs import file_to_write
 from samseg_monai.cli.places import check_places
 from samseg_monai.errors import visible_lines
 
+MOST_SEED = 2**32 - 1  # of NumPy's generators
 prepare_app = typer.Typer(help="Check a data set and write its datalist.", no_args_is_help=True)
 phantom_app = typer.Typer(help="Write synthetic cases for demos and tests.", no_args_is_help=True)
 
@@ -28,8 +30,8 @@ def numbers(kind: type, count: int) -> Callable[[str], Any]:
             values = tuple(kind(part) for part in text.replace("x", ",").split(","))
         except ValueError:
             values = ()
-        if len(values) != count or min(values) < 0:
-            raise typer.BadParameter(f"expected {count} numbers separated by commas, got {text!r}")
+        if len(values) != count or not all(0 <= value < math.inf for value in values):  # false for NaN
+            raise typer.BadParameter(f"expected {count} numbers >= 0 separated by commas, got {text!r}")
         return values
 
     return parse
@@ -42,15 +44,27 @@ def _labels(text: str) -> dict[str, str]:
 
 
 Output = Annotated[Path, typer.Option("--output", "--out", callback=file_to_write, help="Datalist (JSON) to write.")]
-Seed = Annotated[int, typer.Option(help="Seed of the split.")]
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of the split.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad cases out and list them.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Cases read at the same time.")]
 Unlabelled = Annotated[int, typer.Option(min=0, help="More cases without a mask, in OUTPUT/unlabelled.")]
 # Any: what Typer hands over is what the parser made of the text
 Fractions = Annotated[
     Any,
-    typer.Option(parser=numbers(float, 3), metavar="A,B,C", help="Of patients or groups: train, validate, test."),
+    typer.Option(
+        parser=numbers(float, 3),
+        metavar="A,B,C",
+        help="Of patients, groups or volumes: train, validate, test; default 0.7,0.1,0.2.",
+    ),
 ]
+SplitFile = Annotated[
+    Path | None, typer.Option(help="JSON with names of cases or patients under training, validation, testing.")
+]
+Folds = Annotated[
+    int | None,
+    typer.Option(min=3, help="Cross-validation instead: that many datalists; in each one part tests, one validates."),
+]
+Table = Annotated[Path | None, typer.Option(help="CSV with the columns case and patient.")]
 Shape = Annotated[Any, typer.Option(parser=numbers(int, 3), metavar="X,Y,Z", help="Voxels along the three axes.")]
 
 
@@ -58,18 +72,24 @@ Shape = Annotated[Any, typer.Option(parser=numbers(int, 3), metavar="X,Y,Z", hel
 def _brats_men(
     src: Annotated[Path, typer.Option(help="Folder that holds the case folders.")],
     output: Output,
-    label_coding: Annotated[
-        str, typer.Option(help="2023: labels 0 1 2 3. 2021: labels 0 1 2 4, as in BraTS 2017 to 2022.")
-    ] = "2023",
-    fractions: Fractions = "0.7,0.1,0.2",
-    split_file: Annotated[
-        Path | None, typer.Option(help="JSON with case or patient ids under training, validation, testing.")
+    scans: Annotated[
+        list[str] | None, typer.Option("--scan", help="t1n, t1c, t2w or t2f; several times; default: all there are.")
     ] = None,
+    label_coding: Annotated[
+        str | None,
+        typer.Option(
+            help="2023: labels 0 1 2 3. 2021: 0 1 2 4, as in BraTS 2017 to 2022. gtv: 0 1, as in BraTS-MEN-RT. "
+            "Default: gtv where the labels are called so, else 2023."
+        ),
+    ] = None,
+    fractions: Fractions = None,
+    folds: Folds = None,
+    split_file: SplitFile = None,
     seed: Seed = 0,
     skip_bad: SkipBad = False,
     num_threads: Threads = 4,
 ) -> None:
-    """Check cases in the layout of BraTS 2023 and write a datalist, split by patient."""
+    """Check case folders of BraTS (2017 to 2024, MEN-RT too) and write a datalist, split by patient."""
     given = locals()
     check_places("prepare", {"--src": src, "--split-file": split_file})
     from samseg_monai.data.datalists.brats import prepare_brats_men
@@ -79,7 +99,12 @@ def _brats_men(
 
 @prepare_app.command("synapse")
 def _synapse(
-    src: Annotated[Path, typer.Option(help="BTCV's RawData, or the folder in it that holds img and label.")],
+    src: Annotated[
+        Path,
+        typer.Option(
+            help="BTCV's RawData or its folder with img and label; or TransUNet's with train_npz, test_vol_h5."
+        ),
+    ],
     output: Output,
     label_coding: Annotated[
         str, typer.Option(help="btcv13: as published. samed, merit, transunet: eight organs. totalsegmentator.")
@@ -100,12 +125,22 @@ def _synapse(
 
 @prepare_app.command("folders")
 def _folders(
-    src: Annotated[Path, typer.Option(help="Folder with imagesTr and labelsTr, or images and labels.")],
+    src: Annotated[
+        Path,
+        typer.Option(
+            help="Folder with imagesTr and labelsTr (Decathlon, nnU-Net), images and labels, or one folder for each "
+            "case; DICOM series are folders in place of files."
+        ),
+    ],
     output: Output,
     labels: Annotated[
         Any, typer.Option(parser=_labels, metavar="TEXT", help="Such as 1=anterior,2=posterior; default: dataset.json.")
     ] = None,
     label_coding: Annotated[str | None, typer.Option(help="A known coding instead, such as totalsegmentator.")] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(help="CSV with the columns case and patient; with label and image (or scans) it lists the cases."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Of the data set; default: dataset.json, or the folder.")] = None,
     counts: Annotated[
         Any,
@@ -113,22 +148,19 @@ def _folders(
             "--split", parser=numbers(int, 3), metavar="A,B,C", help="Volumes to train, validate, test, by their names."
         ),
     ] = None,
-    fractions: Annotated[
-        Any,
-        typer.Option(parser=numbers(float, 3), metavar="A,B,C", help="Of the volumes instead; default 0.7,0.1,0.2."),
-    ] = None,
+    fractions: Fractions = None,
+    folds: Folds = None,
+    split_file: SplitFile = None,
     by_name: Annotated[bool, typer.Option("--by-name", help="Cut fractions from the order of names.")] = False,
     seed: Seed = 0,
     skip_bad: SkipBad = False,
     num_threads: Threads = 2,
 ) -> None:
-    """Check a Decathlon folder, or plain folders of images and labels, and write a datalist, split by volume."""
-    given = {key: value for key, value in locals().items() if value is not None}
-    check_places("prepare", {"--src": src})
+    """Check volumes and their labels, see which layout they have, and write a datalist, split by volume or patient."""
+    given = locals()
+    check_places("prepare", {"--src": src, "--split-file": split_file})
     from samseg_monai.data.datalists.folders import prepare_folders
 
-    if "counts" in given and "fractions" in given:
-        raise typer.BadParameter("give counts or fractions, not both", param_hint="--split")
     _tell(prepare_folders(**given))
 
 
@@ -146,10 +178,10 @@ def _images(
     spacing: Annotated[float | None, typer.Option(help="Pixel size in mm; default: the files' own, or pixels.")] = None,
     match: Annotated[str | None, typer.Option(help="Take only names like this, such as 'meningioma_*'.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the data set; default: that of the folder.")] = None,
-    split_file: Annotated[
-        Path | None, typer.Option(help="JSON with names of images or groups under training, validation, testing.")
-    ] = None,
-    fractions: Fractions = "0.7,0.1,0.2",
+    table: Table = None,
+    split_file: SplitFile = None,
+    fractions: Fractions = None,
+    folds: Folds = None,
     seed: Seed = 0,
     skip_bad: SkipBad = False,
     num_threads: Threads = 2,
@@ -191,7 +223,7 @@ def _phantom_brats(
     cases: Annotated[int, typer.Option(min=0, help="Labelled cases.")] = 44,
     unlabelled: Unlabelled = 0,
     shape: Shape = "64,72,24",
-    seed: Annotated[int, typer.Option(help="Everything is drawn from it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Everything is drawn from it.")] = 0,
 ) -> None:
     """Write phantoms in the layout of BraTS 2023, whose real size is 240,240,155."""
     given = locals()
@@ -207,7 +239,7 @@ def _phantom_btcv(
     cases: Annotated[int, typer.Option(min=0, max=30, help="Labelled cases, about 3 to train for 2 to test.")] = 30,
     unlabelled: Unlabelled = 0,
     shape: Shape = "96,80,40",
-    seed: Annotated[int, typer.Option(help="Everything is drawn from it.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Everything is drawn from it.")] = 0,
 ) -> None:
     """Write abdominal CT phantoms in the layout of BTCV, whose real size is about 512,512,130."""
     given = locals()

@@ -43,7 +43,7 @@ def honours(
     ] = None,
     autocast: Annotated[str | None, typer.Option(help="'bf16' for mixed precision; default fp32")] = None,
     checkpointing: Annotated[bool, typer.Option(help="recompute activations: less memory, more time")] = False,
-    seed: Annotated[int, typer.Option(help="seed of split and training")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of split and training", min=0, max=2**32 - 1)] = 0,
 ) -> None:
     """LoRA of rank 64, 128, 256 in SAM ViT-B's encoder against zero-shot, on BraTS 2023 meningioma with boxes.
 
@@ -60,16 +60,15 @@ def honours(
     unknown = [f"--scan {name}: choose from {', '.join(BRATS_SCANS)}" for name in scans if name not in BRATS_SCANS]
     raise_all(unknown, ConfigError, "These scans are not BraTS's")
     datalist = output / "datalist.json"
-    prepare_brats_men(brats, datalist, fractions=(0.772, 0.114, 0.114), split_file=split_file, seed=seed, num_threads=4)
+    parts = None if split_file else (0.772, 0.114, 0.114)
+    summary = prepare_brats_men(brats, datalist, fractions=parts, split_file=split_file, seed=seed, num_threads=4)
+    typer.echo("\n".join(summary.lines()))
     configs = {n: build_bundle("meningioma", n, output / "bundles") / "configs" for n in ("zero_shot", "lora")}
     shared: dict[str, Any] = {
         "dataset_dir": str(brats), "datalist": str(datalist), "sam_checkpoint": weights, "seed": seed,
         "scans": scans,
     }  # fmt: skip
-    if autocast:
-        shared["autocast"] = autocast
-    if checkpointing:
-        shared["checkpointing"] = True
+    shared |= ({"autocast": autocast} if autocast else {}) | ({"checkpointing": True} if checkpointing else {})
     story = Story()
     run = {**shared, "output_dir": str(output / "zero_shot")}
     story.run("zero-shot: evaluate", [configs["zero_shot"] / "evaluate.json"], run)
@@ -119,7 +118,9 @@ def sam_lst(
         int | None, typer.Option(help="looks per slice; default 8 with cached embeddings, else without end", min=1)
     ] = None,
     autocast: Annotated[str | None, typer.Option(help="'bf16' for mixed precision; default fp32")] = None,
-    seed: Annotated[int, typer.Option(help="seed of trainings and of the choice of validation patients")] = 1234,
+    seed: Annotated[
+        int, typer.Option(help="seed of trainings and of the choice of validation patients", min=0, max=2**32 - 1)
+    ] = 1234,
 ) -> None:
     """SAM-LST on Synapse: the ladder as published, CNN only, SAM only and no fine-tuning, under both sets of rules.
 

@@ -36,7 +36,7 @@ def demo(
         int | None, typer.Option(help="labelled phantoms; default: 44, or 15 abdomens of at most 30", min=8)
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="epochs of each training; default: the bundle's demo.json")] = None,
-    seed: Annotated[int, typer.Option(help="seed of phantoms, split and training")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of phantoms, split and training", min=0, max=2**32 - 1)] = 0,
 ) -> None:
     """Generate phantoms, train, evaluate beside zero-shot, pack, predict an unlabelled case, report."""
     from samseg_monai.demo import abdomen, meningioma

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from samseg_monai.choices import is_label
 from samseg_monai.errors import DataError, raise_all
 from samseg_monai.files import StrPath
 from samseg_monai.metrics.case import score_columns
@@ -209,6 +210,7 @@ def write_rows(rows: Sequence[Row], path: StrPath) -> Path:
         for row in rows
         for key, value in row.items()
         if isinstance(value, Path) or (isinstance(value, str) and ("/" in value or "\\" in value))
+        if not (key == "class" and is_label(str(value)))  # BraTS's NCR/NET
     ]
     raise_all(problems, DataError, "per-case tables hold names, not paths; put the case's name under 'case'")
     without = {"ignored_ml": 0.0} if "ignored_ml" in fields else {}  # which only rows of cases with such voxels have

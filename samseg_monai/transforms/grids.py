@@ -6,15 +6,15 @@ import logging
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import MapTransform, Orientation
 
 from samseg_monai.choices import IGNORE
-from samseg_monai.data.files.volumes import affine_difference
+from samseg_monai.data.files.volumes import affine_difference, axes_to_turn
 from samseg_monai.errors import DataError, raise_all
 
 logger = logging.getLogger(__name__)
@@ -69,9 +69,20 @@ class EachKeyd(MapTransform):
         raise NotImplementedError
 
 
+def _affine(array: MetaTensor) -> np.ndarray:
+    return np.asarray(torch.as_tensor(array.affine).cpu(), dtype=float)
+
+
+def _stored_like(array: MetaTensor, image: MetaTensor) -> MetaTensor:
+    """As ``volumes.stored_like``."""
+    codes = axes_to_turn(_affine(array), _affine(image), array.shape[1:])
+    return cast(MetaTensor, Orientation(axcodes=codes, labels=None)(array)) if codes else array
+
+
 class CheckSameGridd(MapTransform):
     """Refuse a case whose ``keys`` are not on the grid of its "image", as a coarse mask made on another image.
 
+    Axes that are stored in another order or direction are turned to the image's, which moves no voxel in the patient.
     Shapes are compared without the channel, affines (where both have one) by ``affine_difference``: what is as good as
     the image's grid is noted, and taken for it from here on.
 
@@ -85,16 +96,18 @@ class CheckSameGridd(MapTransform):
         image = d["image"]
         problems = []
         for key in self.key_iterator(d):
-            shape, expected = tuple(d[key].shape[1:]), tuple(image.shape[1:])
+            both = isinstance(d[key], MetaTensor) and isinstance(image, MetaTensor)
+            stored = _stored_like(d[key], image) if both else d[key]
+            shape, expected = tuple(stored.shape[1:]), tuple(image.shape[1:])
             if shape != expected:
                 problems.append(f"{key} has shape {shape}, image has {expected}")
-            elif isinstance(d[key], MetaTensor) and isinstance(image, MetaTensor):
-                affine, wanted = (np.asarray(torch.as_tensor(x.affine).cpu(), dtype=float) for x in (d[key], image))
+            elif both:
+                affine, wanted = _affine(stored), _affine(image)
                 difference, note = affine_difference(affine, wanted, shape)
                 problems += [f"{key}: its {difference} of image"] if difference else []
                 if note:
                     logger.info("%s: %s: %s", name_of(d), key, note)
-                if not difference and not np.array_equal(affine, wanted):
-                    d[key] = on_grid_of(image, d[key].as_tensor())
+                if not difference and not np.array_equal(_affine(d[key]), wanted):
+                    d[key] = on_grid_of(image, stored.as_tensor())
         raise_all(problems, DataError, f"{name_of(d)}: not on the grid of image; resample it first")
         return d

@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from scipy.ndimage import find_objects, generate_binary_structure, label
 
 from samseg_monai.choices import IGNORE
-from samseg_monai.data.datalists.label_maps import is_ignored
+from samseg_monai.data.datalists.label_maps import ROUNDED, is_ignored
 from samseg_monai.data.files.boxes import is_number
 from samseg_monai.errors import ConfigError, DataError, raise_all
 from samseg_monai.transforms.grids import EachKeyd, name_of, on_grid_of
@@ -31,7 +31,7 @@ class RecodeLabeld(EachKeyd):
     out. Files keep the coding they came in; what their values mean is read from the datalist.
 
     Args:
-        keys: labels of any shape, whole numbers of any dtype.
+        keys: labels of any shape, whole numbers of any dtype; those within 0.001 of one are rounded.
         labels: value -> name for every value that is legal in the files (``datalists.labels_of``). Several values may
             have one name; a name that is not among the classes becomes 0.
         classes: names of the classes in the order of the network's channels, without the background.
@@ -86,19 +86,21 @@ class RecodeLabeld(EachKeyd):
         for start in range(0, flat.size, _CHUNK):
             recoded[start : start + _CHUNK] = self._look_up(flat[start : start + _CHUNK], where)
         if (recoded == _UNKNOWN).any():
-            self._refuse({int(value) for value in np.unique(flat)}, where)
+            self._refuse({round(float(value)) for value in np.unique(flat)}, where)
         d[key] = on_grid_of(d[key], torch.from_numpy(recoded.reshape(values.shape)))
 
     def _look_up(self, values: np.ndarray, where: str) -> np.ndarray:
         if self.table is None:
             return values >= 0.5
         if values.dtype.kind == "f":
-            odd = values[~np.isfinite(values) | (values != np.rint(values))]
+            whole = np.rint(values)
+            odd = values[~(np.abs(values - whole) <= ROUNDED)]  # true of NaN, too
             if odd.size:
                 shown = ", ".join(f"{value:g}" for value in np.unique(odd)[:4])
                 raise DataError(
                     f"{where} has values that are not whole numbers ({shown}): resample labels by nearest neighbour"
                 )
+            values = np.clip(whole, self.lowest, max(self.names) + 1)
         slots = values.astype(np.int64) - self.lowest
         return self.table[np.clip(slots, 0, len(self.table) - 1, out=slots)]
 

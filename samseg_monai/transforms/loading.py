@@ -13,9 +13,9 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImaged
 
 from samseg_monai.data.datalists import case_hashes
+from samseg_monai.data.files.dicom import hash_of
 from samseg_monai.data.files.volumes import modality_doubt, size_problem, unit_problem, value_problem
 from samseg_monai.errors import DataError, raise_all, reason_of
-from samseg_monai.files import known_hash
 from samseg_monai.transforms.grids import name_of
 
 LOG = logging.getLogger(__name__)
@@ -73,4 +73,4 @@ class LoadCased(LoadImaged):
 
 def _as_recorded(recorded: Mapping[str, Any]) -> bool:
     """Whether the files of a case have the hash that ``samseg prepare`` has recorded."""
-    return recorded["sha256"] in case_hashes({name: known_hash(file) for name, file in recorded["files"].items()})
+    return recorded["sha256"] in case_hashes({name: hash_of(file) for name, file in recorded["files"].items()})

@@ -215,7 +215,7 @@ def test_unusable_data_are_one_error_and_leave_no_file(tmp_path, monkeypatch, ca
         "text.json": ("no JSON", "is not JSON"),
         "labels.json": (content | {"labels": None}, 'has no "labels"'),
         "background.json": (content | {"labels": {"0": "background"}}, "name no class"),
-        "names.json": (content | {"labels": {"0": "background", "2": "Niere (links)", "3": "$x"}}, "'Niere (links)'"),
+        "names.json": (content | {"labels": {"0": "background", "2": "Niere, links", "3": "$x"}}, "'Niere, links'"),
         "training.json": (content | {"training": []}, "no case to train with"),
         "files.json": (content | {"training": [{"case": "c9", "image": "images/c9.nii.gz"}]}, "c9.nii.gz"),
     }
@@ -238,7 +238,7 @@ def test_unusable_data_are_one_error_and_leave_no_file(tmp_path, monkeypatch, ca
 
 def test_class_names_that_no_settings_hold_are_named_at_once():
     with pytest.raises(ConfigError, match="2 problems"):
-        drafted(classes=("Läsion", "ok", "a/b"))
+        drafted(classes=("Läsion", "ok", "NCR/NET", "a//b"))
 
 
 def test_grids_of_headers_are_those_of_whole_files(tmp_path):

@@ -80,7 +80,10 @@ def test_a_clean_folder_becomes_a_loadable_datalist(src):
 
 DEFECTS = {
     "missing scan": (lambda f: f("t2w").unlink(), r"no file for t2w"),
-    "missing label": (lambda f: f("seg").unlink(), r"no file for seg"),
+    "label of another name": (
+        lambda f: f("seg").rename(f("seg").with_name("W39_1998.09.19_Segm.nii.gz")),
+        r"no file for seg, but W39_1998.09.19_Segm.nii.gz; rename",
+    ),
     "zero bytes": (lambda f: f("t1c").write_bytes(b""), r"t1c.nii.gz: the file is empty"),
     "git-lfs": (lambda f: f("t1c").write_text("version https://git-lfs.github.com/spec/v1\n"), "git-lfs pointer"),
     "web page": (lambda f: f("t1c").write_text("<!DOCTYPE html><p>log in"), "is a web page"),
@@ -127,6 +130,19 @@ def test_all_defects_of_all_cases_are_named_at_once_and_can_be_left_out(src):
     assert summary.sections == {"training": 1, "validation": 1, "testing": 1}
     assert len(summary.left_out) == 4
     assert "BraTS-MEN-00001-000" not in (src / "datalist.json").read_text()
+
+
+def test_cases_without_a_label_are_counted_and_left_out(src):
+    file_of(src, 3, "seg").unlink()
+    ids = [f"BraTS-MEN-{n:05d}" for n in range(6)]
+    (src / "split.json").write_text(json.dumps({"training": ids[:4], "validation": ids[4:]}))
+    summary = prepare(src, split_file=src / "split.json")
+    assert summary.sections == {"training": 3, "validation": 2, "testing": 0}
+    assert summary.warnings == ["1 of 6 cases have no label and are left out: BraTS-MEN-00003-000"]
+    for number in (0, 1, 2, 4, 5):
+        file_of(src, number, "seg").unlink()
+    with pytest.raises(DataError, match="none of 6 cases has a label"):
+        prepare(src)
 
 
 def test_an_empty_mask_is_a_warning(src):

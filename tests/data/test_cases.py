@@ -12,12 +12,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from monai.transforms import LoadImaged
 
 from samseg_monai.data import BRATS_SCANS as SCANS
 from samseg_monai.data.files.cases import CaseList, find_cases
 from samseg_monai.data.files.volumes import read_volume
 from samseg_monai.demo.brain_phantoms import write_brats_cases
 from samseg_monai.errors import DataError, PromptError, by_reason, raise_all
+from samseg_monai.transforms import GivenPromptd
 from tests.data.test_dicom import write_series
 
 REALDATA = Path(os.environ.get("SAMSEG_REALDATA", "absent"))
@@ -210,6 +212,20 @@ def test_coarse_masks_are_found_by_name_and_must_fit(src, tmp_path):
     assert names(cases) == [IDS[1]]
     assert "affine differs" in cases.bad[IDS[0]]
     assert "the mask is empty" in cases.bad[IDS[2]]
+
+
+def test_a_coarse_mask_may_have_its_axes_stored_otherwise(src, tmp_path, caplog):
+    """As 3D Slicer and ITK-SNAP save what was drawn on DICOM; it is turned, and the same box comes of it."""
+    image = nib.load(src / IDS[0] / f"{IDS[0]}-seg.nii.gz")
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.io_orientation(image.affine), nib.orientations.axcodes2ornt("SPL")
+    )
+    nib.save(image.as_reoriented(turn), tmp_path / "drawn.nii.gz")
+    item = find_cases(src / IDS[0], prompts=tmp_path / "drawn.nii.gz").good[0]
+    assert "drawn.nii.gz: its axes are stored as SPL, and turned to" in caplog.text
+    load = LoadImaged("image", ensure_channel_first=True)
+    prompt = GivenPromptd("mask")(load(item))["prompt"]
+    assert np.array_equal(prompt[0] > 0, np.asanyarray(image.dataobj) > 0)
 
 
 def test_one_mask_file_serves_one_case(src):
@@ -510,7 +526,7 @@ def test_any_error_in_the_check_of_a_case_is_its_own(src, monkeypatch):
             raise ZeroDivisionError("odd")
         return read(path)
 
-    monkeypatch.setattr("samseg_monai.data.files.cases.read_volume", read_or_fail)
+    monkeypatch.setattr("samseg_monai.data.files.dicom.read_volume", read_or_fail)
     found = find_cases(src)
     assert names(found) == [IDS[0], IDS[2]] and found.bad == {IDS[1]: "ZeroDivisionError: odd"}
 

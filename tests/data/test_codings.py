@@ -9,6 +9,7 @@ from monai.data import MetaTensor
 from monai.transforms import Orientationd
 
 from samseg_monai.data.datalists import labels_of, read_datalist
+from samseg_monai.data.datalists.folders import prepare_folders
 from samseg_monai.data.datalists.label_maps import (
     ABDOMEN,
     CODINGS,
@@ -192,7 +193,7 @@ def test_a_hint_names_the_narrowest_other_codings():
     assert "looks like totalsegmentator:" in coding_hint([0, 52], "btcv13")
     assert coding_hint([118], "btcv13") == ""
     assert fitting([0]) == list(ABDOMEN)
-    with pytest.raises(ConfigError, match="unknown label coding 'msd'; choose one of 2023, 2021, btcv13"):
+    with pytest.raises(ConfigError, match="unknown label coding 'msd'; choose one of 2023, 2021, gtv, btcv13"):
         labels_in("msd")
 
 
@@ -249,3 +250,33 @@ def test_a_real_mask_of_117_classes_keeps_its_eight_organs(realdata):
         (value,) = [v for v, n in ABDOMEN["totalsegmentator"].items() if n == name]
         assert counts[place] == int((mask == value).sum())
     assert torch.equal(recoded.affine, mask.affine)
+
+
+def test_a_class_can_be_called_as_brats_calls_one_and_other_names_are_refused_before_reading(tmp_path):
+    from samseg_monai.choices import is_label
+    from samseg_monai.metrics.rows import read_rows, write_rows
+
+    for name in (
+        "NCR/NET",
+        "prostate/uterus",
+        "edema (peritumoural)",
+        "right kidney",
+        "Portal and splenic vein",
+        "HER2+",
+    ):
+        assert is_label(name), name
+    for name in ("", "a//b", "/a", "a/", "a/../b", "a/.b", "$a", "a\nb", "ä", "a b ", "a\\b"):
+        assert not is_label(name), name
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    with pytest.raises(DataError, match="no volume in images"):
+        prepare_folders(tmp_path, tmp_path / "d.json", labels={"1": "NCR/NET"})
+    (tmp_path / "images" / "a.nii").write_bytes(b"")
+    (tmp_path / "labels" / "a.nii").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"names that no class can have[\s\S]*'a/../b'"):
+        prepare_folders(tmp_path, tmp_path / "d.json", labels={"1": "a/../b", "2": "b"})
+    flags = {"excluded": False, "empty_prediction": False, "empty_reference": False}
+    rows = [{"case": "c", "class": "NCR/NET", "dice": 0.5, **flags}]
+    assert read_rows(write_rows(rows, tmp_path / "cases.csv")) == rows
+    with pytest.raises(DataError, match="names, not paths"):
+        write_rows([{**rows[0], "case": "NCR/NET"}], tmp_path / "cases.csv")

@@ -188,7 +188,8 @@ def test_somebody_must_say_what_the_labels_mean_and_only_one(plain):
 
 def test_labels_are_parsed_from_the_command_line():
     assert parse_labels("1=anterior, 02 = posterior part") == {"1": "anterior", "2": "posterior part"}
-    for wrong in ("", "1", "1=", "=a", "one=a", "1=a,1=b", "-1=a"):
+    assert parse_labels("1=a,-1=outside") == {"1": "a", "-1": "outside"}
+    for wrong in ("", "1", "1=", "=a", "one=a", "1=a,1=b", "--1=a", "1.0=a", "9999999=a"):
         with pytest.raises(ConfigError, match="each value once"):
             parse_labels(wrong)
 
@@ -208,9 +209,10 @@ def test_defects_of_all_cases_are_named_at_once_and_can_be_left_out(plain):
     spoil(5, "labels", lambda a: a * 255)
     (plain / "labels" / "vol_006.nii.gz").write_text("version https://git-lfs.github.com/spec/v1\n")
     (plain / "images" / "vol_007.nii.gz").write_bytes(b"")
-    (plain / "labels" / "vol_008.nii.gz").unlink()
     (plain / "images" / "vol_008.nii").write_bytes(gzip.decompress((plain / "images" / "vol_008.nii.gz").read_bytes()))
-    with pytest.raises(DataError, match=r"9 of 10 cases .*--skip-bad \(10 problems\)") as error:
+    write_pair(plain, "vol_010", ("images", "labels"))
+    (plain / "images" / "vol_010.nii.gz").unlink()
+    with pytest.raises(DataError, match=r"10 of 11 cases .*--skip-bad \(10 problems\)") as error:
         prepare(plain, labels=LABELS)
     for expected in (
         "vol_000: vol_000.nii.gz: truncated or damaged gzip",
@@ -222,7 +224,7 @@ def test_defects_of_all_cases_are_named_at_once_and_can_be_left_out(plain):
         "vol_006: vol_006.nii.gz: is a git-lfs pointer",
         "vol_007: vol_007.nii.gz: the file is empty",
         "vol_008: vol_008.nii and vol_008.nii.gz in images: keep one",
-        "vol_008: no file of this name in labels",
+        "vol_010: no file of this name in images",
     ):
         assert f"  - {expected}" in str(error.value)
     summary = prepare(plain, labels=LABELS, skip_bad=True, counts=(0, 0, 1))
@@ -251,8 +253,10 @@ def test_a_folder_one_level_too_high_or_too_low_is_pointed_out(plain, decathlon)
         prepare(plain.parent)
     with pytest.raises(DataError, match="give its parent"):
         prepare(plain / "labels")
-    with pytest.raises(DataError, match="not a folder"):
+    with pytest.raises(DataError, match="absent: no such folder"):
         prepare(plain / "absent")
+    with pytest.raises(DataError, match=r"dataset.json: is no folder"):
+        prepare(decathlon / "dataset.json")
     for path in (plain / "images").iterdir():
         path.unlink()
     shutil.rmtree(plain / "labels")
@@ -274,7 +278,12 @@ def test_the_command_prepares_and_refuses_two_kinds_of_split(plain, tmp_path):
     assert done.exit_code == 0, done.output
     assert "5 training, 2 validation, 3 testing" in done.output
     assert "label 2 posterior: 700 voxels (33.333 %), in 10 cases" in done.output
-    assert CliRunner().invoke(app, [*arguments, "--fractions", "1,0,0"]).exit_code == 2
+    both = CliRunner().invoke(app, [*arguments, "--fractions", "1,0,0"])
+    assert both.exit_code == 1 and "--split and --fractions: each says how to split" in str(both.exception)
+    for fractions in ("nan,0.5,0.5", "inf,0,0", "-0.5,1,0.5"):
+        wrong = CliRunner().invoke(app, [*arguments, "--fractions", fractions])
+        assert wrong.exit_code == 2 and "expected 3 numbers >= 0" in wrong.output
+    assert CliRunner().invoke(app, [*arguments, "--seed", "-1"]).exit_code == 2
 
 
 def regrid(path, change):
@@ -323,7 +332,7 @@ def test_odd_files_are_each_described(realdata, tmp_path):
         "good": ("ok_image.nii.gz", "ok_label.nii.gz", None),
         "slope": ("scl_slope_zero.nii", "ok_label.nii.gz", None),
         "sheared": ("sheared_affine.nii.gz", "ok_label.nii.gz", "affine differs"),
-        "four": ("4d_singleton_image.nii.gz", "ok_label.nii.gz", "expected three axes"),
+        "four": ("4d_singleton_image.nii.gz", "ok_label.nii.gz", None),  # a fourth axis of one
         "constant": ("constant_image.nii.gz", "ok_label.nii.gz", "every voxel has the value"),
         "nan": ("nan_inf_image.nii.gz", "ok_label.nii.gz", "NaN or infinite"),
         "gzip": ("truncated_gzip.nii.gz", "ok_label.nii.gz", "truncated or damaged gzip"),
@@ -331,7 +340,7 @@ def test_odd_files_are_each_described(realdata, tmp_path):
         "zero": ("zero_bytes.nii.gz", "ok_label.nii.gz", "the file is empty"),
         "packed": ("plain_nifti_named_gz.nii.gz", "ok_label.nii.gz", "is not a gzip file"),
         "offset": ("ok_image.nii.gz", "label_affine_offset_5mm.nii.gz", "affine differs"),
-        "flipped": ("ok_image.nii.gz", "label_flipped_axis_same_world.nii.gz", "affine differs"),
+        "flipped": ("ok_image.nii.gz", "label_flipped_axis_same_world.nii.gz", None),
         "fraction": ("ok_image.nii.gz", "label_float_noninteger.nii.gz", "not whole numbers"),
         "high": ("ok_image.nii.gz", "label_high_values_0_255_510.nii.gz", "[255, 510] are outside [0, 1, 2]"),
         "shape": ("ok_image.nii.gz", "label_shape_mismatch.nii.gz", "shape (35, 51, 33) differs"),
@@ -344,10 +353,25 @@ def test_odd_files_are_each_described(realdata, tmp_path):
             shutil.copyfile(odd / name, src / sub / f"{case}.nii{'.gz' if name.endswith('.gz') else ''}")
     for sub in ("images", "labels"):
         shutil.copyfile(pointers / sub / "liver_0.nii.gz", src / sub / "pointer.nii.gz")
-    summary = prepare(src, labels=LABELS, skip_bad=True, counts=(1, 1, 0))
-    assert sorted(cases_of(src)["training"] + cases_of(src)["validation"]) == ["good", "slope"]
+    summary = prepare(src, labels=LABELS, skip_bad=True, counts=(2, 1, 1))
+    assert sorted(case for cases in cases_of(src).values() for case in cases) == ["flipped", "four", "good", "slope"]
     told = {case: [text for text in summary.left_out if text.startswith(f"{case}: ")] for case in (*pairs, "pointer")}
     for case, (_, _, reason) in pairs.items():
         assert bool(told[case]) == bool(reason), case
         assert any((reason or "") in text for text in told[case]) or not reason, told[case]
     assert len([text for text in told["pointer"] if "git-lfs pointer" in text]) == 2
+
+
+@pytest.mark.parametrize("off", [1e-8, 4e-4])
+def test_labels_that_are_nearly_whole_are_rounded_with_a_note_and_trained_alike(plain, off):
+    from samseg_monai.transforms import RecodeLabeld
+
+    path = plain / "labels" / "vol_004.nii.gz"
+    label = nib.load(path).get_fdata()
+    nib.save(nib.Nifti1Image(label - off * (label > 0), AFFINE), path)  # 0.99999999
+    (note,) = [text for text in prepare(plain, labels=LABELS).warnings if text.startswith("vol_004")]
+    assert "140 labels are no whole numbers by up to" in note and "they are rounded" in note
+    recode = RecodeLabeld("label", {"0": "background", **LABELS}, ["anterior", "posterior"])
+    assert np.array_equal(recode({"label": nib.load(path).get_fdata()})["label"], label)
+    with pytest.raises(DataError, match=r"values \[70000000000\]|values \[1, 70000000000\]"):
+        recode({"label": np.array([7e10, 1.0])})

@@ -301,18 +301,44 @@ def test_training_sees_the_same_slices_whatever_the_orientation(configs, heads, 
             np.testing.assert_array_equal(item[key].numpy(), items["RAS"][key].numpy(), err_msg=f"{case}, {key}")
 
 
-@pytest.mark.parametrize("store", ["LAS", "moved"])
-def test_a_label_on_another_grid_than_its_image_is_refused_by_name(store, configs, tmp_path):
-    """Shapes agree, so without a look at the affines the two would be compared voxel by voxel, mirrored or shifted."""
+def test_a_label_on_another_grid_than_its_image_is_refused_by_name(configs, tmp_path):
+    """Shapes agree, so without a look at the affines the two would be compared voxel by voxel, shifted."""
     scans, label = head()
     item = write(tmp_path, "askew", scans, label, affine_of(SPACING_MM), SAME["RAS"])
     affine = affine_of(SPACING_MM)
     affine[1, 3] += 2.2
-    other = flipped(label, affine_of(SPACING_MM)) if store == "LAS" else nib.Nifti1Image(label, affine)
-    nib.save(other, tmp_path / item["label"])
+    nib.save(nib.Nifti1Image(label, affine), tmp_path / item["label"])
     for section, config in (("testing", "evaluate"), ("training", "train")):
         write_datalist(tmp_path, [item], section=section)
         overrides = {"dataset_dir": str(tmp_path), "output_dir": str(tmp_path / "out"), **PICO}
         with pytest.raises(DataError, match=r"(?s)askew.*not on the grid of image.*label: its affine differs"):
             strategy = "zero_shot" if config == "evaluate" else "lora"
             run_workflow([configs("meningioma", strategy) / f"{config}.json"], overrides)
+
+
+def test_a_label_whose_axes_are_stored_otherwise_scores_and_trains_as_one_that_is_stored_alike(
+    configs, heads, evaluated, tmp_path
+):
+    """As a mask that was drawn on DICOM and saved as NIfTI: the same voxels in the patient."""
+    scans, label = head()
+    items = []
+    for case in ("LPS", "PIR", "obliquePIR", "flipped"):
+        items.append(
+            write(tmp_path, case, scans, label, affine_of(SPACING_MM), SAME["oblique" if "ob" in case else "RAS"])
+        )
+        nib.save(SAME[case](label, affine_of(SPACING_MM)), tmp_path / items[-1]["label"])
+    write_datalist(tmp_path, items)
+    overrides = {"dataset_dir": str(tmp_path), "output_dir": str(tmp_path / "out"), **PICO}
+    run_workflow([configs("meningioma", "zero_shot") / "evaluate.json"], overrides)
+    wanted = evaluated.rows
+    for case, row in table(tmp_path / "out" / "evaluation" / "cases.csv").items():
+        assert {**row, "case": ""} == {**wanted["oblique" if case == "obliquePIR" else "RAS"], "case": ""}, case
+    write_datalist(tmp_path, items, section="training")
+    parser = ConfigParser(ConfigParser.load_config_file(configs("meningioma", "lora") / "train.json"))
+    parser.update({"dataset_dir": str(tmp_path), "datalist": str(tmp_path / "datalist.json"), **PICO})
+    parser.update({"output_dir": str(tmp_path)})
+    dataset = parser.get_parsed_content("train::dataset")
+    found = [dataset[i] for i in range(len(dataset))]
+    for item in found:
+        for key in ("image", "label", "boxes"):
+            np.testing.assert_array_equal(item[key].numpy(), found[0][key].numpy(), err_msg=f"{item['case']}, {key}")

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from samseg_monai.data import IMAGES
-from samseg_monai.data.datalists.label_maps import CODINGS, labels_in
+from samseg_monai.data.datalists.label_maps import CODINGS, VALUE, labels_in
 from samseg_monai.data.datalists.splits import SECTIONS, in_two_sections
-from samseg_monai.data.files.boxes import read_boxes
-from samseg_monai.data.files.dicom import is_dicom
+from samseg_monai.data.files.boxes import is_number, read_boxes
+from samseg_monai.data.files.dicom import holds_series, is_dicom, read_any_grid
 from samseg_monai.data.files.volumes import (
     IMAGE_SUFFIXES,
     SUFFIXES,
@@ -38,6 +39,7 @@ from samseg_monai.files import read_json, write_json
 LOG = logging.getLogger(__name__)
 UNITS = ("mm", "px")
 _FILE_KEYS = ("image", "label", "reference")
+LABELS = ("label", "seg", "gtv")  # what the label of a case has been called when it was hashed
 
 
 def case_hash(case: str) -> str:
@@ -46,8 +48,9 @@ def case_hash(case: str) -> str:
 
 
 def patient_of(case: str) -> str:
-    """Patient of a BraTS case id: the id without its time point (``BraTS-MEN-00004-001`` -> ``BraTS-MEN-00004``)."""
-    return re.sub(r"-\d{3}$", "", case)
+    """Patient of a BraTS case id: the id without its time point (``BraTS-MEN-00004-001`` -> ``BraTS-MEN-00004``,
+    ``BraTS-MEN-RT-0001-1`` -> ``BraTS-MEN-RT-0001``)."""
+    return re.sub(r"-\d{3}$|(?<=-RT-\d{4})-\d$", "", case)
 
 
 def read_datalist(path: str | Path) -> dict[str, Any]:
@@ -75,10 +78,13 @@ def check_datalist(datalist: Mapping[str, Any], *, name: str = "datalist") -> No
     """Check structure, not files.
 
     Raises:
-        DataError: labels that are not those of the label coding, every item without an image, with another number of
-            scans than ``scans`` says, every case listed twice and every patient in two sections, all at once; of
-            images also an unknown unit of distances or a spacing that is no size.
+        DataError: facts of another type, labels that are not those of the label coding, every item without an image,
+            with another number of scans than ``scans`` says or with names that are none, every case listed twice and
+            every patient in two sections, all at once; of images also an unknown unit of distances or a spacing that is
+            no size.
     """
+    heading = f"{name}: not a usable datalist"
+    raise_all(_header_problems(datalist), DataError, heading)  # what is wrong here would break the checks below
     problems = [*_label_problems(datalist), *_unit_problems(datalist)]
     scans = ["image"] if datalist.get("kind") == IMAGES else datalist.get("scans")
     seen: Counter[str] = Counter()
@@ -97,7 +103,7 @@ def check_datalist(datalist: Mapping[str, Any], *, name: str = "datalist") -> No
     problems += [f"case {case} is listed {count} times" for case, count in seen.items() if count > 1]
     fix = ": scores would be too good; keep all time points of a patient together"
     problems += [problem + fix for problem in in_two_sections(homes, "patient")]
-    raise_all(problems, DataError, f"{name}: not a usable datalist")
+    raise_all(problems, DataError, heading)
 
 
 def load_datalist(
@@ -160,10 +166,10 @@ def load_datalist(
 def case_hashes(hashes: Mapping[str, str]) -> list[str]:
     """The sha256 of a case, from those of its files by name: of the lines ``<name> <sha256>``, in their order.
 
-    What lists name "label" has also been called "seg": the first hash is with the names as they are, the second with
-    that one.
+    What lists name "label" is called "seg" or "gtv" by BraTS: the first hash is with the names as they are, the others
+    with these.
     """
-    ways = (hashes, {("seg" if name == "label" else name): value for name, value in hashes.items()})
+    ways = [{(own if name == "label" else name): value for name, value in hashes.items()} for own in LABELS]
     texts = ("".join(f"{name} {value}\n" for name, value in way.items()) for way in ways)
     return [hashlib.sha256(text.encode()).hexdigest() for text in texts]
 
@@ -178,6 +184,10 @@ def _recorded(item: Mapping[str, Any], scans: Sequence[str] | None, root: Path) 
 
 def _file_problem(path: Path, kind: str | None) -> str:
     """Why a file must not be given to MONAI's readers, which try whatever format a name or a content may mean."""
+    if len(os.fsencode(path.name)) > 255:
+        return f"no file {path}"
+    if path.is_dir() and kind != IMAGES:
+        return "" if holds_series(path) else f"no file {path}, and no DICOM series in the folder of that name"
     if not path.is_file():
         return f"no file {path}"
     known = (image_stem if kind == IMAGES else stem_of)(path) is not None or is_dicom(path)
@@ -217,7 +227,8 @@ def trained_spacing(path: str | Path, dataset_dir: str | Path, orientation: str)
     for item in load_datalist(path, dataset_dir, "training"):
         try:
             image = item["image"]
-            found.append(spacing_in_plane(image if isinstance(image, str) else image[0], orientation))
+            _, affine = read_any_grid(image if isinstance(image, str) else image[0])
+            found.append(spacing_in_plane(affine, orientation))
         except DataError as error:
             problems.append(f"{item['case']}: {error}")
     raise_all(problems, DataError, f"{path}: the spacing of the training cases is not known")
@@ -277,6 +288,11 @@ def _select_scans(datalist: dict[str, Any], scans: Sequence[str] | None, *, name
             f"{name}: its images have the channels {', '.join(stored)}, the network wants "
             f"{', '.join(scans)}; set scans to {list(stored)!r}, or save the images anew"
         )
+    if any(isinstance(item["image"], str) for section in SECTIONS for item in datalist[section]):
+        raise DataError(
+            f"{name}: one file of a case holds {', '.join(stored)}; the network wants {', '.join(scans)}; set scans to "
+            f"{list(stored)!r}, or save each scan as a file of its own"
+        )
     absent = [scan for scan in scans if scan not in stored]
     raise_all(absent, DataError, f"{name}: scans that it does not have (it has {', '.join(stored)})")
     chosen = [stored.index(scan) for scan in scans]
@@ -289,7 +305,11 @@ def _complete(item: Any, kind: str | None) -> Any:
     if not isinstance(item, dict) or not item.get("image"):
         return item
     image = item["image"]
-    stems = [stem_of(str(f)) or image_stem(str(f)) or str(f) for f in ([image] if isinstance(image, str) else image)]
+    if not isinstance(image, str) and not (isinstance(image, list) and all(isinstance(file, str) for file in image)):
+        return item
+    stems = [
+        stem_of(str(f)) or image_stem(str(f)) or Path(f).name for f in ([image] if isinstance(image, str) else image)
+    ]
     case = stems[0]
     while not all(stem.startswith(case) for stem in stems):
         case = re.sub(r"[-_]?[^-_]*$", "", case)  # drop the last word: where names differ is the scan
@@ -305,7 +325,8 @@ def _label_problems(datalist: Mapping[str, Any]) -> list[str]:
     labels, coding = datalist.get("labels"), datalist.get("label_coding")
     if labels is None:
         return []
-    if not isinstance(labels, Mapping) or not all(re.fullmatch(r"-?\d+", str(value)) for value in labels):
+    values = labels if isinstance(labels, Mapping) else {"?": "?"}
+    if not all(VALUE.fullmatch(str(value)) and isinstance(text, str) for value, text in values.items()):
         return [f'labels: expected {{"0": "background", "1": "<name>", ...}}, got {labels!r}']
     if not isinstance(coding, str) or coding not in CODINGS:
         return []
@@ -322,7 +343,7 @@ def _unit_problems(datalist: Mapping[str, Any]) -> list[str]:
     problems = []
     if unit not in UNITS:
         problems.append(f"distance_unit: expected one of {', '.join(UNITS)}, got {unit!r}")
-    if spacing is not None and (isinstance(spacing, bool) or not isinstance(spacing, (int, float)) or spacing <= 0):
+    if spacing is not None and (not is_number(spacing) or not 0 < spacing < 1e6):
         problems.append(f"spacing_mm: expected a size in mm above 0, or null, got {spacing!r}")
     elif spacing is not None and unit == "px":
         problems.append(f"distance_unit: is px although spacing_mm is {spacing}; one of them is wrong")
@@ -331,11 +352,56 @@ def _unit_problems(datalist: Mapping[str, Any]) -> list[str]:
 
 def _item_problem(item: Any, scans: Sequence[str] | None) -> str:
     if not isinstance(item, Mapping):
-        return f"expected an object with case, image, label, got {item!r}"
-    image = item.get("image")
+        return f"expected an object with case, image, label, got {item!r:.200}"
+    image, case = item.get("image"), item.get("case")
     files = [image] if isinstance(image, str) else image
-    if not item.get("case") or not files or not isinstance(files, list) or not all(isinstance(f, str) for f in files):
-        return f"needs a case and an image (file name or list of them), got {dict(item)!r}"
+    if not case or not files or not isinstance(files, list) or not all(isinstance(f, str) for f in files):
+        return f"needs a case and an image (file name or list of them), got {dict(item)!r:.200}"
+    if not _is_text(case) or "/" in case or "\\" in case:
+        return f"case must be a name, got {case!r:.80}"
+    others = {key: item[key] for key in ("label", "reference", "patient") if item.get(key) is not None}
+    if wrong := [f"{key} {value!r:.80}" for key, value in others.items() if not _is_text(value)]:
+        return f"case {case}: expected a text, got {' and '.join(wrong)}"
+    if wrong := [repr(file)[:80] for file in files if not _is_text(file)]:
+        return f"case {case}: no names of files: {', '.join(wrong)}"
     if scans and not isinstance(image, str) and len(files) != len(scans):
-        return f"case {item['case']}: {len(files)} image files for {len(scans)} scans ({', '.join(scans)})"
+        return f"case {case}: {len(files)} image files for {len(scans)} scans ({', '.join(scans)})"
     return ""
+
+
+def _is_text(value: Any) -> bool:
+    """A text that can be the name of a file: not empty, not too long, printable."""
+    return isinstance(value, str) and 0 < len(value) <= 4096 and not re.search("[\x00-\x1f\x7f\ud800-\udfff]", value)
+
+
+def _header_problems(datalist: Mapping[str, Any]) -> list[str]:
+    """Facts above the sections that have another type than the one they are used as."""
+
+    def strings(value: Any) -> bool:
+        return isinstance(value, Mapping) and all(map(_is_text, (*value, *value.values())))
+
+    def scans(value: Any) -> bool:
+        return isinstance(value, list) and all(map(_is_text, value)) and len(set(value)) == len(value) > 0
+
+    def sizes(value: Any) -> bool:
+        pairs = value.values() if isinstance(value, Mapping) else [None]
+        whole = (
+            isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n > 0 for n in pair) for pair in pairs
+        )
+        return all(whole)
+
+    rules: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "kind": ("images or volumes", lambda value: value in (IMAGES, "volumes")),
+        "name": ("a text", lambda value: isinstance(value, str)),
+        "modality": ("a text", lambda value: isinstance(value, str) or strings(value)),
+        "scans": ("names of scans, each once", scans),
+        "sizes": ('{"<case>": [rows, columns], ...}', sizes),
+        "hashes": ('{"<case>": "<sha256>", ...}', strings),
+        "split": ("an object", lambda value: isinstance(value, (Mapping, str))),
+    }
+    given = {key: datalist[key] for key in rules if datalist.get(key) is not None}
+    return [
+        f"{key}: expected {rules[key][0]}, got {value!r:.80}"
+        for key, value in given.items()
+        if not rules[key][1](value)
+    ]

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,13 +15,15 @@ from tqdm import tqdm
 
 from samseg_monai.data import IMAGES
 from samseg_monai.data.datalists import case_hashes, too_few_to_choose, write_datalist
-from samseg_monai.data.datalists.label_maps import BACKGROUND, is_ignored
+from samseg_monai.data.datalists.label_maps import BACKGROUND, ROUNDED, is_ignored
+from samseg_monai.data.datalists.splits import Split
+from samseg_monai.data.files.dicom import read_any
 from samseg_monai.data.files.volumes import (
     Volume,
     grid_difference,
     is_phantom,
     modality_doubt,
-    read_volume,
+    stored_like,
     value_problem,
 )
 from samseg_monai.errors import DataError, raise_all
@@ -61,13 +63,13 @@ Hint = Callable[[CaseCheck, list[int]], str]
 
 @dataclass
 class Summary:
-    """What a maker of datalists found and wrote; counts are of cases unless named otherwise.
+    """What a maker of datalists found and wrote; counts are of cases unless named otherwise, and of the first fold.
 
     ``header`` is that of the datalist; ``patients`` is None where the data do not tell which cases share a patient (or
     images a group); ``extra`` are further facts, one a line.
     """
 
-    datalist: Path
+    datalists: list[Path]
     header: Mapping[str, Any]
     sections: dict[str, int]
     patients: int | None
@@ -90,7 +92,9 @@ class Summary:
         if self.header.get("distance_unit") == "px":
             spacings = "pixel size: not known, so that distances are in pixels"
         return [
-            f"{sum(self.sections.values())} {members}: " + ", ".join(f"{n} {s}" for s, n in self.sections.items()),
+            f"{sum(self.sections.values())} {members}: "
+            + ", ".join(f"{n} {s}" for s, n in self.sections.items())
+            + (f", in the first of {len(self.datalists)} folds" if len(self.datalists) > 1 else ""),
             f"shapes: {_commonest(self.shapes)}",
             spacings,
             *(
@@ -101,7 +105,7 @@ class Summary:
             *self.extra,
             *(f"warning: {text}" for text in self.warnings),
             *(f"left out: {text}" for text in self.left_out),
-            f"wrote {self.datalist}",
+            f"wrote {' '.join(map(str, self.datalists))}",
         ]
 
 
@@ -111,39 +115,56 @@ def _commonest(counts: Mapping[str, int], shown: int = 6) -> str:
     return listed + (f" and {len(counts) - shown} others" if len(counts) > shown else "")
 
 
-def check_files(check: CaseCheck, *, label: str, legal: Collection[int], hint: Hint, modality: str = "") -> None:
+def check_files(
+    check: CaseCheck,
+    *,
+    label: str,
+    legal: Collection[int],
+    hint: Hint = lambda check, strange: "",
+    channels: int = 1,
+    modality: str = "",
+) -> None:
     """Read ``check.files`` completely and add to ``check`` all that is known and everything that is wrong.
 
     The first file gives the grid of all; ``label`` names the label among them, ``legal`` are its values, ``hint`` makes
-    an advice of the case and of those that are not (sorted); values that do not look like the ``modality`` are a
-    warning.
+    an advice of the case and of those that are not (sorted), ``channels`` are scans on a fourth axis of an image;
+    values that do not look like the ``modality`` are a warning.
     """
     hashes = {}
     first: Volume | None = None
     for name, path in check.files.items():
         try:
-            volume = read_volume(path)
+            volume = read_any(path)
         except DataError as error:
             check.problems.append(str(error))
             continue
         hashes[name] = volume.sha256
         check.warnings += volume.notes
-        if volume.array.ndim != 3:
-            check.problems.append(f"{path.name}: has shape {volume.array.shape}, expected three axes")
+        scans = np.moveaxis(volume.array, 3, 0) if volume.array.ndim == 4 else volume.array[None]
+        if len(scans) != (wanted := 1 if name == label else channels):
+            expected = "three axes" if wanted == 1 else f"{wanted} scans on a fourth axis"
+            check.problems.append(f"{path.name}: has shape {volume.array.shape}, expected {expected}")
             continue
+        grid = replace(volume, array=scans[0])
+        if name == label and first is not None:
+            grid, note = stored_like(grid, first)
+            check.warnings += [f"{path.name}: {note}"] if note else []
         if first is None:
-            first, first_name = volume, path.name
-            check.shape, check.spacing_mm = volume.array.shape, volume.spacing_mm
+            first, first_name = grid, path.name
+            check.shape, check.spacing_mm = grid.array.shape, grid.spacing_mm
         else:
-            difference, note = grid_difference(volume, first)
+            difference, note = grid_difference(grid, first)
             check.problems += [f"{path.name}: {difference} of {first_name}"] if difference else []
             check.warnings += [f"{path.name}: {note} as that of {first_name}"] if note else []
         if name == label:
             check_label(volume.array, path.name, check, legal=legal, hint=hint)
-        elif problem := value_problem(volume.array):
-            check.problems.append(f"{path.name}: {problem}")
-        elif doubt := modality_doubt(volume.array, modality):
-            check.warnings.append(f"{path.name}: {doubt}")
+        else:
+            for number, scan in enumerate(scans):
+                where = f"{path.name}: scan {number}" if wanted > 1 else path.name
+                if problem := value_problem(scan):
+                    check.problems.append(f"{where}: {problem}")
+                elif doubt := modality_doubt(scan, modality):
+                    check.warnings.append(f"{where}: {doubt}")
     check.sha256 = case_hashes(hashes)[0]
 
 
@@ -152,12 +173,17 @@ def check_label(array: np.ndarray, name: str, check: CaseCheck, *, legal: Collec
     if not np.isfinite(array).all():
         check.problems.append(f"{name}: labels are NaN or infinite")
         return
+    if array.dtype.kind == "f" and (array != (whole := np.rint(array))).any():
+        fractional = np.unique(array[np.abs(array - whole) > ROUNDED])
+        if fractional.size:
+            shown = ", ".join(f"{value:g}" for value in fractional[:4])
+            problem = f"{name}: labels are not whole numbers ({shown}): resampled without nearest neighbour?"
+            check.problems.append(problem)
+            return
+        off = f"by up to {np.abs(array - whole).max():.1g}"
+        check.warnings.append(f"{name}: {(array != whole).sum()} labels are no whole numbers {off}: they are rounded")
+        array = whole
     values, counts = np.unique(array, return_counts=True)
-    fractional = [value for value in values if value != np.rint(value)]
-    if fractional:
-        shown = ", ".join(f"{value:g}" for value in fractional[:4])
-        check.problems.append(f"{name}: labels are not whole numbers ({shown}): resampled without nearest neighbour?")
-        return
     check.label_dtype = array.dtype.name
     check.voxels_per_label = {int(v): int(n) for v, n in zip(values, counts, strict=True)}
     strange = sorted(set(check.voxels_per_label) - set(legal))
@@ -213,8 +239,22 @@ def read_all(
     if others or not skip_bad or not good:
         fix = "" if not good or others else "; mend them, or leave these cases out with --skip-bad"
         bad = f"{len(checks) - len(good)} of {len(checks)} cases in {src} cannot be used{fix}"
-        raise_all([*others, *problems], DataError, bad if problems else f"{src} cannot be used", cases=len(checks))
+        raise_all([*others, *problems], DataError, bad if problems else f"{src} cannot be used")
     return good, problems
+
+
+def labelled(checks: Sequence[Check], label: str, src: Path) -> tuple[list[Check], list[str]]:
+    """The cases that have a label, or a defect; and a warning that counts those with images alone, which are left out.
+
+    Raises:
+        DataError: no case has a label.
+    """
+    alone = [check.case for check in checks if check.files and label not in check.files and not check.problems]
+    if alone and len(alone) == len(checks):
+        raise DataError(f"{src}: none of {len(checks)} cases has a label; 'samseg predict' takes images alone")
+    shown = ", ".join(alone[:10]) + (" ..." if len(alone) > 10 else "")
+    warnings = [f"{len(alone)} of {len(checks)} cases have no label and are left out: {shown}"] if alone else []
+    return [check for check in checks if check.case not in set(alone)], warnings
 
 
 def _notes(checks: Sequence[CaseCheck]) -> list[str]:
@@ -238,7 +278,7 @@ def write_checked(
     output: str | Path,
     src: Path,
     good: Sequence[CaseCheck],
-    split: Mapping[str, Sequence[str]],
+    splits: Sequence[Split],
     *,
     header: Mapping[str, Any],
     label: str = "label",
@@ -247,51 +287,62 @@ def write_checked(
     left_out: list[str],
     extra: Sequence[str] = (),
 ) -> Summary:
-    """Write the datalist of checked cases, log every warning and sum it all up.
+    """Write the datalist of checked cases, or one for each fold, log every warning and sum it all up.
 
     Args:
-        output: datalist to write.
+        output: datalist to write; of several folds ``d.json`` becomes ``d_fold1.json``, ``d_fold2.json`` ...
         src: folder that its paths are relative to.
         good: usable cases.
-        split: section -> names of those that are used.
+        splits: which of them are used for what, once or for each fold.
         header: what stands above the sections: ``labels`` and ``scans`` at least.
         label: which of a case's files the label is; the others are its image.
         patient: case -> patient; None where nobody knows: each case is its own.
         warnings, left_out, extra: to be shown; see ``Summary``. Warnings of the cases come before these.
     """
     of = {check.case: check for check in good}
-    checks = [of[case] for cases in split.values() for case in cases]
+    checks = [of[case] for cases in splits[0].sections.values() for case in cases]
     images = header.get("kind") == IMAGES
-
-    def item(check: CaseCheck) -> dict[str, Any]:
-        files = {name: path.relative_to(src).as_posix() for name, path in check.files.items()}
-        stored = files.pop(label)
-        image = next(iter(files.values())) if images else list(files.values())
-        owner = check.case if patient is None else patient(check.case)
-        return {"case": check.case, "patient": owner, "image": image, "label": stored, "reference": stored}
-
     labels = [check.files[label] for check in checks]
     drawn = all(path.name.endswith((".nii", ".nii.gz")) and is_phantom(path) for path in labels)
-    datalist = {
-        **header,
-        "phantoms": drawn and not images,
-        **{section: [item(of[case]) for case in cases] for section, cases in split.items()},
-        "hashes": {check.case: check.sha256 for check in checks},
-    }
-    write_datalist(datalist, output)
-    warnings = [*_notes(good), *warnings, *too_few_to_choose(datalist)]
+    facts = {**header, "phantoms": drawn and not images}
+    path = Path(output)
+    folds = [path.with_name(f"{path.stem}_fold{n}{path.suffix}") for n in range(1, len(splits) + 1)]
+    written = folds if len(splits) > 1 else [path]
+    few: list[str] = []
+    for target, split in zip(written, splits, strict=True):
+        sections = {
+            section: [_item(of[case], src, label, header, patient) for case in cases]
+            for section, cases in split.sections.items()
+        }
+        hashes = {check.case: check.sha256 for check in checks}
+        datalist = {**facts, "split": dict(split.made_by), **sections, "hashes": hashes}
+        write_datalist(datalist, target)
+        few = few or too_few_to_choose(datalist)
+    warnings = [*_notes(good), *warnings, *few]
     for text in warnings:
         LOG.warning("%s", text)
     return Summary(
-        datalist=Path(output),
+        datalists=written,
         header=header,
-        sections={section: len(cases) for section, cases in split.items()},
+        sections={section: len(cases) for section, cases in splits[0].sections.items()},
         patients=None if patient is None else len({patient(check.case) for check in checks}),
         warnings=warnings,
         left_out=left_out,
         extra=extra,
         **_counts(checks),
     )
+
+
+def _item(
+    check: CaseCheck, src: Path, label: str, header: Mapping[str, Any], patient: Callable[[str], str] | None
+) -> dict[str, Any]:
+    """What a datalist says of a case; the arguments are those of ``write_checked``."""
+    files = {name: path.relative_to(src).as_posix() for name, path in check.files.items()}
+    stored, images = files.pop(label), list(files.values())
+    one_file = header.get("kind") == IMAGES or len(images) < len(header["scans"])
+    owner = check.case if patient is None else patient(check.case)
+    image = images[0] if one_file else images
+    return {"case": check.case, "patient": owner, "image": image, "label": stored, "reference": stored}
 
 
 def _counts(checks: Sequence[CaseCheck]) -> dict[str, dict[str, int]]:

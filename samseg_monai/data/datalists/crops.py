@@ -18,7 +18,7 @@ from nibabel.orientations import apply_orientation, io_orientation
 from tqdm import tqdm
 
 from samseg_monai.data.datalists import load_datalist
-from samseg_monai.data.files.volumes import read_volume
+from samseg_monai.data.files.dicom import read_any
 from samseg_monai.errors import DataError, raise_all
 
 PAPER_CROP = (138, 202)
@@ -145,5 +145,5 @@ def _measure(item: dict[str, Any], crop: tuple[int, int]) -> _Extent:
 
 
 def _in_ras(file: str) -> np.ndarray:
-    volume = read_volume(file)
+    volume = read_any(Path(file))
     return apply_orientation(volume.array, io_orientation(volume.affine))

@@ -20,9 +20,18 @@ import numpy as np
 
 from samseg_monai.data import IMAGES
 from samseg_monai.data.datalists import case_hashes
-from samseg_monai.data.datalists.checks import CaseCheck, Summary, check_label, duplicates, read_all, write_checked
-from samseg_monai.data.datalists.label_maps import BACKGROUND, OWN_CODING, absent_labels
-from samseg_monai.data.datalists.splits import DEFAULT_FRACTIONS, choose_split
+from samseg_monai.data.datalists.checks import (
+    CaseCheck,
+    Summary,
+    check_label,
+    duplicates,
+    labelled,
+    read_all,
+    write_checked,
+)  # fmt: skip
+from samseg_monai.data.datalists.label_maps import BACKGROUND, OWN_CODING, absent_labels, check_names
+from samseg_monai.data.datalists.layouts import composed, patients_in, read_csv
+from samseg_monai.data.datalists.splits import Split, choose_splits
 from samseg_monai.data.files.cases import MASK_ENDINGS, list_images
 from samseg_monai.data.files.images import GREY, RGB, Picture, checked_spacing, is_grey, read_image
 from samseg_monai.data.files.volumes import affine_difference, value_problem
@@ -58,8 +67,10 @@ def prepare_images(
     spacing: float | None = None,
     match: str | None = None,
     name: str | None = None,
+    table: str | Path | None = None,
     split_file: str | Path | None = None,
-    fractions: Sequence[float] = DEFAULT_FRACTIONS,
+    fractions: Sequence[float] | None = None,
+    folds: int | None = None,
     seed: int = 0,
     **reading: Any,
 ) -> Summary:
@@ -74,34 +85,37 @@ def prepare_images(
         spacing: pixel size in mm; without it the files' own, and without either distances are in pixels.
         match: take only cases whose name matches this pattern of the shell, such as ``meningioma_*``.
         name: of the data set; default that of the folder.
-        split_file, fractions, seed: as of ``brats.prepare_brats_men``, with groups in place of patients.
+        table: CSV with the columns ``case`` and ``patient`` in place of ``group``.
+        split_file, fractions, folds, seed: see ``splits.choose_splits``, with groups in place of patients.
         reading: ``skip_bad``, ``num_threads``, ``progress``, see ``checks.read_all``.
 
     Raises:
-        ConfigError: a regular expression that is none, a spacing that is no size, no labels.
+        ConfigError: no regular expression, size or name of a class; a group and a table; several ways to split.
         DataError: folders without a common parent, no images, all defects of all cases at once (unless ``skip_bad``),
             only some images with a pixel size, a split that does not fit the cases.
     """
-    if not labels:
-        raise ConfigError("nobody says what the values in the masks mean: give --labels '255=tumour'")
-    spacing, table = checked_spacing(spacing), {"0": BACKGROUND, **labels}
-    values = {int(value): text for value, text in table.items()}
+    names = _names(labels)
+    spacing = checked_spacing(spacing)
+    values = {int(value): text for value, text in names.items()}
     root, folders = _common_folder(Path(images), Path(masks))
-    checks, unpaired = _find_pairs(*folders, match)
-    group_of = _groups(checks, group)
+    found, unpaired = _find_pairs(*folders, match)
+    checks, alone = labelled(found, "label", folders[0])
+    group_of = _groups(found, group, table)
     read, judge = partial(_read_pair, legal=values, spacing=spacing), partial(_judge, spacing=spacing)
     good, left_out = read_all(checks, read, folders[0], judge=judge, **reading)
     of = {check.case: check for check in good}
-    usable, what = {case: group_of[case] for case in of}, "image" if group is None else "group"
-    split, unused, made_by = choose_split(usable, group_of, split_file, fractions, seed, what=what)
-    used = [of[case] for cases in split.values() for case in cases]
-    header = _header(used, name or root.name, table, spacing) | {"split": {**made_by, "group": group}}
-    warnings = [*_notes(good, spacing), *unpaired, *duplicates(good, lambda check: check.image_sha256)]
+    usable, grouped = {case: group_of[case] for case in of}, group is not None or table is not None
+    ways: dict[str, Any] = {"split_file": split_file, "fractions": fractions, "folds": folds}
+    splits, unused = choose_splits(usable, group_of, **ways, seed=seed, what="group" if grouped else "image")
+    splits = [Split(split.sections, {**split.made_by, "group": group}) for split in splits]
+    used = [of[case] for cases in splits[0].sections.values() for case in cases]
+    header = _header(used, name or root.name, names, spacing)
+    warnings = [*alone, *_notes(good, spacing), *unpaired, *duplicates(good, lambda check: check.image_sha256)]
     warnings += [*absent_labels([check.voxels_per_label for check in good], values), *unused]
     extra = [_values(used), f"dataset_dir (paths are relative to it): {root}"]
-    patient = None if group is None else group_of.__getitem__
+    patient = group_of.__getitem__ if grouped else None
     return write_checked(
-        output, root, good, split, header=header, patient=patient, warnings=warnings, left_out=left_out, extra=extra
+        output, root, good, splits, header=header, patient=patient, warnings=warnings, left_out=left_out, extra=extra
     )
 
 
@@ -136,8 +150,19 @@ def _common_folder(images: Path, masks: Path) -> tuple[Path, tuple[Path, Path]]:
     return root, both
 
 
-def _groups(checks: Sequence[ImageCheck], group: str | None) -> dict[str, str]:
-    """Group of each case; without a regular expression each is its own."""
+def _names(labels: Mapping[str, str]) -> dict[str, str]:
+    if not labels:
+        raise ConfigError("nobody says what the values in the masks mean: give --labels '255=tumour'")
+    check_names(labels)
+    return {"0": BACKGROUND, **labels}
+
+
+def _groups(checks: Sequence[ImageCheck], group: str | None, table: str | Path | None) -> dict[str, str]:
+    """Group of each case; without a regular expression or a table each is its own."""
+    if group is not None and table is not None:
+        raise ConfigError("got a group and a table of patients: give one of them")
+    if table is not None:
+        return patients_in(read_csv(Path(table)), [check.case for check in checks], Path(table).name)
     if group is None:
         return {check.case: check.case for check in checks}
     try:
@@ -217,7 +242,8 @@ def _find_pairs(images: Path, masks: Path, match: str | None) -> tuple[list[Imag
                 ("image", "differ by their suffix only") if kind == "image" else ("mask", "are masks of one image")
             )
             several = f"{' and '.join(path.name for path in paths)} in {folder.name} {why}: keep one"
-            check.take(kind, paths, absent=f"no {what} of this name in {folder.name}", several=several)
+            if paths or kind == "image":  # an image alone is a case without a label, which is no defect
+                check.take(kind, paths, absent=f"no {what} of this name in {folder.name}", several=several)
         names = [case, *(path.name for paths, _ in kinds.values() for path in paths)]
         if match is None or any(fnmatch.fnmatchcase(name, match) for name in names):
             checks.append(check)
@@ -235,7 +261,7 @@ def _listed(folder: Path, notes: list[str]) -> list[tuple[str, Path]]:
         if names:
             shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
             notes.append(f"{len(names)} entries of {folder.name} {what}: {shown}")
-    return images
+    return [(composed(case), path) for case, path in images]
 
 
 def _read_pair(check: ImageCheck, legal: Collection[int], spacing: float | None) -> None:

@@ -6,15 +6,16 @@ preprocessing, ``class_to_name`` of ``test.py``), ``merit`` (MERIT and EMCAD: ``
 (the files on TransUNet's Drive; no code names them: inferred from per-class logs that users of RWKV-UNet and CSWin-UNet
 posted). ``totalsegmentator`` are the ids of TotalSegmentator's 117 classes, of which only the eight organs are told
 apart. ``2023`` and ``2021`` are those of BraTS (LaBella et al., arXiv:2405.09787; the older one of 2017 to 2022 had
-enhancing tumour as 4).
+enhancing tumour as 4), ``gtv`` that of BraTS-MEN-RT (arXiv:2405.18383).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 
-from samseg_monai.choices import IGNORE_NAMES
-from samseg_monai.errors import ConfigError
+from samseg_monai.choices import IGNORE_NAMES, is_label
+from samseg_monai.errors import ConfigError, raise_all
 
 BTCV = {
     1: "spleen", 2: "right kidney", 3: "left kidney", 4: "gallbladder", 5: "oesophagus",
@@ -29,6 +30,8 @@ BTCV_TRAINING = (
 )  # fmt: skip
 BTCV_TESTING = ("0001", "0002", "0003", "0004", "0008", "0022", "0025", "0029", "0032", "0035", "0036", "0038")
 
+VALUE = re.compile("-?[0-9]{1,6}")  # of a label: what is larger is no label, and its table would fill the memory
+ROUNDED = 1e-3  # what scaling and another format do to a whole number; resampling does more
 BACKGROUND = "background"
 OTHER = "other"
 OWN_CODING = "own"  # of a table that has no name
@@ -47,6 +50,7 @@ ABDOMEN: dict[str, dict[int, str]] = {
 BRATS: dict[str, dict[int, str]] = {
     "2023": {1: "non-enhancing core", 2: "oedema", 3: "enhancing tumour"},
     "2021": {1: "non-enhancing core", 2: "oedema", 4: "enhancing tumour"},
+    "gtv": {1: "gross tumour volume"},
 }
 CODINGS = {**BRATS, **ABDOMEN}
 
@@ -116,14 +120,26 @@ def absent_labels(voxels_of_cases: Sequence[Mapping[int, int]], names: Mapping[i
     return [f"no case has {', '.join(absent)}"] if voxels_of_cases and absent else []
 
 
+def check_names(labels: Mapping[str, str]) -> None:
+    """Refuse names that no settings may hold before anything is read: a task could not call its classes so.
+
+    Raises:
+        ConfigError: all of them at once.
+    """
+    wrong = [repr(name) for name in labels.values() if not is_label(name)]
+    fix = "name each in letters, digits, blanks and . _ - + ( ) and / between words, with --labels '1=...,2=...'"
+    raise_all(wrong, ConfigError, f"names that no class can have; {fix}")
+
+
 def parse_labels(text: str) -> dict[str, str]:
     """``"1=anterior,2=posterior"`` as a table of labels.
 
     Raises:
-        ConfigError: an entry without ``=``, a value that is no whole number, an empty name, or a value given twice.
+        ConfigError: an entry without ``=``, a value that is no whole number of at most six digits, an empty name, or a
+            value given twice.
     """
     pairs = [part.partition("=") for part in text.split(",")]
     table = {value.strip(): name.strip() for value, _, name in pairs}
-    if len(table) != len(pairs) or not all(value.isdecimal() and name for value, name in table.items()):
+    if len(table) != len(pairs) or not all(VALUE.fullmatch(value) and name for value, name in table.items()):
         raise ConfigError(f"labels are given as '1=anterior,2=posterior', each value once, got {text!r}")
     return {str(int(value)): name for value, name in table.items()}

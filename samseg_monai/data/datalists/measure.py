@@ -16,8 +16,9 @@ from samseg_monai.data import IMAGES
 from samseg_monai.data.datalists import labels_of, load_datalist, read_datalist
 from samseg_monai.data.datalists.label_maps import BACKGROUND, OTHER, is_ignored
 from samseg_monai.data.datalists.splits import SECTIONS
+from samseg_monai.data.files.dicom import read_any, read_any_grid
 from samseg_monai.data.files.images import read_image
-from samseg_monai.data.files.volumes import read_grid, read_volume
+from samseg_monai.data.files.volumes import stored_like
 from samseg_monai.errors import DataError, raise_all
 
 MOST_READ = 20  # training cases whose intensities are read; the grid of every case is
@@ -157,7 +158,7 @@ def _scans(item: Item, datalist: str | Path) -> list[str]:
 
 def _grid(file: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Shape and size of a voxel in mm along right-left, back-front and bottom-top."""
-    shape, affine = read_grid(file)
+    shape, affine = read_any_grid(file)
     axes = io_orientation(affine)[:, 0]
     if np.isnan(axes).any():
         raise DataError(f"{Path(file).name}: its affine is singular; mend the header")
@@ -168,7 +169,7 @@ def _grid(file: str) -> tuple[tuple[int, ...], tuple[float, ...]]:
 
 def _read(item: Item, images: bool, values: set[int], spacing: float | None) -> _Case:
     def load(file: str) -> Any:
-        return read_image(file, spacing) if images else read_volume(file)
+        return read_image(file, spacing) if images else read_any(Path(file))
 
     volumes = [load(file) for file in _files(item)]
     arrays = [volume.array for volume in volumes]
@@ -176,7 +177,10 @@ def _read(item: Item, images: bool, values: set[int], spacing: float | None) -> 
     if len({array.shape for array in arrays}) > 1:
         raise DataError(f"scans of unequal shape {' and '.join(str(array.shape) for array in arrays)}")
     zero = np.all([(array == 0) if array.ndim == 3 else (array == 0).all(axis=-1) for array in arrays], axis=0)
-    label = load(item["label"]).array if item.get("label") else np.zeros(first.shape)
+    label = np.zeros(first.shape)
+    if item.get("label"):
+        stored = load(item["label"])
+        label = stored.array if images else stored_like(stored, volumes[0])[0].array
     if label.shape != first.shape:
         raise DataError(f"label has shape {label.shape}, the image has {first.shape}")
     inside = first[np.isin(label, list(values))].astype(float)

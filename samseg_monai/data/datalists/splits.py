@@ -1,13 +1,15 @@
-"""Which cases train, validate and test: drawn by patient, cut in order, or read from a split file."""
+"""Which cases train, validate and test: drawn by patient, cut in order, in folds, or read from a split file."""
 
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from samseg_monai.errors import DataError, raise_all
+from samseg_monai.errors import ConfigError, DataError, raise_all
 from samseg_monai.files import read_json
 
 SECTIONS = ("training", "validation", "testing")
@@ -67,7 +69,7 @@ def section_counts(total: int, fractions: Sequence[float]) -> list[int]:
         DataError: fractions are not three non-negative numbers with sum 1, or ``total`` is too small for them.
     """
     fractions = tuple(float(f) for f in fractions)
-    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+    if len(fractions) != 3 or not min(fractions) >= 0 or not abs(sum(fractions) - 1) <= 1e-6:  # NaN is neither
         raise DataError(f"fractions must be three numbers >= 0 with sum 1 (for {', '.join(SECTIONS)}), got {fractions}")
     wanted = sum(f > 0 for f in fractions)
     if total < wanted:
@@ -84,39 +86,93 @@ def section_counts(total: int, fractions: Sequence[float]) -> list[int]:
     return counts
 
 
-def choose_split(
+@dataclass(frozen=True)
+class Split:
+    """Section -> names of cases, and what a datalist says of how they were chosen."""
+
+    sections: Mapping[str, Sequence[str]]
+    made_by: Mapping[str, Any]
+
+
+def choose_splits(
     good: Mapping[str, str],
     everyone: Mapping[str, str],
-    split_file: str | Path | None,
-    fractions: Sequence[float],
-    seed: int,
     *,
+    split_file: str | Path | None = None,
+    fractions: Sequence[float] | None = None,
+    folds: int | None = None,
+    seed: int = 0,
     what: str = "patient",
-) -> tuple[dict[str, list[str]], list[str], dict[str, Any]]:
-    """Split by a file where there is one, else by fractions of the patients.
+) -> tuple[list[Split], list[str]]:
+    """Split by a file, into folds, or by fractions of the patients.
 
     The file is a JSON object with lists of cases or patients under the section names; another datalist works too.
 
     Args:
         good: case -> patient, of the usable cases.
         everyone: the same of all cases, which a file may name.
-        split_file, fractions, seed: see ``split_by_patient``.
+        split_file, folds, fractions: one of them at most; see ``split_by_patient`` and ``split_in_folds``.
+        seed: of the order of patients.
         what: how messages call a patient.
 
-    Returns: section -> usable cases; the cases that a file does not name, as warnings; what the datalist says of it.
+    Returns: one split, or as many as folds; the cases that a file does not name, as warnings.
 
     Raises:
+        ConfigError: several of the three.
         DataError: as ``split_by_patient``; a file that is no JSON object with a section, every unknown name in it, and
             every patient that is in two sections.
     """
+    check_one_split(split_file=split_file, fractions=fractions, folds=folds)
+    if folds is not None:
+        parts = split_in_folds(good, folds, seed=seed)
+        made_by = {"by": what, "seed": seed, "folds": folds}
+        return [Split(part, {**made_by, "fold": number}) for number, part in enumerate(parts, 1)], []
     if split_file is None:
+        fractions = DEFAULT_FRACTIONS if fractions is None else fractions
         made_by = {"by": what, "seed": seed, "fractions": list(fractions)}
-        return split_by_patient(good, fractions, seed=seed), [], made_by
+        return [Split(split_by_patient(good, fractions, seed=seed), made_by)], []
     split = _read_split(Path(split_file), everyone, what)
     named = {case for members in split.values() for case in members}
     unused = [f"{case}: not named by the split file, not used" for case in everyone if case not in named]
     kept = {section: [case for case in cases if case in good] for section, cases in split.items()}
-    return kept, unused, {"by": "file", "file": Path(split_file).name}
+    return [Split(kept, {"by": "file", "file": Path(split_file).name})], unused
+
+
+def check_one_split(**ways: Any) -> None:
+    """Raise ConfigError where more than one way of splitting is not None; they are called like the options."""
+    given = [f"--{name.replace('_', '-')}" for name, value in ways.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)}: each says how to split; give one of them")
+
+
+def split_in_folds(patients: Mapping[str, str], folds: int, *, seed: int = 0) -> list[dict[str, list[str]]]:
+    """Cross-validation by patient: every case is tested in one fold, with a network whose epoch others chose.
+
+    In fold k the k-th part of the patients tests, the next one validates, and the rest trains.
+
+    Args:
+        patients: case -> patient.
+        folds: at least 3.
+        seed: of the order of patients.
+
+    Raises:
+        ConfigError: fewer than three folds.
+        DataError: fewer patients than folds.
+    """
+    if folds < 3:
+        raise ConfigError(f"--folds {folds}: one part tests, one validates, the rest trains; give at least 3")
+    order = shuffled(patients.values(), seed=seed)
+    if len(order) < folds:
+        raise DataError(f"{len(order)} patients cannot fill {folds} folds; give fewer folds")
+    place = {patient: number % folds for number, patient in enumerate(order)}
+    splits = []
+    for fold in range(folds):
+        section_of = {fold: "testing", (fold + 1) % folds: "validation"}
+        split: dict[str, list[str]] = {section: [] for section in SECTIONS}
+        for case in sorted(patients):
+            split[section_of.get(place[patients[case]], "training")].append(case)
+        splits.append(split)
+    return splits
 
 
 def _read_split(path: Path, patients: Mapping[str, str], what: str) -> dict[str, list[str]]:
@@ -135,7 +191,7 @@ def _read_split(path: Path, patients: Mapping[str, str], what: str) -> dict[str,
             problems.append(f"{section}: expected a list of names, got a {type(entries).__name__}")
             continue
         for entry in entries:
-            name = str(entry.get("case", entry) if isinstance(entry, dict) else entry)
+            name = unicodedata.normalize("NFC", str(entry.get("case", entry) if isinstance(entry, dict) else entry))
             members = [name] if name in patients else by_patient.get(name, [])
             if not members:
                 problems.append(f"{section}: unknown case or {what} {name}")

@@ -2,6 +2,7 @@
 
 Layout: ``RawData/Training/img/img0001.nii.gz`` and ``label/label0001.nii.gz`` (synapse.org, syn3193805). The case lists
 are those of TransUNet's ``lists_Synapse``, which SAMed and SAM-LST use as well; none of them has a validation part.
+Its preprocessed slices are understood, too: see ``transunet``.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from samseg_monai.data.datalists.label_maps import (
     implausible_sizes,
     labels_in,
 )  # fmt: skip
-from samseg_monai.data.datalists.splits import shuffled
+from samseg_monai.data.datalists.splits import Split, shuffled
+from samseg_monai.data.datalists.transunet import VOLUMES, is_preprocessed, write_volumes
 from samseg_monai.data.files.volumes import stem_of
 from samseg_monai.errors import ConfigError, DataError
 
-_LAYOUTS = (".", "Training", "RawData/Training", "Abdomen/RawData/Training")
+_LAYOUTS = (".", "Training", "RawData/Training", "Abdomen/RawData/Training", VOLUMES)
 
 
 def prepare_synapse(
@@ -42,7 +44,8 @@ def prepare_synapse(
     """Check every published case completely and write a datalist with paths relative to ``src``.
 
     Args:
-        src: folder with ``img`` and ``label``, or ``RawData`` or ``RawData/Training`` above it.
+        src: folder with ``img`` and ``label``, or ``RawData`` or ``RawData/Training`` above it; or TransUNet's folder
+            with ``train_npz`` and ``test_vol_h5``, from which volumes are written into ``src/volumes``.
         output: datalist to write; its cases are called ``case0001`` as in the published lists.
         label_coding: name of the coding that the files are in (``label_maps.ABDOMEN``).
         validation: patients taken out of the training cases, chosen by a hash of seed and id; 0 as published.
@@ -55,6 +58,8 @@ def prepare_synapse(
         DataError: no such layout, or all missing and all bad cases at once, among them labels in another coding.
     """
     labels, src = labels_in(label_coding, ABDOMEN), Path(src)
+    slices = is_preprocessed(src)
+    notes = write_volumes(src, progress=reading.get("progress", True)) if slices else []
     cases = _find_cases(src)
     published = (*BTCV_TRAINING, *BTCV_TESTING)
     missing = sorted(set(published) - set(cases))
@@ -75,14 +80,16 @@ def prepare_synapse(
     voxels = [check.voxels_per_label for check in good]
     odd = [*implausible_sizes(voxels, label_coding), *absent_labels(voxels, ABDOMEN[label_coding])]
     warnings = [
+        *notes,
         *(f"case {case} is not one of the 30 published ones: not used" for case in strangers),
         *absent,
         *(f"{text}: is {label_coding} the coding of these files?" for text in odd),
     ]
     header = {"name": "Synapse", "modality": "CT", "scans": ["image"], "labels": labels, "label_coding": label_coding}
-    header["split"] = {"by": "published 18/12", "validation": validation, "seed": seed}
-    split = _split([check.case for check in good], validation, seed)
-    return write_checked(output, src, good, split, header=header, patient=str, warnings=warnings, left_out=problems)
+    header |= {"distance_unit": "px"} if slices else {}
+    made_by = {"by": "published 18/12", "validation": validation, "seed": seed}
+    splits = [Split(_split([check.case for check in good], validation, seed), made_by)]
+    return write_checked(output, src, good, splits, header=header, patient=str, warnings=warnings, left_out=problems)
 
 
 def _find_cases(src: Path) -> dict[str, CaseCheck]:

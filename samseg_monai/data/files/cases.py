@@ -23,7 +23,7 @@ import numpy as np
 from samseg_monai.data import BRATS_SCANS, IMAGES
 from samseg_monai.data.files.boxes import IMAGE_BOXES, VOLUME_BOXES, as_floats, box_problems, read_table, volume_boxes
 from samseg_monai.data.files.case_list import SHOWN, CaseList
-from samseg_monai.data.files.dicom import holds_series, is_dicom, read_series
+from samseg_monai.data.files.dicom import holds_series, is_dicom, read_any
 from samseg_monai.data.files.images import GREY, case_of, read_image
 from samseg_monai.data.files.volumes import (
     IMAGE_SUFFIXES,
@@ -35,6 +35,7 @@ from samseg_monai.data.files.volumes import (
     modality_problem,
     read_volume,
     stem_of,
+    stored_like,
     value_problem,
 )
 from samseg_monai.errors import ConfigError, DataError, PromptError, raise_all, reason_of
@@ -162,7 +163,7 @@ def _check_volumes(
     fits: Callable[[Volume, str], None],
 ) -> dict[str, Any]:
     """Item of a case, its files read one at a time: four scans of many cases side by side would fill the memory."""
-    first = _read(paths[0])
+    first = read_any(paths[0])
     shape = first.array.shape
     channels = 1 if len(shape) == 3 else shape[3]
     if len(paths) == len(scans) and channels != 1:
@@ -173,7 +174,7 @@ def _check_volumes(
             f"folder with files <case>-<scan>.nii.gz, or one file with {len(scans)} channels"
         )
     for number, path in enumerate(paths):
-        volume = first if number == 0 else _read(path)
+        volume = first if number == 0 else read_any(path)
         for note in volume.notes:
             LOG.warning("%s: %s", case, note)
         if difference := _same_grid(volume, first, f"{case}: {path.name}"):
@@ -192,10 +193,6 @@ def _check_volumes(
     if prompts is not None:
         item["prompt"] = os.path.abspath(_mask_of(prompts, case, first))
     return item
-
-
-def _read(path: Path) -> Volume:
-    return read_series(path) if path.is_dir() else read_volume(path)
 
 
 def _same_grid(volume: Volume, image: Volume, what: str) -> str:
@@ -217,8 +214,10 @@ def _mask_of(prompts: Path, case: str, image: Volume) -> Path:
     if path is None:
         names = f"{case}{SUFFIXES[0]} or {case}_seg{SUFFIXES[0]}"
         raise PromptError(f"no coarse mask in {prompts}; expected {names}")
-    mask = read_volume(path)
     first_scan = Volume(image.array[..., 0] if image.array.ndim == 4 else image.array, image.affine, image.sha256)
+    mask, note = stored_like(read_volume(path), first_scan)
+    if note:
+        LOG.warning("%s: prompt %s: %s", case, path.name, note)
     if difference := _same_grid(mask, first_scan, f"{case}: prompt {path.name}"):
         raise PromptError(f"prompt {path.name}: {difference} of the image; resample it to the image's grid")
     if bad := int(np.count_nonzero(~np.isfinite(mask.array))):

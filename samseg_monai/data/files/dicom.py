@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,19 @@ import pydicom
 import pydicom.misc
 import SimpleITK as sitk
 
-from samseg_monai.data.files.volumes import Volume, content_of, from_itk, is_dead_link, last_line, size_problem, stem_of
+from samseg_monai.data.files.volumes import (
+    Volume,
+    content_of,
+    from_itk,
+    is_dead_link,
+    last_line,
+    read_grid,
+    read_volume,
+    size_problem,
+    stem_of,
+)
 from samseg_monai.errors import DataError, raise_all
+from samseg_monai.files import known_hash
 
 _SAME_PLACE_MM = 0.01
 _SAME_DIRECTION = 1e-3  # of direction cosines; 0.06 degrees
@@ -84,8 +95,8 @@ def read_series(folder: str | Path) -> Volume:
     """Read the one series in ``folder``, every file to its last byte, slices in the order of their positions.
 
     Returns: array (X, Y, Z) = (column, row, slice), in the units of the rescale slope and intercept (HU for CT); slices
-        ascend along the cross product of the row and column directions. ``sha256`` is that of the files' SHA-256
-        digests, in the order of the slices. ``notes`` says when there are only two slices.
+        ascend along the cross product of the row and column directions. ``sha256`` is that of
+        ``hash_of``. ``notes`` says when there are only two slices.
 
     Raises:
         DataError: a file is damaged, a link that leads nowhere, no image, in colour or multi-frame; several series or
@@ -94,8 +105,7 @@ def read_series(folder: str | Path) -> Volume:
     """
     folder = Path(folder)
     listed = _listed_by_gdcm(folder)
-    dead = {path for path in folder.iterdir() if is_dead_link(path) and not path.name.startswith(".")}
-    paths = sorted({path for path in folder.iterdir() if is_dicom(path)}.union(dead, *listed))
+    paths = _files(folder, listed)
     found: list[_Slice] = []
     problems = []
     for path in paths:
@@ -117,9 +127,42 @@ def read_series(folder: str | Path) -> Volume:
         raise DataError(f"{folder.name}: its pixels cannot be decoded ({last_line(error)}); {_CONVERT}") from error
     if problem := size_problem(affine, array.shape):
         raise DataError(f"{folder.name}: {problem}")
-    sha256 = hashlib.sha256(b"".join(piece.digest for piece in slices)).hexdigest()
+    sha256 = _together(piece.digest for piece in slices)
     few = f"{folder.name}: has only 2 slices; is the series complete?"
     return Volume(array, affine, sha256, (few,) if len(slices) == 2 else (), slices[0].modality)
+
+
+def read_any(path: Path) -> Volume:
+    """Read one volume: a folder as the DICOM series in it, a file as what it is; DataError as its reader's."""
+    return read_series(path) if path.is_dir() else read_volume(path)
+
+
+def read_any_grid(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape and affine as of ``volumes.read_grid``; of a folder those of its series, which is read for it."""
+    if not Path(path).is_dir():
+        return read_grid(path)
+    volume = read_series(path)
+    return volume.array.shape, volume.affine
+
+
+def hash_of(path: str | Path) -> str:
+    """Hexadecimal sha256 of a file, or of the sorted SHA-256 digests of a folder's DICOM files, whatever their names;
+    computed again only where sizes or times of change differ.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return known_hash(path)
+    return _together(bytes.fromhex(known_hash(file)) for file in _files(path, _listed_by_gdcm(path)))
+
+
+def _together(digests: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def _files(folder: Path, listed: Sequence[Sequence[Path]]) -> list[Path]:
+    """DICOM files in ``folder``, by their names, their content or GDCM, and links that lead nowhere."""
+    dead = {path for path in folder.iterdir() if is_dead_link(path) and not path.name.startswith(".")}
+    return sorted({path for path in folder.iterdir() if is_dicom(path)}.union(dead, *listed))
 
 
 def _listed_by_gdcm(folder: Path) -> list[list[Path]]:

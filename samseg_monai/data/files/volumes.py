@@ -15,13 +15,14 @@ import os
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
+from nibabel.orientations import aff2axcodes, apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
 from samseg_monai.errors import DataError
 
@@ -51,7 +52,7 @@ class Volume:
     """One file, or one series of DICOM slices, as it is stored.
 
     Attributes:
-        array: (X, Y, Z) or (X, Y, Z, C), numbers scaled as the header says.
+        array: (X, Y, Z) or (X, Y, Z, C) with C > 1, numbers scaled as the header says.
         affine: (4, 4) float64, voxel indices to RAS mm.
         sha256: of the file's bytes; for a series see ``dicom.read_series``.
         notes: oddities that do not prevent its use.
@@ -101,6 +102,8 @@ def read_volume(path: str | Path) -> Volume:
     array, affine, notes = parse_nifti(path, content) if is_nifti else (*_parse_itk(path, content), ())
     if reason := _unusable(array, affine):
         raise DataError(f"{path.name}: {reason}")
+    if array.ndim == 4 and array.shape[3] == 1:  # one scan, as MONAI loads it, too
+        array = array[..., 0]
     return Volume(array, affine, hashlib.sha256(content).hexdigest(), notes)
 
 
@@ -236,6 +239,32 @@ def is_phantom(path: str | Path) -> bool:
     return "descrip" in header and bytes(header["descrip"].item()).startswith(PHANTOM_MARK)
 
 
+def stored_like(volume: Volume, reference: Volume) -> tuple[Volume, str]:
+    """A mask with its axes in the order and direction of ``reference``, and a note if they were others.
+
+    Masks drawn on DICOM come back with their rows the other way round as NIfTI (dcm2niix, ITK-SNAP, 3D Slicer): every
+    voxel stays where it is in the patient, and no value is interpolated.
+    """
+    codes = axes_to_turn(volume.affine, reference.affine, volume.array.shape)
+    if not codes:
+        return volume, ""
+    turn = ornt_transform(io_orientation(volume.affine), io_orientation(reference.affine))
+    array = np.ascontiguousarray(apply_orientation(volume.array, turn))
+    affine = volume.affine @ inv_ornt_aff(turn, volume.array.shape)
+    stored = "".join(aff2axcodes(volume.affine))
+    return replace(volume, array=array, affine=affine), f"its axes are stored as {stored}, and turned to {codes}"
+
+
+def axes_to_turn(affine: np.ndarray, reference: np.ndarray, shape: Sequence[int]) -> str:
+    """Axcodes of ``reference``, such as "LPS", where the axes of a volume of three axes run another way; else ""."""
+    ways = [aff2axcodes(which) for which in (affine, reference)]
+    if len(shape) != 3 or ways[0] == ways[1] or None in (*ways[0], *ways[1]):
+        return ""
+    if not affine_difference(affine, reference, shape)[0]:  # both close to 45 degrees, where rounding decides
+        return ""
+    return "".join(map(str, ways[1]))
+
+
 def grid_difference(volume: Volume, reference: Volume) -> tuple[str, str]:
     """How the grid of ``volume`` differs from that of ``reference``: why it is another one, and what is to be noted.
 
@@ -304,12 +333,10 @@ def _affine_of(image: sitk.Image | sitk.ImageFileReader) -> np.ndarray:
     return affine
 
 
-def spacing_in_plane(path: str | Path, orientation: str) -> tuple[float, float]:
-    """Voxel size in mm along the first two axes of a volume once it is turned to ``orientation`` (MONAI's axcodes).
-
-    Raises: as ``read_grid``.
+def spacing_in_plane(affine: np.ndarray, orientation: str) -> tuple[float, float]:
+    """Voxel size in mm along the first two axes of a volume of this affine (4, 4) once it is turned to ``orientation``
+    (MONAI's axcodes).
     """
-    _, affine = read_grid(path)
     sizes = np.linalg.norm(affine[:3, :3], axis=0)
     axes = list(nib.orientations.io_orientation(affine)[:, 0])
     wanted = nib.orientations.axcodes2ornt(orientation)[:2, 0]
