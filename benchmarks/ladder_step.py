@@ -5,8 +5,8 @@ encoder without gradient, torchvision's ResNet18 up to layer3, the gate, prompt 
 mask decoder, 0.2 cross-entropy + 0.8 Dice on quarter-resolution logits, backward, AdamW. Ours is ``SamSegmenter`` with
 ``Ladder(decoder="upscaling", masks="random")``, reading bf16 embeddings from our cache on disk within the
 step. Both train the same 2,856,737 values. The CNN alone is measured, too: what its training takes bounds what stored
-embeddings can save. Times are medians of alternating runs; peak memory is what one step needs above weights and input,
-the median of fresh processes. Usage:
+embeddings can save. Times are medians of processor seconds of alternating runs on one thread; peak
+memory is what one step needs above weights and input, the median of fresh processes. Usage:
 
     python benchmarks/ladder_step.py --repeats 5
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +29,9 @@ from torch.nn import functional as F
 from torchvision.models import resnet18
 
 from samseg_monai.data.slices.cache import CachedCase
-from samseg_monai.export.official import official_encoder
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.backbone import SamSpec
+from samseg_monai.sam.build import official_encoder
 from samseg_monai.sam.spec import get_spec
 from samseg_monai.sam.vit import ViTSpec
 from samseg_monai.strategies import Ladder
@@ -38,7 +39,6 @@ from samseg_monai.training import OnLogitGrid
 from samseg_monai.training.owned import count_trainable
 
 CLASSES = 8
-PROCESSES = 5  # whose peaks of memory are compared by their median
 FLOOR = "cnn_alone"  # what no cache of embeddings can save: the published CNN, its gradients and its optimiser
 WARM = ViTSpec("warm", 32, 2, 2, (1,), window_size=3, image_size=64)  # SAM's decoder behind next to no encoder
 # what of the network's settings differs; "recomputed" trades time for memory
@@ -143,14 +143,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--processes", type=int, default=5, help="whose peaks of memory are compared by their median")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         built = {which: make_step(which, options, f"{folder}/{which}") for which in ("reference", FLOOR, *options.ways)}
         trainable = {which: count_trainable(network) for which, (network, _) in built.items() if which != FLOOR}
-        median = alternate({which: step for which, (_, step) in built.items()}, options.repeats)
+        steps = {which: step for which, (_, step) in built.items()}
+        median = alternate(steps, options.repeats, time.process_time)
     del built
     # what the allocator keeps differs from process to process by a fifth
-    peaks = {which: in_fresh_processes(peak_bytes, [(which, options)] * PROCESSES) for which in median}
+    peaks = {which: in_fresh_processes(peak_bytes, [(which, options)] * options.processes) for which in median}
     peak = {which: statistics.median(values) for which, values in peaks.items()}
     for which in options.ways:
         record(
@@ -170,6 +173,7 @@ def main() -> None:
                 "image_size": options.size,
                 "batch_size": options.batch,
                 "repeats": options.repeats,
+                "clock": "processor seconds of one thread",
                 "weights": "random: the time of a step does not depend on them",
             },
         )

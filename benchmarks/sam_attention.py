@@ -1,130 +1,200 @@
-"""Our image encoder (fused attention) against segment_anything's own: seconds and peak memory, side by side.
+"""Our image encoder against segment_anything's own, and transformers' if it is installed: processor time and memory.
 
-Times are medians of alternating runs in one process, so that a busy machine slows both alike. Peak memory is that of
-the step alone, above weights, gradients and input: torch's own count on CUDA, on the CPU the resident set of one fresh
-process per encoder. Ratios are ours / segment_anything's: below 1 is better. Usage:
+``encoder_*`` is the encoder without gradient, ``lora_step_*`` one step of training LoRA of rank 4 in query and value of
+all blocks: forward, backward and AdamW. What is behind the encoder is the same for all and left out. Batch 1, float32,
+one thread, random weights, on the CPU. Times are medians of processor seconds of alternating runs in one process, so
+that neither a busy machine nor a change of its clock favours one. Peak memory is what the step needs on top of weights
+and input: the resident set of one fresh process each. ``ratio`` is how many times faster ours is than segment_anything,
+``memory_ratio`` ours / segment_anything's. ``share_of_roof`` compares the operations that segment_anything's encoder
+needs, whatever ours really does, with what the fastest product of large matrices reaches here. Usage:
 
-    python benchmarks/sam_attention.py --size 512 --repeats 3
+    python benchmarks/sam_attention.py --repeats 3
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-from datetime import datetime, timezone
-from functools import partial
-from pathlib import Path
+import math
+import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from measuring import alternate, in_fresh_processes, machine, resident_peak_bytes
-from torch import nn
+import torch.nn.functional as F
+from measuring import alternate, in_fresh_processes, record, resident_peak_bytes
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-import samseg_monai
-from samseg_monai.export.official import official_encoder
+from samseg_monai.adapters.lora import LoRALinear
+from samseg_monai.products import fits, times
+from samseg_monai.sam.build import build_sam, official_encoder
 from samseg_monai.sam.spec import get_spec
-from samseg_monai.sam.vit import ImageEncoder
+from samseg_monai.sam.vit import ViTSpec
 
-RESULT = Path(__file__).parent / "results" / "sam_attention.json"
-WHICH = ("reference", "ours")
-STEPS = ("forward", "forward_backward")
+CASES = {
+    "encoder_1024_fp32": ("encoder", 1024), "encoder_512_fp32": ("encoder", 512), "encoder_256_fp32": ("encoder", 256),
+    "lora_step_1024": ("lora_step", 1024), "lora_step_512": ("lora_step", 512),
+}  # fmt: skip
+RANK = 4
+OURS, REFERENCE, OTHER = "ours", "reference", "transformers"
 
 
-def build(which: str, variant: str, size: int) -> nn.Module:
-    """One of the two encoders, random position tables (zeros could be skipped by a clever kernel)."""
+class PlainLoRA(nn.Module):
+    """LoRA in query and value of a fused layer with PyTorch's own products, for the encoders of others."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, width = base, base.out_features // 3
+        for part in "qv":
+            setattr(self, f"a_{part}", nn.Parameter(torch.randn(RANK, base.in_features) / base.in_features**0.5))
+            setattr(self, f"b_{part}", nn.Parameter(torch.zeros(width, RANK)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.base(x).chunk(3, dim=-1)
+        q = q + F.linear(F.linear(x, self.a_q), self.b_q)
+        v = v + F.linear(F.linear(x, self.a_v), self.b_v)
+        return torch.cat([q, k, v], dim=-1)
+
+
+def build(which: str, variant: str | ViTSpec, size: int) -> nn.Module:
+    """One of the encoders, with random position tables (zeros could be skipped by a clever kernel)."""
     torch.manual_seed(0)
     spec = get_spec(variant)
-    if which == "ours":
-        encoder: nn.Module = ImageEncoder(spec, image_size=size)
-    else:
+    assert isinstance(spec, ViTSpec)
+    if which == OURS:
+        encoder: nn.Module = build_sam(spec, image_size=size).image_encoder
+    elif which == REFERENCE:
         encoder = official_encoder(spec, size)
+    else:
+        encoder = transformers_encoder(spec, size)
     for name, parameter in encoder.named_parameters():
         if "pos" in name:
             nn.init.normal_(parameter, std=0.02)
-    return encoder
+    return encoder.eval()
 
 
-def step(encoder: nn.Module, image: torch.Tensor, kind: str) -> None:
-    """One pass; gradients stay allocated, as between the steps of a training run with accumulation."""
-    with torch.set_grad_enabled(kind == "forward_backward"):
+def transformers_encoder(spec: ViTSpec, size: int) -> nn.Module:
+    """transformers' SAM encoder with scaled_dot_product_attention."""
+    from transformers import SamVisionConfig
+    from transformers.models.sam.modeling_sam import SamVisionEncoder
+
+    config = SamVisionConfig(
+        hidden_size=spec.embed_dim, num_hidden_layers=spec.depth, num_attention_heads=spec.num_heads, image_size=size,
+        global_attn_indexes=list(spec.global_attn_indexes), window_size=spec.window_size, mlp_dim=4 * spec.embed_dim,
+        output_channels=spec.prompt_dim,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    return SamVisionEncoder(config)
+
+
+def make(which: str, kind: str, variant: str | ViTSpec, size: int) -> Callable[[], None]:
+    """One pass, or one step of training."""
+    encoder = build(which, variant, size)
+    image = torch.randn(1, 3, size, size)
+
+    def run() -> Tensor:
         out = encoder(image)
-        if kind == "forward_backward":
-            out.float().square().mean().backward()
-    if image.is_cuda:
-        torch.cuda.synchronize()
+        return out if isinstance(out, Tensor) else out[0]
+
+    if kind == "encoder":
+        return torch.no_grad()(run)
+    encoder.requires_grad_(False)
+    for module in [module for module in encoder.modules() if isinstance(getattr(module, "qkv", None), nn.Linear)]:
+        base = module.qkv
+        module.qkv = (
+            LoRALinear(base, rank=RANK, parts=(0, 2), num_parts=3) if which == OURS else PlainLoRA(base)
+        )  # fmt: skip
+    learned = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        out = run()
+        (out * out.detach().flip(-1)).mean().backward()
+        optimizer.step()
+
+    return step
 
 
-def peak_bytes(which: str, kind: str, options: argparse.Namespace) -> int:
+def peak_bytes(which: str, kind: str, variant: str, size: int) -> int:
     """Bytes that one step needs on top of what lies there before it."""
-    device = torch.device(options.device)
-    encoder = build(which, options.variant, options.size).to(device)
-    for parameter in encoder.parameters():  # weights and gradients are equal for both: they would hide the difference
-        parameter.grad = torch.empty_like(parameter).fill_(0.0)  # zeros_like would take its pages only when written
-    image = torch.randn(options.batch, 3, options.size, options.size, device=device)
-    if device.type == "cuda":
-        step(encoder, image, kind)  # workspaces of the libraries
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(encoder, image, kind)
-        return torch.cuda.max_memory_allocated() - before
-    small = build(which, "tiny", 64)
-    step(small, torch.randn(1, 3, 64, 64), kind)  # loads the libraries
+    torch.set_num_threads(1)
+    make(which, kind, "tiny", 64)()  # loads the libraries
+    run = make(which, kind, variant, size)
     before = resident_peak_bytes()
-    step(encoder, image, kind)
+    run()
     return resident_peak_bytes() - before
 
 
-def compare(kind: str, options: argparse.Namespace) -> dict[str, object]:
-    """Times and memory of one kind of step, as the rows of the result file."""
-    device = torch.device(options.device)
-    encoders = {which: build(which, options.variant, options.size).to(device) for which in WHICH}
-    image = torch.randn(options.batch, 3, options.size, options.size, device=device)
-    median = alternate({w: partial(step, encoder, image, kind) for w, encoder in encoders.items()}, options.repeats)
-    peaks = in_fresh_processes(peak_bytes, [(which, kind, options) for which in WHICH])
-    peak = dict(zip(WHICH, peaks, strict=True))
-    return {
-        "name": f"sam_attention_{kind}",
-        "ratio": round(median["reference"] / median["ours"], 3),  # times faster
-        "memory_ratio": round(peak["ours"] / peak["reference"], 3) if peak["reference"] else None,  # too small to see
-        "reference_s": round(median["reference"], 4),
-        "ours_s": round(median["ours"], 4),
-        "reference_peak_mib": round(peak["reference"] / 2**20, 1),
-        "ours_peak_mib": round(peak["ours"] / 2**20, 1),
-    }
+def operations(variant: str, size: int) -> int:
+    """Multiplications and additions of one image through segment_anything's encoder."""
+    with torch.device("meta"):
+        encoder, image = build(REFERENCE, variant, size), torch.empty(1, 3, size, size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(image)
+    return counter.get_total_flops()
+
+
+def roof() -> dict[str, float]:
+    """Operations per second of a large product in float32 on one thread, by MKL and by oneDNN."""
+    x, weight = torch.randn(4096, 3072), torch.randn(768, 3072)
+    ways: dict[str, Callable[[], Any]] = {"mkl": lambda: F.linear(x, weight)}
+    if fits(x, weight):
+        ways["onednn"] = lambda: times(x, weight)
+    seconds = alternate(ways, 7, time.process_time)
+    return {name: 2 * math.prod((4096, 3072, 768)) / value for name, value in seconds.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="vit_b")
-    parser.add_argument("--size", type=int, default=512, help="side of the square input, in pixels")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    cases = [compare(kind, options) for kind in STEPS]
-    cuda = options.device.startswith("cuda")
-    result = {
-        **cases[-1],
-        "name": "sam_attention",  # the row that training pays for
-        "cases": cases,
-        "variant": options.variant,
-        "image_size": options.size,
-        "batch_size": options.batch,
-        "repeats": options.repeats,
-        "dtype": "float32",
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "machine": machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "samseg_monai": samseg_monai.__version__,
-        },
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result, indent=2))
+    torch.set_num_threads(1)
+    which = [OURS, REFERENCE]
+    try:
+        transformers_encoder(get_spec("tiny"), 64)  # type: ignore[arg-type]
+        which.append(OTHER)
+    except ImportError:
+        print("transformers is not installed: it is left out")
+    reached = roof()
+    for case in options.cases:
+        kind, size = CASES[case]
+        median = alternate(
+            {name: make(name, kind, options.variant, size) for name in which}, options.repeats, time.process_time
+        )
+        found = in_fresh_processes(peak_bytes, [(name, kind, options.variant, size) for name in which])
+        peak = dict(zip(which, found, strict=True))
+        result: dict[str, Any] = {
+            "ratio": round(median[REFERENCE] / median[OURS], 2),
+            "memory_ratio": round(peak[OURS] / peak[REFERENCE], 3) if peak[REFERENCE] else None,
+            "seconds": {name: round(value, 3) for name, value in median.items()},
+            "peak_mib": {name: round(value / 2**20, 1) for name, value in peak.items()},
+        }
+        if OTHER in which:
+            result["ratio_to_transformers"] = round(median[OTHER] / median[OURS], 2)
+            result["memory_ratio_to_transformers"] = round(peak[OURS] / peak[OTHER], 3) if peak[OTHER] else None
+        if kind == "encoder":
+            flops = operations(options.variant, size)
+            result["tflop"] = round(flops / 1e12, 4)
+            result["share_of_roof"] = round(flops / median[OURS] / max(reached.values()), 3)
+        else:
+            result["rank"] = RANK
+        record(
+            case,
+            {
+                **result,
+                "roof_gflops": {name: round(value / 1e9, 1) for name, value in reached.items()},
+                "clock": "processor seconds of one thread",
+                "variant": options.variant,
+                "image_size": size,
+                "batch_size": 1,
+                "repeats": options.repeats,
+                "dtype": "float32",
+                "weights": "random: the time of a pass does not depend on them",
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from samseg_monai.errors import AdapterError, raise_all
+from samseg_monai.products import Linear, linear
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """A frozen linear layer with low-rank updates to some of its equal output parts.
 
     SAM fuses query, key and value into one ``Linear(d, 3 d)``: with ``num_parts=3``, parts 0, 1, 2 are q, k, v. In
@@ -85,8 +85,8 @@ class LoRALinear(nn.Linear):
         outputs = list(self._split(super().forward(input), -1))
         dropped = self.dropout(input)  # one mask for all parts: they read the same input
         for part in self.parts:
-            low = functional.linear(dropped, self.lora_a[str(part)])  # (..., rank)
-            update = self.scaling * functional.linear(low, self.lora_b[str(part)])
+            low = linear(dropped, self.lora_a[str(part)])  # (..., rank)
+            update = self.scaling * linear(low, self.lora_b[str(part)])
             outputs[part] = self._adapted(part, outputs[part], update)
         if self.num_parts == 1:
             return outputs[0]
@@ -116,7 +116,7 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """A plain ``nn.Linear`` that computes the same in evaluation mode; this layer stays as it is."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        plain = Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         weight = self.weight.detach().clone()
         grouped = weight.unflatten(0, (self.groups, self.num_parts, -1))  # a view: what is written lands in ``weight``
         for part in self.parts:

@@ -10,19 +10,17 @@ they were in the base file.
 from __future__ import annotations
 
 import copy
-from functools import partial
 from pathlib import Path
 
 import torch
 from segment_anything import sam_model_registry
-from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-from torch import Tensor, nn
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import Tensor
 
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.backbone import Backbone, SamSpec
-from samseg_monai.sam.build import build_sam
+from samseg_monai.sam.build import build_sam, official_encoder
 from samseg_monai.sam.spec import SPECS
-from samseg_monai.sam.vit import ViTSpec
 from samseg_monai.sam.weights import read_state
 from samseg_monai.sam.weights.load import resize_table
 
@@ -99,24 +97,3 @@ def official_sam(spec: SamSpec, path: str | Path) -> Sam:
     unused = _unused(sam.image_encoder) if isinstance(sam.image_encoder, Backbone) else {}
     sam.load_state_dict({name: tensor for name, tensor in state.items() if name not in unused})
     return sam.eval()
-
-
-def official_encoder(spec: SamSpec, size: int) -> nn.Module:
-    """Image encoder in the sizes of ``spec``, random, for images of ``size`` pixels a side.
-
-    segment_anything's own where it has one; it knows no TinyViT, so that one is this package's.
-    """
-    if not isinstance(spec, ViTSpec):
-        return spec.encoder(image_size=size)
-    return ImageEncoderViT(
-        img_size=size,
-        patch_size=spec.patch_size,
-        embed_dim=spec.embed_dim,
-        depth=spec.depth,
-        num_heads=spec.num_heads,
-        out_chans=spec.prompt_dim,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size=spec.window_size,
-        global_attn_indexes=spec.global_attn_indexes,
-    )

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from segment_anything.modeling import ImageEncoderViT, Sam, TwoWayTransformer
 from segment_anything.modeling import MaskDecoder as SamMaskDecoder
 from segment_anything.modeling import PromptEncoder as SamPromptEncoder
-from segment_anything.modeling import Sam, TwoWayTransformer
+from torch import nn
 
 from samseg_monai.errors import ConfigError
+from samseg_monai.products import adopt
 from samseg_monai.sam.backbone import Backbone, SamSpec
 from samseg_monai.sam.spec import get_spec
+from samseg_monai.sam.vit import ViTSpec
 
 
 class PromptEncoder(SamPromptEncoder):
@@ -128,6 +132,7 @@ class SamModel(Sam):
         self.spec = spec
         self.image_size = image_size
         self.rectangular = rectangular
+        adopt(self)
 
     def pad(self, image: torch.Tensor) -> torch.Tensor:
         """Pad (..., h, w) with zeros at the bottom and right: to the square, or to full patches if rectangular."""
@@ -217,3 +222,24 @@ def build_sam(
     return SamModel(
         spec, image_size=size, num_masks=num_masks, rectangular=rectangular, checkpointing=checkpointing
     ).eval()
+
+
+def official_encoder(spec: SamSpec, size: int) -> nn.Module:
+    """Image encoder in the sizes of ``spec``, random, for images of ``size`` pixels a side.
+
+    segment_anything's own where it has one; it knows no TinyViT, so that one is this package's.
+    """
+    if not isinstance(spec, ViTSpec):
+        return spec.encoder(image_size=size)
+    return ImageEncoderViT(
+        img_size=size,
+        patch_size=spec.patch_size,
+        embed_dim=spec.embed_dim,
+        depth=spec.depth,
+        num_heads=spec.num_heads,
+        out_chans=spec.prompt_dim,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=spec.window_size,
+        global_attn_indexes=spec.global_attn_indexes,
+    )

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention, Block, ImageEncoderViT
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from samseg_monai.errors import ConfigError
+from samseg_monai.sam.attention import Way, attend
 from samseg_monai.sam.backbone import Backbone, Rows, SamSpec
 
 
@@ -49,32 +49,39 @@ def relative_rows(table: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class FusedAttention(Attention):
-    """Multi-head attention over a grid of tokens, equal to SAM's own and with the same state-dict keys, in one kernel.
+    """Multi-head attention over a grid of tokens, equal to SAM's own and with the same state-dict keys.
 
-    SAM adds to the logit of query (y, x) and key (y', x') the terms ``q . R_h[y - y']`` and ``q . R_w[x - x']`` (Li et
-    al. 2022, arXiv:2112.01526, equation 4). Both are inner products of a vector that depends on the query alone with a
-    one-hot code of the key's row or column. So they are appended to query and key as extra channels, and
-    ``scaled_dot_product_attention`` needs no bias matrix: the (H*W) x (H*W) attention map is never stored.
+    SAM fills the grid up with tokens of zeros before it cuts windows, and sends them through the linear layers. Here
+    windows are cut behind the first of them and put together before the last, so that only real tokens go through
+    either: what the first makes of zeros is known from one of them.
 
-    Shape: (B, H, W, C) to (B, H, W, C).
+    Attributes:
+        way: how the attention itself is computed; None chooses by device and need.
+
+    Shape: (B, H, W, C) to (B, H, W, C); ``window`` is the side of the windows in tokens, 0 for one of all tokens.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        b, h, w, c = x.shape
+    way: Way | None = None
+
+    def forward(self, x: torch.Tensor, window: int = 0) -> torch.Tensor:
+        b, height, width, c = x.shape
         heads, d = self.num_heads, c // self.num_heads
-        # (B, H, W, 3 C) -> three of (B, heads, H*W, d)
-        q, k, v = self.qkv(x).reshape(b, h * w, 3, heads, d).permute(2, 0, 3, 1, 4).unbind(0)
-        q_grid = q.reshape(b, heads, h, w, d)
-        rows = torch.einsum("bnhwd,hkd->bnhwk", q_grid, relative_rows(self.rel_pos_h, h)).flatten(2, 3)
-        cols = torch.einsum("bnhwd,wkd->bnhwk", q_grid, relative_rows(self.rel_pos_w, w)).flatten(2, 3)
-        query = torch.cat([(q * self.scale).to(rows.dtype), rows, cols], dim=-1)
-        key_row = torch.eye(h, dtype=k.dtype, device=k.device).repeat_interleave(w, dim=0)
-        key_col = torch.eye(w, dtype=k.dtype, device=k.device).repeat(h, 1)
-        code = torch.cat([key_row, key_col], dim=-1).expand(b, heads, h * w, h + w)
-        # the fused kernels want values as wide as queries; the padding is cut off again
-        out = F.scaled_dot_product_attention(query, torch.cat([k, code], dim=-1), F.pad(v, (0, h + w)), scale=1.0)
-        out = out[..., :d].reshape(b, heads, h, w, d).permute(0, 2, 3, 1, 4).reshape(b, h, w, c)
-        return self.proj(out)
+        qkv = self.qkv(x)  # (B, H, W, 3 C)
+        h, w = window or height, window or width
+        down, across = -(-height // h), -(-width // w)  # windows
+        if (down * h, across * w) != (height, width):
+            filled = self.qkv(x.new_zeros(1, 1, 1, c)).expand(b, down * h, across * w, -1).clone()
+            filled[:, :height, :width] = qkv
+            qkv = filled
+        # three of (B * windows, heads, h * w, d)
+        qkv = qkv.view(b, down, h, across, w, 3, heads, d).permute(5, 0, 1, 3, 6, 2, 4, 7)
+        q, k, v = qkv.reshape(3, b * down * across, heads, h * w, d).unbind(0)
+        grid = q.unflatten(2, (h, w))
+        rows = torch.einsum("bnhwd,hkd->bnhwk", grid, relative_rows(self.rel_pos_h, h)).flatten(2, 3)
+        cols = torch.einsum("bnhwd,wkd->bnhwk", grid, relative_rows(self.rel_pos_w, w)).flatten(2, 3)
+        out = (self.way or attend)(q, k, v, rows, cols, self.scale)
+        out = out.reshape(b, down, across, heads, h, w, d).permute(0, 1, 4, 2, 5, 3, 6)
+        return self.proj(out.reshape(b, down * h, across * w, c)[:, :height, :width])
 
 
 class EncoderBlock(Block):
@@ -98,6 +105,10 @@ class EncoderBlock(Block):
         self.attn = FusedAttention(
             spec.embed_dim, num_heads=spec.num_heads, use_rel_pos=True, input_size=(tokens, tokens)
         )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.norm1(x), self.window_size)
+        return x + self.mlp(self.norm2(x))
 
 
 class ImageEncoder(ImageEncoderViT, Backbone):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
-from samseg_monai.export.official import official_encoder
+from samseg_monai.sam.build import official_encoder
 from samseg_monai.sam.vit import ViTSpec
 
 

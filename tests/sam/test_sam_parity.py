@@ -18,6 +18,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import nn
 
 from samseg_monai.errors import ConfigError
+from samseg_monai.sam.attention import WAYS
 from samseg_monai.sam.build import SamModel, build_sam
 from samseg_monai.sam.spec import SPECS
 from samseg_monai.sam.vit import FusedAttention
@@ -306,10 +307,14 @@ def _plain_attention(attention: FusedAttention, x: torch.Tensor) -> torch.Tensor
     return attention.proj(torch.stack(images))
 
 
+@pytest.mark.parametrize("chunk", [1 << 20, 20, 70], ids=["one chunk", "of queries", "of heads"])
+@pytest.mark.parametrize("way", [None, "folded", "masked", "chunked"])
 @pytest.mark.parametrize("grid", [(4, 4), (2, 4), (3, 1)], ids=["full", "oblong", "column"])
-def test_fused_attention_and_its_gradients_equal_the_plain_formula(grid):
+def test_fused_attention_and_its_gradients_equal_the_plain_formula(grid, way, chunk, monkeypatch):
     """On an oblong grid this also proves that relative tables are cropped: offsets keep their meaning."""
+    monkeypatch.setattr("samseg_monai.sam.attention.CHUNK", chunk)
     attention = _attention(4)
+    attention.way = None if way is None else WAYS[way]
     weights = torch.randn(2, *grid, 8, dtype=torch.float64)
     results = []
     for function in (attention, partial(_plain_attention, attention)):
@@ -324,6 +329,33 @@ def test_fused_attention_and_its_gradients_equal_the_plain_formula(grid):
     for name, expected in results[1].items():
         torch.testing.assert_close(results[0][name], expected, atol=1e-10, rtol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
     assert results[1]["rel_pos_h"].abs().max() > 1e-3 or grid[0] == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1 << 20, 20, 70], ids=["one chunk", "of queries", "of heads"])
+@pytest.mark.parametrize("way", [None, "folded", "chunked"])
+def test_attention_without_a_gradient_equals_the_plain_formula(way, chunk, monkeypatch):
+    monkeypatch.setattr("samseg_monai.sam.attention.CHUNK", chunk)
+    attention, x = _attention(4), torch.randn(2, 2, 4, 8, dtype=torch.float64)
+    attention.way = None if way is None else WAYS[way]
+    torch.testing.assert_close(attention(x), _plain_attention(attention, x), atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("size", [64, 48, 32], ids=["filled up", "whole windows", "less than a window"])
+def test_gradients_of_the_image_encoder_equal_those_of_sam(size):
+    """Windows are cut behind the first linear layer here and before it there; both fill the grid up with zeros."""
+    theirs = reference_sam(SPECS["tiny"], image_size=size).image_encoder
+    _randomise(theirs)
+    ours = build_sam("tiny", image_size=size).image_encoder
+    ours.load_state_dict(theirs.state_dict())
+    image, weights = torch.randn(2, 3, size, size), torch.randn(2, 32, size // 16, size // 16)
+    for encoder in (theirs, ours):
+        (encoder(image) * weights).sum().backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        scale = expected[name].grad.abs().max()
+        assert scale > 1e-4, name
+        torch.testing.assert_close(parameter.grad / scale, expected[name].grad / scale, atol=1e-4, rtol=0)
 
 
 # --- training --------------------

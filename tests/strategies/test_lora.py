@@ -12,6 +12,7 @@ from torch import nn
 
 from samseg_monai.adapters import LoRALinear, merge_all
 from samseg_monai.errors import AdapterError
+from samseg_monai.products import Linear
 
 TARGETS = [(0,), (1,), (0, 2), (0, 1, 2)]
 
@@ -113,7 +114,7 @@ def test_merge_gives_a_plain_layer_with_the_same_output(x, bias):
     layer = trained(nn.Linear(8, 24, bias=bias), rank=3, parts=(0, 2), num_parts=3, rank_stabilised=True)
     before = layer.weight.detach().clone()
     plain = layer.merge()
-    assert type(plain) is nn.Linear
+    assert type(plain) is Linear
     torch.testing.assert_close(plain(x), layer(x), atol=1e-5, rtol=0)
     assert torch.equal(layer.weight, before)
 
