@@ -51,7 +51,8 @@ class LoadCased(LoadImaged):
             )
         files = d.get("image")
         try:
-            d = super().__call__(d, reader)
+            with np.errstate(all="ignore"):  # numbers beyond all bounds are refused below
+                d = super().__call__(d, reader)
         except Exception as error:
             raise DataError(f"{name}: cannot be loaded; {reason_of(error)}") from error
         if "image" in self.keys and "image" in d:
