@@ -37,7 +37,8 @@ METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 # zip64; then times, and the owners that Info-ZIP and macOS write with them
 EXTRA_FIELDS = (0x0001, 0x000A, 0x5455, 0x5855, 0x7855, 0x7875)
 # what zipfile raises on archives that are damaged, or made to hurt; RuntimeError is its word for encrypted ones
-DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError, LookupError)
+DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError, LookupError,
+           OverflowError)  # fmt: skip
 _BUNDLE = re.compile(r"((?:[^/]+/){0,2})configs/[^/]+\.json", re.IGNORECASE)
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[\d¹²³]|lpt[\d¹²³]|conin\$|conout\$) *(\..*)?", re.IGNORECASE)
 _LEFT_BEHIND = (".ds_store", "thumbs.db")  # and no desktop.ini, which Windows acts upon
@@ -190,6 +191,9 @@ class Archive(BundleFiles):
             raise BundleError(f"{path}: not a ZIP ({visible(str(error))}); {_EXPECTED}") from error
         try:
             self._take_members()
+        except DAMAGED as error:  # a name of no letters, for one
+            self.close()
+            raise BundleError(f"{path}: damaged ({visible(str(error))}); get the bundle again") from error
         except BaseException:
             self.close()
             raise

@@ -284,7 +284,7 @@ def _absent(found: Running) -> list[str]:
         problems.append(f"dataset_dir: got {folder!r}, which is not a folder{where}; give that of the data")
     base = found.config.get("sam_checkpoint")
     given = isinstance(base, str) and base != RANDOM and not base.startswith(("$", "@"))
-    if found.kind == "train" and given and not Path(str(base)).exists():
+    if found.kind == "train" and given and not os.path.exists(str(base)):
         problems.append(f"sam_checkpoint: got {base!r}; no such file")
     return problems
 
