@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup dev demo check test test-all lint docs pico bundles bench clean
+.PHONY: setup dev demo check test test-all mutate lint docs pico bundles bench clean
 
 setup: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
@@ -34,6 +34,10 @@ test: dev
 # and what takes minutes by itself: both studies and SAM at their real sizes, every chain of killed trainings
 test-all: test
 	$(PYTEST) -m whole
+
+# inputs changed in one or two places, to all readers, each judged by an oracle: a table of what came of them
+mutate: dev
+	$(BIN)/python -m tests.mutations --count $(or $(COUNT),10000) --seed $(or $(SEED),0)
 
 lint: dev
 	$(BIN)/ruff check .
