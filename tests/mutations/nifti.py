@@ -148,6 +148,8 @@ def _geometry(f: dict[str, Any], array: np.ndarray, kind: str) -> tuple[str, dic
                 return "pixdim is not the size of the voxels of its only form", {}
     elif codes["qform"]:
         affine = qform
+    elif not np.isfinite(f["quatern"]).all():
+        return "a quaternion that is no rotation", {}
     else:
         affine = np.diag([-1.0, 1, 1, 1]) @ np.diag([*sides, 1.0])
         affine[:3, 3] = -affine[:3, :3] @ ((np.array(array.shape[:3]) - 1) / 2)

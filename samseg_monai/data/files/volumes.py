@@ -401,6 +401,8 @@ def _whole(stream: Any) -> tuple[Any, list[str]]:
     if not first >= header.single_vox_offset or first % 1:
         raise DataError(f"its header says that voxels begin at byte {first:g}, not behind it: damaged")
     sides = np.array(kind.header_class(start[:size], check=False)["pixdim"][1:4])  # as nibabel has not mended them
+    if header["sform_code"] == 0 and not all(math.isfinite(header[f"quatern_{axis}"]) for axis in "bcd"):
+        raise DataError("its qform, which says how it lies, is no rotation; mend its header")
     used = np.array(header["dim"][1:4]) > 1
     if header["sform_code"] == 0 and not (np.abs(sides[used]) > 0).all():
         raise DataError(f"its voxels are {' x '.join(f'{side:g}' for side in sides)} mm; mend pixdim in its header")

@@ -12,6 +12,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -147,7 +148,9 @@ def read_content(path: Path) -> object:
             return load_file(path)
         except SafetensorError as error:
             raise WeightsError(f"{damaged} ({error})") from error
-    archive = zipfile.is_zipfile(path)
+    archive = False
+    with suppress(zipfile.BadZipFile):  # of an end that speaks of other disks
+        archive = zipfile.is_zipfile(path)
     if head.startswith(ZIP_START) and not archive:  # the table of contents is at the end of a zip file
         raise WeightsError(f"{damaged} (the end of the archive is missing)")
     if not head.startswith((ZIP_START, PICKLE_START)):
