@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LABEL := .venv_monailabel
 SITE := import sysconfig; purelib = sysconfig.get_path('purelib');
 
-.PHONY: setup dev demo check test test-all lint docs pico bundles bench clean
+.PHONY: setup dev demo check test test-all mutate lint docs pico bundles bench clean
 
 setup: $(VENV)/.installed
 dev: $(VENV)/.installed-dev
@@ -48,6 +48,10 @@ $(LABEL)/.installed: tools/monailabel.txt $(VENV)/.installed-dev
 	    > $(LABEL)/install.log 2>&1
 	$(LABEL)/bin/python -c "import monailabel.tasks.infer.bundle" >> $(LABEL)/install.log 2>&1
 	touch $@
+
+# inputs changed in one or two places, to all readers, each judged by an oracle: a table of what came of them
+mutate: dev
+	$(BIN)/python -m tests.mutations --count $(or $(COUNT),10000) --seed $(or $(SEED),0)
 
 lint: dev
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ from samseg_monai.networks import PlainSegmenter, SamSegmenter
 from samseg_monai.networks.common import tensor_differences
 from samseg_monai.networks.foreign import load_foreign
 from samseg_monai.sam.weights import KNOWN, RANDOM, find_weights, name_of, sha256_of
-from samseg_monai.sam.weights.read import read_content
+from samseg_monai.sam.weights.read import is_plain, read_content
 from samseg_monai.settings import problems_of
 from samseg_monai.training.owned import owned_state
 
@@ -190,11 +190,18 @@ def read_card(folder: StrPath) -> dict[str, Any]:
         and isinstance(strategy.get("_target_"), str)
         and isinstance(strategy.get("arguments", {}), dict),
         "values": type(card.get("values", 0)) is int,
+        "scan_names": _texts(card.get("scan_names")),
+        "cases": card.get("cases") is None
+        or (isinstance(card["cases"], dict) and all(map(_texts, card["cases"].values()))),
         **{key: isinstance(card.get(key), text) for key in ("base_sha256", "base_file", "adapter_sha256")},
     }
     wrong = [f"{key}: got {card.get(key)!r:.80}" for key, good in known.items() if not good]
     raise_all(wrong, CheckpointError, f"{path}: not what samseg-monai writes; get the file again")
     return card
+
+
+def _texts(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(isinstance(text, str) for text in value))
 
 
 def load_adapter(network: Network, folder: StrPath) -> dict[str, Any]:
@@ -281,7 +288,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         state = read_content(path)
     except WeightsError as error:
         raise CheckpointError(f"{path}: cannot be read as a model ({error})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(map(is_plain, state.values())):
         raise CheckpointError(f"{path}: not a bare state dict of tensors; write it with save_model")
     return state
 
@@ -336,7 +343,7 @@ def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_che
 def seen_cases(network: Any, cases: Iterable[str]) -> dict[str, list[str]]:
     """Those of ``cases`` that a network was trained on, or its epoch chosen by: "training" or "validation" -> names."""
     names = list(cases)
-    known = {section: set(hashes) for section, hashes in (getattr(network, "cases", None) or {}).items()}
+    known = {section: set(hashes or ()) for section, hashes in (getattr(network, "cases", None) or {}).items()}
     seen = {section: [name for name in names if case_hash(name) in hashes] for section, hashes in known.items()}
     return {section: found for section, found in seen.items() if found}
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 MOST_LEVELS = 100  # of JSON: nobody writes deeper, and whoever walks through it would run out of stack
+MOST_DIGITS = 300  # of a whole number in JSON: as a float it would be too large
 StrPath = str | os.PathLike[str]
 
 
@@ -150,7 +151,7 @@ def parse_json(
         return found
 
     try:
-        value = json.loads(text, object_pairs_hook=collect)
+        value = json.loads(text, object_pairs_hook=collect, parse_int=_whole)
     except (ValueError, RecursionError) as problem:
         raise error(f"{what}: is not JSON ({problem}); {fix}") from problem
     raise_all(twice, error, f"{what}: keys given twice; keep one of each")
@@ -162,7 +163,17 @@ def parse_json(
         level = [item for group in groups for item in group if isinstance(item, (dict, list))]
     if level:
         raise error(f"{what}: more than {MOST_LEVELS} levels of lists and objects; {fix}")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as problem:  # no file, log or table could hold it
+        raise error(f"{what}: a text with half of a character ({problem.object[problem.start]!a}); {fix}") from problem
     return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
 
 
 def hash_file(path: StrPath) -> str:

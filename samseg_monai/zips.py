@@ -25,7 +25,8 @@ RATIO, RATIO_BYTES = 100, 16 << 20  # weights and images hardly shrink: a large 
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 MOST_FILES = 200_000  # of exams in one ZIP
 # what zipfile raises on archives that are damaged, or made to hurt; RuntimeError is its word for encrypted ones
-DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError, LookupError)
+DAMAGED = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError, LookupError,
+           OverflowError)  # fmt: skip
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[\d¹²³]|lpt[\d¹²³]|conin\$|conout\$) *(\..*)?", re.IGNORECASE)
 _LEFT_BEHIND = (".ds_store", "thumbs.db")  # and no desktop.ini, which Windows acts upon
 

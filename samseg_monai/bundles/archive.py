@@ -179,6 +179,9 @@ class Archive(BundleFiles):
             raise BundleError(f"{path}: not a ZIP ({visible(str(error))}); {_EXPECTED}") from error
         try:
             self._take_members()
+        except DAMAGED as error:  # a name of no letters, for one
+            self.close()
+            raise BundleError(f"{path}: damaged ({visible(str(error))}); get the bundle again") from error
         except BaseException:
             self.close()
             raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os.path
 import re
 import shutil
 import tempfile
@@ -56,7 +57,7 @@ def read_recipe(kind: str, name: str, *, level: int = 0) -> dict[str, Any]:
     if "\0" in name or level > 10:
         raise BundleError(f"{kind}: {name!r} {'is no name' if level <= 10 else 'extends itself, or too many others'}")
     path = Path(name) if name.endswith(".json") else RECIPES / kind / f"{name}.json"
-    if not path.is_file():
+    if not os.path.isfile(path):  # which raises for no name, however long
         raise BundleError(f"{kind}: {_not_there(kind, name)}")
     recipe = without_comments(read_json(path, BundleError, f"{kind} recipe", "correct it"))
     groups = {"run": recipe.get("run"), "demo": recipe.get("demo")}
@@ -81,7 +82,7 @@ def _not_there(kind: str, name: str) -> str:
             else "give the path of a recipe, or a name of samseg bundle list"
         )
         return f"{name}: no such file; {meant}"
-    if Path(f"{name}.json").is_file():
+    if os.path.isfile(f"{name}.json"):
         return f"no recipe {name!r}, but there is a file {name}.json: give {name}.json, with its suffix"
     near = difflib.get_close_matches(name, known, n=1)
     meant = f"did you mean {near[0]}? " if near else ""

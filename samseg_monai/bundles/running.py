@@ -291,18 +291,18 @@ def _absent(found: Running) -> list[str]:
         return "" if Path(place).is_absolute() else f" ({Path(place).absolute()})"
 
     folder = given("dataset_dir")
-    if found.kind != "inference" and folder is not None and not Path(folder).is_dir():
+    if found.kind != "inference" and folder is not None and not os.path.isdir(folder):
         problems.append(f"dataset_dir: got {folder!r}, which is not a folder{absolute(folder)}; give that of the data")
     elif found.kind != "inference" and (given("datalist") or (folder and config.get("datalist"))):
         listed = found.parser.get_parsed_content("datalist")
-        if isinstance(listed, str) and not Path(listed).is_file():
+        if isinstance(listed, str) and not os.path.isfile(listed):
             where = absolute(listed)
             problems.append(
                 f"datalist: got {listed!r}; no such file{where}; 'samseg prepare' or 'samseg phantom' makes one"
             )
     names = ["checkpoint", "boxes", "prompts", "prompt::boxes"] + ["sam_checkpoint"] * (found.kind == "train")
     for name in names:
-        if (place := given(name)) is not None and not Path(place).expanduser().exists():
+        if (place := given(name)) is not None and not os.path.exists(os.path.expanduser(place)):
             problems.append(f"{name}: got {place!r}; no such file{absolute(place)}")
     return problems
 

@@ -294,8 +294,9 @@ def read_rows(path: StrPath) -> list[dict[str, Any]]:
     rows, problems = [], []
     for number, line in lines:
         try:
+            _check_cells(line)
             rows.append({key: _parsed(key, text) for key, text in line.items()})
-        except (TypeError, ValueError) as error:  # TypeError: a line with too few or too many cells
+        except ValueError as error:
             problems.append(f"line {number}: {error}")
     raise_all(problems, DataError, f"{path} cannot be read")
     return rows
@@ -312,8 +313,10 @@ def read_history(path: StrPath) -> tuple[Curves, list[str]]:
         return {}, [str(error)]
     for number, row in lines:
         try:
-            points[int(row["epoch"]), read_cell(row["name"])] = (int(row["iteration"]), float(row["value"]))
-        except (KeyError, TypeError, ValueError) as error:
+            _check_cells(row)
+            place = (int(_digits(row["epoch"])), read_cell(row["name"]))
+            points[place] = (int(_digits(row["iteration"])), float(_digits(row["value"])))
+        except (KeyError, ValueError) as error:
             problems.append(f"line {number}: {type(error).__name__} {error}")
     return points, problems
 
@@ -348,4 +351,16 @@ def _parsed(key: str, text: str) -> Any:
         if text not in ("True", "False"):
             raise ValueError(f"{key} must be True or False, got {text!r}")
         return text == "True"
-    return float(text)
+    return float(_digits(text))
+
+
+def _check_cells(line: Mapping[str, str]) -> None:
+    if None in line or None in line.values():  # what csv puts in place of a name, or of a cell
+        raise ValueError("another number of cells than there are columns")
+
+
+def _digits(text: str) -> str:
+    """``text`` unless Python alone takes it for a number (``1_0``, digits of other scripts); ValueError then."""
+    if "_" in text or not text.isascii():
+        raise ValueError(f"could not convert string to float: {text!r}")
+    return text

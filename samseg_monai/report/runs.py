@@ -159,8 +159,8 @@ class RunResult:
         card = _json(card_path) if card_path.is_file() else {}
         _check_types(card, card_path)
         told = str(card.get("cases_file") or CASES_FILE)
-        if re.search(r"[/\\:]|^\.+$", told):
-            raise BundleError(f"{card_path}: cases_file is {told!r}, no name of a file beside it; {_HOW}")
+        if re.search(r"[/\\:]|^\.+$", told) or len(told) > 255:
+            raise BundleError(f"{card_path}: cases_file is {told!r:.80}, no name of a file beside it; {_HOW}")
         cases_path = folder / (cases or told)
         missing = [f"{path}: no such file" for path in (card_path, metrics_path, cases_path) if not path.is_file()]
         raise_all(missing, BundleError, f"{folder}: run cannot be reported; {_HOW}")
@@ -376,6 +376,9 @@ def some(names: Sequence[str]) -> str:
 _TYPES: dict[str, tuple[type, ...]] = {
     "settings": (Mapping,), "settings.prompt": (Mapping,), "cases": (Mapping,), "cases.training": (list,),
     "cases.validation": (list,), "cases_file": (str,), "policy": (str,), "collapsed_classes": (list,),
+    "base_sha256": (str,), "settings.section": (str,), "prompt_loosen": (list,), "settings.prompt.loosen": (list,),
+    **{f"{name}.{n}": (int, float) for name in ("prompt_loosen", "settings.prompt.loosen") for n in ("0", "1")},
+    **{f"settings.prompt.{name}": (int, float) for name in ("tight", "shift", "shrink")},
     "side_arguments": (Mapping,), "trainable_parameters": (int,), "gate": (int, float), "seconds": (int, float),
 }  # fmt: skip
 
@@ -386,7 +389,8 @@ def _check_types(card: Mapping[str, Any], path: Path) -> None:
     for name, types in _TYPES.items():
         value: Any = card
         for part in name.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
+            inside = value if isinstance(value, Mapping) else dict(zip("01", value)) if isinstance(value, list) else {}  # noqa: B905
+            value = inside.get(part)
         if value is not None and (isinstance(value, bool) or not isinstance(value, types)):
             wanted = " or ".join(one.__name__ for one in types)
             problems.append(f"{name}: expected {wanted}, got {fact_text(value)!r} ({type(value).__name__})")

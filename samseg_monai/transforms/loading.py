@@ -61,7 +61,8 @@ class LoadCased(LoadImaged):
         try:
             for file in () if recorded or not self.volumes else (file for found in files.values() for file in found):
                 refuse_too_large(file)
-            d = super().__call__(d, reader)
+            with np.errstate(all="ignore"):  # numbers beyond all bounds are refused below
+                d = super().__call__(d, reader)
         except Exception as error:
             raise DataError(f"{name}: cannot be loaded; {reason_of(error)}") from error
         for key, found in files.items():

@@ -188,7 +188,7 @@ def _file_problem(path: Path, kind: str | None) -> str:
         return f"no file {path}"
     if path.is_dir() and kind != IMAGES:
         return "" if holds_series(path) else f"no file {path}, and no DICOM series in the folder of that name"
-    if not path.is_file():
+    if not os.path.isfile(path):  # which raises for no name, however long
         return f"no file {path}"
     known = (image_stem if kind == IMAGES else stem_of)(path) is not None or is_dicom(path)
     if path.suffix and not known:

@@ -26,7 +26,7 @@ from samseg_monai.data.files.volumes import (
     stored_like,
     value_problem,
 )
-from samseg_monai.errors import DataError, raise_all
+from samseg_monai.errors import DataError, raise_all, reason_of
 
 LOG = logging.getLogger(__name__)
 Check = TypeVar("Check", bound="CaseCheck")
@@ -231,8 +231,15 @@ def read_all(
     Raises:
         DataError: all problems at once, unless ``skip_bad`` and some case is good.
     """
+
+    def attempt(check: Check) -> None:
+        try:
+            read(check)
+        except Exception as error:  # noqa: BLE001  whatever is wrong with one case must not hide the others
+            check.problems.append(reason_of(error))
+
     with ThreadPoolExecutor(max_workers=max(1, num_threads)) as pool:
-        list(tqdm(pool.map(read, checks), total=len(checks), desc="checking cases", disable=not progress))
+        list(tqdm(pool.map(attempt, checks), total=len(checks), desc="checking cases", disable=not progress))
     others = judge(checks)
     good = [check for check in checks if not check.problems]
     problems = [f"{check.case}: {problem}" for check in checks for problem in check.problems]

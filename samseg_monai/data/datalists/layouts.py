@@ -16,6 +16,7 @@ macOS writes umlauts as two characters, others as one.
 from __future__ import annotations
 
 import csv
+import io
 import os.path
 import re
 import unicodedata
@@ -150,7 +151,9 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         text = path.read_text(encoding="utf-8-sig")
         first = (text.splitlines() or [""])[0]
         delimiter = max(",;\t", key=first.count)
-        lines = [line for line in csv.reader(text.splitlines(), delimiter=delimiter, strict=True) if any(line)]
+        lines = [
+            line for line in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if any(line)
+        ]
     except (OSError, ValueError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"table {path}: cannot be read ({reason}); save it as CSV in UTF-8") from error

@@ -12,14 +12,20 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+import logging
+import math
+import os.path
+import warnings
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pydicom
+import pydicom.config
 import pydicom.misc
 import SimpleITK as sitk
+from pydicom.dataelem import RawDataElement
 
 from samseg_monai.data.files.volumes import (
     Volume,
@@ -35,10 +41,17 @@ from samseg_monai.data.files.volumes import (
 from samseg_monai.errors import DataError, raise_all
 from samseg_monai.files import known_hash
 
+# what both would tell on stderr of contradictory tags is checked and told here
+pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+logging.getLogger("pydicom").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", module="pydicom")
+sitk.ProcessObject.SetGlobalWarningDisplay(False)
 _SAME_PLACE_MM = 0.01
 _SAME_DIRECTION = 1e-3  # of direction cosines; 0.06 degrees
 _EVEN = 0.05  # of the distance between slices: positions are stored rounded
 _CONVERT = "convert it to NIfTI with a tool that handles this, such as dcm2niix, and give that file"
+NEGATIVE = "MONOCHROME1"
+IS_NEGATIVE = f"is {NEGATIVE} (small values are white): it is read as its negative, in which large values are white"
 # what MONAI's ITKReader tells series apart by; where one of these varies it loads only a part
 _SERIES_TAGS = {
     "series instance UID": "SeriesInstanceUID",
@@ -111,7 +124,8 @@ def read_series(folder: str | Path) -> Volume:
         ``sha256`` is that of ``hash_of``. ``notes`` says when there are only two slices.
 
     Raises:
-        DataError: a file is damaged, a link that leads nowhere, no image, in colour or multi-frame; several series or
+        DataError: a file is damaged, a link that leads nowhere, no image, in colour or multi-frame, or its pixels are
+            not as many as its tags say; several series or
             orientations; slices at one place, a gap, a gantry tilt; fewer than two slices; voxels of a size that is
             none.
     """
@@ -127,8 +141,21 @@ def read_series(folder: str | Path) -> Volume:
     if problem := size_problem(affine, array.shape):
         raise DataError(f"{folder.name}: {problem}")
     sha256 = _together(piece.digest for piece in slices)
-    few = f"{folder.name}: has only 2 slices; is the series complete?"
-    return Volume(array, affine, sha256, (few,) if len(slices) == 2 else (), slices[0].modality)
+    notes = [f"{folder.name}: has only 2 slices; is the series complete?"] if len(slices) == 2 else []
+    if slices[0].pixel_type.endswith(NEGATIVE):
+        notes.append(f"{folder.name}: {IS_NEGATIVE}")
+    return Volume(array, affine, sha256, tuple(notes), slices[0].modality)
+
+
+def _headers(folder: Path, paths: Collection[Path]) -> list[Slice]:
+    found, problems = [], []
+    for path in sorted(paths):
+        try:
+            found.append(_read_header(path, content_of(path)))
+        except DataError as error:
+            problems.append(str(error))
+    raise_all(problems, DataError, f"{folder.name}: not every file is a slice; copy them again, or move them elsewhere")
+    return found
 
 
 def slices_of(folder: Path) -> list[Slice]:
@@ -136,15 +163,9 @@ def slices_of(folder: Path) -> list[Slice]:
 
     Number k of a box file is the k-th of them, from 0. Raises: as ``read_series``, but for pixels and sizes.
     """
-    listed = _listed_by_gdcm(folder)
-    found: list[Slice] = []
-    problems = []
-    for path in _files(folder, listed):
-        try:
-            found.append(_read_header(path, content_of(path)))
-        except DataError as error:
-            problems.append(str(error))
-    raise_all(problems, DataError, f"{folder.name}: not every file is a slice; copy them again, or move them elsewhere")
+    found = _headers(folder, _files(folder, []))
+    listed = _listed_by_gdcm(folder)  # which takes much memory for a damaged file
+    found += _headers(folder, {*_files(folder, listed)} - {folder / piece.name for piece in found})
     if len(found) < 2:
         raise DataError(f"{folder.name}: {len(found)} DICOM slice, which is no volume; give the whole series")
     _check_one_series(folder.name, found, len(listed))
@@ -153,7 +174,7 @@ def slices_of(folder: Path) -> list[Slice]:
 
 def read_any(path: Path) -> Volume:
     """Read one volume: a folder as the DICOM series in it, a file as what it is; DataError as its reader's."""
-    return read_series(path) if path.is_dir() else read_volume(path)
+    return read_series(path) if os.path.isdir(path) else read_volume(path)  # which raises for no name, however long
 
 
 def read_any_grid(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
@@ -201,12 +222,20 @@ def open_dicom(path: Path, content: bytes) -> tuple[pydicom.Dataset, sitk.ImageF
         DataError: ``<file name>: <reason>``: an object without an image, truncated or damaged.
     """
     try:
-        tags: pydicom.Dataset = pydicom.dcmread(io.BytesIO(content), stop_before_pixels=True, force=True)
+        tags: pydicom.Dataset = pydicom.dcmread(io.BytesIO(content), force=True)
+        cut = any(len(e.value or b"") < e.length < 0xFFFFFFFF for e in tags.values() if isinstance(e, RawDataElement))
+        list(tags)  # each value is parsed when it is first looked at
         uid = str(tags.file_meta.get("MediaStorageSOPClassUID", ""))
     except Exception:  # noqa: BLE001  pydicom has no error of its own for what is no DICOM; ITK says below what it is
-        tags, uid = pydicom.Dataset(), ""
+        tags, uid, cut = pydicom.Dataset(), "", content.startswith(b"DICM", 128)
+    if cut:  # GDCM would take the memory that a damaged length speaks of
+        raise DataError(f"{path.name}: truncated or damaged DICOM file; copy it again")
     if kind := without_image(uid):
         raise DataError(f"{path.name}: is {kind}, not a slice of an image")
+    if "PixelData" not in tags:
+        raise DataError(f"{path.name}: truncated or damaged DICOM file, or one without an image")
+    if problem := _pixel_problem(tags):
+        raise DataError(f"{path.name}: truncated or damaged DICOM file ({problem}); copy it again")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO("GDCMImageIO")
@@ -222,9 +251,38 @@ def without_image(uid: str) -> str:
     return next((text for stem, text in _NOT_IMAGES.items() if f"{uid}.".startswith(f"{stem}.")), "")
 
 
+def _pixel_problem(tags: pydicom.Dataset) -> str:
+    """How the length of pixels that are not packed, or the numbers that scale them, contradict the other tags; GDCM
+    fills up what is missing and passes over the rest."""
+    try:
+        told = [int(tags.get(name) or 0) for name in ("Rows", "Columns", "SamplesPerPixel", "BitsAllocated")]
+        frames, found = int(tags.get("NumberOfFrames") or 1), len(tags.get("PixelData") or b"")
+        packed = pydicom.uid.UID(tags.file_meta.TransferSyntaxUID).is_compressed
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        return ""  # ITK says what it is
+    needed, line = math.prod(told) * frames // 8, math.prod(told[1:]) // 8
+    half = str(tags.get("PhotometricInterpretation", "")).startswith("YBR_FULL_422")
+    if not packed and not half and not needed <= found < needed + max(2, line):
+        return f"{found} bytes of pixels, where its tags speak of {needed}"
+    scale = [_numbers(tags, f"Rescale{name}", 1) for name in ("Slope", "Intercept") if f"Rescale{name}" in tags]
+    if any(number is None for number in scale) or ("RescaleSlope" in tags and not np.any(scale[0])):
+        return f"rescaled by {_text(tags, 'RescaleSlope')} and {_text(tags, 'RescaleIntercept')}"
+    spacing = _numbers(tags, "PixelSpacing", 2)
+    if _text(tags, "PixelSpacing") and not (spacing is not None and spacing.min() > 0):
+        return f"pixels of {_text(tags, 'PixelSpacing')} mm"
+    return ""
+
+
+def _text(tags: pydicom.Dataset, name: str) -> str:
+    try:
+        return str(tags.get(name) or "").strip()
+    except (TypeError, ValueError):  # a number that is none
+        return "nonsense"
+
+
 def modality_of(tags: pydicom.Dataset) -> str:
     """Modality (0008,0060), empty where the file does not tell it."""
-    return str(tags.get("Modality") or "").strip()
+    return _text(tags, "Modality")
 
 
 def _read_header(path: Path, content: bytes) -> Slice:
@@ -235,25 +293,30 @@ def _read_header(path: Path, content: bytes) -> Slice:
         raise DataError(f"{path.name}: is in colour ({reader.GetNumberOfComponents()} values per pixel)")
     if (frames := int(np.prod(reader.GetSize()[2:]))) != 1:
         raise DataError(f"{path.name}: holds {frames} frames in one file, expected one slice; {_CONVERT}")
+    colours = _text(tags, "PhotometricInterpretation")
+    if colours not in (NEGATIVE, "MONOCHROME2"):
+        raise DataError(f"{path.name}: its grey values are {colours or 'not told'} (0028,0004), expected MONOCHROME2")
     position, axes = (_numbers(tags, f"Image{what}Patient", n) for what, n in (("Position", 3), ("Orientation", 6)))
     if position is None or axes is None:
         raise DataError(f"{path.name}: has no position or orientation in the patient (0020,0032 and 0020,0037)")
+    if not _text(tags, "PixelSpacing"):
+        raise DataError(f"{path.name}: does not tell the size of its pixels (0028,0030)")
     return Slice(
         name=path.name,
-        details=tuple(str(tags.get(name) or "").strip() for name in _SERIES_TAGS.values()),
+        details=tuple(_text(tags, name) for name in _SERIES_TAGS.values()),
         position=position,
         axes=axes.reshape(2, 3),
         pixel_mm=(float(reader.GetSpacing()[0]), float(reader.GetSpacing()[1])),
-        pixel_type=sitk.GetPixelIDValueAsString(reader.GetPixelID()),
+        pixel_type=sitk.GetPixelIDValueAsString(reader.GetPixelID()) + f", {NEGATIVE}" * (colours == NEGATIVE),
         digest=hashlib.sha256(content).digest(),
         modality=modality_of(tags),
-        instance=str(tags.get("InstanceNumber") or "").strip(),
+        instance=_text(tags, "InstanceNumber"),
     )
 
 
 def _numbers(tags: pydicom.Dataset, name: str, count: int) -> np.ndarray | None:
     try:
-        values = np.array(tags.get(name), dtype=float)
+        values = np.array(tags.get(name), dtype=float).reshape(-1)
     except (TypeError, ValueError):
         return None
     return values if values.shape == (count,) and np.isfinite(values).all() else None

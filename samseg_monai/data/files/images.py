@@ -13,6 +13,7 @@ import io
 import math
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from monai.data import ImageReader
 from monai.utils import MetaKeys, SpaceKeys, ensure_tuple
 from PIL import Image
 
-from samseg_monai.data.files.dicom import is_dicom, modality_of, open_dicom
+from samseg_monai.data.files.dicom import IS_NEGATIVE, NEGATIVE, is_dicom, modality_of, open_dicom
 from samseg_monai.data.files.volumes import Volume, content_of, image_stem, parse_nifti
 from samseg_monai.errors import ConfigError, DataError
 
@@ -42,7 +43,9 @@ _GREY_MODES = ("1", "L", "I;16", "I;16L", "I;16B", "I", "F")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
 _ORIENTATION = 0x0112  # of EXIF and TIFF: 1 is upright, 2 to 8 are mirrored or turned
 _PHOTOMETRIC = 262  # of TIFF: 0 means that 0 is white
-_DAMAGED = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error, zlib.error)
+warnings.filterwarnings("error", "Truncated|Corrupt|Possibly corrupt|Tag data larger", UserWarning)  # of Pillow
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # twice its limit is an error
+_DAMAGED = (UserWarning, OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -143,10 +146,8 @@ def _parse_dicom(path: Path, content: bytes) -> dict[str, Any]:
     notes = []
     if spacing is None and (tags.get("ImagerPixelSpacing") or tags.get("NominalScannedPixelSpacing")):
         notes.append("states only the pixel size on the detector or film, which is not used")
-    if tags.get("PhotometricInterpretation") == "MONOCHROME1":
-        notes.append(
-            "is MONOCHROME1 (small values are white): it is read as its negative, in which large values are white"
-        )
+    if tags.get("PhotometricInterpretation") == NEGATIVE:
+        notes.append(IS_NEGATIVE)
     array = array.reshape(size if colours == 1 else (*size, 3))
     told = {"kind": "DICOM", "own_spacing_mm": spacing, "notes": tuple(notes), "modality": modality_of(tags)}
     return {"array": array, **told}

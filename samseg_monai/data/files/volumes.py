@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import logging
 import math
 import os
 import re
@@ -22,8 +23,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
+from monai.data.utils import correct_nifti_header_if_necessary
 from nibabel.orientations import aff2axcodes, apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
+from samseg_monai.data.files.headers import check_voxels, read_header
 from samseg_monai.errors import DataError
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".nrrd")
@@ -36,12 +39,15 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _MOST_VOXELS = 1 << 31  # 8 GB as float32; a CT of the whole body has a quarter of it
 _VOXEL_MM = (0.05, 20.0)  # sides that scanners of people give; others are a wrong unit or a damaged header
 _HEADERS = {348: nib.Nifti1Image, 540: nib.Nifti2Image}  # by their size in bytes, with which they begin
+_MENDED = ("pixdim[1,2,3]", "qform_code", "sform_code")  # what nibabel replaces and goes on
+nib.imageglobals.logger.setLevel(logging.CRITICAL)  # it would tell on stderr what is refused or noted here
 _UNITS = {1: ("metres", 1000), 3: ("microns", 0.001)}  # NIfTI codes of units other than mm, and what one is in mm
 _NO_MODALITY = {"", "OT", "SC"}  # of DICOM files that do not tell: none, other, secondary capture
 # intensities that only Hounsfield units give: lung and fat, and the air around a patient
 _LUNG_AND_FAT, _AIR = (-950.0, -40.0), (-1100.0, -900.0)
 _FEW_LUNG_AND_FAT, _MUCH_AIR = 1e-3, 0.05  # parts of all voxels
 _POSTSCRIPT = (b"%!", b"\xc5\xd0\xd3\xc6")  # the latter with a preview, as DOS had it
+_NOT_WRAPPED = ("8-bit signed integer", "64-bit signed integer")
 _HEADER_BYTES = 1 << 20
 PHANTOM_MARK = b"samseg-monai phantom"  # in the header of every phantom of the demos
 
@@ -88,19 +94,22 @@ def image_stem(path: str | Path) -> str | None:
 
 
 def read_volume(path: str | Path) -> Volume:
-    """Read a NIfTI, MHA or NRRD file to its last byte.
+    """Read a NIfTI, MHA or NRRD file to its last byte; ``notes`` say what of its header was mended or left out.
 
     Raises:
         DataError: ``<file name>: <reason>`` when the file is missing, empty, a git-lfs pointer or a web page, truncated
             or damaged, has fewer than three axes or a singular affine, voxels of a size that is none, another unit than
-            mm, or holds something other than real numbers.
+            mm, a header that contradicts itself, or holds something other than real numbers.
     """
     path = Path(path)
     content = content_of(path)
     is_nifti = path.name.lower().endswith((".nii", ".nii.gz"))
-    array, affine, notes = parse_nifti(path, content) if is_nifti else (*_parse_itk(path, content), ())
+    array, affine, notes = parse_nifti(path, content) if is_nifti else _parse_itk(path, content)
     if reason := _unusable(array, affine):
         raise DataError(f"{path.name}: {reason}")
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    if np.abs(axes.T @ axes - np.eye(3)).max() > _SHEAR_TOLERANCE:
+        notes += (f"{path.name}: its axes are not at right angles: distances in mm will be off",)
     if array.ndim == 4 and array.shape[3] == 1:  # one scan, as MONAI loads it, too
         array = array[..., 0]
     return Volume(array, affine, hashlib.sha256(content).hexdigest(), notes)
@@ -133,7 +142,7 @@ def content_of(path: Path) -> bytes:
 
 def is_dead_link(path: Path) -> bool:
     """Whether ``path`` is a link that leads nowhere, as git-annex leaves behind for files that were not fetched."""
-    return path.is_symlink() and not path.exists()
+    return os.path.islink(path) and not os.path.exists(path)
 
 
 def refuse_foreign(path: Path, content: bytes | None = None) -> None:
@@ -144,9 +153,10 @@ def refuse_foreign(path: Path, content: bytes | None = None) -> None:
         content: its bytes; None: the first of them are read, which hold any header.
 
     Raises:
-        DataError: ``<file name>: <reason>``: a MetaImage or NRRD header without its voxels, or one that is damaged; a
-            PostScript program.
+        DataError: ``<file name>: <reason>``: a MetaImage or NRRD header without its voxels, or one that is damaged
+            (``headers``); with ``content`` voxels that are cut off, too; a PostScript program.
     """
+    whole = content is not None
     if content is None:
         with path.open("rb") as stream:
             content = stream.read(_HEADER_BYTES)
@@ -155,13 +165,15 @@ def refuse_foreign(path: Path, content: bytes | None = None) -> None:
     if not content.startswith(b"NRRD") and not path.name.lower().endswith((".mha", ".mhd", ".nrrd", ".nhdr")):
         return
     try:
-        named = named_file(content)
+        header = read_header(content)
+        if whole and header.named is None:
+            check_voxels(header, content)
     except ValueError as error:
         raise DataError(f"{path.name}: truncated or damaged file ({error}); copy it again") from error
-    if named is not None:
+    if header.named is not None:
         raise DataError(
-            f"{path.name}: its header names another file ({named!r}) that would be read in its place; save header and "
-            "voxels as one file"
+            f"{path.name}: its header names another file ({header.named!r:.80}) that would be read in its place; save "
+            "header and voxels as one file"
         )
 
 
@@ -173,7 +185,7 @@ def value_problem(array: np.ndarray, what: str = "voxel") -> str:
         if bad:
             return f"{bad} {what}s are NaN or infinite; replace them, for example with 0"
     low, high = array.min(), array.max()
-    if max(abs(float(low)), abs(float(high))) > np.finfo(np.float32).max:
+    if max(abs(float(low)), abs(float(high))) > float(np.finfo(np.float32).max):
         return f"its values go from {low:g} to {high:g}, beyond what float32 holds; scale them"
     return f"every {what} has the value {low:g}: there is no image in it" if low == high else ""
 
@@ -343,7 +355,7 @@ def read_grid(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
     try:
         if path.name.lower().endswith((".nii", ".nii.gz")):
             image: Any = nib.load(path)
-            shape, affine = tuple(image.shape), np.asarray(image.affine, dtype=float)
+            shape, affine = tuple(image.shape), _placed(image)[0]
         else:
             reader = sitk.ImageFileReader()
             reader.SetFileName(str(path))
@@ -382,6 +394,7 @@ def spacing_in_plane(affine: np.ndarray, orientation: str) -> tuple[float, float
     return first, second
 
 
+@np.errstate(all="ignore")  # numbers beyond all bounds are refused, or told, once they are read
 def parse_nifti(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Array as stored (any number of axes), affine (4, 4) to RAS mm and notes of a NIfTI file's bytes.
 
@@ -395,8 +408,9 @@ def parse_nifti(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tup
         raise DataError(f"{name}: is {kind}, whatever its name says; rename it to {suffix} if it is a NIfTI file")
     stream: Any = gzip.GzipFile(fileobj=io.BytesIO(content)) if packed else io.BytesIO(content)
     try:
-        image = _whole(stream)
+        image, notes = _whole(stream)
         array = np.asanyarray(image.dataobj)
+        affine, more = _placed(image)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     except Exception as error:
@@ -405,19 +419,31 @@ def parse_nifti(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tup
         raise DataError(f"{name}: truncated or damaged {kind} file ({first_line}); copy it again") from error
     if problem := unit_problem(image.header["xyzt_units"]):
         raise DataError(f"{name}: {problem}")
-    return array, np.asarray(image.affine, dtype=float), tuple(f"{name}: {text}" for text in _header_notes(image))
+    return array, affine, tuple(f"{name}: {text}" for text in notes + more)
 
 
-def _whole(stream: Any) -> Any:
-    """The NIfTI image in a stream, which has to end where the header says; no more of it is unpacked, and nothing that
-    the memory does not hold: a small file can unpack to more than any disk."""
+def _whole(stream: Any) -> tuple[Any, list[str]]:
+    """The NIfTI image in a stream, which has to end where its header says, and what nibabel mends in that header; no
+    more is unpacked, and nothing that the memory does not hold: a small file can unpack to more than any disk."""
     start = stream.read(540)
     if start[344:347] == b"ni1" or start[4:7] == b"ni2":
         raise DataError("is the header of a pair of files (.hdr and .img); save it as one NIfTI file")
     sizes = (int.from_bytes(start[:4], "little"), int.from_bytes(start[:4], "big"))
     size = next((size for size in sizes if size in _HEADERS), 348)
     kind = _HEADERS[size]
+    told = kind.header_class.diagnose_binaryblock(start[:size]).splitlines()
+    if any(line.startswith("sizeof_hdr") for line in told):
+        raise DataError("does not begin with the size of a NIfTI header: damaged, or another format")
     header = kind.header_class(start[:size])  # without the extensions, which may follow
+    first = float(header["vox_offset"])
+    if not first >= header.single_vox_offset or first % 1:
+        raise DataError(f"its header says that voxels begin at byte {first:g}, not behind it: damaged")
+    sides = np.array(kind.header_class(start[:size], check=False)["pixdim"][1:4])  # as nibabel has not mended them
+    if header["sform_code"] == 0 and not all(math.isfinite(header[f"quatern_{axis}"]) for axis in "bcd"):
+        raise DataError("its qform, which says how it lies, is no rotation; mend its header")
+    used = np.array(header["dim"][1:4]) > 1
+    if header["sform_code"] == 0 and not (np.abs(sides[used]) > 0).all():
+        raise DataError(f"its voxels are {' x '.join(f'{side:g}' for side in sides)} mm; mend pixdim in its header")
     voxels = math.prod(map(int, header.get_data_shape()))
     if problem := memory_problem(voxels, header.get_data_dtype().itemsize):
         raise DataError(f"its header {problem}")
@@ -427,55 +453,43 @@ def _whole(stream: Any) -> Any:
         raise OSError(f"{len(raw)} bytes of {needed}")
     if len(raw) > needed or stream.read(1):  # where nothing follows this compares the check sum at the very end
         raise DataError(f"goes on behind the {needed} bytes that its header speaks of: damaged; copy it again")
-    return kind.from_stream(io.BytesIO(raw))
+    mended = [f"its header: {line}; mended" for line in told if line.startswith(_MENDED)]
+    return kind.from_stream(io.BytesIO(raw)), mended
 
 
-def _header_notes(image: nib.Nifti1Image) -> list[str]:
-    qform, sform = image.get_qform(coded=True)[0], image.get_sform(coded=True)[0]
+def _placed(image: nib.Nifti1Image) -> tuple[np.ndarray, list[str]]:
+    """The affine that MONAI goes by, and notes. Of two forms it takes the one whose voxels have the size that the
+    header states (pixdim), even where that one has no code and nobody ever wrote it."""
+    sform, sform_code = image.get_sform(coded=True)
+    try:
+        qform, qform_code = image.get_qform(coded=True)
+    except ValueError:  # of its quaternion
+        qform, qform_code = None, 0
     notes = []
     if qform is None and sform is None:
         notes.append("has neither qform nor sform: left and right are a guess")
-    if qform is not None and sform is not None and np.abs(qform - sform).max() > _FORM_TOLERANCE_MM:
-        sides = np.linalg.norm(sform[:3, :3], axis=0)
-        # MONAI goes by the form whose voxels have the size that the header states (pixdim)
-        used = "sform" if np.allclose(sides, image.header["pixdim"][1:4]) else "qform"
+    stated = np.array(image.affine, dtype=float)
+    affine = np.asarray(correct_nifti_header_if_necessary(image).affine, dtype=float)
+    if sform_code and not qform_code and (far := affine_difference(affine, stated, image.shape)[0]):
+        raise DataError(f"its pixdim is not the size of its voxels by the sform, its only form, so that its {far}")
+    if qform is not None and sform is not None and not np.abs(qform - sform).max() <= _FORM_TOLERANCE_MM:
+        used = "sform" if np.array_equal(affine, stated) else "qform"
         notes.append(f"qform and sform differ: the {used} is used")
-    axes = image.affine[:3, :3] / np.maximum(np.linalg.norm(image.affine[:3, :3], axis=0), 1e-12)
-    if np.abs(axes.T @ axes - np.eye(3)).max() > _SHEAR_TOLERANCE:
-        notes.append("its axes are not at right angles: distances in mm will be off")
-    return notes
+    return affine, notes
 
 
-def named_file(content: bytes) -> str | None:
-    """What the header of an MHA or NRRD file names as the file with its voxels; None where they follow the header.
-
-    Raises:
-        ValueError: neither of the two formats, or a header without an end.
-    """
-    if content.startswith(b"NRRD"):
-        header, *data = re.split(rb"\n\r?\n", content, maxsplit=1)
-        found = re.search(rb"(?im)^\s*data *file\s*:\s*(.*)$", header)
-        if not found and not data:
-            raise ValueError("its header has no end")
-    else:
-        before, key, rest = content.partition(b"ElementDataFile")
-        found = re.match(rb"[ \t]*[=:][ \t]*(.*)", rest)
-        if not key or not found or before.rpartition(b"\n")[2].strip():
-            raise ValueError("neither an MHA nor a NRRD file")
-        if found[1].strip().upper() == b"LOCAL":
-            return None
-    return found[1].decode("utf-8", "replace").strip() if found else None
-
-
-def _parse_itk(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+def _parse_itk(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     refuse_too_large(path)
     try:
+        notes = tuple(f"{path.name}: {text}" for text in read_header(content).notes)
         image = sitk.ReadImage(str(path), imageIO="NrrdImageIO" if content.startswith(b"NRRD") else "MetaImageIO")
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise DataError(f"{path.name}: truncated or damaged file ({last_line(error)}); copy it again") from error
     if image.GetDimension() != 3:
         raise DataError(f"{path.name}: has {image.GetDimension()} axes, expected 3; save one volume, or use NIfTI")
-    return from_itk(image)
+    if (kind := image.GetPixelIDTypeAsString()) in _NOT_WRAPPED:  # MONAI's reader for these files is ITK in Python
+        raise DataError(f"{path.name}: holds {kind}s, which ITK in Python does not load; save int16 or int32, or NIfTI")
+    return (*from_itk(image), notes)
 
 
 def last_line(error: Exception) -> str:
