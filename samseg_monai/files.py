@@ -52,7 +52,7 @@ def write_whole(path: StrPath, write: Callable[[Path], Any], *, shared: bool = F
                 temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: StrPath, content: bytes) -> None:
+def write_bytes(path: StrPath, content: bytes, *, shared: bool = False) -> None:
     """Write bytes that are on the disk when this returns, all of them; see ``write_whole``.
 
     Raises:
@@ -67,7 +67,7 @@ def write_bytes(path: StrPath, content: bytes) -> None:
         if (size := temporary.stat().st_size) != len(content):
             raise OSError(errno.ENOSPC, f"{size} of {len(content)} bytes were written")
 
-    write_whole(path, write)
+    write_whole(path, write, shared=shared)
 
 
 def write_text(path: StrPath, text: str) -> None:

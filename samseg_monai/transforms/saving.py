@@ -19,6 +19,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+import torch.distributed as dist
 from monai.data import MetaTensor
 from monai.transforms import LoadImage, SaveImaged
 from nibabel.affines import voxel_sizes
@@ -123,7 +124,7 @@ def _nifti(array: np.ndarray, affine: np.ndarray, source: Path) -> Any:
 def write_result(path: Path, content: bytes) -> None:
     """Write a result whole and flushed, or not at all. Raises DataError, with the system's error as its cause."""
     try:
-        write_bytes(path, content)
+        write_bytes(path, content, shared=dist.is_initialized())  # processes may share a last case
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror or error}); free some space") from error
 

@@ -106,7 +106,7 @@ def ask(root: Path, image: Path, **request) -> tuple[torch.Tensor, dict]:
             written.append(step)
         else:
             data = step(data)
-    assert len(written) == 1 and not list(root.rglob("*_seg.nii.gz"))  # what writes is MONAI Label's to leave out
+    assert len(written) == 2 and not list(root.rglob("*_seg.nii.gz"))  # what writes is MONAI Label's to leave out
     return data["pred"], data
 
 

@@ -334,7 +334,7 @@ BAD_ROI = {
     "flat": ({"size": [5, 0, 5]}, "a size of three numbers above 0"),
     "words": ({"size": "5 5 5"}, "a size of three numbers above 0"),
     "nan": ({"center": [float("nan"), 0, 0]}, "needs a center of three numbers"),
-    "huge": ({"center": [10**400, 0, 0]}, "needs a center of three numbers"),
+    "huge": ({"center": [10**400, 0, 0]}, "is not JSON (a number of 401 digits)"),
     "far": ({"center": [1e308, -1e308, 0]}, "needs a center of three numbers"),
     "two": ({"center": [1, 2]}, "needs a center of three numbers"),
     "shear": ({"orientation": [1, 1, 0, 0, 1, 0, 0, 0, 1]}, "is no rotation"),

@@ -175,7 +175,7 @@ def test_means_and_counts_per_organ_say_what_was_left_out(perfect):
 
 
 def test_saved_predictions_lie_on_their_image_and_hold_the_numbers_of_the_classes(perfect, ct):
-    assert len(list(perfect.predictions.iterdir())) == len(AXES)
+    assert len(list(perfect.predictions.glob("*.nii.gz"))) == len(AXES)
     for case, expected in ct.expected.items():
         image, found = (nib.load(p) for p in (ct.folder / f"{case}.nii.gz", perfect.predictions / f"{case}_seg.nii.gz"))
         assert found.shape == image.shape and found.get_data_dtype() == np.uint8

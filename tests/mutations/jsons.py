@@ -44,7 +44,7 @@ def make_datalists(folder: Path) -> Any:
     write_cases(folder)
     path = folder / "d.json"
     prepare_folders(folder, path, labels={"1": "a", "2": "b"}, fractions=(0.5, 0.25, 0.25), progress=False)
-    base = json.loads(path.read_text())
+    base = json.loads(path.read_text("utf-8"))
 
     def trial(rng: random.Random) -> Trial:
         told, value = mutated(base, rng)
@@ -173,7 +173,7 @@ def make_tables(folder: Path) -> Any:
 
         def read() -> Any:
             prepare_folders(folder, folder / "d.json", fractions=(0.5, 0.25, 0.25), num_threads=1, progress=False)
-            return json.loads((folder / "d.json").read_text())
+            return json.loads((folder / "d.json").read_text("utf-8"))
 
         return Trial(
             f"{told} {how}", read, rule or _table_rule(value, folder), lambda found: _wrong_table(found, value)
@@ -284,7 +284,7 @@ def make_cards(folder: Path) -> Any:
     network.load_base("random")
     network.scan_names, network.cases = ["t1"], {"training": ["0" * 16], "validation": []}  # type: ignore[assignment]
     save_adapter(network, folder)
-    base = json.loads((folder / CARD).read_text())
+    base = json.loads((folder / CARD).read_text("utf-8"))
     base["spacing"] = {"median": [0.9, 0.9], "min": [0.8, 0.8], "max": [1.0, 1.0]}
 
     def read() -> Any:

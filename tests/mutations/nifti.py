@@ -117,6 +117,8 @@ def _of_bytes(raw: bytes) -> tuple[str, dict[str, Any]]:
     dtype = np.dtype(kind).newbyteorder(order)
     if len(raw) < offset + voxels * dtype.itemsize:
         return "fewer voxels than its header speaks of", {}
+    if len(raw) > offset + voxels * dtype.itemsize:
+        return "bytes behind its voxels", {}
     array = np.frombuffer(raw, dtype, voxels, int(offset)).reshape(shape, order="F")
     slope, inter = f["slope"][0], f["inter"][0]
     if not math.isfinite(inter) and math.isfinite(slope) and slope != 0:

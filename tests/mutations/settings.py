@@ -342,9 +342,10 @@ VALUES = [None, True, False, 0, 1, -1, 2, 16, 0.5, 1.5, 1e9, float("nan"), "", "
 def make_overrides(folder: Path) -> Any:
     """Values set on a command line of ``monai.bundle run`` for one bundle, as its guard sees them before it starts."""
     root = build_bundle("meningioma", "lora", folder)
-    base = json.loads((root / "configs" / "train.json").read_text())
+    base = json.loads((root / "configs" / "train.json").read_text("utf-8"))
     data, out = folder / "data", folder / "out"
     data.mkdir()
+    (data / "datalist.json").write_text("{}")  # the guard only looks whether it is there
     built = dump_settings(compose("meningioma", "lora"))
     groups = ("prompt", "loss", "schedule", "slices", "lesions", "learning_rates")
     keys = [key for key in built["run"] if key in base and not isinstance(base[key], dict)]

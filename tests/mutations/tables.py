@@ -96,7 +96,7 @@ def make_runs(folder: Path) -> Any:
            "reference_ml": 2.0}  # fmt: skip
     write_rows([{"case": case, **row} for case in ("c1", "c2", "=c3", "c,4", 'c"5')], folder / "cases.csv")
     history = "epoch,iteration,name,value\n1,5,loss,0.5\n2,10,loss,0.25\n2,10,dice,nan\n"
-    base = {"cases.csv": (folder / "cases.csv").read_text(), "history.csv": history}
+    base = {"cases.csv": (folder / "cases.csv").read_text("utf-8"), "history.csv": history}
 
     def trial(rng: random.Random) -> Trial:
         file = rng.choice(sorted(base))

@@ -101,7 +101,7 @@ def test_two_processes_evaluate_like_one_also_uneven_and_with_nothing_for_one_of
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes(), name
     assert json.loads((tmp_path / "2" / "metrics.json").read_text())["cases"] == cases
     images = [sorted(path.name for path in (tmp_path / n / "predictions").iterdir()) for n in "12"]
-    assert images[0] == images[1] and len(images[0]) == 2 * cases
+    assert images[0] == images[1] and len(images[0]) == 3 * cases
 
 
 @needs_fork

@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from types import MethodType
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from segment_anything.modeling.image_encoder import Attention
 from torch.utils.data import DataLoader
 
 from samseg_monai.errors import TrainingError
@@ -42,9 +40,6 @@ class Pretraining:
         self.sam = build_sam(variant).train()
         gaussian = self.sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
         gaussian.copy_(gaussian.half())  # never trained: rounded now, training sees the values that are saved
-        for _, block in self.sam.image_encoder.named_blocks():
-            # equal results; for the 256 tokens of pico the unfused attention trains a fifth faster on a CPU
-            block.attn.forward = MethodType(Attention.forward, block.attn)
         self.average = build_sam(variant)
         self.average.load_state_dict(self.sam.state_dict())
         decayed = [p for p in self.sam.parameters() if p.ndim > 1]

@@ -112,7 +112,7 @@ def find_cases(
     for case in sorted({*(table or {})} - {*cases.files, *cases.bad}):
         LOG.warning("boxes are given for %s, but there is no such case", case)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        cases.sort(dict(zip(cases.files, pool.map(check, [*cases.files]), strict=True)))
+        cases.sort(dict(zip(names := sorted(cases.files), pool.map(check, names), strict=True)))
     return cases
 
 

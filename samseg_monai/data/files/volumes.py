@@ -13,7 +13,6 @@ import io
 import logging
 import math
 import os
-import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,10 +22,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
-from monai.data.utils import correct_nifti_header_if_necessary
 from nibabel.orientations import aff2axcodes, apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
-from samseg_monai.data.files.headers import check_voxels, read_header
+from samseg_monai.data.files.headers import check_voxels, memory_problem, read_header
 from samseg_monai.errors import DataError
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".nrrd")
@@ -36,7 +34,6 @@ _NOTED = 1e-3  # of a voxel: more than rounding of a header's 32 bits
 _FORM_TOLERANCE_MM = 0.1
 _SHEAR_TOLERANCE = 1e-2
 _GZIP_MAGIC = b"\x1f\x8b"
-_MOST_VOXELS = 1 << 31  # 8 GB as float32; a CT of the whole body has a quarter of it
 _VOXEL_MM = (0.05, 20.0)  # sides that scanners of people give; others are a wrong unit or a damaged header
 _HEADERS = {348: nib.Nifti1Image, 540: nib.Nifti2Image}  # by their size in bytes, with which they begin
 _MENDED = ("pixdim[1,2,3]", "qform_code", "sform_code")  # what nibabel replaces and goes on
@@ -172,7 +169,7 @@ def refuse_foreign(path: Path, content: bytes | None = None) -> None:
         raise DataError(f"{path.name}: truncated or damaged file ({error}); copy it again") from error
     if header.named is not None:
         raise DataError(
-            f"{path.name}: its header names another file ({header.named!r:.80}) that would be read in its place; save "
+            f"{path.name}: its header names another file ({header.named!r:.200}) that would be read in its place; save "
             "header and voxels as one file"
         )
 
@@ -198,23 +195,6 @@ def size_problem(affine: np.ndarray, shape: Sequence[int]) -> str:
         return ""
     shown = " x ".join(f"{side:.4g}" for side in sides)
     return f"its voxels are {shown} mm, expected {_VOXEL_MM[0]:g} to {_VOXEL_MM[1]:g}; is its header in another unit?"
-
-
-def memory_problem(voxels: int, itemsize: int) -> str:
-    """Why so many voxels cannot be loaded, as stored (``itemsize`` bytes each) and in float32; empty if they can."""
-    if not 0 <= voxels <= _MOST_VOXELS:
-        return f"speaks of {voxels} voxels, more than {_MOST_VOXELS}: damaged, or too large"
-    needed, free = voxels * (itemsize + 4), _free_memory()
-    if needed <= free:
-        return ""
-    return f"speaks of {voxels} voxels, {needed / 1e9:.3g} GB in memory, of which {free / 1e9:.3g} GB are free"
-
-
-def _free_memory() -> float:
-    """Bytes that programs can have without others being put out to disk; infinite where the system does not tell."""
-    info = Path("/proc/meminfo")
-    found = re.search(r"(?m)^MemAvailable: *(\d+) kB$", info.read_text("ascii")) if info.is_file() else None
-    return 1024.0 * int(found[1]) if found else math.inf
 
 
 def refuse_too_large(path: str | Path) -> None:
@@ -469,6 +449,8 @@ def _placed(image: nib.Nifti1Image) -> tuple[np.ndarray, list[str]]:
     if qform is None and sform is None:
         notes.append("has neither qform nor sform: left and right are a guess")
     stated = np.array(image.affine, dtype=float)
+    from monai.data.utils import correct_nifti_header_if_necessary  # which brings torch with it
+
     affine = np.asarray(correct_nifti_header_if_necessary(image).affine, dtype=float)
     if sform_code and not qform_code and (far := affine_difference(affine, stated, image.shape)[0]):
         raise DataError(f"its pixdim is not the size of its voxels by the sform, its only form, so that its {far}")
