@@ -387,7 +387,9 @@ def test_a_sam_lst_file_computes_what_sam_lst_computes(published, ladder_file, i
     loaded = len(network.state_dict())
     assert loaded == len(state) - twins - idle and idle == 32
     assert told == f"SAM-LST file {ladder_file} ({loaded} tensors, {twins + idle} of no use passed over)"
-    torch.testing.assert_close(network(image), published(image.expand(-1, 3, -1, -1)), rtol=1e-5, atol=1e-5)
+    found, wanted = network(image), published(image.expand(-1, 3, -1, -1))
+    # random layers make numbers of hundreds: orders of sums differ by millionths of the largest
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
     assert network.side.gate == pytest.approx(float(torch.sigmoid(published.sam.alpha)))
     assert (network.base_sha256, network.base_file) == (sha256_of(ladder_file), "epoch_194.pth")
 
