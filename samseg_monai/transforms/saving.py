@@ -192,7 +192,8 @@ class SaveOverlayd(EachKeyd):
                 boxes=boxes,
             )
             picture = pictures.named(picture, pictures.letters_of(affine, axis))
-            picture = pictures.noted(picture, f"slice {index}", pictures.BOTH, corner=True)
+            number = f"slice {index}" if axis == 2 else f"axis {axis}: {index}"  # boxes count slices along axis 2
+            picture = pictures.noted(picture, number, pictures.BOTH, corner=True)
             panels.append(pictures.measured(picture, pictures.width_of(affine, labels.shape, axis)))
         whole = pictures.side_by_side(panels)
         ml = abs(np.linalg.det(affine[:3, :3])) / 1000

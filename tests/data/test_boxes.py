@@ -395,3 +395,17 @@ def test_the_commands_write_what_predictions_read(tmp_path, monkeypatch, capsys)
     assert samseg(monkeypatch, *words) == 0 and "replaced: B" in capsys.readouterr().out
     assert samseg(monkeypatch, "boxes", "slices", out) == 1
     assert samseg(monkeypatch, "boxes", "from-mask", tmp_path / "gone", "--output", out) == 1
+
+
+def test_the_image_of_a_case_is_not_that_of_one_whose_name_goes_on(tmp_path):
+    """P1-2 sorts before P1.nii.gz; its boxes would lie on other slices."""
+    for name in ("P1.nii.gz", "P1-2.nii.gz", "P3_0000.nii.gz", "P3_a.nii.gz", "P4-t1ce.nii.gz", "P4-t2.nii.gz"):
+        nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), tmp_path / name)
+    assert image_of(tmp_path, "P1").name == "P1.nii.gz" and image_of(tmp_path, "P1-2").name == "P1-2.nii.gz"
+    assert image_of(tmp_path, "P3").name == "P3_0000.nii.gz" and image_of(tmp_path, "P4").name == "P4-t1ce.nii.gz"
+    (tmp_path / "P1.nii.gz").unlink()
+    assert image_of(tmp_path, "P1").name == "P1-2.nii.gz"  # nothing else is called like it
+    (tmp_path / "P1-2.nii.gz").rename(tmp_path / "P1-3.nii.gz")
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), tmp_path / "P1_b.nii.gz")
+    with pytest.raises(DataError, match=r"several images in .* begin like this case \(P1-3.nii.gz, P1_b.nii.gz\)"):
+        image_of(tmp_path, "P1")

@@ -53,8 +53,14 @@ def is_colour(picture, colour):
 
 @pytest.mark.parametrize("axes", ["RAS", "SLP", "PSR"])
 def test_every_way_of_storage_gives_the_same_picture(axes, tmp_path):
+    """But for the number of a slice, which names its axis where that is not the third, as boxes count."""
     first, second = drawn(tmp_path / "a", volumes()), drawn(tmp_path / "b", volumes(axes, cut="RAS"))
-    assert first.shape[1] == 3 * (320 + 2) and np.array_equal(first, second)
+    assert first.shape[1] == 3 * (320 + 2) and first.shape == second.shape
+    other = (first != second).any(axis=2)
+    assert other.any() == (axes != "RAS")
+    rows, columns = np.nonzero(other)
+    height = (first.shape[0] - 40) // 2  # of a panel, above the legend
+    assert (rows % height < 40).all() and (columns % 322 < 110).all()
 
 
 def test_the_patient_s_right_is_on_the_left_and_boxes_stand_in_their_slices_alone(tmp_path):

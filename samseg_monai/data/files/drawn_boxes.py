@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from samseg_monai.data import BRATS_SCANS
+from samseg_monai.data import BRATS_OLD, BRATS_SCANS
 from samseg_monai.data.files.boxes import MOST_BOXES, is_number, rectangles
 from samseg_monai.data.files.cases import MASK_NAME
 from samseg_monai.data.files.dicom import holds_series, read_any_grid
@@ -161,20 +161,37 @@ def boxes_from_slicer(paths: Sequence[Path], image: Path, case: str | None = Non
 def image_of(images: Path, case: str) -> Path:
     """The image of ``case``: ``images`` itself, where that is one, or the file or folder in it that is called so.
 
-    Of ``<case>/`` or ``<case>-<scan>`` it is the first scan: all of a case are on one grid. DataError without any.
+    Of ``<case>/`` or ``<case>-<scan>`` it is the first scan: all of a case are on one grid. What goes on with something
+    else may be another case: it counts where nothing else is there. DataError without any, or with several of these.
     """
     if images.is_file() or holds_series(images):
         return images
+    begins: list[Path] = []
+    scans = "|".join([*BRATS_SCANS, *BRATS_OLD, r"\d{4}"])
+    ranks: dict[int, Path] = {}
     for path in sorted(images.iterdir()):
         stem = stem_of(path)
-        if stem is not None and re.fullmatch(rf"{re.escape(case)}([-_].+)?", stem) and not _is_mask(stem, case):
-            return path
         if path.is_dir() and path.name == case:
             inside = [path, *sorted(path.iterdir())]
             found = [p for p in inside if (p.is_dir() and holds_series(p)) or not _is_mask(stem_of(p) or "_seg", case)]
             if found:
-                return found[0]
-    raise DataError(f"no image of this case in {images}; expected {case}{SUFFIXES[0]}, or a folder {case}")
+                ranks.setdefault(0, found[0])
+        elif stem is None or _is_mask(stem, case):
+            continue
+        elif stem == case:
+            ranks.setdefault(0, path)
+        elif re.fullmatch(rf"{re.escape(case)}[-_]({scans})", stem, re.IGNORECASE):
+            ranks.setdefault(1, path)
+        elif stem.startswith((f"{case}-", f"{case}_")):
+            begins.append(path)
+    if ranks:
+        return ranks[min(ranks)]
+    if len(begins) > 1:
+        names = ", ".join(path.name for path in begins[:4])
+        raise DataError(f"several images in {images} begin like this case ({names}); call its own {case}{SUFFIXES[0]}")
+    if not begins:
+        raise DataError(f"no image of this case in {images}; expected {case}{SUFFIXES[0]}, or a folder {case}")
+    return begins[0]
 
 
 def _is_mask(stem: str, case: str) -> bool:
