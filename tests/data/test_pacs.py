@@ -13,7 +13,8 @@ import SimpleITK as sitk
 from samseg_monai.data import BRATS_SCANS as SCANS
 from samseg_monai.data.files.cases import find_cases
 from samseg_monai.data.files.dicom import read_series
-from samseg_monai.data.files.pacs import kind_of, link, rules_of
+from samseg_monai.data.files.pacs import link, rules_of
+from samseg_monai.data.files.series_words import kind_of
 from samseg_monai.errors import ConfigError, DataError
 from tests.data.test_dicom import AXES, in_monai, object_without_image, write_series, write_slice
 
@@ -79,6 +80,33 @@ def passed(cases):
     ("T1 pre and post", ""), ("T1 without and with contrast", ""), ("T1 FLAIR +C", ""), ("T2*", ""), ("T2star", ""),
     ("ADC", ""), ("ep2d_diff", ""), ("T1 map", ""), ("T1map_MOLLI", ""), ("T2 STIR", ""), ("t2_tirm_cor", ""),
     ("", ""), ("T10", ""), ("ct1", ""), ("SUB T1 post", ""), ("T1 T2", ""),
+    # native, in several languages
+    ("t1_tra vor KM", "t1n"), ("T1 non-enhanced", "t1n"), ("T1 not enhanced", "t1n"), ("T1 KM-frei", "t1n"),
+    ("T1 tra KM frei", "t1n"), ("T1 before Gd", "t1n"), ("T1 before contrast", "t1n"), ("T1 unenhanced", "t1n"),
+    ("T1 prior to contrast", "t1n"), ("T1 contrast no", "t1n"), ("T1 Gd neg", "t1n"), ("T1 sans gado", "t1n"),
+    ("T1 avant gado", "t1n"), ("T1 sin gadolinio", "t1n"), ("T1 zonder contrast", "t1n"), ("T1 native", "t1n"),
+    ("T1 precontrast", "t1n"), ("T1 pre", "t1n"), ("T1 without", "t1n"), ("T1 no contrast", "t1n"), ("T1C-", "t1n"),
+    ("T1 tra KM-", "t1n"), ("t1wn", "t1n"), ("T1 w/o Gd", "t1n"), ("t1_ohne_km", "t1n"),
+    ("T1 o. KM", "t1n"), ("T1 senza contrasto", "t1n"), ("T1 w/out contrast", "t1n"), ("T1 un-enhanced", "t1n"),
+    ("T1 native water", "t1n"), ("T1 vor KM-Gabe", "t1n"),
+    # after something that is no agent; the neck
+    ("T1 MPRAGE post-op", ""), ("T1 postop", ""), ("T1 post RT", ""), ("T1 post-processed", ""), ("T1 post FS", ""),
+    ("T1 post radiation", ""), ("T1 post surgery", ""), ("t1post-op", ""), ("T1 pre-op", ""), ("T1 sag C/S", ""),
+    ("T1 HWS c", ""), ("T1 tra c", ""), ("T1C-spine", "t1n"), ("T1 + C-spine", ""), ("T1 C+T spine", ""),
+    ("T1-C/S", ""),
+    # words of none that belong to something else, or not alone
+    ("T1 sans/avant gado", ""), ("T1 before/after Gd", ""), ("T1 vor/nach KM", ""), ("T1 w/wo contrast", ""),
+    ("T1 with and without contrast", ""), ("T1 km no fat sat", ""), ("T1 +C w/o FS", ""), ("T1 before surgery", ""),
+    ("T1 post-op native", ""), ("T1 -Gd", ""), ("T1 native, KM", ""), ("T1 contrast no fs", ""), ("T1 KM diff", ""),
+    ("T1 +/- KM", ""), ("T1 +/-C", ""), ("T1 KM?", ""), ("T1 vor der KM-Gabe", ""), ("T1 no fat sat", ""),
+    # plainly with an agent
+    ("T1 post contrast", "t1c"), ("T1 post gd", "t1c"), ("T1 post km", "t1c"), ("T1 post C+", "t1c"), ("T1 c", "t1c"),
+    ("T1 post-op +C", "t1c"), ("T1 C/S +C", "t1c"), ("T1+Gd", "t1c"), ("T1 tra nach KM", "t1c"), ("T1km", "t1c"),
+    ("T1post", "t1c"), ("T1 postcontrast", "t1c"), ("T1 post injection", "t1c"), ("T1 posterior fossa +c", "t1c"),
+    ("T1 Gd+", "t1c"), ("T1 enhanced", "t1c"), ("T1 KM free-breathing", "t1c"), ("T1 +C 3", "t1c"), ("T1 gado", "t1c"),
+    # susceptibility is not T2
+    ("T2 GRE", ""), ("t2*", ""), ("T2w *", ""), ("t2_fl2d_tra_hemo", ""), ("T2 hemo", ""), ("SWI", ""), ("T2 SWI", ""),
+    ("T2 FFE", ""),
 ])  # fmt: skip
 def test_descriptions_mean_a_scan_or_nothing(text, kind):
     assert kind_of(text) == kind
@@ -86,7 +114,8 @@ def test_descriptions_mean_a_scan_or_nothing(text, kind):
 
 def test_an_agent_that_is_named_counts():
     assert kind_of("t1_mprage", contrast=True) == "t1c"
-    assert kind_of("t1 native", contrast=True) == ""
+    assert kind_of("t1 native", contrast=True) == "" and kind_of("t1 vor KM", contrast=True) == ""
+    assert kind_of("t1 post-op", contrast=True) == "t1c"
     assert kind_of("t2", contrast=True) == "t2w"
 
 
@@ -104,7 +133,7 @@ def test_patients_studies_and_series_become_cases(tmp_path, flat, caplog):
     told = passed(cases)
     assert sorted(told) == ["series that are none of the scans", "series: localizers"]
     assert all(len(listed) == 2 for listed in told.values())
-    assert '("ADC", series 9)' in told["series that are none of the scans"][0]
+    assert '("ADC", series 9, DERIVED)' in told["series that are none of the scans"][0]
     assert "DOE" not in caplog.text and "ID1" not in caplog.text
     alone = find_cases(tmp_path / "PAT1" / "STUDY1")
     assert names(alone) == ["STUDY1"] and len(alone.good[0]["image"]) == 4
@@ -219,6 +248,34 @@ def test_what_is_no_scan_is_passed_over_with_its_reason(tmp_path):
     # a person's text may name the derived one, and needs no words that are known
     derived = find_cases(tmp_path, scans=("t1c",), series={"texts": {"t1c": "MPR"}})
     assert derived.good[0]["image"] == str(place / "mpr")
+
+
+@pytest.mark.parametrize("folder", ["S1", "t1c"])
+def test_a_derived_series_is_taken_with_a_note_where_no_original_is(tmp_path, folder, caplog):
+    derived = "DERIVED\\SECONDARY"
+    place = tmp_path / "P" / "S"
+    series(place / folder, number=1, description="t1 km", kind=derived)
+    series(place / "S2", number=2, description="t2", kind=derived)
+    cases = find_cases(tmp_path, scans=("t1c",))
+    assert cases.good[0]["image"] == str(place / folder)
+    note = f'{folder} ("t1 km", series 1, DERIVED) is taken for t1c, as no original is'
+    assert cases.notes["P"][0].startswith(note) and f"P: {note}" in caplog.text
+    series(place / "S3", number=3, description="t1 gd")  # an original goes before, unless the folder says so
+    cases = find_cases(tmp_path, scans=("t1c",))
+    assert cases.good[0]["image"] == str(place / ("S3" if folder == "S1" else folder))
+
+
+def test_a_derived_series_that_leaves_a_doubt_is_named_as_one(tmp_path):
+    derived = "DERIVED\\SECONDARY"
+    series(tmp_path / "P" / "S" / "a", number=1, description="t1 km", kind=derived)
+    series(tmp_path / "P" / "S" / "b", number=2, description="t1 gd cor", kind=derived)
+    series(tmp_path / "Q" / "S" / "c", 2, number=3, description="t1 post-op", kind=derived)
+    series(tmp_path / "R" / "S" / "d", 3, number=4, description="t1 km")
+    cases = find_cases(tmp_path, scans=("t1c",))
+    assert names(cases) == ["R"] and not cases.notes["R"]
+    both = 'a ("t1 km", series 1, DERIVED) and b ("t1 gd cor", series 2, DERIVED) may each be t1c'
+    assert both in cases.bad["P"] and "--scan t1c=TEXT" in cases.bad["P"]
+    assert 'among c ("t1 post-op", series 3, DERIVED)' in cases.bad["Q"] and "--scan t1c=TEXT" in cases.bad["Q"]
 
 
 def test_frames_in_one_file_are_refused_where_they_are_the_scan(tmp_path):

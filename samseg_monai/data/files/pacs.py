@@ -6,12 +6,12 @@ are therefore taken only where they leave no doubt; else a person says it (``--s
 passed over with the reason, or part of an error. Names of patients are read nowhere: cases are called like folders, or
 like the series.
 
-Words for contrast are those that scanners and their users write in English and German; the tag ContrastBolusAgent
-(0018,0010) counts as one.
+The tag ContrastBolusAgent (0018,0010) counts as a word for contrast.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -26,11 +26,13 @@ import pydicom
 
 from samseg_monai.data.files.case_list import CaseList
 from samseg_monai.data.files.dicom import is_dicom, without_image
+from samseg_monai.data.files.series_words import kind_of
 from samseg_monai.data.files.volumes import is_dead_link, modality_problem, stem_of
 from samseg_monai.errors import ConfigError, raise_all
 from samseg_monai.files import file_name
 from samseg_monai.zips import unpack
 
+LOG = logging.getLogger(__name__)
 FOLDER, SERIES = "folder", "series"
 _TAGS = [
     *("SOPClassUID", "Modality", "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber"),
@@ -39,22 +41,6 @@ _TAGS = [
 ]
 _NO_IMAGES = ("no images", "pictures")
 _LOCALIZER = re.compile(r"\b(locali[sz]ers?|scouts?|survey|topogramm?|surview|3[- ]?plane( loc)?|loc)\b")
-_NO_CONTRAST = re.compile(
-    r"\b(w/?o|without|non?|ohne|pre|minus)[- ]*(iv[- ]*)?(contrast|contr|kontrast(mittel)?|km|gad\w*|gd|ce|c)\b"
-    r"|(?<!\w)-c\b|\bc-(?!\w)|\b(native?|pre|precontrast|unenhanced|without|w/?o|ohne)\b"
-)
-_CONTRAST = re.compile(
-    r"\+ *(c|gd|gad|km|ce|contrast)\b|\bc\b(?![- ]?sp)"
-    r"|\b(ce|gd|gad|gado\w*|dotarem|km|kontrast(mittel)?|contrast|enhanced)\b"
-    r"|\bpost([- ]?(contrast|gad\w*|gd|km|kontrast\w*|inj\w*))?\b"
-)
-# T1 and what is written right behind it: t1c, t1ce, t1gd, t1km, t1post, t1n, t1w
-_T1 = re.compile(r"(?<![a-z0-9])t1w?(?![0-9])-?(?P<more>[a-z]*)")
-_T2 = re.compile(r"(?<![a-z0-9])t2(?![0-9])")
-_FLAIR = re.compile(r"flair|dark[- ]?fluid|\bda[- ]fl\b|\bt2f\b")  # the latter two are Siemens' words
-_OTHER_WORDS = re.compile(
-    r"\b(adc|dwi|dti|swi|asl|perf\w*|dsc|dce|subtraction|sub|stir|mra|tof)\b|map(s|ping)?\b|t2\*|t2[- ]?star"
-)
 
 
 @dataclass
@@ -81,9 +67,10 @@ class Series:
         return " ".join(_text(self.tags, "SeriesDescription").split())
 
     def told(self) -> str:
-        """Folder, description and number, for messages."""
+        """Folder, description, number, and whether it is derived, for messages."""
         number = _text(self.tags, "SeriesNumber")
-        return f'{self.folders[0].name} ("{self.description}"{f", series {number}" if number else ""})'
+        more = f", series {number}" if number else ""
+        return f'{self.folders[0].name} ("{self.description}"{more}{", DERIVED" if self.derived else ""})'
 
 
 @dataclass(frozen=True)
@@ -170,31 +157,6 @@ def series_of(files: Iterable[Path]) -> list[Series]:
         series.files.sort()
         series.folders = sorted({path.parent for path in series.files})
     return list(found.values())
-
-
-def kind_of(text: str, *, contrast: bool = False) -> str:
-    """Which of BraTS's four scans (t1c, t1n, t2w, t2f) a description, or another name of a scan, means.
-
-    Args:
-        text: ``Ax T1 MPRAGE +C``, ``t2_tse_tra``, ``FLAIR`` ...
-        contrast: an agent is named elsewhere.
-    Returns: "" where it means none of them, or leaves a doubt: several contrasts, "pre and post".
-    """
-    plain = text.casefold().replace("_", " ")
-    if _OTHER_WORDS.search(plain):
-        return ""
-    t1, t2, flair = _T1.search(plain), _T2.search(plain), _FLAIR.search(plain)
-    if "tirm" in plain and not flair:  # an inversion recovery that may suppress fat as well
-        return ""
-    if t1 and not t2 and not flair:
-        more = t1["more"]
-        without = bool(_NO_CONTRAST.search(plain)) or more in ("n", "nat", "native", "pre")
-        rest = _NO_CONTRAST.sub(" ", plain)
-        agent = contrast or bool(_CONTRAST.search(rest)) or more in ("c", "ce", "gd", "gad", "km", "post", "k")
-        return "" if without and agent else "t1c" if agent else "t1n"
-    if flair and not t1:
-        return "t2f"
-    return "t2w" if t2 and not t1 else ""
 
 
 def _meaning(series: Series) -> str:
@@ -374,10 +336,15 @@ class Sorter:
             name = _by_series(chosen[self.rules.scans[0]], name, alone=alone)
         case = file_name(name)
         self.patients[case] = patient
+        for scan, one in chosen.items():
+            if one.derived and scan not in self.rules.texts:
+                note = f"{one.told()} is taken for {scan}, as no original is; --scan {scan}=TEXT chooses another"
+                LOG.warning("%s: %s", case, note)
+                self._found.note(case, [note])
         self._found.add(case, [self._path(one, case, scan) for scan, one in chosen.items()])
 
     def _matching(self, scan: str, usable: Sequence[Series]) -> list[Series]:
-        """Series that may be ``scan``: originals; derived ones only where a person's text, or nothing else, says so."""
+        """Series that may be ``scan``: originals, or derived ones where there is none."""
         text, kind = self.rules.texts.get(scan), kind_of(scan)
         if text is not None:
             wanted = " ".join(text.casefold().split())
@@ -391,8 +358,7 @@ class Sorter:
         else:
             word = re.compile(rf"(?<![a-z0-9]){re.escape(scan.casefold())}(?![a-z0-9])")
             matching = [one for one in usable if word.search(one.description.casefold().replace("_", " "))]
-        originals = [one for one in matching if not one.derived]
-        return originals or ([] if text is None and kind else matching)
+        return [one for one in matching if not one.derived] or matching
 
     def _exams(self, root: Path, series: Sequence[Series]) -> dict[tuple[str, str, str], list[Series]]:
         """Series by top folder, patient's id and study, in the order of their folders.
