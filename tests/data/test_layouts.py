@@ -18,7 +18,8 @@ from samseg_monai.data.datalists.images import prepare_images
 from samseg_monai.data.files.dicom import read_series
 from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.transforms.loading import LoadCased
-from tests.data.test_pacs import exam
+from tests.data.test_dicom import AXES, write_series
+from tests.data.test_pacs import exam, tags_of
 from tests.helpers.commands import samseg
 
 LABELS = {"1": "a", "2": "b"}
@@ -308,6 +309,9 @@ def test_a_table_of_patients_groups_images(tmp_path):
     options = {"labels": {"1": "x"}, "fractions": (0.5, 0, 0.5), "table": tmp_path / "t.csv", "progress": False}
     folders = (tmp_path / "images", tmp_path / "masks", tmp_path / "d.json")
     assert prepare_images(*folders, **options).sections == {"training": 3, "validation": 0, "testing": 3}
+    rows = "".join(f"a{n}.png\t{'pP'[n // 3]}\n" for n in range(6))
+    (tmp_path / "t.csv").write_text(f"file\tsubject\n{rows}")
+    assert "split as two; if they are one, call them the same: 'P' and 'p'" in str(prepare_images(*folders, **options))
     with pytest.raises(ConfigError, match="a group and a table"):
         prepare_images(*folders, **options, group="a")
 
@@ -451,3 +455,61 @@ def test_one_patient_id_for_all_is_a_dummy(tmp_path):
         save(src / f"P{n}" / "seg.nii.gz", (array % 3).astype(np.uint8), affine)
     summary = prepare(src, scans={"t1c": ""}, fractions=(0.5, 0.25, 0.25))
     assert "each top folder is taken for a patient" in str(summary.warnings) and summary.patients == 4
+
+
+def export(src, exams):
+    """One series and its label for each folder with its PatientID, or None for none; the warnings and the owners."""
+    for number, (place, patient) in enumerate(exams.items()):
+        tags = {**tags_of(number, 1, 2, "T1 +C"), "0010|0020": patient}
+        write_series(src / place / "t1c", scan(number), AXES["axial"], tags={k: v for k, v in tags.items() if v})
+        save(src / place / "seg.nii.gz", MASK, read_series(src / place / "t1c").affine)
+    summary = prepare(src, scans={"t1c": ""}, fractions=(1, 0, 0))
+    datalist = read_datalist(src.parent / "d.json")
+    return str(summary.warnings), {item["case"]: item["patient"] for item in datalist["training"]}
+
+
+def test_exams_of_one_folder_or_one_id_are_one_patients(tmp_path):
+    exams = {"PATA/S1": "A1", "PATA/S2": None, "PATB/S1": "B1", "PATB/S2": "B2", "PX/S1": "X", "PY/S1": "X"}
+    exams |= {"D1/S": "ANON", "D2/S": "ANON", "D3/S": "ANON", "N0/S": "N0", "N1/S": None}
+    said, owners = export(tmp_path / "export", exams)
+    assert owners == {
+        "PATA_S1": "PATA_S1", "PATA_S2": "PATA_S1", "PATB_S1": "PATB_S1", "PATB_S2": "PATB_S1", "PX": "PX", "PY": "PX",
+        "D1": "D1", "D2": "D1", "D3": "D1", "N0": "N0", "N1": "N1",
+    }  # fmt: skip
+    assert "cases that have no PatientID: PATA_S1, PATA_S2: the split keeps them together" in said
+    assert "a top folder with several PatientIDs: PATB_S1, PATB_S2: the split keeps them together" in said
+    assert "one PatientID in 2 top folders: PX, PY: the split keeps them together" in said
+    assert "PatientID 'ANON' is in 3 top folders, as a dummy would be: D1, D2, D3: the split keeps them" in said
+    assert "no PatientID: N1: each is split as a patient of its own" in said
+
+    (tmp_path / "t.csv").write_text("case,patient\n" + "".join(f"{case},{case[:2]}\n" for case in owners))
+    summary = prepare(tmp_path / "export", scans={"t1c": ""}, fractions=(1, 0, 0), table=tmp_path / "t.csv")
+    assert summary.patients == 8 and "PatientID" not in str(summary.warnings)
+
+
+@pytest.mark.parametrize(("exams", "patients", "text"), [
+    ({"DICOM/P1/S1": "1", "DICOM/P1/S2": "2", "DICOM/P2/S": "3"}, 2, "several PatientIDs"),
+    ({"2021-03-04/P1": "1", "2021-03-04/P2": "2", "20220101/P1": "1"}, 2, "one PatientID in 2 top folders"),
+    ({"a/P1": "1", "a/P2": "2", "b/P1": "1", "b/P3": "3"}, 3, "together they would join all cases"),
+    ({"P1/S1": None, "P1/S2": None, "P2/S": None}, 2, "no case has a PatientID: each top folder is taken for"),
+    ({"P1/S1": "1", "P1/S2": "1", "P2/S": "2"}, 2, None),
+    ({"P1/S1": "1", "P1/S2": "1"}, 1, "one PatientID in 2 top folders"),
+])  # fmt: skip
+def test_a_folder_of_all_or_of_a_date_joins_no_patients(tmp_path, exams, patients, text):
+    said, owners = export(tmp_path / "export", exams)
+    assert len(set(owners.values())) == patients
+    assert text in said if text else "PatientID" not in said
+
+
+def test_names_of_patients_in_a_table_are_composed_and_compared(tmp_path):
+    for n, _ in enumerate(patients := ["\u00e9", "e\u0301", "P1", "p1"]):
+        save(tmp_path / f"set/{n}.nii.gz", scan(n))
+        save(tmp_path / f"set/m{n}.nii.gz", MASK)
+        save(tmp_path / f"pair/images/{n}.nii.gz", scan(n))
+        save(tmp_path / f"pair/labels/{n}.nii.gz", MASK)
+    listed = "".join(f"{n},{n}.nii.gz,m{n}.nii.gz,{patient}\n" for n, patient in enumerate(patients))
+    rows = "".join(f"{n},{patient}\n" for n, patient in enumerate(patients))
+    for name, text in {"set": "case,image,label,patient\n" + listed, "pair": "case,patient\n" + rows}.items():
+        (tmp_path / "t.csv").write_text(text, encoding="utf-8")
+        summary = prepare(tmp_path / name, table=tmp_path / "t.csv", fractions=(1, 0, 0))
+        assert summary.patients == 3 and "call them the same: 'P1' and 'p1'" in str(summary.warnings)

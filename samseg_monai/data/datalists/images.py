@@ -31,6 +31,7 @@ from samseg_monai.data.datalists.checks import (
 )  # fmt: skip
 from samseg_monai.data.datalists.label_maps import BACKGROUND, OWN_CODING, absent_labels, check_names
 from samseg_monai.data.datalists.layouts import composed, patients_in, read_csv
+from samseg_monai.data.datalists.owners import alike
 from samseg_monai.data.datalists.splits import Split, choose_splits
 from samseg_monai.data.files.cases import MASK_ENDINGS, list_images
 from samseg_monai.data.files.images import GREY, RGB, Picture, checked_spacing, is_grey, read_image
@@ -110,8 +111,8 @@ def prepare_images(
     splits = [Split(split.sections, {**split.made_by, "group": group}) for split in splits]
     used = [of[case] for cases in splits[0].sections.values() for case in cases]
     header = _header(used, name or root.name, names, spacing)
-    warnings = [*alone, *_notes(good, spacing), *unpaired, *duplicates(good, lambda check: check.image_sha256)]
-    warnings += [*absent_labels([check.voxels_per_label for check in good], values), *unused]
+    warnings = [*alone, *_notes(good, spacing), *unpaired, *duplicates(good, lambda c: c.image_sha256), *unused]
+    warnings += [*absent_labels([c.voxels_per_label for c in good], values), *alike(group_of.values() if table else ())]
     extra = [_values(used), f"dataset_dir (paths are relative to it): {root}"]
     patient = group_of.__getitem__ if grouped else None
     return write_checked(

@@ -28,6 +28,7 @@ from typing import Any
 
 from samseg_monai.data.datalists.checks import CaseCheck
 from samseg_monai.data.datalists.label_maps import VALUE
+from samseg_monai.data.datalists.owners import alike, few, owners_of, top_folders
 from samseg_monai.data.files.case_list import CaseList
 from samseg_monai.data.files.dicom import holds_series
 from samseg_monai.data.files.pacs import FOLDER, Sorter, rules_of
@@ -40,7 +41,6 @@ LABEL_NAMES = ("seg", "label", "labels", "mask", "gtv", "gt", "segm", "segmentat
 LABEL, IMAGE = "label", "image"
 PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "subject", "subject_id", "group")
 _CHANNEL = re.compile(r"(.+)_(\d{4})$")
-_SHOWN = 5
 
 
 @dataclass
@@ -91,7 +91,7 @@ def find_layout(
     if rows and scans and any(name in rows[0] for name in LABEL_NAMES):
         raise ConfigError(f"--scan finds the images by their tags, but {title} lists them; give one of them")
     if scans:
-        found = _of_export(src, scans)
+        found = _of_export(src, scans, told=bool(rows))
     elif rows and any(name in rows[0] for name in LABEL_NAMES):
         found = _of_table(rows, src, title)
     elif (pair := _pair_in(src)) is not None:
@@ -100,6 +100,8 @@ def find_layout(
         found = _of_case_folders(src)
     if rows and found.patients is None and not found.kind.startswith("table"):
         found.patients = patients_in(rows, found.cases, title)
+    if rows:
+        found.notes += alike((found.patients or {}).values())
     found.cases = dict(sorted(found.cases.items()))
     found.name = found.name or src.resolve().name
     return found
@@ -133,12 +135,6 @@ def case_folders(src: Path) -> list[Path]:
 def composed(name: str) -> str:
     """``name`` in Unicode's composed form (NFC), in which two names that look the same are the same."""
     return unicodedata.normalize("NFC", name)
-
-
-def few(names: Iterable[str]) -> str:
-    """The first of some names, for a message."""
-    listed = list(names)
-    return ", ".join(listed[:_SHOWN]) + (" ..." if len(listed) > _SHOWN else "")
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -186,7 +182,7 @@ def patients_in(rows: Sequence[Mapping[str, str]], cases: Iterable[str], name: s
     found: dict[str, set[str]] = {}
     for row in rows:
         file = composed(row[key].replace("\\", "/").rpartition("/")[2])
-        found.setdefault(stem_of(file) or image_stem(file) or file, set()).add(row[owner])
+        found.setdefault(stem_of(file) or image_stem(file) or file, set()).add(composed(row[owner]))
     problems = []
     for case in cases:
         owners = found.get(case, set())
@@ -385,7 +381,8 @@ def _of_case_folders(src: Path) -> Layout:
     return Layout(f"one folder for each case, with {', '.join(scans)}", scans, cases, notes=notes)
 
 
-def _of_export(src: Path, scans: Mapping[str, str]) -> Layout:
+def _of_export(src: Path, scans: Mapping[str, str], *, told: bool) -> Layout:
+    """The cases of an export; where a table has ``told`` of patients, neither tags nor folders do."""
     exams = CaseList()
     texts = {scan: text for scan, text in scans.items() if text}
     sorter = Sorter(rules_of({"texts": texts, "name_by": FOLDER}, tuple(scans)), exams, links=False)
@@ -408,27 +405,18 @@ def _of_export(src: Path, scans: Mapping[str, str]) -> Layout:
         elif labels:
             check.files[LABEL] = labels[0]
     notes = [f"passed over, {reason}: {few(names)}" for reason, names in exams.passed.items()]
-    patients, shared = _owners(sorter.patients)
-    patients |= {case: case for case in exams.bad}
-    notes += ["all cases have the same PatientID: each top folder is taken for a patient"] if shared else []
-    return Layout(
-        "export of an archive, series found by their tags", tuple(scans), cases, patients=patients, notes=notes
-    )
+    found = Layout("export of an archive, series found by their tags", tuple(scans), cases, notes=notes)
+    if not told:
+        ids = {case: number for case, (_, number) in sorted(sorter.patients.items())}
+        found.patients, more = owners_of(ids, top_folders(src, {case: homes[case] for case in ids}))
+        found.patients |= {case: case for case in exams.bad}
+        found.notes += more
+    return found
 
 
 def _is_alone(folder: Path, case: str, homes: Mapping[str, Path]) -> bool:
     """Whether no other case lies in ``folder``, whose label it could be as well."""
     return not any(folder == home or folder in home.parents for other, home in homes.items() if other != case)
-
-
-def _owners(found: Mapping[str, tuple[str, str]]) -> tuple[dict[str, str], bool]:
-    """Case -> name of its patient's first case, as ids stay where they are; whether all have one id, a dummy."""
-    shared = len({number for _, number in found.values()}) == 1 < len({top for top, _ in found.values()})
-    first: dict[str, str] = {}
-    return {
-        case: first.setdefault(f"top {top}" if shared or not number else f"id {number}", case)
-        for case, (top, number) in sorted(found.items())
-    }, shared
 
 
 def _label_parts(parts: Iterable[str]) -> list[str]:
@@ -465,7 +453,7 @@ def _of_table(rows: Sequence[Mapping[str, str]], src: Path, name: str) -> Layout
             cases[case].problems.append(f"two rows in {name}; name the cases in a column 'case'")
             continue
         check = cases[case] = CaseCheck(case)
-        owners[case] = row[owner] if owner else ""
+        owners[case] = composed(row[owner]) if owner else ""
         if owner and not owners[case]:
             check.problems.append(f"no {owner} in {name}")
         for column in (*scans, label):
