@@ -315,13 +315,13 @@ def write_checked(
     path = Path(output)
     folds = [path.with_name(f"{path.stem}_fold{n}{path.suffix}") for n in range(1, len(splits) + 1)]
     written = folds if len(splits) > 1 else [path]
+    hashes = {check.case: check.sha256 for check in checks}
     few: list[str] = []
     for target, split in zip(written, splits, strict=True):
         sections = {
             section: [_item(of[case], src, label, header, patient) for case in cases]
             for section, cases in split.sections.items()
         }
-        hashes = {check.case: check.sha256 for check in checks}
         datalist = {**facts, "split": dict(split.made_by), **sections, "hashes": hashes}
         write_datalist(datalist, target)
         few = few or too_few_to_choose(datalist)

@@ -125,9 +125,8 @@ def read_series(folder: str | Path) -> Volume:
 
     Raises:
         DataError: a file is damaged, a link that leads nowhere, no image, in colour or multi-frame, or its pixels are
-            not as many as its tags say; several series or
-            orientations; slices at one place, a gap, a gantry tilt; fewer than two slices; voxels of a size that is
-            none.
+            not as many as its tags say; several series or orientations; slices at one place, a gap, a gantry tilt;
+            fewer than two slices; voxels of a size that is none.
     """
     folder = Path(folder)
     slices = slices_of(folder)
