@@ -17,6 +17,7 @@ from samseg_monai.adapters import DoRALinear, LoRALinear
 from samseg_monai.errors import AdapterError, ConfigError
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.networks.common import tensors_hash
+from samseg_monai.sam import tiny_vit
 from samseg_monai.sam.backbone import Backbone, Rows, SamSpec
 from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.spec import get_spec
@@ -162,7 +163,8 @@ def test_window_attention_equals_the_sum_that_defines_it():
             bias = torch.stack([attention.attention_biases[head, dy * side + dx] for dy, dx in away])
             weights = torch.softmax(k @ q[i] / d**0.5 + bias, dim=0)
             out[i, head * d : (head + 1) * d] = weights @ v
-    torch.testing.assert_close(attention(x)[0], attention.proj(out), atol=1e-5, rtol=0)
+    seen = attention(x.unflatten(1, (side, side))).flatten(1, 2)[0]
+    torch.testing.assert_close(seen, attention.proj(out), atol=1e-5, rtol=0)
 
 
 def test_nothing_of_the_former_weights_stays_after_loading(tmp_path):
@@ -197,14 +199,12 @@ def test_other_sizes_are_refused():
 
 def test_padding_tokens_of_a_window_are_keys_with_the_normalisations_own_shift():
     """An all-zero token is the layer's shift after normalisation: it is seen by the others, as in pretraining."""
-    block = build_sam("tiny_t").image_encoder.layers[1].blocks[0]
-    nn.init.normal_(block.attn.norm.bias)
-    x = torch.randn(1, 16, 4, 4)  # windows of 3: padded to 6
-    padded = F.pad(x, (0, 2, 0, 2))
-    windows = [padded[:, :, r : r + 3, c : c + 3].flatten(2).transpose(1, 2) for r in (0, 3) for c in (0, 3)]
-    seen = [block.attn(window).transpose(1, 2).unflatten(2, (3, 3)) for window in windows]
-    whole = torch.cat([torch.cat(seen[:2], 3), torch.cat(seen[2:], 3)], 2)[:, :, :4, :4]
-    torch.testing.assert_close(block._attend(x), whole, atol=1e-6, rtol=0)
+    attention = build_sam("tiny_t").image_encoder.layers[1].blocks[0].attn
+    nn.init.normal_(attention.norm.bias)
+    x = torch.randn(1, 4, 4, 16)  # windows of 3: padded to 6
+    padded = F.pad(x, (0, 0, 0, 2, 0, 2))
+    rows = [torch.cat([attention(padded[:, r : r + 3, c : c + 3]) for c in (0, 3)], 2) for r in (0, 3)]
+    torch.testing.assert_close(attention(x), torch.cat(rows, 1)[:, :4, :4], atol=1e-6, rtol=0)
 
 
 def test_recomputed_activations_change_neither_output_nor_gradient():
@@ -219,6 +219,66 @@ def test_recomputed_activations_change_neither_output_nor_gradient():
     for (name, one), other in zip(plain.named_parameters(), thrifty.parameters(), strict=True):
         if one.grad is not None:
             assert torch.equal(one.grad, other.grad), name
+
+
+def drawn_anew(network):
+    """The same network with nothing neutral in it: zeros and ones would hide a statistic that is used wrongly."""
+    for name, tensor in network.image_encoder.state_dict().items():
+        if name.endswith(("running_var", "bn.weight")):
+            nn.init.uniform_(tensor, 0.5, 1.5)
+        elif name.endswith(("running_mean", "bias", "biases")):
+            nn.init.normal_(tensor, std=0.3)
+    return network
+
+
+def with_plain_operations(function):
+    with torch.backends.mkldnn.flags(enabled=False):
+        return function()
+
+
+# floats of a band: every row by itself, a few rows of some stages, all rows of all stages
+@pytest.mark.parametrize("band", [1, 3000, tiny_vit.BAND])
+@pytest.mark.parametrize("size", [(16, 16), (48, 64), (112, 96)])
+def test_bands_and_folded_normalisation_change_neither_embedding_nor_taps(size, band, monkeypatch):
+    monkeypatch.setattr(tiny_vit, "BAND", band)
+    torch.manual_seed(0)
+    network, image = build_sam("tiny_t"), torch.randn(2, 3, *size)
+
+    @torch.no_grad()
+    def run():
+        embedding, taps = network.image_encoder(image, taps=range(5))
+        return [embedding, *taps]
+
+    run()
+    drawn_anew(network)  # nothing of the former values may have been kept
+    got = run()
+    for one, other in zip(got, with_plain_operations(run), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    assert got[0].is_contiguous()  # as files and decoders have it
+
+
+@pytest.mark.parametrize(
+    "learning", [r"lora_", r"bn\.(weight|bias)$", r"layers\.2.*attn\.", r"downsample.*c\.weight", r"."]
+)
+def test_gradients_equal_those_of_the_plain_operations_whatever_learns(learning):
+    torch.manual_seed(0)
+    network = SamSegmenter("tiny_t", LoRA(2, targets=ALL_SIX))
+    encoder = drawn_anew(network.sam).image_encoder
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(bool(re.search(learning, name)))
+        if "lora_b" in name:
+            nn.init.normal_(parameter, std=0.1)
+    image, weights = torch.randn(2, 3, 80, 64), torch.randn(2, 32, 5, 4)
+
+    def run():
+        encoder.zero_grad()
+        (encoder(image) * weights).mean().backward()
+        return {name: parameter.grad for name, parameter in encoder.named_parameters() if parameter.grad is not None}
+
+    got, expected = run(), with_plain_operations(run)
+    assert len(got) == len(expected) == sum(parameter.requires_grad for parameter in encoder.parameters())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
 def test_depths_run_from_stem_to_neck_and_merges_belong_to_the_block_before():
