@@ -237,7 +237,7 @@ def with_plain_operations(function):
 
 
 # floats of a band: every row by itself, a few rows of some stages, all rows of all stages
-@pytest.mark.parametrize("band", [1, 3000, tiny_vit.BAND])
+@pytest.mark.parametrize("band", [1, 200, 3000, tiny_vit.BAND])
 @pytest.mark.parametrize("size", [(16, 16), (48, 64), (112, 96)])
 def test_bands_and_folded_normalisation_change_neither_embedding_nor_taps(size, band, monkeypatch):
     monkeypatch.setattr(tiny_vit, "BAND", band)
