@@ -12,8 +12,8 @@ top of weights and input: the resident set of one fresh process each. ``ratio`` 
 the reference, ``memory_ratio`` ours / the reference's; the shares of vit_b, of the encoder only, are vit_t / vit_b.
 Needs timm. Usage:
 
-    git show COMMIT:samseg_monai/sam/tiny_vit.py > /tmp/before.py
-    python benchmarks/vit_t.py --repeats 7 --before /tmp/before.py
+    git show COMMIT:samseg_monai/sam/tiny_vit.py > before.py
+    python benchmarks/vit_t.py --repeats 7 --before before.py
 """
 
 from __future__ import annotations
