@@ -1,7 +1,7 @@
 """What to set where the memory did not suffice: the three settings that save most in this run, and what each costs.
 
 How much a setting saves was measured, for each kind of run, as the peak of the memory with it by that without it
-(``benchmarks/memory_settings.py``, ViT-B at 512 pixels, libraries included): larger images gain more of it.
+(``benchmarks/memory_settings.py``, ViT-B at 512 pixels, the whole process): larger images gain more of it.
 """
 
 from __future__ import annotations
