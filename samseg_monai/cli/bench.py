@@ -71,26 +71,32 @@ def bench(
         if job["stored"]:  # those of a new case are not there: its prediction takes what it takes without
             found = {key: value for key, value in found.items() if not key.endswith("seconds_per_slice")}
         rows.append({**row, **({"failed": why} if "failed" in found else found)})
-    first = next((row for row in rows if "machine" in row), {})
-    result = {
-        "task": task,
-        "overrides": given,
-        "machine": first.get("machine"),
-        "device": first.get("device"),
-        "threads": first.get("threads"),
-        "clock": "processor" if processor_time else "wall",
-        "rows": [{key: value for key, value in row.items() if key != "machine"} for row in rows],
-    }
-    told = table(result)
-    typer.echo(told)
+    result = _result(task, given, rows, "processor" if processor_time else "wall")
+    typer.echo(table(result))
     if output is not None:
-        if output.suffix == ".json":
-            write_json(output, result)
-        else:
-            write_text(output, told + "\n" if output.suffix == ".md" else _csv(result))
-        typer.echo(f"wrote {output}")
+        _write(output, result)
     if all("failed" in row for row in rows):
         raise typer.Exit(1)
+
+
+def _result(task: str, given: dict[str, Any], rows: list[dict[str, Any]], clock: str) -> dict[str, Any]:
+    """Rows with what they share, once."""
+    first = next((row for row in rows if "machine" in row), {})
+    return {
+        "task": task,
+        "overrides": given,
+        **{key: first.get(key) for key in ("machine", "device", "threads")},
+        "clock": clock,
+        "rows": [{key: value for key, value in row.items() if key != "machine"} for row in rows],
+    }
+
+
+def _write(output: Path, result: Mapping[str, Any]) -> None:
+    if output.suffix == ".json":
+        write_json(output, result)
+    else:
+        write_text(output, table(result) + "\n" if output.suffix == ".md" else _csv(result))
+    typer.echo(f"wrote {output}")
 
 
 def _numbers(option: str, text: str) -> list[int]:
