@@ -6,9 +6,11 @@ No code is at fault, so each ends a command with one line, which says what can b
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -129,6 +131,36 @@ def _of_processes(error: BaseException, memory: Callable[[bool], str]) -> str | 
         return f"{who} was ended by SIGTERM; start the same command again"
     how = f"was killed ({found[2].strip()})" if found[2] else "ended without a word"
     return f"{who} {how}, most likely by the system, as the memory was used up; {memory(False)}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine or of the GPU did not suffice."""
+    return any(_of_memory(cause, save_memory) for cause in behind(error, handled=False))
+
+
+def free_memory() -> float:
+    """Bytes that programs can have without others being put out to disk; infinite where the system does not tell."""
+    return 1024.0 * found if (found := _kilobytes("/proc/meminfo", "MemAvailable")) else math.inf
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes; 0 where the system does not tell."""
+    if found := _kilobytes("/proc/self/status", "VmHWM"):  # getrusage's would include that of the process before it
+        return 1024 * found
+    if sys.platform == "win32":
+        return 0
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _kilobytes(file: str, name: str) -> int:
+    """A line ``<name>: <n> kB`` of a file of Linux's; 0 where there is none."""
+    try:
+        found = re.search(rf"(?m)^{name}:\s*(\d+) kB$", Path(file).read_text("ascii", "replace"))
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
 
 
 def _of_memory(error: BaseException, memory: Callable[[bool], str]) -> str | None:

@@ -31,9 +31,9 @@ TINY = {
 # files that train, predict through whole bundles, export, or run the pages' commands: ``make check`` leaves them out
 SLOW = {
     "audit_classes", "audit_geometry", "augmentation", "banked_slices", "broken_runs", "bundles", "contributing",
-    "demo_abdomen", "demo_mobile", "docs", "door", "experiment", "export", "foreign_layouts", "kill_resume", "own_data",
-    "pico", "planar", "processes", "realdata", "reproduce", "reproduce_sam_lst", "sam_parity", "site", "strategy_laws",
-    "tracking", "travel", "tutorial", "zoo",
+    "cost", "demo_abdomen", "demo_mobile", "docs", "door", "experiment", "export", "foreign_layouts", "kill_resume",
+    "own_data", "pico", "planar", "processes", "realdata", "reproduce", "reproduce_sam_lst", "sam_parity", "site",
+    "strategy_laws", "tracking", "travel", "tutorial", "zoo",
 }  # fmt: skip
 
 

@@ -13,18 +13,21 @@ import types
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.engines import Evaluator
 from monai.utils import optional_import
 
 from samseg_monai.bundles.build import SETTINGS
+from samseg_monai.bundles.memory import saving
 from samseg_monai.bundles.values import custom_parts, effective_settings
 from samseg_monai.errors import ConfigError, log_visibly, raise_all
-from samseg_monai.faults import Told, end_like_ctrl_c, explain, output_problem, save_memory
+from samseg_monai.faults import Told, end_like_ctrl_c, explain, output_problem
 from samseg_monai.files import read_json
 from samseg_monai.sam.weights import RANDOM
 from samseg_monai.settings import PLACES, BundleSettings, RunSettings, dump_settings, problems_of, read_settings
@@ -62,9 +65,7 @@ def running(trace: types.TracebackType | None = None) -> Running | None:
 
     ``trace`` finds the one in which an error was raised, which has ended by then.
     """
-    walk = traceback.walk_stack(inspect.currentframe()) if trace is None else reversed([*traceback.walk_tb(trace)])
-    for frame, _ in walk:
-        found = frame.f_locals.get("self")
+    for found in _owners(trace):
         if isinstance(found, ConfigWorkflow):
             return Running(Path(found.config_root_path).resolve(), found.parser)
     return None
@@ -207,6 +208,19 @@ def check_groups(configs: Sequence[Path], overrides: Mapping[str, Any]) -> None:
         except (LookupError, TypeError, ValueError):
             lost.append(_no_such_key(key.replace("#", "::"), known))
     raise_all(lost and lost + unknown_keys(parser.get(), known), ConfigError, REFUSED)
+
+
+def configured(configs: Sequence[Path], overrides: Mapping[str, Any]) -> Running:
+    """A workflow as it would run: config files, later ones override, with ``overrides``; nothing is evaluated.
+
+    Raises:
+        ConfigError: as ``check_groups``.
+    """
+    check_groups(configs, overrides)
+    parser = ConfigParser(ConfigParser.load_config_files([str(config) for config in configs]))
+    for key, value in overrides.items():
+        parser[key] = value
+    return Running(configs[0].parent, parser)
 
 
 def _known(configs: Path) -> dict[str, dict[str, Any]]:
@@ -389,21 +403,6 @@ def _plain_errors(kind: type[BaseException], error: BaseException, trace: types.
             raise SystemExit(told.code)
 
 
-# what saves memory: the value that does, or None for a smaller one; whether it does so on a GPU; in training alone
-_SAVING: dict[str, tuple[Any, bool, bool]] = {
-    "num_workers": (0, False, False),
-    "slices::num_workers": (0, False, True),
-    "slices::cache": ("disk", False, True),
-    "slices::volume_cache_rate": (0, False, True),
-    "autocast": ("bf16", True, False),
-    "checkpointing": (True, True, True),
-    "rectangular": (True, True, True),
-    "batch_size": (None, True, False),
-    "val_batch_size": (None, True, True),
-    "image_size": (None, True, True),
-}
-
-
 def _no_echo(record: logging.LogRecord) -> bool:
     """Keep ignite from telling an error, once for each of its loops, that is told at the end of the program."""
     return "run is terminating due to exception" not in str(record.msg)
@@ -415,19 +414,11 @@ def explain_run(error: BaseException) -> Told | None:
     if found is None:
         return explain(error)
     resumable = found.kind == "train" and "resume" in found.config
-    return explain(error, resumable=resumable, memory=lambda on_gpu: _saving(found, on_gpu))
+    validating = found.kind == "train" and any(isinstance(item, Evaluator) for item in _owners(error.__traceback__))
+    return explain(error, resumable=resumable, memory=partial(saving, found, validating=validating))
 
 
-def _saving(found: Running, on_gpu: bool) -> str:
-    less, instead = [], []
-    for name, (value, of_gpu, training) in _SAVING.items():
-        now = found.parser.get(name)
-        if name not in found.parser or (on_gpu and not of_gpu) or (training and found.kind != "train"):
-            continue
-        if value is None:
-            less += [f"{name} (now {now})"] if now != 1 else []
-        elif bool(now) != bool(value) or now == "memory":
-            instead.append(f"{name}={value}")
-    lines = [f"set {', '.join(instead)}"] if instead else []
-    lines += [f"make {' or '.join(less)} smaller"] if less else []
-    return ", or ".join(lines) or save_memory(on_gpu)
+def _owners(trace: types.TracebackType | None) -> list[Any]:
+    """Objects whose methods were running when an error was raised, the innermost first."""
+    frames = traceback.walk_stack(inspect.currentframe()) if trace is None else reversed([*traceback.walk_tb(trace)])
+    return [frame.f_locals.get("self") for frame, _ in frames]

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from samseg_monai import __version__
+from samseg_monai.cli.bench import bench
 from samseg_monai.cli.boxes import boxes_app
 from samseg_monai.cli.bundle import bundle_app, check
 from samseg_monai.cli.data import bbox, phantom_app, prepare_app
@@ -24,6 +25,7 @@ from samseg_monai.cli.predict import predict
 from samseg_monai.cli.report import report
 from samseg_monai.cli.reproduce import reproduce_app
 from samseg_monai.cli.task import task_app
+from samseg_monai.cli.train_cost import train_cost
 from samseg_monai.demo.command import demo
 from samseg_monai.errors import log_visibly
 from samseg_monai.faults import end_like_ctrl_c, explain
@@ -46,6 +48,8 @@ app.command(name="export")(export)
 app.command(name="report")(report)
 app.command(name="demo")(demo)
 app.command(name="find-lr", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(find_lr)
+app.command(name="train-cost", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train_cost)
+app.command(name="bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 app.add_typer(reproduce_app, name="reproduce")
 app.command(name="info")(info)
 

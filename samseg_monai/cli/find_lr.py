@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from samseg_monai.cli.places import check_places
+from samseg_monai.cli.places import check_places, overrides_of
 from samseg_monai.cli.predict import Trust
 from samseg_monai.errors import ConfigError
 from samseg_monai.workflow import run_workflow
@@ -65,23 +64,3 @@ def find_lr(
         opened.check()
         configs = [opened.root / "configs" / Path(name).name for name in ("train.json", *(overlay or ()))]
         run_workflow(configs, {**overrides, "run": [*BEFORE, test]}, echo=False)
-
-
-def overrides_of(words: list[str]) -> dict[str, Any]:
-    """``["--lr", "0.1", "--strategy::rank=4"]`` to ``{"lr": 0.1, "strategy::rank": 4}``; what is no value is text.
-
-    Raises:
-        ConfigError: a word that is neither a key nor the value of one.
-    """
-    found: dict[str, Any] = {}
-    rest = list(words)
-    while rest:
-        key, equals, value = rest.pop(0).partition("=")
-        if not key.startswith("--") or not (equals or rest):
-            raise ConfigError(f"find-lr: got {key!r}; overrides are pairs such as --batch_size 4")
-        value = value if equals else rest.pop(0)
-        try:
-            found[key[2:]] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[key[2:]] = value
-    return found

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from samseg_monai.errors import ConfigError, DataError, raise_all
 
@@ -50,3 +52,23 @@ def scans_given(options: Sequence[str], *, text: bool = False) -> dict[str, str]
     problems += [f"{name} is given twice" for name in sorted(set(names)) if names.count(name) > 1]
     raise_all(problems, ConfigError, "--scan: expected the name of a scan and a text, such as t1c=MPRAGE")
     return {name: words for name, _, words in pairs}
+
+
+def overrides_of(words: Sequence[str]) -> dict[str, Any]:
+    """``["--lr", "0.1", "--strategy::rank=4"]`` to ``{"lr": 0.1, "strategy::rank": 4}``; what is no value is text.
+
+    Raises:
+        ConfigError: a word that is neither a key nor the value of one.
+    """
+    found: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        key, equals, value = rest.pop(0).partition("=")
+        if not key.startswith("--") or not (equals or rest):
+            raise ConfigError(f"got {key!r}; overrides are pairs such as --batch_size 4")
+        value = value if equals else rest.pop(0)
+        try:
+            found[key[2:]] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key[2:]] = value
+    return found

@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 import samseg_monai
 from samseg_monai import files
 from samseg_monai.errors import CheckpointError
+from samseg_monai.faults import peak_memory
 
 PACKAGES = ("torch", "monai", "numpy", "pytorch-ignite", "segment-anything")
 # where things lie on one machine; what they contain is recorded by hashes of contents instead
@@ -126,13 +126,7 @@ def hardware() -> dict[str, Any]:
 
 def peak_memory_mb() -> dict[str, float]:
     """Largest resident memory of this process so far, and largest GPU memory allocated, in MB (10^6 bytes)."""
-    peak: dict[str, float] = {}
-    if sys.platform != "win32":
-        import resource  # not on Windows
-
-        # Linux counts in units of 1024 bytes, macOS in bytes
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak["ram"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+    peak = {"ram": round(ram / 1e6, 1)} if (ram := peak_memory()) else {}
     if torch.cuda.is_available():
         peak["gpu"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
     return peak

@@ -26,6 +26,8 @@ GUIDES = [ROOT / "docs" / f"{name}.md" for name in NAMES]
 # not run here: the file that does, or why none can
 ELSEWHERE = {
     "samseg reproduce": "studies/test_reproduce.py",
+    "samseg bench": "training/test_cost.py",
+    "samseg train-cost": "training/test_cost.py",
     "samseg demo": "demo/test_demo_abdomen.py",
     "samseg export": "bundles/test_export.py",
     "samseg boxes": "data/test_boxes.py",

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import samseg_monai as sm
@@ -41,6 +42,8 @@ def test_importing_reads_nothing_heavy(module):
         ("bundle build --task nowhere.json --strategy lora", "nowhere.json: no such file"),
         ("bundle build --task meningiom --strategy lora", "did you mean meningioma?"),
         ("find-lr nowhere", "BUNDLE: nowhere: no such file or folder"),
+        ("train-cost nowhere", "BUNDLE: nowhere: no such file or folder"),
+        ("bench --batches 1,a", "--batches: expected whole numbers"),
         ("bbox nowhere.json", "DATALIST: nowhere.json: no such file or folder"),
     ],
 )
@@ -132,6 +135,17 @@ def test_the_command_knows_its_version_and_its_commands():
     assert (done.exit_code, done.stdout) == (0, f"samseg-monai {sm.__version__}\n")
     told = CliRunner().invoke(app, ["--help"]).stdout
     assert all(word in told for word in ("--install-completion", "predict", "bundle", "info"))
+
+
+def test_every_command_and_option_has_a_help_text():
+    def walk(command, name):
+        assert (command.help or "").strip(), name
+        for option in command.params:
+            assert getattr(option, "help", None), f"{name} {option.name}"
+        for word, inner in getattr(command, "commands", {}).items():
+            walk(inner, f"{name} {word}")
+
+    walk(get_command(app), "samseg")
 
 
 def test_info_tells_versions_devices_weights_and_cache(tmp_path, monkeypatch):

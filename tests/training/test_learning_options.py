@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from samseg_monai import bundles, cli, handlers
 from samseg_monai.adapters import DoRALinear
 from samseg_monai.checkpoints import load_adapter, save_adapter
-from samseg_monai.cli.find_lr import overrides_of
+from samseg_monai.cli.places import overrides_of
 from samseg_monai.cli.range_test import range_test
 from samseg_monai.errors import CheckpointError, ConfigError, TrainingError
 from samseg_monai.networks import SamSegmenter

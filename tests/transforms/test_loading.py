@@ -161,14 +161,14 @@ def test_volumes_beyond_the_memory_are_refused_by_their_headers(folder, monkeypa
     image = nib.load(folder / "images" / "v0.nii.gz")
     image.to_filename(folder / "x.nii")
     sitk.WriteImage(sitk.GetImageFromArray(np.ones((4, 5, 6), np.float32)), str(folder / "x.nrrd"))
-    monkeypatch.setattr("samseg_monai.data.files.headers._free_memory", lambda: 900.0)
+    monkeypatch.setattr("samseg_monai.data.files.headers.free_memory", lambda: 900.0)
     for name in ("images/v0.nii.gz", "x.nii", "x.nrrd"):
         told = r"its header speaks of 120 voxels, 9\.6e-07 GB in memory, of which 9e-07 GB are free"
         with pytest.raises(DataError, match=told):
             read_volume(folder / name)
         with pytest.raises(DataError, match=f"one: cannot be loaded; .*{told}"):
             load({"case": "one", "image": str(folder / name)})
-    monkeypatch.setattr("samseg_monai.data.files.headers._free_memory", lambda: 1000.0)
+    monkeypatch.setattr("samseg_monai.data.files.headers.free_memory", lambda: 1000.0)
     assert read_volume(folder / "images" / "v0.nii.gz").array.shape == (6, 5, 4)
 
 

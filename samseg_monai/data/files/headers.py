@@ -14,8 +14,9 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from samseg_monai.faults import free_memory
 
 _MOST_VOXELS = 1 << 31  # 8 GB as float32; a CT of the whole body has a quarter of it
 _CHUNK = 1 << 22  # bytes unpacked at a time
@@ -204,14 +205,7 @@ def memory_problem(voxels: int, itemsize: int) -> str:
     """Why so many voxels cannot be loaded, as stored (``itemsize`` bytes each) and in float32; empty if they can."""
     if not 0 <= voxels <= _MOST_VOXELS:
         return f"speaks of {voxels} voxels, more than {_MOST_VOXELS}: damaged, or too large"
-    needed, free = voxels * (itemsize + 4), _free_memory()
+    needed, free = voxels * (itemsize + 4), free_memory()
     if needed <= free:
         return ""
     return f"speaks of {voxels} voxels, {needed / 1e9:.3g} GB in memory, of which {free / 1e9:.3g} GB are free"
-
-
-def _free_memory() -> float:
-    """Bytes that programs can have without others being put out to disk; infinite where the system does not tell."""
-    info = Path("/proc/meminfo")
-    found = re.search(r"(?m)^MemAvailable: *(\d+) kB$", info.read_text("ascii")) if info.is_file() else None
-    return 1024.0 * int(found[1]) if found else math.inf
