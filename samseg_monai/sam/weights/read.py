@@ -7,7 +7,6 @@ et al. 2023, arXiv:2306.12737) write after training, whose names were read in th
 
 from __future__ import annotations
 
-import functools
 import pickle
 import re
 import warnings
@@ -158,7 +157,7 @@ def read_content(path: Path) -> object:
         raise WeightsError(f"{damaged} (neither torch.save nor safetensors wrote it)")
     try:
         if archive:
-            _check_sums(path, size, path.stat().st_mtime_ns)
+            _check_sums(path)
         with torch.serialization.safe_globals([(Passed, name) for name in _OF_NUMPY]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is refused
             return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
@@ -180,12 +179,8 @@ def is_plain(value: object) -> bool:
     return not (value.is_complex() or value.is_quantized or value.is_meta)
 
 
-@functools.lru_cache(maxsize=64)
-def _check_sums(path: Path, size: int, mtime_ns: int) -> None:
-    """Raise ValueError for a ZIP in which a check sum differs: torch reads on without a word.
-
-    Of the same file, by size and time of change, this is asked once: who loads it may read it twice.
-    """
+def _check_sums(path: Path) -> None:
+    """Raise ValueError for a ZIP in which a check sum differs: torch reads on without a word."""
     with zipfile.ZipFile(path) as archive:
         if (bad := archive.testzip()) is not None:
             raise ValueError(f"the check sum of {bad} differs")
