@@ -3,7 +3,8 @@
 The bundle is one of ViT-B with LoRA and all weights, random ones, as ``samseg bundle pack`` writes it; the case a CT of
 512 x 512 voxels and 30 slices. Each run has a process of its own with one thread, which has predicted a tiny case with
 a tiny network before, so that nothing is left to be imported. Runs of this checkout and of another one (``--before``)
-alternate. Writes benchmarks/results/predict_one_case.json:
+alternate. In the first of each the encoder is at work; in the others, which are there for all else, it gives zeros.
+Writes benchmarks/results/predict_one_case.json:
 
     python benchmarks/predict_one_case.py --before CHECKOUT
 """
@@ -137,12 +138,13 @@ def make_case(path: Path, size: int, slices: int) -> Path:
     return path
 
 
-def child(folder: Path) -> dict[str, Any]:
-    """One prediction in this process, behind one of a tiny network."""
+def child(folder: Path, *, encode: bool) -> dict[str, Any]:
+    """One prediction in this process, behind one of a tiny network; with ``encode``, the encoder is at work in it."""
     import torch
     from measuring import resident_peak_bytes
 
     from samseg_monai.cli.predict import predict
+    from samseg_monai.sam.build import SamModel
 
     torch.set_num_threads(1)
     how = {"whole_slice": False, "no_resample": False, "no_pictures": False, "verbose": False, "trust": False}
@@ -151,19 +153,26 @@ def child(folder: Path) -> dict[str, Any]:
         predict(folder / f"{kind}.zip", folder / f"{kind}.nii.gz", folder / f"out_{kind}", **how)
 
     run("tiny")
+    if not encode:
+        SamModel.embed = _zeros  # type: ignore[method-assign]
     clock = Clock()
     for place, name in PHASES.items():
         clock.watch(place, name)
     clock._tick()
     clock.spent.clear()
     run("vit_b")
-    return {"phases": clock.stop(), "peak_mb": round(resident_peak_bytes() / 1e6)}
+    return {"phases": clock.stop(), "peak_mb": round(resident_peak_bytes() / 1e6), "encode": encode}
 
 
-def measured(checkout: Path, folder: Path) -> dict[str, Any]:
+def _zeros(self: Any, image: Any, taps: Any = ()) -> Any:
+    sides = [side // self.spec.patch_size for side in image.shape[-2:]]
+    return image.new_zeros(len(image), self.spec.prompt_dim, *sides)
+
+
+def measured(checkout: Path, folder: Path, encode: bool) -> dict[str, Any]:
     """What ``child`` says in a fresh process with the package of another checkout."""
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    command = [sys.executable, __file__, "--child", str(folder)]
+    command = [sys.executable, __file__, "--child", str(folder), *["--encode"] * encode]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -173,15 +182,16 @@ def measured(checkout: Path, folder: Path) -> dict[str, Any]:
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians of processor seconds by phase, of their sums, of the wall's clock and of the memory."""
     names = dict.fromkeys(name for run in runs for name in run["phases"])
+    whole = [run for run in runs if run["encode"]]
     phases = {n: statistics.median(run["phases"].get(n, [0, 0])[1] for run in runs) for n in names}
+    phases["encoder"] = statistics.median(run["phases"]["encoder"][1] for run in whole)
     total = sum(phases.values())
     return {
         "phases_s": {name: round(value, 2) for name, value in sorted(phases.items(), key=lambda item: -item[1])},
         "all_s": round(total, 2),
         "all_but_the_encoder_s": round(total - phases["encoder"], 2),
         "share_of_all_but_the_encoder": round(1 - phases["encoder"] / total, 3),
-        "wall_s": round(statistics.median(sum(w for w, _ in run["phases"].values()) for run in runs), 2),
-        "peak_mb": statistics.median(run["peak_mb"] for run in runs),
+        "peak_mb": statistics.median(run["peak_mb"] for run in whole),
     }
 
 
@@ -192,9 +202,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--folder", type=Path, help="keeps bundle and case for the next time")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--encode", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        print(json.dumps(child(given.child)))
+        print(json.dumps(child(given.child, encode=given.encode)))
         return
     from measuring import record
 
@@ -207,9 +218,9 @@ def main() -> None:
                 make_bundle(folder / kind, kind)
                 make_case(folder / f"{kind}.nii.gz", size, slices)
         runs: dict[str, list[dict[str, Any]]] = {"now": []} if given.before is None else {"before": [], "now": []}
-        for _ in range(given.repeats):
+        for turn in range(given.repeats):
             for side, found in runs.items():
-                found.append(measured(here if side == "now" else given.before.resolve(), folder))
+                found.append(measured(here if side == "now" else given.before.resolve(), folder, turn == 0))
                 print(side, json.dumps(found[-1]), file=sys.stderr)
     result: dict[str, Any] = {side: summary(found) for side, found in runs.items()}
     if "before" in result:
