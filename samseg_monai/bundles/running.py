@@ -33,7 +33,7 @@ from samseg_monai.settings import PLACES, BundleSettings, RunSettings, dump_sett
 
 logger = logging.getLogger(__name__)
 INTERNAL = {"_meta_"}
-_OURS = "samseg_monai.networks.SamSegmenter"
+_OURS, _LOADED = "samseg_monai.networks.SamSegmenter", "$checkpoints.load_trained(@network_def,"
 REFUSED = "config: this bundle cannot run as asked"
 
 
@@ -197,11 +197,12 @@ def build_bare(parser: ConfigParser) -> None:
 
     Drawing those of SAM's ViT-B takes as long as three of the slices that it segments at 256 pixels, and the file's
     replace them. What a file leaves out is drawn then (``Segmenter.fill``), with the numbers that it would have had.
-    Nothing is done where the network has parts of a user's own.
+    Nothing is done where the network, or how it is loaded, is a user's own.
     """
     config = copy.deepcopy(parser.get())
-    definition = config.get("network_def")
-    if not isinstance(definition, dict) or definition.get("_target_") != _OURS or custom_parts(config):
+    definition, loaded = config.get("network_def"), str(config.get("loaded"))
+    ours = isinstance(definition, dict) and definition.get("_target_") == _OURS and loaded.startswith(_LOADED)
+    if not ours or custom_parts(config):
         return
     state = torch.get_rng_state()
     with WithoutValues():

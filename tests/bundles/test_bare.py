@@ -83,11 +83,14 @@ def test_a_network_that_was_not_drawn_becomes_the_one_that_was(strategy, task, v
         assert ("sam_checkpoint" not in way) or torch.equal(found[0][1], found[1][1])  # what is drawn next, too
 
 
-def test_a_user_s_own_network_is_drawn(tmp_path):
+@pytest.mark.parametrize("key", ["strategy::_target_", "loaded"])
+def test_a_user_s_own_network_is_drawn(key, tmp_path):
     root = packed("meningioma", "lora", tmp_path)
-    parser = parser_of(root, **{"strategy::_target_": "elsewhere.Own"})
+    parser = parser_of(root)
+    ours = parser[key]
+    parser[key] = "elsewhere.Own"
     build_bare(parser)
-    parser["strategy::_target_"] = "samseg_monai.strategies.LoRA"
+    parser[key] = ours
     assert not any(tensor.is_meta for tensor in parser.get_parsed_content("network_def").state_dict().values())
 
 
