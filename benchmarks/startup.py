@@ -59,6 +59,7 @@ def measured(checkout: Path, code: str, words: list[str]) -> tuple[float, float]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *words],
         env=environment,
+        cwd=Path(__file__).parent,  # Python looks for packages where it starts, before all other places
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
