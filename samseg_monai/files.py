@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -184,14 +183,24 @@ def hash_file(path: StrPath) -> str:
 
 def known_hash(path: StrPath) -> str:
     """Hexadecimal sha256 of an existing file; computed again only when its size or modification time changed."""
+    key = _stamp(path)
+    if key not in _HASHES:
+        _HASHES[key] = hash_file(path)
+    return _HASHES[key]
+
+
+def remember_hash(path: StrPath, sha256: str) -> None:
+    """Let ``known_hash`` know the hash of a file that this process has hashed as it wrote it."""
+    _HASHES[_stamp(path)] = sha256
+
+
+def _stamp(path: StrPath) -> tuple[Path, int, int]:
     path = Path(path).resolve()
     status = path.stat()
-    return _hash_of(path, status.st_size, status.st_mtime_ns)
+    return path, status.st_size, status.st_mtime_ns
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _hash_of(path: Path, size: int, mtime_ns: int) -> str:
-    return hash_file(path)
+_HASHES: dict[tuple[Path, int, int], str] = {}
 
 
 def hash_stream(stream: IO[bytes]) -> str:

@@ -218,6 +218,11 @@ class Places(BaseModel):
 PLACES = tuple(field.alias or name for name, field in Places.model_fields.items())
 
 
+class _Patch(Model):
+    # its keys bring their descriptions along: looking for them in the source takes seconds where much is imported
+    model_config = ConfigDict(use_attribute_docstrings=False)
+
+
 def _patch(model: type[BaseModel], *without: str) -> type[BaseModel]:
     """The same model with every key optional, groups of keys included: what a recipe's part may set."""
     fields: dict[str, Any] = {}
@@ -227,7 +232,7 @@ def _patch(model: type[BaseModel], *without: str) -> type[BaseModel]:
         kind = field.annotation
         group = isinstance(kind, type) and issubclass(kind, BaseModel)
         fields[name] = (_patch(kind) if group else Annotated[field.rebuild_annotation(), field], None)  # type: ignore[arg-type]
-    return create_model(f"{model.__name__}Patch", __base__=Model, __doc__=model.__doc__, **fields)
+    return create_model(f"{model.__name__}Patch", __base__=_Patch, __doc__=model.__doc__, **fields)
 
 
 RunPatch = _patch(RunSettings, "optimizer")  # a component of train.json, which no overlay of inference.json can reach

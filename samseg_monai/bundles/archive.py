@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from typing import IO, Any
 
 from samseg_monai.errors import BundleError, raise_all, visible
 from samseg_monai.faults import OF_WRITING, writing
-from samseg_monai.files import hash_stream, open_regular, parse_json
+from samseg_monai.files import hash_stream, open_regular, parse_json, remember_hash
 from samseg_monai.zips import DAMAGED, TOTAL_BYTES, collisions, is_bomb, is_left_behind, member_problems, name_problem
 
 SUMS = "SHA256SUMS"
@@ -50,6 +49,7 @@ class BundleFiles:
         self.sizes: dict[str, int] = {}
         self.problems: list[str] = []
         self._texts: dict[str, bytes] = {}
+        self._hashes: dict[str, str] = {}
 
     def open(self, name: str) -> IO[bytes]:
         """Open a file for reading. Raises BundleError, as all that follow do."""
@@ -71,10 +71,14 @@ class BundleFiles:
         return content
 
     def copy(self, name: str, target: Path) -> Path:
-        """Write a file's content to ``target``."""
+        """Write a file's content to ``target``; ``sha256`` and ``changed`` then judge what was written."""
         target.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
         with writing(target), self._reading(name) as stream, target.open("wb") as copy:
-            shutil.copyfileobj(stream, copy, 1 << 20)
+            while block := stream.read(1 << 20):
+                digest.update(block)
+                copy.write(block)
+        self._hashes[name] = digest.hexdigest()
         return target
 
     def bring(self, name: str, folder: Path) -> Path:
@@ -87,6 +91,8 @@ class BundleFiles:
 
     def sha256(self, name: str) -> str:
         """Hexadecimal sha256 of a file."""
+        if name in self._hashes:
+            return self._hashes[name]
         if self.sizes[name] <= KEPT_BYTES:
             return hashlib.sha256(self.read(name, KEPT_BYTES)).hexdigest()
         with self._reading(name) as stream:
@@ -173,6 +179,7 @@ class Archive(BundleFiles):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        self._held: dict[str, Path] = {}
         try:
             self._zip = zipfile.ZipFile(path)
         except DAMAGED as error:
@@ -221,6 +228,23 @@ class Archive(BundleFiles):
     def open(self, name: str) -> IO[bytes]:
         """Open a member for reading; its check sum is compared at its end."""
         return self._zip.open(self._members[name])
+
+    def hold(self, name: str, folder: Path) -> None:
+        """Copy to ``folder`` now what ``bring`` moves later: a large file is read once, to be judged and to be used."""
+        self._held[name] = self.copy(name, folder / name)
+
+    def bring(self, name: str, folder: Path) -> Path:
+        """A file of the bundle below ``folder``, for reading alone: it may stay on the disk while it is in use."""
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if name in self._held:
+            self._held.pop(name).rename(target)
+        else:
+            self.copy(name, target)
+        if os.name != "nt":  # where nothing can be deleted that is in use
+            target.chmod(0o400)
+        remember_hash(target, self.sha256(name))
+        return target
 
     def unpack(self, folder: Path) -> Path:
         """Write the bundle's files below ``folder``, which is returned.

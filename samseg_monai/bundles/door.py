@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
+from monai.bundle import ComponentLocator, ConfigParser
 
 from samseg_monai import __version__
 from samseg_monai.bundles.archive import Archive, BundleFiles, open_files
@@ -39,6 +39,7 @@ SETTINGS = f"configs/{FILE}"
 WEIGHTS = ("models/model.safetensors", "models/model.pt")
 MOST = 20  # edits that are told
 MOST_VALUES = 800_000_000  # of a network whose weights do not tell its size: SAM's largest has 641 million
+_LOCATOR = ComponentLocator()  # looks through all of MONAI, once for all configs
 LOG = logging.getLogger(__name__)
 
 
@@ -81,6 +82,7 @@ class Opened:
     def parser(self, name: str = "inference") -> ConfigParser:
         """One of its configs, not yet evaluated."""
         parser = ConfigParser()
+        parser.locator = _LOCATOR
         parser.read_config(str(self.config(name)))
         return parser
 
@@ -142,8 +144,10 @@ def open_bundle(path: str | Path, *, trust: bool = False) -> Iterator[Opened]:
     try:
         if isinstance(files, Archive) or not trust:
             raise_all(files.problems, BundleError, f"{files.place} is not what it shows; do not use it")
-        raise_all(files.changed(), BundleError, f"{files.place}: not the bundle that was packed; ask for it again")
         with tempfile.TemporaryDirectory(prefix="samseg-") as scratch:
+            if isinstance(files, Archive) and not trust and (weights := _weights(files)):
+                files.hold(weights, Path(scratch) / "held")
+            raise_all(files.changed(), BundleError, f"{files.place}: not the bundle that was packed; ask for it again")
             opened = _trusted(files, Path(scratch)) if trust else _rebuilt(files, Path(scratch))
             if run is not None:
                 opened = replace(opened, checkpoint=run if (run / TENSORS).is_file() else opened.checkpoint)
@@ -152,11 +156,16 @@ def open_bundle(path: str | Path, *, trust: bool = False) -> Iterator[Opened]:
         files.close()
 
 
+def _weights(files: BundleFiles) -> str | None:
+    """The file of its weights."""
+    return next((name for name in WEIGHTS if name in files.sizes), None)
+
+
 def _trusted(files: BundleFiles, scratch: Path) -> Opened:
     LOG.warning("--trust: the JSON of %s itself is run, which can do whatever its maker likes", files.place)
     root = files.unpack(scratch / "bundle") if isinstance(files, Archive) else files.place.absolute()
-    weights = next((root / name for name in WEIGHTS if name in files.sizes), None)
-    return Opened(root, name_of(files), None, weights, _card(files))
+    weights = _weights(files)
+    return Opened(root, name_of(files), None, None if weights is None else root / weights, _card(files))
 
 
 def _rebuilt(files: BundleFiles, scratch: Path) -> Opened:
@@ -174,7 +183,8 @@ def _rebuilt(files: BundleFiles, scratch: Path) -> Opened:
         LOG.warning(
             "%s: edits of its configs are not used (--trust uses them):\n%s", files.place, "\n".join(edited[:MOST])
         )
-    weights = next((files.bring(name, root) for name in WEIGHTS if name in files.sizes), None)
+    name = _weights(files)
+    weights = None if name is None else files.bring(name, root)
     if weights is not None and weights.suffix == ".pt":
         with weights.open("rb") as stream:
             problems = [f"{weights.name}: {problem}" for problem in pickle_problems(stream)]

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from samseg_monai.bundles.door import literal, open_bundle, own_errors
+from samseg_monai.bundles.running import build_bare
 from samseg_monai.data.files.case_list import CaseList
 from samseg_monai.data.files.cases import NO_PROMPTS
 from samseg_monai.errors import BundleError, DataError, PromptError
@@ -159,6 +160,7 @@ class LoadedBundle:
         cases = self._cases(source, places)
         parser = self._parser(source)
         if f"{source} engine" not in self._ready:
+            build_bare(parser)
             parser.get_parsed_content("loaded")
             self._ready[f"{source} engine"] = (
                 parser.get_parsed_content("evaluator"),

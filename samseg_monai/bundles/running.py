@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import difflib
 import inspect
 import logging
@@ -25,6 +26,7 @@ from monai.utils import optional_import
 
 from samseg_monai.bundles.build import SETTINGS
 from samseg_monai.bundles.memory import saving
+from samseg_monai.bundles.tensors import WithoutValues
 from samseg_monai.bundles.values import custom_parts, effective_settings
 from samseg_monai.errors import ConfigError, log_visibly, raise_all
 from samseg_monai.faults import Told, end_like_ctrl_c, explain, output_problem
@@ -34,6 +36,7 @@ from samseg_monai.settings import PLACES, BundleSettings, RunSettings, dump_sett
 
 logger = logging.getLogger(__name__)
 INTERNAL = {"_meta_"}
+_OURS, _LOADED = "samseg_monai.networks.SamSegmenter", "$checkpoints.load_trained(@network_def,"
 REFUSED = "config: this bundle cannot run as asked"
 
 
@@ -183,6 +186,34 @@ def guard() -> None:
     unknown = {line.split(" (did")[0].partition(": ")[0] for line in problems}
     problems += [line for line in _wrong_values(found) if line.partition(": no such key")[0] not in unknown]
     raise_all(problems + _wrong_places(found), ConfigError, REFUSED)
+    steps = [str(step) for step in found.config.get("run", ())]
+    before = " ".join(steps[: steps.index("$@loaded")]) if "$@loaded" in steps else "@network"
+    # an evaluation draws its boxes from the seed that is left when the network has drawn its values
+    if found.kind == "inference" and "@network" not in before and "@evaluator" not in before:
+        build_bare(found.parser)
+
+
+def build_bare(parser: ConfigParser) -> None:
+    """Build the network of a config without values; ``load_trained`` has to follow before it is used.
+
+    Drawing those of SAM's ViT-B takes as long as three of the slices that it segments at 256 pixels, and the file's
+    replace them. What a file leaves out is drawn then (``Segmenter.fill``), with the numbers that it would have had.
+    Nothing is done where the network, or how it is loaded, is a user's own.
+    """
+    config = copy.deepcopy(parser.get())
+    definition, loaded = config.get("network_def"), str(config.get("loaded"))
+    ours = isinstance(definition, dict) and definition.get("_target_") == _OURS and loaded.startswith(_LOADED)
+    if not ours or custom_parts(config):
+        return
+    state = torch.get_rng_state()
+    with WithoutValues():
+        network = parser.get_parsed_content("network_def")
+
+    def drawn() -> Any:
+        torch.set_rng_state(state)
+        return ConfigParser(config).get_parsed_content("network_def")
+
+    network.drawn = drawn
 
 
 def mute_readers() -> None:

@@ -29,6 +29,7 @@ from samseg_monai.cli.train_cost import train_cost
 from samseg_monai.demo.command import demo
 from samseg_monai.errors import log_visibly
 from samseg_monai.faults import end_like_ctrl_c, explain
+from samseg_monai.workflow import import_quickly
 
 app = typer.Typer(
     name="samseg",
@@ -74,6 +75,7 @@ def main() -> None:
     """Run the command line; what a person can act on ends it with one text, without a traceback."""
     end_like_ctrl_c()
     log_visibly()
+    import_quickly()
     try:
         try:
             _refuse_nothing(sys.argv[1:])

@@ -62,7 +62,8 @@ def briefly() -> Iterator[None]:
         for handler in others:
             logging.root.addHandler(handler)
         for logger, level in levels.items():
-            logger.setLevel(level)
+            if logger.level != level:  # each change makes logging forget what it knows of all loggers
+                logger.setLevel(level)
 
 
 class _Brief(logging.Formatter):

@@ -68,6 +68,7 @@ def load_foreign(
         values, passed_over = _sam_lst_values(network, state, heading)
         on = ""
     copy_tensors(network, values)
+    network.fill()
     network.base_sha256, network.base_file = sha256_of(path), path.name
     used = [f"{key} {getattr(network, key)!r}" for key, usual in _USUAL.items() if getattr(network, key) != usual]
     if used:

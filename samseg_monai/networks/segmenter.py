@@ -162,6 +162,8 @@ class SamSegmenter(Segmenter):
         if not strategy.random_masks and self.num_classes > 1:
             random = [name for name in self.sam.state_dict() if MASK_HEAD.match(name)] if str(path) == RANDOM else []
             check_new_masks(self, report.skipped or random)
+        if str(path) == RANDOM or not self.owned:  # what else is missing is the strategy's, and in its file
+            self.fill()
         if start:
             strategy.start(self, download=download)
         self.base_sha256 = report.sha256 or RANDOM

@@ -7,6 +7,7 @@ ones that learn and the only ones in an adapter file. The dotted path of the cla
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import nn
@@ -30,6 +31,7 @@ class Segmenter(nn.Module):
         cases: "training" and "validation" -> hashes of the cases (``datalists.case_hash``) that it learnt from and that
             chose its epoch; None where nobody has said.
         base_file: name of that file, without its folder; None of a random start or before loading.
+        drawn: of a network that was built without values, on the device "meta": builds it with those it would have had.
     """
 
     sam: SamModel
@@ -42,6 +44,18 @@ class Segmenter(nn.Module):
     base_file: str | None = None
     scan_names: list[str] | None = None
     cases: dict[str, list[str]] | None = None
+    drawn: Callable[[], nn.Module] | None = None
+
+    def fill(self) -> None:
+        """Draw the tensors that this network was built without and that no file has given, as if it had been built with
+        them."""
+        if self.drawn is None:
+            return
+        missing = [name for name, tensor in self.state_dict().items() if tensor.is_meta]
+        if missing:
+            state = self.drawn().state_dict()
+            self.load_state_dict({name: state[name] for name in missing}, strict=False, assign=True)
+        self.drawn = None
 
     @property
     def channels_out(self) -> int:

@@ -542,6 +542,12 @@ def test_labels_are_the_largest_logit_in_the_grid_of_the_volume(volumes, prompte
         assert not labels[0, ..., [0, 3, 6]].any() and labels[0, ..., 1].any()
 
 
+def test_of_equal_logits_the_first_class_counts():
+    logits = torch.randint(0, 3, (2, 9, 20, 20), generator=torch.Generator().manual_seed(0)).float()
+    labels = SliceVolumeInferer([resize()], labels=True)._finished(logits)
+    assert torch.equal(labels, logits.argmax(1, keepdim=True).float())
+
+
 def test_labels_keep_metadata_and_need_more_than_one_channel(volumes):
     image, prompt = volumes
     batch = MetaTensor(image, affine=torch.tensor(oblique_affine()))

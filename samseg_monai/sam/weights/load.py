@@ -222,12 +222,28 @@ def _shapes(name: str, state: Mapping[str, torch.Tensor], targets: Mapping[str, 
 
 
 @torch.no_grad()
-def copy_tensors(network: nn.Module, values: Mapping[str, torch.Tensor]) -> int:
-    """Copy ``values`` into the tensors of these names; returns how many had other values before."""
+def copy_tensors(network: nn.Module, values: Mapping[str, torch.Tensor], *, lasting: bool = False) -> int:
+    """Copy ``values`` into the tensors of these names; returns how many had other values before.
+
+    Tensors that the network was built without (on the device "meta") become copies of ``values``.
+
+    Args:
+        lasting: nothing else will ever write to ``values``: where the network has no tensor of its own, they are used
+            as they are, on the disk perhaps, without a copy.
+    """
     targets = network.state_dict()  # shares storage with the network
-    changed = 0
+    changed, new = 0, {}
     for name, value in values.items():
-        value = value.to(targets[name])
-        changed += not torch.equal(targets[name], value)
-        targets[name].copy_(value)
+        target = targets[name]
+        if target.is_meta:
+            value = value.to(target.dtype)
+            as_it_is = lasting and value.is_contiguous()
+            new[name] = value if as_it_is else value.clone(memory_format=torch.contiguous_format)
+            changed += 1
+            continue
+        value = value.to(target)
+        changed += not torch.equal(target, value)
+        target.copy_(value)
+    if new:
+        network.load_state_dict(new, strict=False, assign=True)
     return changed
