@@ -27,6 +27,7 @@ import io
 import math
 import re
 import statistics
+import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -303,7 +304,9 @@ def read_rows(path: StrPath) -> list[dict[str, Any]]:
     missing = [name for name in (*LABELS, *FLAGS) if name not in names]
     raise_all([f"no column {name!r}" for name in missing], DataError, f"{path} is not a per-case table")
     rows, problems = [], []
-    for number, line in lines:
+    lines.reverse()
+    while lines:  # a line goes as its row comes: of many cases both would be twice the memory
+        number, line = lines.pop()
         try:
             _check_cells(line)
             rows.append({key: _parsed(key, text) for key, text in line.items()})
@@ -357,7 +360,7 @@ def _score_names(rows: Sequence[Row]) -> list[str]:
 
 def _parsed(key: str, text: str) -> Any:
     if key in LABELS:
-        return read_cell(text)
+        return sys.intern(read_cell(text))  # rows of all classes and runs share the names of their cases
     if key in FLAGS:
         if text not in ("True", "False"):
             raise ValueError(f"{key} must be True or False, got {text!r}")
