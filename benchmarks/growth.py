@@ -321,8 +321,8 @@ def evaluate(folder: Path, count: int) -> None:
     scores = CaseScores(classes=CLASSES, surface=False)
     card = RunCard(folder / "evaluation", settings={"section": "training"}, datalist=folder / "datalist.json")
     tables = [card, CaseTable(folder / "evaluation", name="dice")]
-    how = {"key_val_metric": {"dice": scores}, "val_handlers": tables}
-    evaluator = evaluator_of(folder, items, Dataset, ["image", "label", "reference"], **how)
+    how: dict[str, Any] = {"key_val_metric": {"dice": scores}, "val_handlers": tables}
+    evaluator = evaluator_of(folder, items, Dataset, ["image", "reference"], prepare_batch=_image_alone, **how)
     bundles.note_cases(evaluator.network, [{"case": f"train-{n}"} for n in range(count)], [])
     bundles.seen_cases(evaluator.network, items)
     evaluator.run()
@@ -439,7 +439,7 @@ def predict_run(folder: Path, count: int) -> None:
 
 
 def _image_alone(batch: dict[str, Any], device: Any, non_blocking: bool, **named: Any) -> Any:
-    return batch["image"], None
+    return batch["image"], None  # no label: references are what is compared
 
 
 PARTS: dict[str, tuple[str, Callable[[Path, int], None], str]] = {

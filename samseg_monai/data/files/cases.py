@@ -224,8 +224,7 @@ def _mask_of(prompts: Path, masks: Mapping[str, Path], case: str, image: Volume)
         found = [places[stem] for places in (masks, _masks_in(prompts / case)) for stem in wanted if stem in places]
         path = min(found, key=lambda match: (match.parent != prompts, match), default=None)
     if path is None:
-        names = f"{case}{SUFFIXES[0]} or {case}_seg{SUFFIXES[0]}"
-        raise PromptError(f"no coarse mask in {prompts}; expected {names}")
+        raise PromptError(f"no coarse mask in {prompts}; expected {case}{SUFFIXES[0]} or {case}_seg{SUFFIXES[0]}")
     first_scan = Volume(image.array[..., 0] if image.array.ndim == 4 else image.array, image.affine, image.sha256)
     mask, note = stored_like(read_volume(path), first_scan)
     if note:
@@ -298,8 +297,7 @@ def _images_below(folder: Path) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not MASK_NAME.search(name))
         for path in (Path(root, name) for name in sorted(files)):
-            stem = stem_of(path)
-            if stem is not None and not MASK_NAME.search(stem):
+            if (stem := stem_of(path)) is not None and not MASK_NAME.search(stem):
                 yield path
 
 
