@@ -69,6 +69,23 @@ def write_bytes(path: StrPath, content: bytes, *, shared: bool = False) -> None:
     write_whole(path, write, shared=shared)
 
 
+def append_bytes(path: StrPath, content: bytes) -> None:
+    """Put bytes behind those of an existing file; they are on the disk when this returns, all of them.
+
+    Raises:
+        OSError: no such file, the disk is full, or the like; ``path`` is as it was, where it can still be shortened.
+    """
+    with writing(path), Path(path).open("r+b", buffering=0) as stream:
+        size = stream.seek(0, os.SEEK_END)
+        try:
+            if stream.write(content) != len(content):
+                raise OSError(errno.ENOSPC, "not all was written")
+            os.fsync(stream.fileno())
+        except BaseException:
+            stream.truncate(size)
+            raise
+
+
 def write_text(path: StrPath, text: str) -> None:
     """Write a text as UTF-8; see ``write_whole``."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -93,7 +93,9 @@ def count_cut(
         for section in sections:
             transforms = parser.get_parsed_content("train::preprocessing" if section == "training" else "preprocessing")
             items = load_datalist(datalist, dataset_dir, section, scans=changes["scans"])
-            dataset = SliceDataset(items, transforms, picker=ONE, num_threads=num_threads, progress=progress)
+            dataset = SliceDataset(
+                items, transforms, picker=ONE, keys=["label"], num_threads=num_threads, progress=progress
+            )
             cut |= dataset.cut
     if crop:
         content["cut"] = {"task": name, "crop": crop, "cases": cut}

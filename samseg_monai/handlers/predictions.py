@@ -17,7 +17,7 @@ from nibabel.affines import voxel_sizes
 from samseg_monai.data.files.case_list import PROGRESS, CaseList, noted
 from samseg_monai.faults import what_failed
 from samseg_monai.handlers.provenance import scrub
-from samseg_monai.metrics.rows import write_table
+from samseg_monai.metrics.rows import add_to_table, write_table
 from samseg_monai.transforms import ResampleInPlaned
 from samseg_monai.transforms.saving import in_words, slice_axis
 
@@ -33,8 +33,9 @@ class PredictionTable:
     """Writes ``predictions.csv`` and tells how far the run is.
 
     The table has a row for each case: those that are done, and those that could not be predicted, with the reason under
-    ``problem``. It is written anew after each case, whole or not at all, so that an interrupted run leaves the table of
-    what was done. Columns, empty where nothing is known:
+    ``problem``. A row is added as soon as its case is done, whole or not at all, so that a run that is killed leaves
+    the table of what was done; when the run is over, it is written anew, sorted by case. Columns, empty where nothing
+    is known:
 
     - ``case``; for each class ``<class>_ml``, of 2-D images ``<class>_px`` and, where the size of pixels is known,
       ``<class>_mm2``;
@@ -65,6 +66,7 @@ class PredictionTable:
         self.cases, self.path, self.classes, self.images = cases, Path(output_dir) / TABLE, list(classes), images
         self.prompt = PROMPTS.get(prompt_source, prompt_source)
         self.rows: dict[str, dict[str, Any]] = {}
+        self._told: set[str] | None = None  # cases of which the file has the row as it is; None: it has to be written
         units = ("px", "mm2") if images else ("ml",)
         volumes = [f"{name}_{unit}" for name in self.classes for unit in units]
         self.columns = ["case", *volumes, *(_OF_IMAGES if images else _OF_VOLUMES), *_OF_ALL]
@@ -76,17 +78,29 @@ class PredictionTable:
         engine.add_event_handler(Events.GET_BATCH_STARTED, self._time)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
 
-    def write(self) -> None:
-        """Write the table as things are now. What keeps it from being written is left in the cases' ``lost``."""
-        bad = {case: {"case": case, "problem": scrub(reason)} for case, reason in self.cases.bad.items()}
-        rows = {**self.rows, **bad}
-        for case, row in rows.items():
-            row["warnings"] = "; ".join(scrub(note) for note in self.cases.notes.get(case, ()))
+    def write(self, case: str | None = None) -> None:
+        """Add the row of a case that is done, or write the whole table as things are now.
+
+        What keeps it from being written is left in the cases' ``lost``.
+        """
+        told = self._told
         try:
-            write_table([rows[case] for case in sorted(rows)], self.path, self.columns)
+            if case is not None and told is not None and case not in told:
+                add_to_table(self._row(case), self.path, self.columns)
+                told.add(case)
+            else:
+                cases = sorted({*self.rows, *self.cases.bad})
+                write_table(map(self._row, cases), self.path, self.columns)
+                self._told = set(cases)
             self.cases.lost = ""
         except OSError as error:
+            self._told = None
             self.cases.lost = what_failed(error)
+
+    def _row(self, case: str) -> dict[str, Any]:
+        bad = self.cases.bad.get(case)
+        row = self.rows[case] if bad is None else {"case": case, "problem": scrub(bad)}
+        return {**row, "warnings": "; ".join(scrub(note) for note in self.cases.notes.get(case, ()))}
 
     def _start(self, engine: Any) -> None:
         self.rows, self.cases.watch = {}, self.write
@@ -115,7 +129,7 @@ class PredictionTable:
             self.rows[case] = {**found["row"], "case": case, "prompt": self.prompt, "seconds": round(seconds, 2)}
             where = f"{engine.state.iteration} of {engine.state.epoch_length}"
             PROGRESS.info("%s: %s: %s, %.1f s", where, case, found["words"], seconds)
-        self.write()
+            self.write(case)
 
     def _measured(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """What is in one prediction: voxels of each class, cells of the table, and words."""

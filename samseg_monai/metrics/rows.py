@@ -27,6 +27,7 @@ import io
 import math
 import re
 import statistics
+import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ from scipy import stats
 
 from samseg_monai.choices import is_label
 from samseg_monai.errors import DataError, raise_all
-from samseg_monai.files import StrPath, write_bytes
+from samseg_monai.files import StrPath, append_bytes, write_bytes
 from samseg_monai.metrics.case import score_columns
 from samseg_monai.metrics.lesions import LESION_COUNTS, LESION_SCORES
 
@@ -225,12 +226,23 @@ def write_table(rows: Iterable[Row], path: StrPath, fields: Sequence[str]) -> Pa
     they have one already; control characters are spelt out (``\\x1b``). Numbers stay numbers, negative ones too.
     Source: OWASP, "CSV Injection". The file is there whole or not at all (``write_bytes``).
     """
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow([write_cell(name) for name in fields])
-    writer.writerows([write_cell(row.get(name, "")) for name in fields] for row in rows)
-    write_bytes(path, text.getvalue().encode("utf-8"))
+    write_bytes(path, _lines([{name: name for name in fields}, *rows], fields))
     return Path(path)
+
+
+def add_to_table(row: Row, path: StrPath, fields: Sequence[str]) -> None:
+    """Put a row behind those of a table that ``write_table`` has written with the same ``fields``.
+
+    Raises:
+        OSError: as ``files.append_bytes``; the table is as it was.
+    """
+    append_bytes(path, _lines([row], fields))
+
+
+def _lines(rows: Iterable[Row], fields: Sequence[str]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([write_cell(row.get(name, "")) for name in fields] for row in rows)
+    return text.getvalue().encode("utf-8")
 
 
 def spelt_out(text: str, *, keep: str = "") -> str:
@@ -292,7 +304,9 @@ def read_rows(path: StrPath) -> list[dict[str, Any]]:
     missing = [name for name in (*LABELS, *FLAGS) if name not in names]
     raise_all([f"no column {name!r}" for name in missing], DataError, f"{path} is not a per-case table")
     rows, problems = [], []
-    for number, line in lines:
+    lines.reverse()
+    while lines:  # a line goes as its row comes: of many cases both would be twice the memory
+        number, line = lines.pop()
         try:
             _check_cells(line)
             rows.append({key: _parsed(key, text) for key, text in line.items()})
@@ -346,7 +360,7 @@ def _score_names(rows: Sequence[Row]) -> list[str]:
 
 def _parsed(key: str, text: str) -> Any:
     if key in LABELS:
-        return read_cell(text)
+        return sys.intern(read_cell(text))  # rows of all classes and runs share the names of their cases
     if key in FLAGS:
         if text not in ("True", "False"):
             raise ValueError(f"{key} must be True or False, got {text!r}")

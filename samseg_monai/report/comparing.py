@@ -54,7 +54,8 @@ def what_differs(run: RunResult, base: RunResult) -> list[str]:
     if set(run.classes) != set(base.classes):
         found.append(f"classes ({some(run.classes)} against {some(base.classes)})")
     for this, that in ((run, base), (base, run)):
-        if absent := [case for case in that.cases if case not in set(this.cases)]:
+        its = set(this.cases)
+        if absent := [case for case in that.cases if case not in its]:
             found.append(f"cases ({this.title} lacks {some(absent)})")
         if learnt := this.seen.get("training"):
             found.append(f"training ({this.title} learnt from {len(learnt)} of these cases)")

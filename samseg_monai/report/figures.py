@@ -12,7 +12,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +42,7 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
     "grid.color": GRID, "grid.linewidth": 0.8, "legend.frameon": False, "legend.fontsize": 10,
 }  # fmt: skip
+MOST_DRAWN = 500  # cases as points of their own: more would hide each other, and make the page slow
 _JITTER = 0.09  # half width of the band of points, in units of the distance between two boxes
 VALIDATION_LOSS = "val_loss"
 _CURVES = {"train_loss": "train loss", VALIDATION_LOSS: "validation loss"}
@@ -153,26 +154,27 @@ def _draw_dice(axes: Axes, curve: dict[int, float], look: Look, label: str) -> N
 
 
 def dice_svg(runs: Sequence[RunResult]) -> str:
-    """Per-case Dice: a box (quartiles, median, whiskers to 1.5 times their distance) and every case as a point;
-    grey lines join the same case in neighbouring strategies."""
+    """Per-case Dice: a box (quartiles, median, whiskers to 1.5 times their distance) and every case as a point, but no
+    more than those of `drawn_cases`; grey lines join the same case in neighbouring strategies."""
     names = [run.name for run in runs]
     values = [dice_of_cases(run) for run in runs]
-    cases = sorted({case for one in values for case in one})
+    cases = drawn_cases(values)
+    points = [{case: dice[case] for case in cases if case in dice} for dice in values]
     # the same sideways place in every strategy: a case that does not change has a level line
     places = np.linspace(-_JITTER, _JITTER, max(len(cases), 2))[np.random.default_rng(0).permutation(len(cases))]
     aside = dict(zip(cases, places.tolist(), strict=True))
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(max(6.4, (2.2 if len(runs) < 5 else 1.5) * len(runs)), 4.6), layout="constrained")
         axes = figure.subplots()
-        for here, (first, second) in enumerate(pairwise(values)):
+        for here, (first, second) in enumerate(pairwise(points)):
             for case in sorted(first.keys() & second.keys()):
                 x, y = [here + aside[case], here + 1 + aside[case]], [first[case], second[case]]
                 axes.plot(x, y, color=MUTED, alpha=0.3, lw=0.8)
-        for index, (look, dice) in enumerate(zip(looks(names).values(), values, strict=True)):
+        for index, (look, dice, drawn) in enumerate(zip(looks(names).values(), values, points, strict=True)):
             if dice:
-                x = [index + aside[case] for case in dice]
+                x = [index + aside[case] for case in drawn]
                 _draw_box(axes, index, list(dice.values()), look)
-                axes.scatter(x, list(dice.values()), s=26, c=look.light, marker=look.marker, edgecolors=SURFACE,
+                axes.scatter(x, list(drawn.values()), s=26, c=look.light, marker=look.marker, edgecolors=SURFACE,
                              linewidths=0.7, zorder=3)  # fmt: skip
         low = math.floor(10 * min((value for dice in values for value in dice.values()), default=0.0)) / 10
         axes.set(ylabel="Dice of the volume (no unit)", ylim=(max(0.0, low) - 0.02, 1.02))
@@ -181,6 +183,16 @@ def dice_svg(runs: Sequence[RunResult]) -> str:
         axes.set_xticks(range(len(runs)), [f"{t}\nn = {len(dice)}" for t, dice in zip(titles, values, strict=True)])
         axes.grid(axis="y")
         return to_svg(figure, "cases", title="Dice of every case for each strategy", names=names)
+
+
+def drawn_cases(values: Sequence[Mapping[str, float]]) -> list[str]:
+    """Cases (sorted) that are drawn as points, out of the Dice of each strategy: all, or the ``MOST_DRAWN`` whose
+    lowest one is the worst."""
+    lowest: dict[str, float] = {}
+    for dice in values:
+        for case, value in dice.items():
+            lowest[case] = min(value, lowest.get(case, value))
+    return sorted(sorted(lowest, key=lambda case: (lowest[case], case))[:MOST_DRAWN])
 
 
 def _draw_box(axes: Axes, place: int, values: list[float], look: Look) -> None:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from samseg_monai.report.comparing import unequal
 from samseg_monai.report.montage import OverlayCase, image_tag, pick_cases
 from samseg_monai.report.runs import LORA, NO_PROMPTS, NOT_RECORDED, PICO_LABEL, RunResult, check_runs, facts, gate_text
 
+_MOST_LISTED = 200  # entries of a list or table in a card, such as the hashes of all cases that trained
 _DEFINITIONS = {
     "hd95_mm": "HD95 mm: larger of the two directed 95th percentiles of surface distances (MONAI's definition)",
     "hd95_px": "HD95 px: larger of the two directed 95th percentiles of surface distances (MONAI's definition)",
@@ -77,11 +79,12 @@ def write_report(
         organ_table=organs,
         curves=figures.curves_svg(runs),
         cases=figures.dice_svg(runs),
+        hidden=_hidden(runs),
         montage=_montage(runs, montage),
         boxes=any(case.box is not None for case in montage),
         commands=list(commands),
         facts=facts(runs),
-        cards=[(run.title, json.dumps(run.card, indent=2, default=str)) for run in runs],
+        cards=[(run.title, json.dumps(_shortened(run.card), indent=2, default=str)) for run in runs],
         notes={**(notes or {}), **({"Gate": gates} if gates else {})},
         failures=tables.failures(runs),
         least=MIN_CASES,
@@ -110,6 +113,34 @@ def headline(runs: Sequence[RunResult]) -> str:
     several = len(tables.classes_of(runs))
     over = f", mean over {several} classes" if several > 1 else ""
     return f"Mean Dice of {max(map(len, dice))} {kind}{over} ({prompts}). {'; '.join(means)}."
+
+
+def _hidden(runs: Sequence[RunResult]) -> str:
+    """Which cases the figure draws as points, where it does not draw all of them."""
+    count = len({case for run in runs for case in run.cases})
+    if count <= figures.MOST_DRAWN:
+        return ""
+    return (
+        f"Of {count:,} cases the {figures.MOST_DRAWN} with the lowest Dice in any strategy are drawn as points; boxes "
+        "are of all. Every case stands in the CSV of cases of its run."
+    )
+
+
+def _shortened(value: Any) -> Any:
+    """A card with the first entries of what is long in it, and how many more there are: a page has to open."""
+    if isinstance(value, Mapping):
+        more = len(value) - _MOST_LISTED
+        kept = {key: _shortened(item) for key, item in islice(value.items(), _MOST_LISTED)}
+        return kept if more <= 0 else {**kept, "...": _more(more)}
+    if isinstance(value, (list, tuple)):
+        more = len(value) - _MOST_LISTED
+        kept_items = [_shortened(item) for item in value[:_MOST_LISTED]]
+        return kept_items if more <= 0 else [*kept_items, _more(more)]
+    return value
+
+
+def _more(count: int) -> str:
+    return f"... and {count:,} more, in the file run_card.json"
 
 
 def _numbers(runs: Sequence[RunResult]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +270,7 @@ class RunResult:
         """Wall-clock seconds of the training's run; None when nothing was trained or it is not recorded."""
         return self.training.get("seconds")
 
-    @property
+    @cached_property
     def seen(self) -> dict[str, list[str]]:
         """Evaluated cases that the weights have met: ``training`` (learnt from) and ``validation`` (chose the epoch).
 
@@ -312,7 +313,7 @@ class RunResult:
                 found.append(f"{self.title}: predicted empty everywhere in {what}: {names}")
         return found
 
-    @property
+    @cached_property
     def cases(self) -> list[str]:
         return list(dict.fromkeys(str(row["case"]) for row in self.rows))
 
@@ -329,7 +330,7 @@ class RunResult:
             found["file"] = self.fact("boxes_sha256") or settings.get("boxes")
         return {"source": source, **found}
 
-    @property
+    @cached_property
     def classes(self) -> list[str]:
         return list(dict.fromkeys(str(row["class"]) for row in self.rows))
 

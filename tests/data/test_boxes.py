@@ -12,7 +12,7 @@ from PIL import Image
 from samseg_monai.data.files.boxes import read_boxes, volume_boxes, write_boxes
 from samseg_monai.data.files.cases import find_cases
 from samseg_monai.data.files.dicom import read_series, slices_of
-from samseg_monai.data.files.drawn_boxes import boxes_from_masks, boxes_from_slicer, image_of, parse_margin
+from samseg_monai.data.files.drawn_boxes import Images, boxes_from_masks, boxes_from_slicer, parse_margin
 from samseg_monai.errors import ConfigError, DataError
 from tests.data.test_dicom import AXES, name_of, write_series, write_slice
 from tests.helpers.commands import samseg
@@ -201,9 +201,9 @@ def test_masks_beside_images_and_in_case_folders_are_found(tmp_path):
     assert found.notes[0] == "passed over, as others in in are named like masks: A.nii.gz, B.nii.gz"
     deep = boxes_from_masks([tmp_path / "deep"], images=tmp_path / "deep")
     assert deep.boxes == found.boxes
-    assert image_of(tmp_path / "deep", "B") == tmp_path / "deep" / "B" / "B-t1c.nii.gz"
+    assert Images(tmp_path / "deep").of("B") == tmp_path / "deep" / "B" / "B-t1c.nii.gz"
     with pytest.raises(DataError, match="no image of this case"):
-        image_of(tmp_path / "deep", "C")
+        Images(tmp_path / "deep").of("C")
 
 
 def test_masks_of_pictures_give_boxes_in_pixels(tmp_path):
@@ -397,15 +397,15 @@ def test_the_commands_write_what_predictions_read(tmp_path, monkeypatch, capsys)
     assert samseg(monkeypatch, "boxes", "from-mask", tmp_path / "gone", "--output", out) == 1
 
 
-def test_the_image_of_a_case_is_not_that_of_one_whose_name_goes_on(tmp_path):
+def test_the_Images_a_case_is_not_that_of_one_whose_name_goes_on(tmp_path):
     """P1-2 sorts before P1.nii.gz; its boxes would lie on other slices."""
     for name in ("P1.nii.gz", "P1-2.nii.gz", "P3_0000.nii.gz", "P3_a.nii.gz", "P4-t1ce.nii.gz", "P4-t2.nii.gz"):
         nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), tmp_path / name)
-    assert image_of(tmp_path, "P1").name == "P1.nii.gz" and image_of(tmp_path, "P1-2").name == "P1-2.nii.gz"
-    assert image_of(tmp_path, "P3").name == "P3_0000.nii.gz" and image_of(tmp_path, "P4").name == "P4-t1ce.nii.gz"
+    assert Images(tmp_path).of("P1").name == "P1.nii.gz" and Images(tmp_path).of("P1-2").name == "P1-2.nii.gz"
+    assert Images(tmp_path).of("P3").name == "P3_0000.nii.gz" and Images(tmp_path).of("P4").name == "P4-t1ce.nii.gz"
     (tmp_path / "P1.nii.gz").unlink()
-    assert image_of(tmp_path, "P1").name == "P1-2.nii.gz"  # nothing else is called like it
+    assert Images(tmp_path).of("P1").name == "P1-2.nii.gz"  # nothing else is called like it
     (tmp_path / "P1-2.nii.gz").rename(tmp_path / "P1-3.nii.gz")
     nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), np.eye(4)), tmp_path / "P1_b.nii.gz")
     with pytest.raises(DataError, match=r"several images in .* begin like this case \(P1-3.nii.gz, P1_b.nii.gz\)"):
-        image_of(tmp_path, "P1")
+        Images(tmp_path).of("P1")

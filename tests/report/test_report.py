@@ -20,11 +20,11 @@ from PIL import Image, ImageColor
 from samseg_monai.errors import BundleError, DataError
 from samseg_monai.metrics import paired_difference, write_rows
 from samseg_monai.pictures import as_seen
-from samseg_monai.report.figures import curves_svg, dice_svg, looks
+from samseg_monai.report.figures import curves_svg, dice_svg, drawn_cases, looks
 from samseg_monai.report.montage import OverlayCase, pick_cases
 from samseg_monai.report.page import write_report
 from samseg_monai.report.runs import RunResult, prompt_text
-from samseg_monai.report.tables import differences, measures, results_json, table_text
+from samseg_monai.report.tables import dice_of_cases, differences, measures, results_json, table_text
 
 CASES = [f"case{i:02d}" for i in range(9)]
 DICE = {"zero_shot": 0.60, "lora": 0.75, "box_ellipse": 0.60}
@@ -324,6 +324,23 @@ def test_losses_of_training_and_validation_share_a_panel(runs):
     assert "Training and validation loss" in loss and "train loss" in loss and "validation loss" in loss
     assert loss.count("<path") > before  # a curve of its own, with its markers
     assert "best 0.783, epoch 6" in dice  # the Dice curve is still the Dice
+
+
+def test_a_page_of_many_cases_draws_the_worst_and_says_so(made, tmp_path, monkeypatch):
+    known = {"training": [f"{n:016x}" for n in range(500)], "validation": []}
+    runs = [_altered(made[name], tmp_path / name, cases=known) for name in ("zero_shot", "lora")]
+    whole = dice_svg(runs)
+    monkeypatch.setattr("samseg_monai.report.figures.MOST_DRAWN", 3)
+    drawn = dice_svg(runs)
+    counted = len(CASES) - 1  # the last one is excluded
+    lowest = {case: min(dice_of_cases(run)[case] for run in runs) for case in CASES[:-1]}
+    assert drawn_cases([dice_of_cases(run) for run in runs]) == sorted(sorted(lowest, key=lowest.__getitem__)[:3])
+    assert whole.count("<use") - drawn.count("<use") == 2 * (counted - 3)
+    assert drawn.count(f"n = {counted}") == 2  # the boxes are of all
+    page = write_report(tmp_path / "report.html", title="T", runs=runs).read_text(encoding="utf-8")
+    assert f"Of {len(CASES)} cases the 3 with the lowest Dice in any strategy are drawn as points" in page
+    assert known["training"][199] in page and known["training"][200] not in page
+    assert page.count("... and 300 more, in the file run_card.json") == 2
 
 
 def test_box_plot_has_a_point_per_case_and_strategy(runs):

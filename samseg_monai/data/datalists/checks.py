@@ -261,7 +261,8 @@ def labelled(checks: Sequence[Check], label: str, src: Path) -> tuple[list[Check
         raise DataError(f"{src}: none of {len(checks)} cases has a label; 'samseg predict' takes images alone")
     shown = ", ".join(alone[:10]) + (" ..." if len(alone) > 10 else "")
     warnings = [f"{len(alone)} of {len(checks)} cases have no label and are left out: {shown}"] if alone else []
-    return [check for check in checks if check.case not in set(alone)], warnings
+    unlabelled = set(alone)
+    return [check for check in checks if check.case not in unlabelled], warnings
 
 
 def _notes(checks: Sequence[CaseCheck]) -> list[str]:

@@ -232,7 +232,8 @@ def _find_pairs(images: Path, masks: Path, match: str | None) -> tuple[list[Imag
         masks_of.setdefault(case, []).append(path)
     matched: dict[str, list[Path]] = {}
     for stem, paths in masks_of.items():
-        ending = next((end for end in MASK_ENDINGS if stem.endswith(end) and stem not in (end, *images_of)), "")
+        free = "" if stem in images_of else stem  # an image called a_mask has a mask of that name
+        ending = next((end for end in MASK_ENDINGS if free.endswith(end) and free != end), "")
         matched.setdefault(stem.removesuffix(ending), []).extend(paths)
     checks = []
     for case in sorted({*images_of, *matched}):

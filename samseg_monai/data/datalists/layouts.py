@@ -391,15 +391,17 @@ def _of_export(src: Path, scans: Mapping[str, str], *, told: bool) -> Layout:
         raise DataError(f"{src}: no DICOM series in it or below; --scan is for an export of an archive")
     stored = [_by_stem(src / sub, []) for _, sub in PAIRS if (src / sub).is_dir()]
     homes = {case: Path(os.path.commonpath(paths)) for case, paths in exams.files.items()}
+    inside = Counter(place for home in homes.values() for place in (home, *home.parents))  # how many cases lie there
     cases = {case: CaseCheck(case, problems=[reason]) for case, reason in exams.bad.items()}
     for case, paths in exams.files.items():
         check = cases[case] = CaseCheck(case, dict(zip(scans, paths, strict=True)))
-        own = [homes[case], *homes[case].parents]
-        own = [folder for folder in own if src in folder.parents and _is_alone(folder, case, homes)]
+        places = [homes[case], *homes[case].parents]
+        # where another case lies, too, a label could be either's
+        own = [folder for folder in places if src in folder.parents and inside[folder] == 1]
         labels = [path for files in stored for path in files.get(case, [])]
         for folder in own:
-            inside = parts_of(folder)
-            labels += [path for part in _label_parts(inside) for path in inside[part] if not path.is_dir()]
+            parts = parts_of(folder)
+            labels += [path for part in _label_parts(parts) for path in parts[part] if not path.is_dir()]
         if len(labels) > 1:
             check.problems.append(f"{' and '.join(path.name for path in labels)}: which is the label? Keep one")
         elif labels:
@@ -412,11 +414,6 @@ def _of_export(src: Path, scans: Mapping[str, str], *, told: bool) -> Layout:
         found.patients |= {case: case for case in exams.bad}
         found.notes += more
     return found
-
-
-def _is_alone(folder: Path, case: str, homes: Mapping[str, Path]) -> bool:
-    """Whether no other case lies in ``folder``, whose label it could be as well."""
-    return not any(folder == home or folder in home.parents for other, home in homes.items() if other != case)
 
 
 def _label_parts(parts: Iterable[str]) -> list[str]:

@@ -87,9 +87,15 @@ def _grouped(values: Mapping[str, str]) -> dict[str, list[str]]:
 
 def _joined(cases: Iterable[str], groups: Iterable[Sequence[str]]) -> dict[str, str]:
     """Case -> the first, by name, of all cases that groups with common members join it to."""
-    owners = {case: case for case in cases}
+    above = {case: case for case in cases}  # each case, or one before it that it is joined to
+
+    def first(case: str) -> str:
+        while above[case] != case:
+            above[case] = above[above[case]]
+            case = above[case]
+        return case
+
     for members in groups:
-        met = {owners[case] for case in members}
-        if len(met) > 1:
-            owners = {case: min(met) if owner in met else owner for case, owner in owners.items()}
-    return owners
+        met = {first(case) for case in members}
+        above.update(dict.fromkeys(met, min(met)))
+    return {case: first(case) for case in above}

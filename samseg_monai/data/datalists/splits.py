@@ -182,7 +182,7 @@ def _read_split(path: Path, patients: Mapping[str, str], what: str) -> dict[str,
     by_patient: dict[str, list[str]] = {}
     for case, patient in patients.items():
         by_patient.setdefault(patient, []).append(case)
-    split: dict[str, list[str]] = {section: [] for section in SECTIONS}
+    split: dict[str, dict[str, None]] = {section: {} for section in SECTIONS}  # each case once, in the file's order
     homes: dict[str, list[str]] = {}
     problems = []
     for section in SECTIONS:
@@ -195,11 +195,11 @@ def _read_split(path: Path, patients: Mapping[str, str], what: str) -> dict[str,
             members = [name] if name in patients else by_patient.get(name, [])
             if not members:
                 problems.append(f"{section}: unknown case or {what} {name}")
-            split[section] += [case for case in members if case not in split[section]]
+            split[section].update(dict.fromkeys(members))
             homes.setdefault(patients[members[0]] if members else name, []).append(section)
     problems += in_two_sections(homes, what)
     raise_all(problems, DataError, f"split file {path} does not fit the cases")
-    return split
+    return {section: list(cases) for section, cases in split.items()}
 
 
 def in_two_sections(homes: Mapping[str, Sequence[str]], what: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,18 +35,29 @@ class CaseList:
         passed: reason -> names of entries that are no cases.
         full: whether a result could not be written as the disk is full or read-only.
         notes: case -> what was warned of while it was worked on.
-        watch: called when a case turns out bad in the run.
+        watch: called with the name of a case that turns out bad in the run, and with None when the run is over.
         lost: why the table of the results is not there, or empty.
     """
 
-    good: list[dict[str, Any]] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)
     files: dict[str, list[Path]] = field(default_factory=dict)
     passed: dict[str, list[str]] = field(default_factory=dict)
     full: bool = False
     notes: dict[str, list[str]] = field(default_factory=dict)
-    watch: Callable[[], None] | None = None
+    watch: Callable[[str | None], None] | None = None
     lost: str = ""
+    _items: list[dict[str, Any]] = field(default_factory=list)
+    _failed: set[str] = field(default_factory=set)  # of the items those that turned out bad since they were asked for
+
+    @property
+    def good(self) -> list[dict[str, Any]]:
+        if self._failed:
+            self.good = [item for item in self._items if item["case"] not in self._failed]
+        return self._items
+
+    @good.setter
+    def good(self, items: list[dict[str, Any]]) -> None:
+        self._items, self._failed = items, set()
 
     def add(self, case: str, paths: list[Path]) -> None:
         """Add a case; a second one of the same name would overwrite the first one's result, so it is refused."""
@@ -93,29 +104,35 @@ class CaseList:
             raise DataError(f"no results can be written: {problem}")
         folder.mkdir(parents=True, exist_ok=True)
         before = _stamps(folder)
-        evaluator.run()
-        now = _stamps(folder)
-        written = [name for name, stamp in now.items() if stamp != before.get(name) and not name.endswith(PICTURE)]
-        names = [file_name(item["case"]) for item in self.good]
-        # the result of case a_b begins like one of case a
-        found = {max((n for n in names if result.startswith(f"{n}_")), key=len, default="") for result in written}
-        for item in list(self.good):
-            if file_name(item["case"]) not in found:
-                self.fail(item["case"], "not tried, as nothing more can be written" if self.full else _LOST)
+        try:
+            evaluator.run()
+            now = _stamps(folder)
+            written = [name for name, stamp in now.items() if stamp != before.get(name) and not name.endswith(PICTURE)]
+            names = {file_name(item["case"]) for item in self.good}
+            found = {_owner(result, names) for result in written}
+            for item in self.good:
+                if file_name(item["case"]) not in found:
+                    self._set_aside(item["case"], "not tried, as nothing more can be written" if self.full else _LOST)
+        finally:
+            if self.watch is not None:
+                self.watch(None)
 
     def fail(self, case: str, reason: str, error: BaseException | None = None) -> bool:
         """Move a case to the bad ones, when it turns out in the run that it cannot be predicted.
 
         Returns: whether others can still be written: ``error`` is not that of a disk that is full or read-only.
         """
-        LOG.error("%s is not predicted: %s", case, reason)
-        self.good = [item for item in self.good if item["case"] != case]
-        self.bad[case] = reason
+        self._set_aside(case, reason)
         causes = [] if error is None else behind(error, handled=False)
         self.full = self.full or any(isinstance(cause, OSError) and cause.errno in _FULL for cause in causes)
         if self.watch is not None:
-            self.watch()
+            self.watch(case)
         return not self.full
+
+    def _set_aside(self, case: str, reason: str) -> None:
+        LOG.error("%s is not predicted: %s", case, reason)
+        self._failed.add(case)
+        self.bad[case] = reason
 
     def finish(self) -> None:
         """Tell how many cases are done; DataError naming every bad case, or without the table of the results.
@@ -161,6 +178,12 @@ class _Collector(logging.Handler):
 
 
 _OURS, _COLLECTOR, _HERE = logging.getLogger("samseg_monai"), _Collector(logging.WARNING), threading.local()
+
+
+def _owner(result: str, names: Collection[str]) -> str:
+    """The longest of ``names`` that a result begins with, as that of case a_b begins like one of a; "" for none."""
+    begins = (result[:end] for end in range(len(result) - 1, -1, -1) if result[end] == "_")
+    return next((begin for begin in begins if begin in names), "")
 
 
 def _stamps(folder: Path) -> dict[str, tuple[int, int]]:

@@ -103,11 +103,12 @@ def find_cases(
     rules = rules_of(series, scans, modality=modality, allow_modality=allow_modality)
     cases = _group_images(sources) if kind == IMAGES else _group_files(sources, rules, masks)
     fits = partial(_check_modality, kind=kind, modality=modality, allowed=allow_modality)
+    mask_of = None if masks is None else partial(_mask_of, masks, _masks_in(masks))
 
     def check(case: str) -> dict[str, Any] | str:
         if kind == IMAGES:
             return _checked(cases, case, partial(_check_image, case, cases.files[case][0], scans, table, fits))
-        return _checked(cases, case, partial(_check_volumes, case, cases.files[case], scans, table, masks, fits))
+        return _checked(cases, case, partial(_check_volumes, case, cases.files[case], scans, table, mask_of, fits))
 
     for case in sorted({*(table or {})} - {*cases.files, *cases.bad}):
         LOG.warning("boxes are given for %s, but there is no such case", case)
@@ -165,7 +166,7 @@ def _check_volumes(
     paths: list[Path],
     scans: Sequence[str],
     boxes: Mapping[str, Any] | None,
-    prompts: Path | None,
+    mask_of: Callable[[str, Volume], Path] | None,
     fits: Callable[[Volume, str], None],
 ) -> dict[str, Any]:
     """Item of a case, its files read one at a time: four scans of many cases side by side would fill the memory."""
@@ -196,8 +197,8 @@ def _check_volumes(
         if not isinstance(item["boxes"], list) or not item["boxes"]:
             raise PromptError("no boxes are given for this case; add a list of them under its name")
         volume_boxes(item["boxes"], shape[:3], f"bad boxes for a volume of {tuple(shape[:3])} voxels")
-    if prompts is not None:
-        item["prompt"] = os.path.abspath(_mask_of(prompts, case, first))
+    if mask_of is not None:
+        item["prompt"] = os.path.abspath(mask_of(case, first))
     return item
 
 
@@ -209,17 +210,21 @@ def _same_grid(volume: Volume, image: Volume, what: str) -> str:
     return difference
 
 
-def _mask_of(prompts: Path, case: str, image: Volume) -> Path:
-    """File of the coarse mask, on the image's grid and not empty."""
+def _masks_in(folder: Path) -> dict[str, Path]:
+    """Stem -> the first file of that name in a folder; none in what is no folder."""
+    files = sorted(path for path in folder.iterdir() if not path.is_dir()) if folder.is_dir() else []
+    return {stem: path for path in reversed(files) if (stem := stem_of(path)) is not None}
+
+
+def _mask_of(prompts: Path, masks: Mapping[str, Path], case: str, image: Volume) -> Path:
+    """File of the coarse mask, on the image's grid and not empty; ``masks`` are those in ``prompts`` itself."""
     path: Path | None = prompts
     if prompts.is_dir():
-        wanted = {case, f"{case}_seg", f"{case}-seg"}
-        folders = [folder for folder in (prompts, prompts / case) if folder.is_dir()]
-        matches = [p for folder in folders for p in sorted(folder.iterdir()) if not p.is_dir() and stem_of(p) in wanted]
-        path = matches[0] if matches else None
+        wanted = (case, f"{case}_seg", f"{case}-seg")
+        found = [places[stem] for places in (masks, _masks_in(prompts / case)) for stem in wanted if stem in places]
+        path = min(found, key=lambda match: (match.parent != prompts, match), default=None)
     if path is None:
-        names = f"{case}{SUFFIXES[0]} or {case}_seg{SUFFIXES[0]}"
-        raise PromptError(f"no coarse mask in {prompts}; expected {names}")
+        raise PromptError(f"no coarse mask in {prompts}; expected {case}{SUFFIXES[0]} or {case}_seg{SUFFIXES[0]}")
     first_scan = Volume(image.array[..., 0] if image.array.ndim == 4 else image.array, image.affine, image.sha256)
     mask, note = stored_like(read_volume(path), first_scan)
     if note:
@@ -292,8 +297,7 @@ def _images_below(folder: Path) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not MASK_NAME.search(name))
         for path in (Path(root, name) for name in sorted(files)):
-            stem = stem_of(path)
-            if stem is not None and not MASK_NAME.search(stem):
+            if (stem := stem_of(path)) is not None and not MASK_NAME.search(stem):
                 yield path
 
 
@@ -374,8 +378,8 @@ def _group_named(paths: Iterable[Path], scans: Sequence[str], found: CaseList, *
     others = [scan for scan in BRATS_SCANS if scan not in scans] if set(scans) <= set(BRATS_SCANS) else []
     for path, stem in single:
         other = _scan_of(path, stem, others, listed)
-        cases = [case for folder, case in named if folder == path.parent]
-        if any(re.match(rf"{re.escape(case)}[-_. ]", stem) or (other and other[0] == case) for case in cases):
+        begins = [stem[: found.start()] for found in re.finditer("[-_. ]", stem)]
+        if any((path.parent, case) in named for case in (*begins, *([other[0]] if other else []))):
             found.pass_over("scans that the network does not use", [path.name])
         elif other is not None and not listed:
             found.bad[other[0]] = f"no file for {', '.join(scans)} beside {path.name}"
@@ -443,9 +447,9 @@ def _in_folder(folder: Path, found: CaseList) -> list[tuple[str, Path]]:
     images, others, folders = list_images(folder)
     found.pass_over("no images", others)
     found.pass_over("folders", [f"{name}/" for name in folders])
-    made = [path for case, path in images if MASK_NAME.search(case) or case.endswith("_overlay")]
-    found.pass_over("named like masks or overlays", [path.name for path in made])
-    return [(case, path) for case, path in images if path not in made]
+    made = {path.name for case, path in images if MASK_NAME.search(case) or case.endswith("_overlay")}
+    found.pass_over("named like masks or overlays", sorted(made))
+    return [(case, path) for case, path in images if path.name not in made]
 
 
 def list_images(folder: Path) -> tuple[list[tuple[str, Path]], list[str], list[str]]:

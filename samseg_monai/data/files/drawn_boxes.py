@@ -42,6 +42,7 @@ PER_SLICE, PER_COMPONENT = "slice", "component"
 _MARGIN = re.compile(r"(\d+(?:\.\d+)?) *(mm|voxels?|pixels?|px)", re.IGNORECASE)
 _WHOLE = 1e-4  # labels that another tool has resampled are off by rounding
 _EDGE = 1e-3  # voxels: an edge that a person put onto that of a voxel is there, but for rounding
+_OF_SCAN = re.compile(rf"(.+)[-_]({'|'.join([*BRATS_SCANS, *BRATS_OLD])}|\d{{4}})", re.IGNORECASE | re.DOTALL)
 _TURNED = 0.5  # voxels by which an edge of a ROI may leave its row of voxels
 _FAR = 1e9  # mm or microns: no patient is as large, and sums of more could overflow
 _LPS_TO_RAS = np.array([-1.0, -1.0, 1.0])
@@ -101,6 +102,7 @@ def boxes_from_masks(
     drawn = Drawn()
     listed = _masks(sources, drawn)
     cases = Counter(case for case, _ in listed)
+    pictured = None if images is None else Images(images)
     for case, path in listed:
         planar = flat or stem_of(path) is None
         if planar and images is not None:
@@ -113,7 +115,7 @@ def boxes_from_masks(
             if planar:
                 found, notes = _of_image(path, labels, per, margin)
             else:
-                found, notes = _of_volume(path, labels, per, margin, images and image_of(images, case))
+                found, notes = _of_volume(path, labels, per, margin, None if pictured is None else pictured.of(case))
             if len(found) > MOST_BOXES:
                 raise DataError(f"{len(found):,} boxes, more than {MOST_BOXES:,}; remove specks, or take one per slice")
         except (DataError, PromptError) as error:
@@ -158,44 +160,60 @@ def boxes_from_slicer(paths: Sequence[Path], image: Path, case: str | None = Non
     return drawn
 
 
-def image_of(images: Path, case: str) -> Path:
-    """The image of ``case``: ``images`` itself, where that is one, or the file or folder in it that is called so.
+class Images:
+    """Finds the images of cases: a file or DICOM folder that is the only one, or those in a folder, listed once."""
 
-    Of ``<case>/`` or ``<case>-<scan>`` it is the first scan: all of a case are on one grid. What goes on with something
-    else may be another case: it counts where nothing else is there. DataError without any, or with several of these.
-    """
-    if images.is_file() or holds_series(images):
-        return images
-    begins: list[Path] = []
-    scans = "|".join([*BRATS_SCANS, *BRATS_OLD, r"\d{4}"])
-    ranks: dict[int, Path] = {}
-    for path in sorted(images.iterdir()):
-        stem = stem_of(path)
-        if path.is_dir() and path.name == case:
-            inside = [path, *sorted(path.iterdir())]
-            found = [p for p in inside if (p.is_dir() and holds_series(p)) or not _is_mask(stem_of(p) or "_seg", case)]
-            if found:
-                ranks.setdefault(0, found[0])
-        elif stem is None or _is_mask(stem, case):
-            continue
-        elif stem == case:
-            ranks.setdefault(0, path)
-        elif re.fullmatch(rf"{re.escape(case)}[-_]({scans})", stem, re.IGNORECASE):
-            ranks.setdefault(1, path)
-        elif stem.startswith((f"{case}-", f"{case}_")):
-            begins.append(path)
-    if ranks:
-        return ranks[min(ranks)]
-    if len(begins) > 1:
-        names = ", ".join(path.name for path in begins[:4])
-        raise DataError(f"several images in {images} begin like this case ({names}); call its own {case}{SUFFIXES[0]}")
-    if not begins:
-        raise DataError(f"no image of this case in {images}; expected {case}{SUFFIXES[0]}, or a folder {case}")
-    return begins[0]
+    def __init__(self, place: Path) -> None:
+        self._place, self._alone = place, place.is_file() or holds_series(place)
+        self._called: dict[str, list[Path]] = {}  # name of the file without its suffix, or of the folder
+        self._scans: dict[str, list[Path]] = {}  # what stands before the name of a scan, in small letters
+        self._begins: dict[str, list[Path]] = {}  # what stands before any - or _
+        for path in [] if self._alone else sorted(place.iterdir()):
+            stem = stem_of(path)
+            if path.is_dir():
+                self._called.setdefault(path.name, []).append(path)
+            if stem is None:
+                continue
+            self._called.setdefault(stem, []).append(path)
+            if MASK_NAME.search(stem):
+                continue
+            for found in re.finditer("[-_]", stem):
+                self._begins.setdefault(stem[: found.start()], []).append(path)
+            if of_scan := _OF_SCAN.fullmatch(stem):
+                self._scans.setdefault(of_scan[1].lower(), []).append(path)
+
+    def of(self, case: str) -> Path:
+        """The image of ``case``: the only one, or the file or folder that is called so.
+
+        Of ``<case>/`` or ``<case>-<scan>`` it is the first scan: all of a case are on one grid. What goes on with
+        something else may be another case: it counts where nothing else is there. DataError without any, or with
+        several of these.
+        """
+        if self._alone:
+            return self._place
+        for path in self._called.get(case, ()):
+            if (found := _first_in(path, case) if path.is_dir() and path.name == case else path) is not None:
+                return found
+        if scans := self._scans.get(case.lower()):
+            return scans[0]
+        begins = self._begins.get(case, [])
+        if len(begins) > 1:
+            names = ", ".join(path.name for path in begins[:4])
+            raise DataError(
+                f"several images in {self._place} begin like this case ({names}); call its own {case}{SUFFIXES[0]}"
+            )
+        if not begins:
+            raise DataError(f"no image of this case in {self._place}; expected {case}{SUFFIXES[0]}, or a folder {case}")
+        return begins[0]
 
 
-def _is_mask(stem: str, case: str) -> bool:
-    return stem != case and MASK_NAME.search(stem) is not None
+def _first_in(folder: Path, case: str) -> Path | None:
+    """The first image in the folder of a case, or that folder itself."""
+    for path in (folder, *sorted(folder.iterdir())):
+        stem = stem_of(path) or "_seg"
+        if (path.is_dir() and holds_series(path)) or stem == case or not MASK_NAME.search(stem):
+            return path
+    return None
 
 
 def _case_of(path: Path) -> str:
@@ -217,7 +235,8 @@ def _masks(sources: Sequence[Path], drawn: Drawn) -> list[tuple[str, Path]]:
         for folder in (path for path in sorted(source.iterdir()) if path.is_dir() and not path.name.startswith(".")):
             inside += [p for p in sorted(folder.iterdir()) if not p.is_dir() and MASK_NAME.search(_stem(p) or "")]
         masks = [path for path in inside if MASK_NAME.search(_stem(path) or "")] or inside
-        if others := [path.name for path in inside if path not in masks]:
+        known = set(masks)
+        if others := [path.name for path in inside if path not in known]:
             drawn.notes.append(
                 f"passed over, as others in {source.name} are named like masks: {', '.join(others[:20])}"
             )

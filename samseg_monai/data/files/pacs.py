@@ -17,6 +17,7 @@ import re
 import shutil
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,8 +151,12 @@ def series_of(files: Iterable[Path]) -> list[Series]:
         series.files.append(path)
         series.derived &= "DERIVED" in _image_type(tags)
         series.contrast |= _text(tags, "ContrastBolusAgent").casefold() not in ("", "no", "none", "n")
+    homes: dict[Path, dict[int, Series]] = {}  # folder -> the series that have files in it
+    for one in found.values() if damaged else ():
+        for path in one.files:
+            homes.setdefault(path.parent, {})[id(one)] = one
     for path in damaged:
-        beside = [one for one in found.values() if len(one.tags) and any(f.parent == path.parent for f in one.files)]
+        beside = [one for one in homes.get(path.parent, {}).values() if len(one.tags)]
         (beside[0] if len(beside) == 1 else found.setdefault((str(path),), Series(derived=False))).files.append(path)
     for series in found.values():
         series.files.sort()
@@ -197,6 +202,7 @@ class Sorter:
     def __init__(self, rules: Rules, found: CaseList, *, links: bool = True) -> None:
         self.rules, self._found, self._links = rules, found, links
         self._place: Path | None = None
+        self._last: tuple[Path | None, set[Path]] = (None, set())  # a folder, and the DICOM files in it
         self.patients: dict[str, tuple[str, str]] = {}
 
     def folder(self, *parts: str) -> Path:
@@ -270,7 +276,8 @@ class Sorter:
             for sub in flat:
                 self.sort(folder, held[sub])
             alone = {sub: held[sub][0] for sub in subs if sub in held and sub not in taken}
-            taken |= {sub for sub, one in alone.items() if self._is_beside(one, list(alone.values()))}
+            beside = self._beside(list(alone.values()))
+            taken |= {sub for sub, one in alone.items() if id(one) in beside}
         for sub in subs:
             deep = [] if inside[sub] or self.named_like_scans(sub) else list(dicom_files(sub))
             if any(is_dicom(path) for path in deep):
@@ -283,23 +290,29 @@ class Sorter:
         held = [path.name for path in folder.iterdir() if path.is_dir() and any(map(is_dicom, path.iterdir()))]
         return any(scan in held for scan in self.rules.scans) and (len(self.rules.scans) > 1 or len(held) == 1)
 
-    def _is_beside(self, one: Series, series: Sequence[Series]) -> bool:
-        """Whether ``one``, alone in its folder, is passed over beside others of its study, as no scan of the network.
+    def _beside(self, series: Sequence[Series]) -> set[int]:
+        """Which (by ``id``) of some series, each alone in its folder, are passed over beside others of their study, as
+        no scan of the network.
 
         Folders of one series each are cases of a person's own making: one without others is what a person wants.
         """
-        study, uid = (_text(one.tags, name) for name in ("StudyInstanceUID", "SeriesInstanceUID"))
-        others = [(_text(o.tags, "StudyInstanceUID"), _text(o.tags, "SeriesInstanceUID")) for o in series]
-        if not study or not any(other == study and its != uid for other, its in others):
-            return False
-        wanted, meant = kind_of(self.rules.scans[0]), _meaning(one)
-        reason = reason_against(one, self.rules)
-        clear = [o for o in series if _text(o.tags, "StudyInstanceUID") == study and _meaning(o) == wanted]
-        if not reason and wanted and meant != wanted and (meant or clear):
-            reason = f"{meant or 'none of the scans'} by their description, not {self.rules.scans[0]}"
-        if reason:
-            self._found.pass_over(f"series: {reason}", [one.told()])
-        return bool(reason)
+        passed, wanted = set(), kind_of(self.rules.scans[0])
+        study_of = {id(one): _text(one.tags, "StudyInstanceUID") for one in series}
+        uids: dict[str, set[str]] = {}
+        for one in series:
+            uids.setdefault(study_of[id(one)], set()).add(_text(one.tags, "SeriesInstanceUID"))
+        clear = {study_of[id(one)] for one in series if _meaning(one) == wanted}
+        for one in series:
+            study, meant = study_of[id(one)], _meaning(one)
+            if not study or len(uids[study]) < 2:
+                continue
+            reason = reason_against(one, self.rules)
+            if not reason and wanted and meant != wanted and (meant or study in clear):
+                reason = f"{meant or 'none of the scans'} by their description, not {self.rules.scans[0]}"
+            if reason:
+                self._found.pass_over(f"series: {reason}", [one.told()])
+                passed.add(id(one))
+        return passed
 
     def _add(self, name: str, usable: Sequence[Series], patient: tuple[str, str], *, alone: bool) -> None:
         """Add the case of one exam, whose series may all be scans."""
@@ -324,7 +337,7 @@ class Sorter:
             problems += [
                 f"{one.told()} shares its folder with other files, or has several; put it into one of its own"
                 for one in chosen.values()
-                if not _has_folder(one)
+                if not self._has_folder(one)
             ]
         used = {id(one) for one in chosen.values()}
         if problems:
@@ -383,17 +396,29 @@ class Sorter:
             common = Path(os.path.commonpath([folder for one in members for folder in one.folders]))
             parts = common.relative_to(root).parts if common != root else ()
             places.append(parts[1:] if len(parts) > 1 and parts[0].casefold() == "dicom" else parts)
+        begins = Counter(parts[:depth] for parts in places for depth in range(1, len(parts) + 1))
         names = []
-        for number, parts in enumerate(places):
-            others = [other for n, other in enumerate(places) if n != number]
-            depth = next((d for d in range(1, len(parts) + 1) if all(o[:d] != parts[:d] for o in others)), len(parts))
+        for parts in places:
+            depth = next((d for d in range(1, len(parts) + 1) if begins[parts[:d]] == 1), len(parts))
             names.append("_".join(parts[:depth]) or Path(os.path.abspath(root)).name)
-        counts = {name: names.count(name) for name in names}
-        return [f"{name}_{names[:n].count(name) + 1}" if counts[name] > 1 else name for n, name in enumerate(names)]
+        counts, met, numbered = Counter(names), Counter[str](), []
+        for name in names:
+            met[name] += 1
+            numbered.append(f"{name}_{met[name]}" if counts[name] > 1 else name)
+        return numbered
+
+    def _has_folder(self, series: Series) -> bool:
+        """Whether a series has a folder of its own: all of its files, and no others of DICOM."""
+        if len(series.folders) != 1:
+            return False
+        [folder] = series.folders
+        if folder != self._last[0]:  # series come by their folders, of which one may hold all
+            self._last = folder, {path for path in folder.iterdir() if is_dicom(path) or is_dead_link(path)}
+        return self._last[1] == set(series.files)
 
     def _path(self, series: Series, case: str, scan: str) -> Path:
         """The folder of a series; of one that shares it, or has several, a folder of links to its files."""
-        if _has_folder(series):
+        if self._has_folder(series):
             return series.folders[0]
         place = self.folder(case, file_name(scan))
         for number, path in enumerate(series.files):
@@ -414,13 +439,6 @@ def _dicom_in(folder: Path) -> list[Path]:
     dead = [path for path in listed if is_dead_link(path) and stem_of(path) is None and not path.name.startswith(".")]
     files = [path for path in listed if is_dicom(path)]
     return files and files + dead
-
-
-def _has_folder(series: Series) -> bool:
-    """Whether a series has a folder of its own: all of its files, and no others of DICOM."""
-    if len(series.folders) != 1:
-        return False
-    return {path for path in series.folders[0].iterdir() if is_dicom(path) or is_dead_link(path)} == set(series.files)
 
 
 def link(path: Path, target: Path) -> None:

@@ -52,8 +52,13 @@ class CachedCase:
     """
 
     def __init__(self, folder: str | Path, key: Any) -> None:
-        self.text = json.dumps([VERSIONS, key], sort_keys=True)
+        self._key = key
         self.path = Path(folder) / f"{hashlib.sha256(self.text.encode()).hexdigest()[:32]}.safetensors"
+
+    @property
+    def text(self) -> str:
+        """JSON of all that made the rows: made anew, as it is long and most of it the same for all cases."""
+        return json.dumps([VERSIONS, self._key], sort_keys=True)
 
     def is_whole(self, *, tell: bool = True) -> bool:
         """Whether the file is there, complete and ours; ``tell`` warns of one that is something else."""
