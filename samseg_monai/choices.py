@@ -24,7 +24,9 @@ Label = Annotated[
 ]
 # a sentence: it begins like one, so that it is neither an expression nor a path
 Text = Annotated[str, StringConstraints(pattern=r"""^[A-Za-z0-9"'(]""", max_length=4000)]
-Pattern = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9*][A-Za-z0-9_.*-]*|<norm>)$", max_length=200)]
+Pattern = Annotated[
+    str, StringConstraints(pattern=r"^([A-Za-z0-9*][A-Za-z0-9_.*-]*|<norm>|<attention>)$", max_length=200)
+]
 Weights = Annotated[str, StringConstraints(pattern=f"^{_WORD}[ =,A-Za-z0-9_.+-]*$", max_length=4000)]
 Place = Annotated[str, Field(min_length=1)]  # an empty one would mean the current folder
 Two = Field(min_length=2, max_length=2)
@@ -83,6 +85,14 @@ class ZeroShot(_Way):
 
 
 Target = Literal["q", "k", "v", "proj", "lin1", "lin2"]
+Blocks = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, max_length=256)]
+Last = Annotated[float, Field(gt=0, le=1)]
+
+
+def _chosen_once(way: Any) -> Any:
+    if way.blocks is not None and way.last is not None:
+        raise ValueError(f"blocks {way.blocks} and last {way.last} choose the same thing; give one of them")
+    return way
 
 
 class LoRA(_Way):
@@ -93,14 +103,44 @@ class LoRA(_Way):
     alpha: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Scaling is alpha / rank; null: rank."""
     targets: Annotated[list[Target], Field(min_length=1, max_length=6)] = ["q", "v"]
-    blocks: Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, max_length=256)] | None = None
+    blocks: Blocks | None = None
     """Encoder blocks that are adapted, from 0; null: all."""
+    last: Last | None = None
+    """In place of blocks: this fraction of those with attention, from the end."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rank_stabilised: bool = False
-    decoder: bool = False
-    """Train the mask decoder, too."""
+    decoder: bool | Literal["lora"] = False
+    """Train the mask decoder, too; or put low-rank updates into q and v of its attention."""
     dora: bool = False
     """Learn the length of each adapted row beside its direction."""
+    _fit = model_validator(mode="after")(_chosen_once)
+
+
+class Adapter(_Way):
+    """Bottlenecks of two linear layers in SAM's image encoder (Houlsby's adapters; with ``parallel`` AdaptFormer)."""
+
+    name: Literal["adapter"]
+    width: Annotated[int, Field(ge=1, le=4096)] = Field(default=64, examples=[64])
+    """Width of the bottleneck."""
+    place: Literal["serial", "parallel"] = "serial"
+    """Behind attention and MLP, or beside the MLP."""
+    scale: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Factor of what a bottleneck adds."""
+    blocks: Blocks | None = None
+    """Encoder blocks with adapters, from 0; null: all."""
+    last: Last | None = None
+    """In place of blocks: this fraction of those with attention, from the end."""
+    decoder: bool = False
+    """Train the mask decoder, too."""
+    _fit = model_validator(mode="after")(_chosen_once)
+
+
+class SSF(_Way):
+    """A scale and a shift behind every layer of SAM's image encoder (SSF)."""
+
+    name: Literal["ssf"]
+    decoder: bool = False
+    """Train the mask decoder, too."""
 
 
 class Ladder(_Way):
@@ -123,7 +163,7 @@ class Selective(_Way):
 
     name: Literal["selective"]
     label: Name = "selective"
-    """How tables call it: full, decoder, norm, bias."""
+    """How tables call it: full, decoder, attention, norm, bias."""
     patterns: Annotated[list[Pattern], Field(min_length=1, max_length=100)] = Field(examples=[["sam.mask_decoder"]])
     frozen: Annotated[list[Pattern], Field(max_length=100)] = []
 
@@ -140,7 +180,7 @@ class Scratch(_Way):
     """How tables call it."""
 
 
-Method = Annotated[ZeroShot | LoRA | Ladder | Selective | Scratch, Field(discriminator="name")]
+Method = Annotated[ZeroShot | LoRA | Adapter | SSF | Ladder | Selective | Scratch, Field(discriminator="name")]
 Channels = Annotated[list[Annotated[int, Field(ge=1, le=2048)]], Field(min_length=1, max_length=8)]
 Steps = Annotated[list[Annotated[int, Field(ge=1, le=4)]], Field(min_length=1, max_length=8)]
 Width = Annotated[int, Field(ge=1, le=2048)]

@@ -37,6 +37,8 @@ MOBILE_SAM = {
 NO_PROMPTS = "no prompts"
 STRATEGIES = {
     BOX_ELLIPSE: "Box ellipse (no network)", ZERO_SHOT: "Zero-shot", LORA: "LoRA", "dora": "DoRA",
+    "adapter": "Adapters (behind attention and MLP)", "adaptformer": "AdaptFormer", "ssf": "SSF (scale and shift)",
+    "attention": "Attention projections",
     LADDER: "Ladder (ResNet18 beside SAM)", "ladder_paper": "Ladder, as published", "cnn_only": "CNN only",
     "sam_only": "SAM only (decoder upscaling)", "full": "Full fine-tuning", "decoder": "Mask decoder",
     "norm": "Normalisation layers", "bias": "Biases", "unet": "U-Net, no SAM",
@@ -198,16 +200,19 @@ class RunResult:
         return spelt_out(self.label or self._title())
 
     def _title(self) -> str:
-        base = STRATEGIES.get(self.name, self.name.replace("_", " "))
+        kind, late, share = self.name.partition("_late_")
+        base = STRATEGIES.get(kind, kind.replace("_", " ")) + (f" in the last {share} % of blocks" if late else "")
         side = str(self.fact("strategy.arguments.side") or "").rpartition(".")[2]
         if self.name == LADDER and side:
             built = self.fact("side_arguments") or {}
             words = [f"{key} {value}" for key, value in built.items() if isinstance(value, (bool, int, float, str))]
             return f"Ladder ({', '.join([SIDES.get(side, side), *words])} beside SAM)"
         rank = self.fact("strategy.arguments.rank")
-        if self.name not in (LORA, "dora") or rank is None:
+        if self.name.partition("_")[0] not in (LORA, "dora") or rank is None:
             return base
-        return f"{base}, rank {rank}" + (" + decoder" if self.fact("strategy.arguments.decoder") else "")
+        decoder = self.fact("strategy.arguments.decoder")
+        also = " + LoRA in the decoder" if decoder == "lora" else " + decoder" if decoder else ""
+        return f"{base}, rank {rank}{also}"
 
     @property
     def has_network(self) -> bool:
