@@ -47,10 +47,11 @@ class ScaleShift(nn.Module):
         """(..., channels) or (B, channels, ...) to the same, in the type of what it gets."""
         if not self.enabled:
             return output
-        scale, shift = self.scale.to(output.dtype), self.shift.to(output.dtype)
-        if not self.last:
-            scale, shift = (value.view(-1, *[1] * (output.ndim - 2)) for value in (scale, shift))
-        return torch.addcmul(shift, output, scale)
+        axes = [] if self.last else [1] * (output.ndim - 2)  # behind the channels
+        scale, shift = self.scale.view(-1, *axes), self.shift.view(-1, *axes)
+        # bf16 has nothing between 1 and 1.0078: the scale itself must not be rounded to it
+        wide = output.to(torch.promote_types(output.dtype, scale.dtype))
+        return torch.addcmul(shift, wide, scale).to(output.dtype)
 
     @torch.no_grad()
     def merge(self, layer: Any) -> None:

@@ -200,19 +200,21 @@ class RunResult:
         return spelt_out(self.label or self._title())
 
     def _title(self) -> str:
-        kind, late, share = self.name.partition("_late_")
-        base = STRATEGIES.get(kind, kind.replace("_", " ")) + (f" in the last {share} % of blocks" if late else "")
+        kind, _, share = self.name.partition("_late_")
+        low_rank = kind in (LORA, "dora")
+        base = STRATEGIES.get(kind if low_rank else self.name, self.name.replace("_", " "))
         side = str(self.fact("strategy.arguments.side") or "").rpartition(".")[2]
         if self.name == LADDER and side:
             built = self.fact("side_arguments") or {}
             words = [f"{key} {value}" for key, value in built.items() if isinstance(value, (bool, int, float, str))]
             return f"Ladder ({', '.join([SIDES.get(side, side), *words])} beside SAM)"
         rank = self.fact("strategy.arguments.rank")
-        if self.name.partition("_")[0] not in (LORA, "dora") or rank is None:
+        if not low_rank or rank is None:
             return base
+        late = f", last {share} % of blocks" if share else ""
         decoder = self.fact("strategy.arguments.decoder")
-        also = " + LoRA in the decoder" if decoder == "lora" else " + decoder" if decoder else ""
-        return f"{base}, rank {rank}{also}"
+        also = f" + {base} in the decoder" if decoder == "lora" else " + decoder" if decoder else ""
+        return f"{base}, rank {rank}{late}{also}"
 
     @property
     def has_network(self) -> bool:

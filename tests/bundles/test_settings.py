@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from samseg_monai.choices import MOST_LEVELS, Method
+from samseg_monai.choices import Method
 from samseg_monai.errors import ConfigError
 from samseg_monai.settings import (
     BundleSettings,
@@ -16,6 +16,7 @@ from samseg_monai.settings import (
     json_schema,
     read_settings,
 )
+from samseg_monai.unsafe import MOST_LEVELS
 
 TASK = {
     "name": "liver", "dataset": "livers", "scans": ["t1", "t2", "t3"], "channels": ["T1", "T2", "T3"],

@@ -13,6 +13,7 @@ from torch import nn
 
 from samseg_monai.adapters import BottleneckLinear, ScaleShift, merge_all
 from samseg_monai.errors import AdapterError
+from samseg_monai.training.owned import hold_statistics
 
 
 @pytest.fixture
@@ -86,6 +87,16 @@ def test_threads_and_copies_do_not_hear_of_each_others_pass(x):
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         torch.testing.assert_close(twin(x), module(x), atol=1e-5, rtol=0)
         assert twin[0].handed is twin[2].handed is not module[0].handed
+
+
+def test_a_frozen_batch_normalisation_keeps_its_statistics_when_it_is_scaled_and_shifted():
+    module = nn.Sequential(nn.BatchNorm2d(3)).train()
+    ScaleShift.behind(module[0])
+    hold_statistics(module, ["0.ssf.scale", "0.ssf.shift"])
+    module(torch.randn(4, 3, 2, 2))
+    assert module[0].num_batches_tracked == 0 and module.training
+    hold_statistics(module.train(), ["0.weight"])
+    assert module[0].training
 
 
 def test_only_layers_that_fit_are_taken(x):
