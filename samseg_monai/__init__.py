@@ -17,9 +17,11 @@ __version__ = "0.2.0"
 # module -> names of the face; the block below is the same for editors, mypy and the API page
 _FACE = {
     "face": ("create", "list_strategies"),
-    "strategies": ("Strategy", "ZeroShot", "LoRA", "Ladder", "Selective", "Scratch"),
+    "strategies": ("Strategy", "ZeroShot", "LoRA", "Adapter", "SSF", "Ladder", "Selective", "Scratch"),
     "networks": ("SamSegmenter", "PlainSegmenter", "BoxEllipse", "disable_adapter"),
-    "adapters": ("LoRALinear", "DoRALinear", "GatedSide", "ResNetSide", "FeatureMap"),
+    "adapters": (
+        "LoRALinear", "DoRALinear", "BottleneckLinear", "ScaleShift", "GatedSide", "ResNetSide", "FeatureMap",
+    ),
     "checkpoints": ("save_adapter", "load_adapter", "save_model", "load_model", "load_trained", "read_card"),
     "inferers": ("SliceVolumeInferer",),
     "training": ("SegmentationLoss", "OnLogitGrid"),
@@ -37,7 +39,15 @@ __all__ = ["__version__", *_MODULES]
 
 # ruff: noqa: F401
 if TYPE_CHECKING:
-    from samseg_monai.adapters import DoRALinear, FeatureMap, GatedSide, LoRALinear, ResNetSide
+    from samseg_monai.adapters import (
+        BottleneckLinear,
+        DoRALinear,
+        FeatureMap,
+        GatedSide,
+        LoRALinear,
+        ResNetSide,
+        ScaleShift,
+    )
     from samseg_monai.bundles import LoadedBundle, build_bundle, load_bundle, pack_bundle
     from samseg_monai.checkpoints import load_adapter, load_model, load_trained, read_card, save_adapter, save_model
     from samseg_monai.data.slices import AllSlices, EveryNth, Foreground, MaxArea, RandomN, SliceDataset
@@ -58,7 +68,7 @@ if TYPE_CHECKING:
     from samseg_monai.inferers import SliceVolumeInferer
     from samseg_monai.metrics import CaseScores, LesionRules, score_case, score_lesions
     from samseg_monai.networks import BoxEllipse, PlainSegmenter, SamSegmenter, disable_adapter
-    from samseg_monai.strategies import Ladder, LoRA, Scratch, Selective, Strategy, ZeroShot
+    from samseg_monai.strategies import SSF, Adapter, Ladder, LoRA, Scratch, Selective, Strategy, ZeroShot
     from samseg_monai.training import OnLogitGrid, SegmentationLoss
 
 

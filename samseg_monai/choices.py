@@ -1,17 +1,13 @@
-"""What settings are made of: safe texts, bounded numbers, the closed lists of methods, networks and slice pickers."""
+"""What settings are made of: texts, bounded numbers, the closed lists of methods, networks and slice pickers."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import unicodedata
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-MOST_BYTES, MOST_LEVELS = 1_000_000, 30
-TOO_MUCH = "all of it"
 IGNORE = 255  # in labels that were recoded: nobody has judged this voxel, it is out of loss and scores
 IGNORE_NAMES = ("ignore", "ignored", "void")  # what datalists call the value of such voxels
 _WORD = "[A-Za-z0-9][A-Za-z0-9_.-]*"
@@ -24,7 +20,9 @@ Label = Annotated[
 ]
 # a sentence: it begins like one, so that it is neither an expression nor a path
 Text = Annotated[str, StringConstraints(pattern=r"""^[A-Za-z0-9"'(]""", max_length=4000)]
-Pattern = Annotated[str, StringConstraints(pattern=r"^([A-Za-z0-9*][A-Za-z0-9_.*-]*|<norm>)$", max_length=200)]
+Pattern = Annotated[
+    str, StringConstraints(pattern=r"^([A-Za-z0-9*][A-Za-z0-9_.*-]*|<norm>|<attention>)$", max_length=200)
+]
 Weights = Annotated[str, StringConstraints(pattern=f"^{_WORD}[ =,A-Za-z0-9_.+-]*$", max_length=4000)]
 Place = Annotated[str, Field(min_length=1)]  # an empty one would mean the current folder
 Two = Field(min_length=2, max_length=2)
@@ -83,6 +81,14 @@ class ZeroShot(_Way):
 
 
 Target = Literal["q", "k", "v", "proj", "lin1", "lin2"]
+Blocks = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, max_length=256)]
+Last = Annotated[float, Field(gt=0, le=1)]
+
+
+def _chosen_once(way: Any) -> Any:
+    if way.blocks is not None and way.last is not None:
+        raise ValueError(f"blocks {way.blocks} and last {way.last} choose the same thing; give one of them")
+    return way
 
 
 class LoRA(_Way):
@@ -93,14 +99,44 @@ class LoRA(_Way):
     alpha: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Scaling is alpha / rank; null: rank."""
     targets: Annotated[list[Target], Field(min_length=1, max_length=6)] = ["q", "v"]
-    blocks: Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, max_length=256)] | None = None
+    blocks: Blocks | None = None
     """Encoder blocks that are adapted, from 0; null: all."""
+    last: Last | None = None
+    """In place of blocks: this fraction of those with attention, from the end."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rank_stabilised: bool = False
-    decoder: bool = False
-    """Train the mask decoder, too."""
+    decoder: bool | Literal["lora"] = False
+    """Train the mask decoder, too; or put low-rank updates into q and v of its attention."""
     dora: bool = False
     """Learn the length of each adapted row beside its direction."""
+    _fit = model_validator(mode="after")(_chosen_once)
+
+
+class Adapter(_Way):
+    """Bottlenecks of two linear layers in SAM's image encoder (Houlsby's adapters; with ``parallel`` AdaptFormer)."""
+
+    name: Literal["adapter"]
+    width: Annotated[int, Field(ge=1, le=4096)] = Field(default=64, examples=[64])
+    """Width of the bottleneck."""
+    place: Literal["serial", "parallel"] = "serial"
+    """Behind attention and MLP, or beside the MLP."""
+    scale: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Factor of what a bottleneck adds."""
+    blocks: Blocks | None = None
+    """Encoder blocks with adapters, from 0; null: all."""
+    last: Last | None = None
+    """In place of blocks: this fraction of those with attention, from the end."""
+    decoder: bool = False
+    """Train the mask decoder, too."""
+    _fit = model_validator(mode="after")(_chosen_once)
+
+
+class SSF(_Way):
+    """A scale and a shift behind every layer of SAM's image encoder (SSF)."""
+
+    name: Literal["ssf"]
+    decoder: bool = False
+    """Train the mask decoder, too."""
 
 
 class Ladder(_Way):
@@ -123,7 +159,7 @@ class Selective(_Way):
 
     name: Literal["selective"]
     label: Name = "selective"
-    """How tables call it: full, decoder, norm, bias."""
+    """How tables call it: full, decoder, attention, norm, bias."""
     patterns: Annotated[list[Pattern], Field(min_length=1, max_length=100)] = Field(examples=[["sam.mask_decoder"]])
     frozen: Annotated[list[Pattern], Field(max_length=100)] = []
 
@@ -140,7 +176,7 @@ class Scratch(_Way):
     """How tables call it."""
 
 
-Method = Annotated[ZeroShot | LoRA | Ladder | Selective | Scratch, Field(discriminator="name")]
+Method = Annotated[ZeroShot | LoRA | Adapter | SSF | Ladder | Selective | Scratch, Field(discriminator="name")]
 Channels = Annotated[list[Annotated[int, Field(ge=1, le=2048)]], Field(min_length=1, max_length=8)]
 Steps = Annotated[list[Annotated[int, Field(ge=1, le=4)]], Field(min_length=1, max_length=8)]
 Width = Annotated[int, Field(ge=1, le=2048)]
@@ -411,49 +447,3 @@ def for_users(message: str) -> str:
     for name in ("tiny", "tiny_t"):
         message = message.replace(f', "{name}"', "").replace(f' or "{name}"', "")
     return message if " or " in message else re.sub(r', ("[^"]*")$', r" or \1", message)
-
-
-def unsafe(value: Any, where: str = "", level: int = 0) -> list[str]:
-    """What no settings may hold, whatever the key: what MONAI would evaluate or merge, control characters, too much."""
-    if level == 0:
-        if _deeper(value, MOST_LEVELS):
-            return [f"{TOO_MUCH}: more than {MOST_LEVELS} levels of lists and objects"]
-        try:
-            size = len(json.dumps(value))
-        except (TypeError, ValueError) as error:
-            return [f"{TOO_MUCH}: not JSON: {error}"]
-        if size > MOST_BYTES:
-            return [f"{TOO_MUCH}: {size:,} bytes, more than {MOST_BYTES:,}"]
-    if isinstance(value, str):
-        return [f"{where}: {problem}" for problem in _unsafe_text(value)]
-    if isinstance(value, list):
-        return [line for i, item in enumerate(value) for line in unsafe(item, f"{where}::{i}", level + 1)]
-    if not isinstance(value, dict):
-        return []
-    found = []
-    for key, item in value.items():
-        name = f"{where}::{key!r}" if not str(key).isidentifier() else f"{where}::{key}"
-        name = name.removeprefix("::")
-        if not isinstance(key, str) or key.startswith(("_", "+")) or _unsafe_text(key):
-            found.append(f"{name}: no key may begin with '_', '+', '$', '@' or '%' or hold control characters")
-        found += unsafe(item, name, level + 1)
-    return found
-
-
-def _unsafe_text(text: str) -> list[str]:
-    if text.strip() != text:
-        return [f"{text!r}: spaces at its ends"]
-    if text.startswith(("$", "@", "%")):
-        return [f"{text!r}: a setting is a value, and no text may begin with '$', '@' or '%'"]
-    if any(unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") for character in text):
-        return [f"{text!r}: control characters"]
-    if re.search(r"[@%](#|::)", text):
-        return [f"{text!r}: MONAI takes '@' and '%' before '#' or '::' for a reference"]
-    if "../" in text or "..\\" in text:
-        return [f"{text!r}: a setting names no place"]
-    return []
-
-
-def _deeper(value: Any, levels: int) -> bool:
-    items: Any = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels < 0 or any(_deeper(item, levels - 1) for item in items)

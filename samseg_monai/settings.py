@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from samseg_monai.choices import (
     IGNORE_NAMES,
-    TOO_MUCH,
     Cases,
     EmbeddingSettings,
     Intensity,
@@ -43,9 +42,9 @@ from samseg_monai.choices import (
     Voxels,
     Workers,
     for_users,
-    unsafe,
 )
 from samseg_monai.errors import MOST_LINES, ConfigError, raise_all
+from samseg_monai.unsafe import TOO_MUCH, unsafe
 
 NOTHING = "$None"  # null in an override: MONAI passes over one that is None itself
 

@@ -5,7 +5,20 @@ Layers only: they know torch and nothing of SAM, strategies or files.
 
 from __future__ import annotations
 
+from samseg_monai.adapters.bottleneck import BottleneckLinear
 from samseg_monai.adapters.ladder import FeatureMap, GatedSide, ResNetSide
-from samseg_monai.adapters.lora import DoRALinear, LoRALinear, merge_all
+from samseg_monai.adapters.lora import DoRALinear, LoRALinear
+from samseg_monai.adapters.merging import ADAPTERS, merge_all
+from samseg_monai.adapters.scale_shift import ScaleShift
 
-__all__ = ["DoRALinear", "FeatureMap", "GatedSide", "LoRALinear", "ResNetSide", "merge_all"]
+__all__ = [
+    "ADAPTERS",
+    "BottleneckLinear",
+    "DoRALinear",
+    "FeatureMap",
+    "GatedSide",
+    "LoRALinear",
+    "ResNetSide",
+    "ScaleShift",
+    "merge_all",
+]

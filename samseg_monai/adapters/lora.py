@@ -190,17 +190,6 @@ class DoRALinear(LoRALinear):
         return self._stretch(part)[:, None] * super()._merged(part)
 
 
-def merge_all(module: nn.Module) -> int:
-    """Replace every ``LoRALinear`` below ``module`` by its merged plain layer; returns how many there were."""
-    merged = 0
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoRALinear):
-                setattr(parent, name, child.merge())
-                merged += 1
-    return merged
-
-
 def _like(weight: Tensor, rows: int, columns: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(rows, columns, device=weight.device, dtype=weight.dtype))
 

@@ -36,6 +36,7 @@ LOCAL = {
     "prompts",
 }  # fmt: skip
 PUBLIC = {*KEYS, *TASK_KEYS, "strategy"}
+UNAIDED = ("ZeroShot", "LoRA", "Adapter", "SSF", "Selective")  # with SAM alone, which is made for prompts
 
 
 def overridden(found: Running) -> dict[str, Any]:
@@ -165,7 +166,7 @@ def _doubts(found: Running) -> list[str]:
     strategy, prompt = found.config.get("strategy"), found.config.get("prompt")
     kind = str(strategy.get("_target_", "")).rpartition(".")[2] if isinstance(strategy, dict) else ""
     told = []
-    if isinstance(prompt, dict) and prompt.get("source") == "none" and kind in ("ZeroShot", "LoRA", "Selective"):
+    if isinstance(prompt, dict) and prompt.get("source") == "none" and kind in UNAIDED:
         told.append(f"{kind} without boxes: this task has none (prompt::source none), SAM segments the image alone")
     if kind == "ZeroShot" and found.config.get("sam_checkpoint") == RANDOM:
         told.append("ZeroShot on random weights (sam_checkpoint random): nothing learns, its scores are those of noise")

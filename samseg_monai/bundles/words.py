@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from samseg_monai.choices import Ladder, LoRA, Selective, ZeroShot
+from samseg_monai.choices import SSF, Adapter, Ladder, LoRA, Selective, ZeroShot
 from samseg_monai.settings import BundleSettings
 
 SCALES = {"zscore": "z-scores", "unit": "0 to 1", "sam": "0 to 255"}
@@ -101,15 +101,31 @@ def _method(settings: BundleSettings) -> str:
     if isinstance(method, ZeroShot):
         return f"{sam} Nothing learns."
     if isinstance(method, LoRA):
-        where = "all blocks" if method.blocks is None else f"blocks {', '.join(map(str, method.blocks))}"
         kind = "DoRA" if method.dora else "LoRA"
-        decoder = "learns, too" if method.decoder else "stays as it is"
-        return (
-            f"{sam} {kind} of rank {method.rank} in {', '.join(method.targets)} of {where}; the mask decoder {decoder}."
-        )
+        what = f"{kind} of rank {method.rank} in {', '.join(method.targets)} of {_blocks(method)}"
+        return f"{sam} {what}; the mask decoder {_decoder(method.decoder, kind)}."
+    if isinstance(method, Adapter):
+        where = "behind attention and MLP" if method.place == "serial" else "beside the MLP"
+        what = f"Bottlenecks of width {method.width} {where} of {_blocks(method)}, scaled by {method.scale:g}"
+        return f"{sam} {what}; the mask decoder {_decoder(method.decoder)}."
+    if isinstance(method, SSF):
+        what = "A scale and a shift behind every layer of the encoder that has weight and bias"
+        return f"{sam} {what}; the mask decoder {_decoder(method.decoder)}."
     if isinstance(method, Ladder):
         width = f" of width {method.side.width}" if method.side else ""
         return f"{sam} Ladder{width}: mix {method.mix}, decoder {method.decoder}, masks {method.masks}."
     assert isinstance(method, Selective)
     frozen = f"; frozen: {', '.join(method.frozen)}" if method.frozen else ""
     return f"{sam} What learns: {', '.join(method.patterns)}{frozen}."
+
+
+def _blocks(method: LoRA | Adapter) -> str:
+    if method.last is not None:
+        return f"the last {method.last:.0%} of the blocks with attention"
+    return "all blocks" if method.blocks is None else f"blocks {', '.join(map(str, method.blocks))}"
+
+
+def _decoder(choice: bool | str, kind: str = "") -> str:
+    if choice == "lora":
+        return f"has {kind} in q and v of its attention"
+    return "learns, too" if choice else "stays as it is"

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import nn
 
 from samseg_monai import __version__
-from samseg_monai.adapters.lora import merge_all
+from samseg_monai.adapters import merge_all
 from samseg_monai.checkpoints import Network, git_commit
 from samseg_monai.errors import BundleError, ConfigError, raise_all
 from samseg_monai.export.official import official_sam, official_shapes, official_state

@@ -98,7 +98,8 @@ def check_new_masks(network: SamSegmenter, skipped: Collection[str]) -> None:
         raise ConfigError(
             f"num_classes={network.num_classes} needs a new mask head, which the strategy does not train "
             f"({len(lost)} tensors, first {min(lost)}): predictions would be noise; use a strategy that trains the "
-            "decoder (LoRA: decoder=true), or zero-shot with strategy::random_masks true if a row of noise is wanted"
+            "decoder (LoRA, Adapter or SSF: decoder=true), or zero-shot with strategy::random_masks true if a row of "
+            "noise is wanted"
         )
 
 

@@ -117,7 +117,7 @@ def _samed_arguments(network: SamSegmenter, rank: int) -> list[str]:
         f"alpha: the file needs a scaling of 1, alpha={rank} or null without rank_stabilised, "
         f"got alpha={strategy.alpha}, rank_stabilised={strategy.rank_stabilised}": scaled,
         f"targets: the file needs ['q', 'v'], got {list(strategy.targets)}": sorted(strategy.targets) == list(_PARTS),
-        "decoder: the file needs decoder=True, got False": strategy.decoder,
+        f"decoder: the file needs decoder=True, got {strategy.decoder!r}": strategy.decoder is True,
         "dora: the file needs dora=False, got True": not strategy.dora,
     }
     return [problem for problem, fits in needs.items() if not fits]

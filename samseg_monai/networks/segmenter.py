@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from samseg_monai.adapters.lora import LoRALinear, merge_all
+from samseg_monai.adapters import ADAPTERS, merge_all
 from samseg_monai.errors import AdapterError, ConfigError
 from samseg_monai.files import unwrap
 from samseg_monai.networks.common import (
@@ -171,12 +171,12 @@ class SamSegmenter(Segmenter):
         return report
 
     def merge(self) -> int:
-        """Fold all LoRA updates into plain layers; what is left is SAM, frozen, without a strategy.
+        """Fold low-rank updates, scales and shifts into plain layers; what is left is SAM, frozen, without a strategy.
 
         Returns:
             The number of layers merged. ``self.sam.state_dict()`` then loads strictly into any plain SAM.
         Raises:
-            AdapterError: there is a side network, which no layer of SAM can take in.
+            AdapterError: there is a side network or a bottleneck, which no layer of SAM can take in.
         """
         if self.side is not None:
             raise AdapterError("merge: got a network with a side network; SAM alone cannot replace it, use save_model")
@@ -297,7 +297,7 @@ def disable_adapter(network: nn.Module) -> Iterator[None]:
 
     Args:
         network: a ``SamSegmenter`` (also in ``DistributedDataParallel``) whose strategy only adds to SAM: low-rank
-            updates, a side network. Zero-shot has nothing to disable.
+            updates, bottlenecks, scales and shifts, a side network. Zero-shot has nothing to disable.
     Raises:
         AdapterError: SAM as it was is not there: trained in place (which tensors is told), merged, or never there.
     """
@@ -311,7 +311,7 @@ def disable_adapter(network: nn.Module) -> Iterator[None]:
             f"disable_adapter: {network.strategy.name!r} trains {len(changed)} of SAM's own tensors in place "
             f"({changed[0]} ...), so that SAM as it was is not here any more; compare with a zero-shot network"
         )
-    layers = [layer for layer in network.modules() if isinstance(layer, LoRALinear)]
+    layers = [layer for layer in network.modules() if isinstance(layer, ADAPTERS)]
     before, side = [layer.enabled for layer in layers], network.side
     try:
         network.side = None

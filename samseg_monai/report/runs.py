@@ -38,6 +38,8 @@ MOBILE_SAM = {
 NO_PROMPTS = "no prompts"
 STRATEGIES = {
     BOX_ELLIPSE: "Box ellipse (no network)", ZERO_SHOT: "Zero-shot", LORA: "LoRA", "dora": "DoRA",
+    "adapter": "Adapters (behind attention and MLP)", "adaptformer": "AdaptFormer", "ssf": "SSF (scale and shift)",
+    "attention": "Attention projections",
     LADDER: "Ladder (ResNet18 beside SAM)", "ladder_paper": "Ladder, as published", "cnn_only": "CNN only",
     "sam_only": "SAM only (decoder upscaling)", "full": "Full fine-tuning", "decoder": "Mask decoder",
     "norm": "Normalisation layers", "bias": "Biases", "unet": "U-Net, no SAM",
@@ -199,16 +201,21 @@ class RunResult:
         return spelt_out(self.label or self._title())
 
     def _title(self) -> str:
-        base = STRATEGIES.get(self.name, self.name.replace("_", " "))
+        kind, _, share = self.name.partition("_late_")
+        low_rank = kind in (LORA, "dora")
+        base = STRATEGIES.get(kind if low_rank else self.name, self.name.replace("_", " "))
         side = str(self.fact("strategy.arguments.side") or "").rpartition(".")[2]
         if self.name == LADDER and side:
             built = self.fact("side_arguments") or {}
             words = [f"{key} {value}" for key, value in built.items() if isinstance(value, (bool, int, float, str))]
             return f"Ladder ({', '.join([SIDES.get(side, side), *words])} beside SAM)"
         rank = self.fact("strategy.arguments.rank")
-        if self.name not in (LORA, "dora") or rank is None:
+        if not low_rank or rank is None:
             return base
-        return f"{base}, rank {rank}" + (" + decoder" if self.fact("strategy.arguments.decoder") else "")
+        late = f", last {share} % of blocks" if share else ""
+        decoder = self.fact("strategy.arguments.decoder")
+        also = f" + {base} in the decoder" if decoder == "lora" else " + decoder" if decoder else ""
+        return f"{base}, rank {rank}{late}{also}"
 
     @property
     def has_network(self) -> bool:

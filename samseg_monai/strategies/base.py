@@ -7,12 +7,14 @@ ones that learn and the only ones in an adapter file. The dotted path of the cla
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar
 
 from torch import nn
 
 from samseg_monai.errors import AdapterError
+from samseg_monai.sam.backbone import Backbone
 from samseg_monai.sam.build import SamModel
 from samseg_monai.sam.weights import MASK_HEAD
 from samseg_monai.training.owned import count_trainable, keep_only
@@ -179,6 +181,48 @@ class Scratch(Strategy):
         """What the network tells of itself, if it has ``facts()``."""
         tell = getattr(getattr(segmenter, "net", None), "facts", None)
         return tell() if callable(tell) else {}
+
+
+def block_problems(blocks: Sequence[int] | None, last: float | None) -> list[str]:
+    """What is wrong with a choice of encoder blocks, by their numbers or as a fraction of the last ones."""
+    problems = []
+    if blocks is not None and (not blocks or len(set(blocks)) < len(blocks)):
+        problems.append(f"blocks must be different block numbers, got {tuple(blocks)}; None means all")
+    if last is not None and not 0 < last <= 1:
+        problems.append(f"last must be a fraction of the blocks, 0 < last <= 1, got {last}; None means all")
+    if blocks is not None and last is not None:
+        problems.append(f"blocks and last choose the same thing, got {tuple(blocks)} and {last}; give one of them")
+    return problems
+
+
+def chosen_blocks(
+    encoder: Backbone, targets: Collection[str], blocks: Sequence[int] | None, last: float | None, who: str
+) -> list[nn.Module]:
+    """The encoder's blocks that are adapted: all that have ``targets``, those with these numbers, or the last ones.
+
+    Args:
+        targets: names of ``sam.backbone.TARGETS``.
+        last: fraction of the blocks with ``targets``, from the end; at least that many.
+        who: name of the strategy, for errors.
+    Raises:
+        AdapterError: numbers of blocks that are not there, or lack a target.
+    """
+    layers = [block for _, block in encoder.named_blocks()]
+    able = [index for index, block in enumerate(layers) if set(targets) <= encoder.targets(block).keys()]
+    # 0.07 * 100 is a little more than 7
+    late = able if last is None else able[len(able) - math.ceil(round(last * len(able), 6)) :]
+    chosen = late if blocks is None else blocks
+    if outside := [index for index in chosen if not 0 <= index < len(layers)]:
+        raise AdapterError(f"{who} blocks {outside} are not in this encoder; it has blocks 0 .. {len(layers) - 1}")
+    if unable := [index for index in chosen if index not in able]:
+        raise AdapterError(f"{who} blocks {unable} have no {', '.join(targets)}; blocks {able} have them")
+    return [layers[index] for index in chosen]
+
+
+def added_names(segmenter: Segmenter, kind: type[nn.Module], own: Collection[str] = ()) -> set[str]:
+    """State-dict names of the parameters of all layers of this ``kind``, but those called ``own``."""
+    layers = {prefix: layer for prefix, layer in segmenter.named_modules() if isinstance(layer, kind)}
+    return {f"{at}.{name}" for at, layer in layers.items() for name, _ in layer.named_parameters() if name not in own}
 
 
 def decoder_names(segmenter: Segmenter) -> list[str]:

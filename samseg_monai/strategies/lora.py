@@ -1,16 +1,28 @@
-"""LoRA as a strategy: low-rank updates in the linear layers of SAM's image encoder, and the mask decoder if wanted."""
+"""LoRA as a strategy: low-rank updates in linear layers of SAM's image encoder, and in the mask decoder if wanted."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+from segment_anything.modeling.transformer import Attention
 from torch import nn
 
 from samseg_monai.adapters.lora import DoRALinear, LoRALinear
 from samseg_monai.errors import AdapterError, raise_all
 from samseg_monai.sam.backbone import TARGETS, Rows
-from samseg_monai.strategies.base import Segmenter, Strategy, decoder_names, unused_of_decoder
+from samseg_monai.strategies.base import (
+    Segmenter,
+    Strategy,
+    added_names,
+    block_problems,
+    chosen_blocks,
+    decoder_names,
+    head_names,
+    unused_of_decoder,
+)
+
+DECODERS = (False, True, "lora")
 
 
 class LoRA(Strategy):
@@ -22,9 +34,12 @@ class LoRA(Strategy):
         targets: subset of q, k, v (attention inputs), proj (attention output), lin1, lin2 (MLP).
         blocks: encoder blocks to adapt, 0-based; None means all that have attention. Those before the first of them
             keep nothing for the backward pass: with the last blocks alone a step needs less memory and time.
+        last: adapt this fraction of the blocks with attention, 0 < last <= 1, from the end ("late" LoRA); at least
+            that many, so that 0.08 is one of twelve. In place of ``blocks``.
         dropout: probability, 0 <= p < 1, on the input of the update during training.
         rank_stabilised: scale by ``alpha / sqrt(rank)`` (Kalajdzievski 2023, arXiv:2312.03732).
-        decoder: also train what the task uses of the mask decoder.
+        decoder: True also trains what the task uses of the mask decoder. "lora" puts updates of the same rank into q
+            and v of its attention layers instead; of several classes the mask head, which starts anew, learns whole.
         dora: learn the magnitude of each adapted row beside its direction (Liu et al. 2024, arXiv:2402.09353).
     Raises:
         AdapterError: listing what is wrong with the arguments; on installing also when they do not fit the encoder.
@@ -42,50 +57,45 @@ class LoRA(Strategy):
         blocks: Sequence[int] | None = None,
         dropout: float = 0.0,
         rank_stabilised: bool = False,
-        decoder: bool = False,
+        decoder: bool | Literal["lora"] = False,
         dora: bool = False,
+        last: float | None = None,
     ) -> None:
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.targets = tuple(targets)
         self.blocks = None if blocks is None else tuple(blocks)
-        self.rank_stabilised, self.decoder, self.dora = rank_stabilised, decoder, dora
-        if dora:
-            self.name = "dora"
+        self.rank_stabilised, self.decoder, self.dora, self.last = rank_stabilised, decoder, dora, last
+        late = "" if last is None else f"_late_{round(100 * last)}"
+        self.name = f"{'dora' if dora else 'lora'}{late}"
         options = ", ".join(TARGETS)
         problems = [f"target {t!r} is unknown; the options are {options}" for t in self.targets if t not in TARGETS]
         if not self.targets or len(set(self.targets)) < len(self.targets):
             problems.append(f"targets must name different layers of {options}, got {self.targets}")
-        if self.blocks is not None and (not self.blocks or len(set(self.blocks)) < len(self.blocks)):
-            problems.append(f"blocks must be different block numbers, got {self.blocks}; None means all")
+        if not any(decoder is option or decoder == option == "lora" for option in DECODERS):
+            problems.append(f"decoder must be one of {', '.join(map(repr, DECODERS))}, got {decoder!r}")
+        problems += block_problems(self.blocks, last)
         raise_all(problems, AdapterError, "LoRA cannot be built")
 
     def install(self, segmenter: Segmenter) -> list[str]:
-        """Replace the chosen layers of the encoder; owned are their updates, and with ``decoder`` the mask decoder."""
+        """Replace the chosen layers; owned are their updates, and of the mask decoder what ``decoder`` says."""
         encoder = segmenter.sam.image_encoder
-        layers = [block for _, block in encoder.named_blocks()]
-        able = [index for index, block in enumerate(layers) if set(self.targets) <= encoder.targets(block).keys()]
-        chosen = able if self.blocks is None else self.blocks
-        outside = [index for index in chosen if not 0 <= index < len(layers)]
-        if outside:
-            raise AdapterError(f"LoRA blocks {outside} are not in this encoder; it has blocks 0 .. {len(layers) - 1}")
-        if unable := [index for index in chosen if index not in able]:
-            raise AdapterError(f"LoRA blocks {unable} have no {', '.join(self.targets)}; blocks {able} have them")
         replacements = [
             replacement
-            for index in chosen
-            for replacement in self._layers(layers[index], encoder.targets(layers[index]))
+            for block in chosen_blocks(encoder, self.targets, self.blocks, self.last, "LoRA")
+            for replacement in self._layers(block, encoder.targets(block))
         ]
         if not replacements:
             raise AdapterError(f"LoRA replaces no layer (targets {self.targets}, blocks {self.blocks}): nothing learns")
+        if self.decoder == "lora":
+            for layer in list(segmenter.sam.mask_decoder.transformer.modules()):
+                if isinstance(layer, Attention):
+                    replacements += [(layer, name, self._layer(getattr(layer, name))) for name in ("q_proj", "v_proj")]
         for parent, child, layer in replacements:  # only now: an error above leaves the network as it was
             setattr(parent, child, layer)
-        owned = {
-            f"{prefix}.{name}"
-            for prefix, layer in segmenter.named_modules()
-            if isinstance(layer, LoRALinear)
-            for name in layer.lora_names()
-        }
-        if self.decoder:
+        owned = added_names(segmenter, LoRALinear, own=("weight", "bias"))
+        if self.decoder == "lora" and segmenter.num_classes > 1:
+            owned |= set(head_names(segmenter)) - set(self.unused(segmenter))
+        elif self.decoder is True:
             owned |= set(decoder_names(segmenter)) - set(self.unused(segmenter))
         return [name for name in segmenter.state_dict() if name in owned]
 
@@ -101,7 +111,7 @@ class LoRA(Strategy):
                 layer.reset_magnitude()
 
     def unused(self, segmenter: Segmenter) -> list[str]:
-        """With ``decoder``: the mask quality head, and the networks of masks that are not returned."""
+        """With a ``decoder`` that learns: the mask quality head, and the networks of masks that are not returned."""
         return unused_of_decoder(segmenter) if self.decoder else []
 
     def _layers(self, block: nn.Module, targets: Mapping[str, Rows]) -> list[tuple[nn.Module, str, LoRALinear]]:
@@ -116,15 +126,16 @@ class LoRA(Strategy):
             base = block.get_submodule(path)
             if not isinstance(base, nn.Linear):
                 raise AdapterError(f"LoRA needs a linear layer at {path} of each block, got {type(base).__name__}")
-            layer = (DoRALinear if self.dora else LoRALinear)(
-                base,
-                rank=self.rank,
-                alpha=self.alpha,
-                parts=chosen,
-                num_parts=num_parts,
-                groups=groups,
-                dropout=self.dropout,
-                rank_stabilised=self.rank_stabilised,
-            )
+            layer = self._layer(base, parts=chosen, num_parts=num_parts, groups=groups)
             replacements.append((block.get_submodule(parent), child, layer))
         return replacements
+
+    def _layer(self, base: nn.Linear, **rows: Any) -> LoRALinear:
+        return (DoRALinear if self.dora else LoRALinear)(
+            base,
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            rank_stabilised=self.rank_stabilised,
+            **rows,
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from segment_anything.modeling.common import LayerNorm2d
@@ -13,20 +13,22 @@ from torch.nn.modules.batchnorm import _NormBase
 from samseg_monai.errors import AdapterError, raise_all
 from samseg_monai.strategies.base import Segmenter, Strategy, unused_of_decoder, unused_of_prompts
 
-NORM = "<norm>"
+NORM, ATTENTION = "<norm>", "<attention>"
 
 
 class Selective(Strategy):
     """SAM's own tensors that match a pattern learn; all others stay frozen.
 
     ``["sam"]`` is full fine-tuning, ``["sam.mask_decoder"]`` the decoder alone, ``["*.bias"]`` BitFit (Ben Zaken et al.
-    2022, arXiv:2106.10199), ``["<norm>"]`` scales and shifts of all normalisations. What the task never uses (the mask
+    2022, arXiv:2106.10199), ``["<norm>"]`` scales and shifts of all normalisations, ``["<attention>"]`` the projections
+    of the encoder's attention (Touvron et al. 2022, arXiv:2203.09795). What the task never uses (the mask
     quality head, the masks that are not returned, prompts of other kinds) is left out by itself. Batch normalisation
     learns its scale and shift; its stored statistics stay those of the pretraining.
 
     Args:
         patterns: a parameter's name or its beginning up to a dot; ``*`` stands for anything; ``<norm>`` for the
-            parameters of all normalisation layers, whatever they are called.
+            parameters of all normalisation layers, whatever they are called; ``<attention>`` for those of the layers
+            that make queries, keys and values in the image encoder's blocks, and of the layers behind the attention.
         frozen: patterns of what stays frozen all the same, such as ``["sam.prompt_encoder"]``.
         name: how tables call it.
     Raises:
@@ -49,18 +51,18 @@ class Selective(Strategy):
         """Change no layer; owned are SAM's parameters that a pattern matches."""
         unused = set(self.unused(segmenter))
         usable = [name for name, _ in segmenter.named_parameters() if name not in unused]
-        norms = _norm_parameters(segmenter)
+        groups = {NORM: _norm_parameters(segmenter), ATTENTION: _attention_parameters(segmenter)}
         problems = [
             f"{pattern!r} matches nothing that the task uses; there is {_outline(usable)}"
             for pattern in (*self.patterns, *self.frozen)
-            if not any(_matches(pattern, name, norms) for name in usable)
+            if not any(_matches(pattern, name, groups) for name in usable)
         ]
         raise_all(problems, AdapterError, "Selective does not fit this network")
         owned = {
             name
             for name in usable
-            if any(_matches(pattern, name, norms) for pattern in self.patterns)
-            and not any(_matches(pattern, name, norms) for pattern in self.frozen)
+            if any(_matches(pattern, name, groups) for pattern in self.patterns)
+            and not any(_matches(pattern, name, groups) for pattern in self.frozen)
         }
         if not owned:
             raise AdapterError(
@@ -85,9 +87,21 @@ def _norm_parameters(network: nn.Module) -> set[str]:
     }
 
 
-def _matches(pattern: str, name: str, norms: set[str]) -> bool:
-    if pattern == NORM:
-        return name in norms
+def _attention_parameters(segmenter: Segmenter) -> set[str]:
+    """Names of the parameters of the layers q, k, v and proj of all blocks of the image encoder."""
+    encoder = segmenter.sam.image_encoder
+    return {
+        f"sam.image_encoder.{path}.{rows.layer}.{name}"
+        for path, block in encoder.named_blocks()
+        for target, rows in encoder.targets(block).items()
+        if target in ("q", "k", "v", "proj")
+        for name, _ in block.get_submodule(rows.layer).named_parameters()
+    }
+
+
+def _matches(pattern: str, name: str, groups: Mapping[str, set[str]]) -> bool:
+    if pattern in groups:
+        return name in groups[pattern]
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 

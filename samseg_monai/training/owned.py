@@ -42,7 +42,8 @@ def hold_statistics(module: nn.Module, owned: Iterable[str]) -> None:
     for prefix, layer in module.named_modules():
         if getattr(layer, "running_mean", None) is None:
             continue  # a state dict of each of hundreds of layers takes milliseconds, in every iteration
-        own = {f"{prefix}.{name}" if prefix else name for name in layer.state_dict()}
+        tensors = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]  # not an adapter's
+        own = {f"{prefix}.{name}" if prefix else name for name, _ in tensors}
         if not own & names:
             layer.eval()
 

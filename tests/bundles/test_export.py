@@ -43,7 +43,7 @@ from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.spec import SPECS
 from samseg_monai.sam.weights import find_weights, load_sam_weights, read_state, sha256_of
 from samseg_monai.settings import dump_settings, merged, read_settings
-from samseg_monai.strategies import Ladder, LoRA
+from samseg_monai.strategies import SSF, Adapter, Ladder, LoRA
 from tests.docs.test_docs import commands
 from tests.helpers.packed import packed
 from tests.helpers.reference_sam import reference_sam
@@ -258,6 +258,10 @@ NETWORKS = {
     "bf16": lambda: SamSegmenter("tiny", LoRA(rank=2), autocast="bf16_all"),
     "classes": lambda: SamSegmenter("tiny", LoRA(rank=2, decoder=True), num_classes=2, prompt="none"),
     "prompted classes": lambda: SamSegmenter("tiny", LoRA(rank=2, decoder=True), num_classes=2, scans=2),
+    "adapter": lambda: SamSegmenter("tiny", Adapter(3), scans=2),
+    "beside": lambda: SamSegmenter("tiny", Adapter(3, place="parallel", scale=0.1)),
+    "scale and shift": lambda: SamSegmenter("tiny_t", SSF(), scans=2),
+    "decoder's updates": lambda: SamSegmenter("tiny", LoRA(rank=2, decoder="lora")),
     "ladder": lambda: SamSegmenter("tiny", Ladder(SmallSide()), num_classes=2, prompt="none", scans=2),
     "side alone": lambda: SamSegmenter("tiny", Ladder(SmallSide(), mix="side"), input_scale="sam"),
     "other encoder": lambda: SamSegmenter("tiny_t", LoRA(rank=2, decoder=True), scans=2),
@@ -277,6 +281,27 @@ def test_parts_in_turn_are_the_network(name):
     found = compare_parts(network, parts, {part.name: part.module for part in parts}, 1e-6)
     assert [d.what for d in found] == [*(part.name for part in parts), "all parts in turn"]
     assert all(d.passes for d in found) and found[-1].scale > 0.01, found
+
+
+def test_bottlenecks_are_recorded_with_the_encoder(tmp_path):
+    done = export_network(Source(lively(NETWORKS["beside"]()), base_sha256="random"), "torch", tmp_path)
+    assert [path.stem for path in done.files] == ["decoder", "encoder", "export"]
+
+
+@pytest.mark.parametrize("name", ["scale and shift", "decoder's updates"])
+def test_what_folds_into_layers_is_exported_as_plain_sam(name, tmp_path):
+    network = lively(NETWORKS[name]())
+    assert obstacles(network)["pth"] == []
+    export_network(Source(network, base_sha256="random"), "pth", tmp_path)
+    names = torch.load(tmp_path / f"sam_{network.spec.name}.pth", weights_only=True).keys()
+    assert names >= SamSegmenter(network.spec.name).sam.state_dict().keys()
+    assert not any("ssf" in name or "lora" in name for name in names)
+
+
+@pytest.mark.parametrize("name", ["adapter", "beside"])
+def test_a_bottleneck_is_no_part_of_plain_sam(name, tmp_path):
+    with pytest.raises(BundleError, match=r"Adapter: \d+ tensors that SAM does not have and that cannot be merged"):
+        export_network(Source(NETWORKS[name](), base_sha256="random"), "pth", tmp_path)
 
 
 def test_side_network_as_onnx(tmp_path):

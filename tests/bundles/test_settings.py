@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from samseg_monai.choices import MOST_LEVELS, Method
+from samseg_monai.choices import Method
 from samseg_monai.errors import ConfigError
 from samseg_monai.settings import (
     BundleSettings,
@@ -16,6 +16,7 @@ from samseg_monai.settings import (
     json_schema,
     read_settings,
 )
+from samseg_monai.unsafe import MOST_LEVELS
 
 TASK = {
     "name": "liver", "dataset": "livers", "scans": ["t1", "t2", "t3"], "channels": ["T1", "T2", "T3"],
@@ -183,6 +184,9 @@ def test_all_problems_are_listed_with_the_nearest_key_and_an_example():
         (("run", "masks"), "best", "one class"),
         (("run", "low_res_training"), True, "takes no boxes"),
         (("run", "sam_variant"), None, "without SAM"),
+        (("strategy", "method"), {**METHODS[1], "last": 0.5}, r"blocks \[0, 1\] and last 0.5 choose the same"),
+        (("strategy", "method"), {"name": "adapter", "blocks": [1], "last": 0.5}, "choose the same"),
+        (("strategy", "method"), {"name": "lora", "decoder": "all"}, "strategy::method::decoder"),
         (("demo", "method"), {"rank": 0}, "demo: strategy::method::rank: got 0"),
         (("demo", "run"), {"image_size": 100}, "demo: run::image_size: got 100"),
     ],

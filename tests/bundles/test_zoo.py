@@ -27,6 +27,12 @@ NECESSARY = ("LICENSE", "configs/metadata.json", "configs/inference.json", "conf
              "models/model.pt")  # fmt: skip
 
 
+UNTRAINED_MASKS = (
+    "zero_shot", "bias", "norm", "attention", "ssf", "adapter", "adaptformer", "lora", "lora_late_50", "lora_late_25",
+    "lora_late_8",
+)  # fmt: skip
+
+
 def boxed(task: str) -> bool:
     """An ellipse has one class, and a box."""
     recipe = read_recipe("tasks", task)
@@ -37,7 +43,7 @@ PAIRS = [(t, s) for t in recipe_names("tasks") for s in recipe_names("strategies
 
 
 def test_every_kind_of_bundle_is_among_them():
-    assert len(PAIRS) >= 4 * 14 - 2
+    assert len(PAIRS) >= 4 * 21 - 2
 
 
 @pytest.mark.realdata
@@ -52,7 +58,7 @@ def test_metadata_fit_the_schema_that_they_name(task, strategy, realdata, tmp_pa
 
 @pytest.mark.parametrize(("task", "strategy"), PAIRS)
 def test_a_packed_bundle_is_what_the_zoo_asks_for(task, strategy, phantoms_of, tmp_path):
-    if strategy in ("zero_shot", "bias", "norm", "lora") and len(read_recipe("tasks", task)["classes"]) > 1:
+    if strategy in UNTRAINED_MASKS and len(read_recipe("tasks", task)["classes"]) > 1:
         with pytest.raises(ConfigError, match="predictions would be noise"):  # no masks of several classes are learnt
             packed(task, strategy, tmp_path)
         return

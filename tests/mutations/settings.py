@@ -77,7 +77,7 @@ def choice(**kinds: Rule) -> Rule:
 BOOL = one(True, False)
 NAME, CLASS, SENTENCE = text(WORD, 64), text(LABEL, 64), text(r"[A-Za-z0-9\"'(].*", 4000)
 COUNT, SEED = whole(1, 10**6), whole(0, 2**32 - 1)
-PATTERN = text(r"[A-Za-z0-9*][A-Za-z0-9_.*-]*|<norm>", 200)
+PATTERN = text(r"[A-Za-z0-9*][A-Za-z0-9_.*-]*|<norm>|<attention>", 200)
 WEIGHT = number(0, 1e6)
 PICKER = choice(
     AllSlices=group({"name": NAME}), MaxArea=group({"name": NAME}), EveryNth=group({"name": NAME, "n": COUNT}, "n"),
@@ -142,7 +142,8 @@ LORA = group({
     "name": one("lora"), "rank": whole(1, 1024), "alpha": nothing_or(number(0, 1e6, above=True)),
     "targets": many(one("q", "k", "v", "proj", "lin1", "lin2"), 1, 6), "blocks": nothing_or(many(whole(0, 255), 1,
     256)),
-    "dropout": number(0, 1, below=True), "rank_stabilised": BOOL, "decoder": BOOL, "dora": BOOL})  # fmt: skip
+    "dropout": number(0, 1, below=True), "rank_stabilised": BOOL, "decoder": one(True, False, "lora"),
+    "dora": BOOL, "last": nothing_or(number(0, 1, above=True))})  # fmt: skip
 LADDER = group({
     "name": one("ladder"), "side": nothing_or(group({"name": one("resnet"), "width": whole(1, 512)})),
     "mix": one("gate", "side", "sam"), "decoder": one("upscaling", "masks", "full"), "masks": one("random",
@@ -248,6 +249,7 @@ def misfit(task: dict[str, Any], strategy: dict[str, Any], run: dict[str, Any]) 
         "mask": source == "mask" and kind == "images", "loosen": loosen[0] > loosen[1],
         "loss": not (loss["dice"] or loss["ce"] or loss["focal"]),
         "pairs": any(pair is not None and not pair[0] < pair[1] for pair in pairs),
+        "blocks twice": method.get("blocks") is not None and method.get("last") is not None,
         "side": method["name"] == "ladder" and (method.get("side", 0) is None) != (method.get("mix") == "sam"),
     }  # fmt: skip
     return next((name for name, wrong in checks.items() if wrong), "")

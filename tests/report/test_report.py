@@ -53,6 +53,21 @@ def _write_run(folder: Path, rows: list[dict], **card: object) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "title"),
+    [
+        ("lora", {"rank": 4, "decoder": True}, "LoRA, rank 4 + decoder"),
+        ("dora", {"rank": 4, "decoder": "lora"}, "DoRA, rank 4 + DoRA in the decoder"),
+        ("lora_late_25", {"rank": 8, "last": 0.25}, "LoRA, rank 8, last 25 % of blocks"),
+        ("adaptformer", {"width": 64}, "AdaptFormer"),
+        ("my_late_25", {"rank": 8}, "my late 25"),
+    ],
+)
+def test_titles_tell_how_low_rank_updates_were_placed(name, arguments, title, tmp_path):
+    card = {"strategy": {"name": name, "arguments": arguments}}
+    assert RunResult.load(_write_run(tmp_path / "run", _rows([0.5] * len(CASES)), **card)).title == title
+
+
 def test_prompts_are_told_by_the_law_or_the_file_that_they_come_from():
     drawn = {"loosen": [0.0, 0.3], "tight": 0.25, "shift": 0.1, "shrink": 0.0, "boxes": "loose.json"}
     assert prompt_text("label", {"loosen": [0.0, 0.3]}) == "GT boxes on GT slices, sides enlarged 0 to 30 %"

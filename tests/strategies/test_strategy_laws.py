@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc import locate
@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from samseg_monai import strategies
-from samseg_monai.adapters import LoRALinear
+from samseg_monai.adapters import ADAPTERS, BottleneckLinear, LoRALinear, ResNetSide
 from samseg_monai.checkpoints import load_adapter, save_adapter
 from samseg_monai.errors import AdapterError, CheckpointError
 from samseg_monai.networks import SamSegmenter, disable_adapter
 from samseg_monai.sam.build import build_sam
-from samseg_monai.strategies import Ladder, LoRA, Scratch, Selective, Strategy, ZeroShot
+from samseg_monai.strategies import SSF, Adapter, Ladder, LoRA, Scratch, Selective, Strategy, ZeroShot
 from samseg_monai.strategies.base import head_names
 from samseg_monai.training.owned import count_trainable, owned_state
 
@@ -81,6 +81,33 @@ def lora_values(network: SamSegmenter, rank: int, of_width: int, *, extra: int =
     """
     widths = BLOCKS[network.spec.name]
     return sum((rank * of_width + extra) * widths[index] for index in blocks or widths)
+
+
+def last_blocks(network: SamSegmenter, part: int) -> list[int]:
+    """Numbers of the last blocks with attention, one of ``part``, and one at least."""
+    blocks = list(BLOCKS[network.spec.name])
+    return blocks[-max(1, len(blocks) // part) :]
+
+
+def decoder_lora_values(rank: int, width: int = WIDTH) -> int:
+    """Of updates to q and v of two self-attentions, width to width, and five of half that width between the two."""
+    return rank * (2 * 2 * 2 * width + 5 * 2 * (width + width // 2))
+
+
+def bottleneck_values(widths: Iterable[int], bottleneck: int, each: int) -> int:
+    """2 m d + d + m for each of ``each`` bottlenecks in a block (Houlsby et al. 2019, section 2.1)."""
+    return sum(each * (2 * bottleneck * width + width + bottleneck) for width in widths)
+
+
+def scale_shift_values(network: SamSegmenter) -> int:
+    """Two for each output of every layer with weight and bias (Lian et al. 2022, section 3.2)."""
+    widths, neck = BLOCKS[network.spec.name].values(), 2 * WIDTH
+    inside = 2 + 3 + 1 + 4 + 1  # two normalisations, qkv, proj, both layers of the MLP
+    if network.spec.name == "tiny":
+        return 2 * (sum(inside * width for width in widths) + WIDTH + neck)  # with the patch embedding
+    # its convolutions have no bias, their normalisations do; a block has one more of these
+    stem, stage, merges = 4 + 8, 2 * 32 + 8, 3 * (16 + 24 + 32)
+    return 2 * (sum((inside + 1) * width for width in widths) + stem + stage + merges + neck)
 
 
 def reached(network: SamSegmenter) -> dict[str, int]:
@@ -156,6 +183,43 @@ ROWS = {
         lambda network: lora_values(network, 2, 2 * 2) + decoder_values(network),
         CLASSES,
     ),
+    "lora_in_decoder": Row(
+        lambda: LoRA(2, decoder="lora"), lambda network: lora_values(network, 2, 2 * 2) + decoder_lora_values(2)
+    ),
+    "dora_in_decoder_classes": Row(
+        lambda: LoRA(2, decoder="lora", dora=True),
+        # with a magnitude for each output of q and v, and the head of six masks
+        lambda network: lora_values(network, 2, 2 * 2, extra=2) + decoder_lora_values(2) + 9 * WIDTH + HEAD,
+        CLASSES,
+    ),
+    "lora_late_50": Row(
+        lambda: LoRA(2, last=0.5),
+        lambda network: lora_values(network, 2, 2 * 2, blocks=last_blocks(network, 2)),
+    ),
+    "lora_late_25": Row(
+        lambda: LoRA(2, last=0.25), lambda network: lora_values(network, 2, 2 * 2, blocks=last_blocks(network, 4))
+    ),
+    "lora_late_8": Row(
+        lambda: LoRA(2, last=0.08), lambda network: lora_values(network, 2, 2 * 2, blocks=last_blocks(network, 4))
+    ),
+    "adapter": Row(
+        lambda: Adapter(3), lambda network: bottleneck_values(BLOCKS[network.spec.name].values(), 3, each=2)
+    ),
+    "adapter_late_decoder": Row(
+        lambda: Adapter(3, last=0.25, scale=2.0, decoder=True),
+        lambda network: (
+            bottleneck_values(list(BLOCKS[network.spec.name].values())[-1:], 3, each=2) + decoder_values(network)
+        ),
+        CLASSES,
+    ),
+    "adaptformer": Row(
+        lambda: Adapter(3, place="parallel", scale=0.1),
+        lambda network: bottleneck_values(BLOCKS[network.spec.name].values(), 3, each=1),
+    ),
+    "ssf": Row(SSF, scale_shift_values),
+    "ssf_decoder_classes": Row(
+        lambda: SSF(decoder=True), lambda network: scale_shift_values(network) + decoder_values(network), CLASSES
+    ),
     "zero_shot_random_masks": Row(lambda: ZeroShot(random_masks=True), lambda network: 0, CLASSES, noise=True),
     "ladder": Row(
         lambda: Ladder(SmallSide()),
@@ -197,6 +261,10 @@ ROWS = {
     ),
     "full_classes": Row(lambda: Selective(["sam"], name="full"), full_values, CLASSES),
     "decoder": Row(lambda: Selective(["sam.mask_decoder"], name="decoder"), decoder_values),
+    "attention": Row(
+        lambda: Selective(["<attention>"], name="attention"),
+        lambda network: sum(4 * (width * width + width) for width in BLOCKS[network.spec.name].values()),
+    ),
     "norm": Row(lambda: Selective(["<norm>"], name="norm"), norm_values),
     "bias": Row(
         lambda: Selective(["*.bias"], name="bias"),
@@ -423,7 +491,8 @@ class TestStrategyLaws:
             with pytest.raises(AdapterError, match="SAM's own tensors in place"), disable_adapter(network):
                 pass
         else:
-            plain.sam.mask_decoder.load_state_dict(network.sam.mask_decoder.state_dict())  # a random head is its own
+            decoder = network.sam.mask_decoder.state_dict()  # a random head is its own
+            plain.sam.mask_decoder.load_state_dict({n: decoder[n] for n in plain.sam.mask_decoder.state_dict()})
             with torch.no_grad(), disable_adapter(network):
                 assert torch.equal(network(*batch[:2]), plain(*batch[:2]))
                 with disable_adapter(network):
@@ -452,12 +521,18 @@ class TestStrategyLaws:
                 network.merge()
             assert network.owned == owned and torch.equal(network(*batch[:2]), before)
             return
+        if any(isinstance(module, BottleneckLinear) for module in network.modules()):
+            state, before = copy.deepcopy(network.state_dict()), network(*batch[:2])
+            with pytest.raises(AdapterError, match="bottleneck"):
+                network.merge()
+            assert network.state_dict().keys() == state.keys() and torch.equal(network(*batch[:2]), before)
+            return
         with torch.no_grad():
             before = network(*batch[:2])
-            adapters = sum(isinstance(module, LoRALinear) for module in network.modules())
+            adapters = sum(isinstance(module, ADAPTERS) for module in network.modules())
             assert network.merge() == adapters
             torch.testing.assert_close(network(*batch[:2]), before, atol=1e-5, rtol=0)
-        assert not any(isinstance(module, LoRALinear) for module in network.modules())
+        assert not any(isinstance(module, ADAPTERS) for module in network.modules())
         assert count_trainable(network) == 0 and network.owned == []
         plain = SamSegmenter(tiny, **row.network)
         plain.sam.load_state_dict(network.sam.state_dict(), strict=True)
@@ -483,6 +558,27 @@ class TestStrategyLaws:
                 dropout.eval()
             assert torch.equal(encoder(image), before)
         assert all(torch.equal(t, statistics[name]) for name, t in encoder.named_buffers())
+
+    def test_recomputed_activations_give_the_same_gradients(self, build, batch):
+        kept, recomputed = build(), build()
+        recomputed.sam.image_encoder.checkpointing = True
+        if isinstance(getattr(recomputed.side, "net", None), ResNetSide):
+            recomputed.side.net.checkpointing = True
+        seen, again = learn(kept, batch), learn(recomputed, batch)
+        assert seen == pytest.approx(again, rel=1e-4, abs=1e-7)
+        copy.deepcopy(recomputed)  # nothing of a pass is left in it
+
+    def test_in_bf16_it_stays_close_and_learns_every_tensor_in_float32(self, build, row, batch):
+        full, mixed = build(), build()
+        mixed.autocast = "bf16_all"
+        image, boxes, _ = batch
+        wanted = full(image, boxes).detach()
+        logits = mixed(image, boxes)
+        assert logits.dtype == torch.float32
+        assert (logits - wanted).abs().max() < 0.06 * max(1, wanted.abs().max())
+        largest = learn(mixed, batch, steps=2)
+        assert largest.keys() == learning(mixed)
+        assert {p.dtype for p in mixed.parameters()} == {torch.float32}
 
     def test_a_copy_is_equal_and_independent(self, build, batch):
         network = build()
@@ -510,7 +606,7 @@ def test_every_strategy_has_a_row():
     found.remove(Strategy)
     found.remove(Scratch)  # is for networks without SAM: test_plain.py
     made = [row.make() for row in ROWS.values()]
-    assert {ZeroShot, LoRA, Ladder, Selective} <= {type(strategy) for strategy in made} == set(found)
+    assert {ZeroShot, LoRA, Adapter, SSF, Ladder, Selective} <= {type(strategy) for strategy in made} == set(found)
     names = {strategy.name: type(strategy) for strategy in made}
     assert names == {"dora": LoRA} | {name: kind for name, (kind, _) in strategies.STRATEGIES.items()}
     assert all(names[strategy.name] is type(strategy) for strategy in made)
@@ -525,6 +621,12 @@ def test_every_strategy_has_a_row():
         ({"rank": 64}, 1, 2_359_296),
         # ... with one magnitude for each of 768 outputs of q and v in twelve blocks (Liu et al. 2024, DoRA) ...
         ({"rank": 4, "dora": True}, 1, 147_456 + 12 * 2 * 768),
+        # ... half of it in the last six blocks, a quarter in three, a twelfth in one (Teuber et al. 2025) ...
+        ({"rank": 4, "last": 0.5}, 1, 73_728),
+        ({"rank": 4, "last": 0.25}, 1, 36_864),
+        ({"rank": 4, "last": 0.08}, 1, 12_288),
+        # ... updates to q and v of the decoder's seven attention layers ...
+        ({"rank": 4, "decoder": "lora"}, 1, 147_456 + 4 * (2 * 2 * 512 + 5 * 2 * 384)),
         # ... and everything with a gradient, eight organs; SAMed also trains the 256 values of no_mask_embed.
         ({"rank": 4, "decoder": True}, 8, 4_773_760 - 256),
     ],
@@ -532,6 +634,25 @@ def test_every_strategy_has_a_row():
 def test_vit_b_trains_the_published_number_of_values(arguments, classes, count):
     with torch.device("meta"):
         network = SamSegmenter("vit_b", LoRA(**arguments), image_size=512, num_classes=classes)
+    assert count_trainable(network) == count
+
+
+@pytest.mark.parametrize(
+    ("strategy", "count"),
+    [
+        # two bottlenecks in each of twelve blocks (Houlsby et al. 2019) ...
+        (Adapter(64), 12 * 2 * (2 * 64 * 768 + 768 + 64)),
+        # ... one of them: AdaptFormer-64 (Chen et al. 2022) ...
+        (Adapter(64, place="parallel", scale=0.1), 1_189_632),
+        # ... SSF in a ViT-B (Lian et al. 2022: about 0.3 M, with a classifier), whose last norm SAM has not; in its
+        # neck it has two
+        (SSF(), 205_824 - 2 * 768 + 2 * 2 * 256),
+        (Selective(["<attention>"]), 12 * 4 * (768 * 768 + 768)),
+    ],
+)
+def test_vit_b_adapters_train_the_number_of_values_of_the_papers(strategy, count):
+    with torch.device("meta"):
+        network = SamSegmenter("vit_b", strategy, image_size=512)
     assert count_trainable(network) == count
 
 
@@ -569,6 +690,11 @@ def test_each_target_gets_its_own_gradient(base):
         ({"targets": []}, "targets must name"),
         ({"targets": ["q", "q"]}, "targets must name different"),
         ({"blocks": []}, "blocks must be"),
+        ({"last": 0.0}, "0 < last <= 1, got 0.0"),
+        ({"last": 1.5}, "0 < last <= 1, got 1.5"),
+        ({"last": 0.5, "blocks": [0]}, "give one of them"),
+        ({"decoder": "all"}, "decoder must be one of False, True, 'lora', got 'all'"),
+        ({"decoder": "lora", "rank": 17}, "rank must be 1 to 16 .* got 17"),
         ({"blocks": [0, 2]}, r"blocks \[2\] are not in this encoder; it has blocks 0 .. 1"),
         ({"rank": 33}, "rank must be 1 to 32 .* got 33"),
         ({"rank": 0}, "rank must be 1 to 32 .* got 0"),
@@ -577,6 +703,21 @@ def test_each_target_gets_its_own_gradient(base):
 def test_lora_says_what_does_not_fit(arguments, message):
     with pytest.raises(AdapterError, match=message):
         SamSegmenter("tiny", LoRA(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"place": "above"}, "place must be one of 'serial', 'parallel', got 'above'"),
+        ({"width": 0}, "width must be 1 to 65536, got 0"),
+        ({"scale": 0.0}, "scale must be greater than 0, got 0.0"),
+        ({"blocks": [0, 2]}, r"Adapter blocks \[2\] are not in this encoder; it has blocks 0 .. 1"),
+        ({"last": 2.0, "blocks": [0]}, "(?s)0 < last <= 1.*give one of them"),
+    ],
+)
+def test_adapter_says_what_does_not_fit(arguments, message):
+    with pytest.raises(AdapterError, match=message):
+        SamSegmenter("tiny", Adapter(**arguments))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,35 @@
+"""Scaling and shifting the features of SAM's image encoder (SSF, Lian et al. 2022, arXiv:2210.08823)."""
+
+from __future__ import annotations
+
+from samseg_monai.adapters.scale_shift import ScaleShift
+from samseg_monai.strategies.base import Segmenter, Strategy, added_names, decoder_names, unused_of_decoder
+
+
+class SSF(Strategy):
+    """A scale and a shift for each channel behind every layer of SAM's frozen image encoder that can take them in.
+
+    These are all that have weight and bias: linear layers, normalisations, convolutions with a bias. ``merge()`` folds
+    them into SAM's own tensors, exactly. They start at ones and zeros, so that a fresh network is SAM.
+
+    Args:
+        decoder: also train what the task uses of the mask decoder.
+    """
+
+    name = "ssf"
+
+    def __init__(self, decoder: bool = False) -> None:
+        self.decoder = decoder
+
+    def install(self, segmenter: Segmenter) -> list[str]:
+        """Put them behind the layers; owned are scales and shifts, and with ``decoder`` the mask decoder."""
+        for layer in [layer for layer in segmenter.sam.image_encoder.modules() if ScaleShift.fits(layer)]:
+            ScaleShift.behind(layer)
+        owned = added_names(segmenter, ScaleShift)
+        if self.decoder:
+            owned |= set(decoder_names(segmenter)) - set(self.unused(segmenter))
+        return [name for name in segmenter.state_dict() if name in owned]
+
+    def unused(self, segmenter: Segmenter) -> list[str]:
+        """With ``decoder``: the mask quality head, and the networks of masks that are not returned."""
+        return unused_of_decoder(segmenter) if self.decoder else []
