@@ -19,6 +19,7 @@ from samseg_monai.choices import (
     IGNORE_NAMES,
     TOO_MUCH,
     Cases,
+    Compute,
     EmbeddingSettings,
     Intensity,
     Label,
@@ -139,6 +140,7 @@ class RunSettings(Model):
     checkpointing: bool = False
     """Recompute activations instead of keeping them: less memory, more time."""
     autocast: Literal["bf16", "bf16_all"] | None = None
+    compute: Compute = Compute()
     low_res_training: bool = False
     """Compare the decoder's own logits with the label, one per 4 x 4 pixels (without prompts only)."""
     masks: Literal["single", "best"] = "single"
