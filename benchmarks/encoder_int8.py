@@ -10,24 +10,35 @@ trained weights see ``docs/speed.md``. ``bf16`` is ``--autocast bf16``, and on a
 ``--variant vit_t`` compares MobileSAM with itself: segment_anything has none. Usage:
 
     python benchmarks/encoder_int8.py --repeats 5
+
+With ``--data`` (``images`` and ``labels`` of the slices of ``experiments/meningioma_t1c``) and ``--weights``, the file
+of MobileSAM, it compares Dice instead, of zero-shot masks with the experiment's loose and tight boxes, float32 against
+int8.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from measuring import alternate, in_fresh_processes, record, resident_peak_bytes
+from PIL import Image
 from sam_attention import OURS, REFERENCE, build
 from torch import Tensor, nn
 
+from samseg_monai.networks import SamSegmenter
 from samseg_monai.products import Int8Linear, int8_problem, round_to_int8
 from samseg_monai.sam.build import build_sam
 
 INT8, BF16 = "int8", "bf16"
+BOXES = Path(__file__).parents[1] / "experiments" / "meningioma_t1c" / "boxes"
 
 
 def encoder_of(which: str, variant: str, size: int) -> nn.Module:
@@ -42,8 +53,8 @@ def encoder_of(which: str, variant: str, size: int) -> nn.Module:
     return encoder
 
 
-def make(which: str, variant: str, size: int) -> Callable[[], Tensor]:
-    """One pass."""
+def make(which: str, variant: str, size: int) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """An encoder and one pass through it."""
     encoder = encoder_of(which, variant, size)
     image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
 
@@ -52,14 +63,18 @@ def make(which: str, variant: str, size: int) -> Callable[[], Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=which == BF16):
             return encoder(image).float()
 
-    return run
+    return encoder, run
 
 
 def peak_bytes(which: str, variant: str, size: int) -> int:
-    """Bytes that a second pass needs on top of what lies there after the first of a small image (int8 is packed)."""
+    """Bytes that a pass needs on top of what lies there before it, which the rounded weights belong to."""
     torch.set_num_threads(1)
-    make(which, "tiny", 64)()  # loads the libraries
-    run = make(which, variant, size)
+    make(which, "tiny", 64)[1]()  # loads the libraries
+    encoder, run = make(which, variant, size)
+    for layer in encoder.modules():
+        if isinstance(layer, Int8Linear):
+            layer(torch.zeros(1, layer.in_features))
+    Path("/proc/self/clear_refs").write_text("5")  # what is resident now becomes the high-water mark
     before = resident_peak_bytes()
     run()
     return resident_peak_bytes() - before
@@ -102,20 +117,81 @@ def of_linear_layers(variant: str, size: int, repeats: int) -> dict[str, Any]:
     }
 
 
+def of_slices(data: Path, weights: Path, size: int, every: int) -> dict[str, Any]:
+    """Dice with the labels, in float32 and int8, of every so-manyth slice; z-scores, SAM's single mask."""
+    networks = {name: SamSegmenter("vit_t", image_size=size, compute={"int8": name == INT8}) for name in (OURS, INT8)}
+    for network in networks.values():
+        network.load_base(weights, download=False)
+    laws = {law: json.loads((BOXES / f"{law}.json").read_text()) for law in ("loose", "tight")}
+    cases = sorted(laws["loose"])[::every]
+    dice: dict[str, dict[str, list[float]]] = {law: {OURS: [], INT8: []} for law in laws}
+    agreement, error = [], []
+    for case in cases:
+        image, label = (
+            torch.from_numpy(np.asarray(Image.open(data / part / f"{case}.png").convert("F")))
+            for part in ("images", "labels")
+        )
+        scale = size / max(image.shape)
+        image = ((image - image.mean()) / image.std(correction=0))[None, None]
+        x = F.interpolate(image, scale_factor=scale, mode="bilinear", align_corners=False) if scale != 1 else image
+        with torch.no_grad():
+            embedding = {name: network.encode(x) for name, network in networks.items()}
+            error.append(float((embedding[INT8] - embedding[OURS]).norm() / embedding[OURS].norm()))
+            for law, boxes in laws.items():
+                masks = {}
+                for name, network in networks.items():
+                    logits = network(x, torch.tensor(boxes[case]).float() * scale, embedding[name])
+                    masks[name] = F.interpolate(logits, label.shape, mode="bilinear", align_corners=False)[0, 0] > 0
+                    dice[law][name].append(_dice(masks[name], label > 0))
+                agreement.append(_dice(*masks.values()))
+    found = {}
+    for law, values in dice.items():
+        change = np.subtract(values[INT8], values[OURS])
+        found[law] = {
+            "dice": {name: round(float(np.mean(of)), 4) for name, of in values.items()},
+            "change": {
+                "mean": round(float(change.mean()), 5),
+                "mean_size": round(float(abs(change).mean()), 5),
+                "lowest": round(float(change.min()), 4),
+                "highest": round(float(change.max()), 4),
+            },
+        }
+    return {
+        **found,
+        "masks_agree": {"mean": round(float(np.mean(agreement)), 4), "least": round(min(agreement), 4)},
+        "error": {"mean": round(float(np.mean(error)), 4), "largest": round(max(error), 4)},
+        "slices": len(cases),
+        "variant": "vit_t",
+        "image_size": size,
+        "weights": networks[OURS].base_sha256,
+    }
+
+
+def _dice(one: Tensor, other: Tensor) -> float:
+    return float(2 * (one & other).sum() / (one.sum() + other.sum()).clamp(min=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="vit_b")
     parser.add_argument("--sizes", nargs="+", type=int, default=[256, 512])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--every", type=int, default=1, help="of the slices")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if reason := int8_problem():
         parser.exit(1, f"{reason}\n")
+    if options.data is not None:
+        for size in options.sizes:
+            record(f"int8_dice_{size}", of_slices(options.data, options.weights, size, options.every))
+        return
     which = [OURS, INT8, *([REFERENCE] if options.variant != "vit_t" else [])]
     which += [BF16] * bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     base = REFERENCE if REFERENCE in which else OURS
     for size in options.sizes:
-        runs = {name: make(name, options.variant, size) for name in which}
+        runs = {name: make(name, options.variant, size)[1] for name in which}
         full = runs[OURS]()
         error = {name: float((runs[name]() - full).norm() / full.norm()) for name in (INT8, BF16) if name in runs}
         median = alternate(runs, options.repeats, time.process_time)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -98,7 +99,7 @@ def int8_problem() -> str | None:
     if "onednn" not in torch.backends.quantized.supported_engines or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return "this PyTorch has none of oneDNN's products of 8-bit numbers"
     # without these instructions sums of 8-bit products can overflow, and the result would be wrong without a word
-    told: dict[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    told: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() or told.get("avx_vnni"):
         return None
     return "this processor cannot add up products of 8-bit numbers (VNNI)"
@@ -131,7 +132,7 @@ class Int8Linear(Linear):
         low, high = min(low, 0.0), max(high, 0.0)
         step = max((high - low) / 254, 1e-30)
         zero = round(-low / step)
-        codes = rows.mul(1 / step).add_(zero + 0.5).to(torch.uint8)
+        codes = torch.add(rows.new_tensor(zero + 0.5), rows, alpha=1 / step).to(torch.uint8)
         weight, steps, zeros = self._weight()
         bias = None if self.bias is None else self.bias.detach()
         out = torch.ops.onednn.qlinear_pointwise(

@@ -81,7 +81,7 @@ def hold_updates(network: nn.Module, *, int8: bool = False) -> None:
 class Held:
     """In place of the ``forward`` of a layer with low-rank updates: its merged form, made anew where a tensor changed.
 
-    In training, with a gradient to one of its tensors, and switched off, the layer computes by itself.
+    In training, with a gradient to one of its tensors, switched off, and compiled, the layer computes by itself.
     """
 
     def __init__(self, layer: LoRALinear, *, int8: bool) -> None:
@@ -93,7 +93,7 @@ class Held:
         """``(..., in_features)`` to ``(..., out_features)``."""
         layer = self.layer
         learning = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in layer.parameters())
-        if layer.training or not layer.enabled or learning:
+        if layer.training or not layer.enabled or learning or torch.compiler.is_compiling():
             return type(layer).forward(layer, input)
         versions = versions_of(layer)
         if self.plain is None or self.versions != versions:
