@@ -23,7 +23,7 @@ from samseg_monai.choices import Spacing
 from samseg_monai.data.datalists import case_hash
 from samseg_monai.errors import FEW_TENSORS, CheckpointError, WeightsError, raise_all
 from samseg_monai.files import StrPath, hash_file, read_json, write_json, write_tensors, write_whole
-from samseg_monai.networks import PlainSegmenter, SamSegmenter
+from samseg_monai.networks import PlainSegmenter, SamSegmenter, hold_updates
 from samseg_monai.networks.common import tensor_differences
 from samseg_monai.networks.foreign import load_foreign
 from samseg_monai.sam.weights import KNOWN, RANDOM, find_weights, name_of, sha256_of
@@ -303,7 +303,13 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_checkpoint: StrPath | None = None) -> str:
+def load_trained(
+    network: Network,
+    *,
+    checkpoint: StrPath | None = None,
+    sam_checkpoint: StrPath | None = None,
+    merged: bool = False,
+) -> str:
     """Load whatever there is.
 
     Args:
@@ -311,6 +317,7 @@ def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_che
             first) or SAM-LST, or None: SAM's base weights alone, for a strategy that trains nothing (zero-shot).
         sam_checkpoint: base weights as for ``SamSegmenter.load_base``; not needed for a full model. None: of a run, the
             file it was trained with (``remember_base``), if it is there and the same.
+        merged: let low-rank updates cost nothing where the network does not learn (``networks.hold_updates``).
     Returns:
         One line saying what was loaded.
     Raises:
@@ -318,6 +325,8 @@ def load_trained(network: Network, *, checkpoint: StrPath | None = None, sam_che
         WeightsError: base weights are needed and absent, or the run had others than the official ones, which are not
             downloaded in their place.
     """
+    if merged:
+        hold_updates(network, int8=isinstance(network, SamSegmenter) and network.compute.int8)
     if checkpoint is None:
         if network.owned:
             # base weights with an untrained adapter score like zero-shot, and nobody would notice

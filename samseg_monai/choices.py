@@ -434,6 +434,25 @@ class EmbeddingSettings(Model):
     """Augmented looks of each slice that are encoded once."""
 
 
+class Compute(Model):
+    """How the network computes: other times and memory, and results that differ by no more than rounding does."""
+
+    int8: bool = False
+    """Linear layers of SAM's image encoder with 8-bit numbers; prediction and evaluation on a CPU with VNNI only."""
+    tf32: bool = False
+    """Let GPUs round the inputs of float32 products to 10 bits (TF32), for the whole process."""
+    compile: bool = False
+    """Compile the blocks of SAM's image encoder when they are first called; needs a C++ compiler."""
+    attention: Literal["auto", "plain"] = "auto"
+    """auto: in the way that was measured to be fastest; plain: with a whole matrix of logits, for checks."""
+
+    @model_validator(mode="after")
+    def _fit(self) -> Compute:
+        if self.int8 and self.compile:
+            raise ValueError("int8 and compile: the compiler knows nothing of these 8-bit products; use one of the two")
+        return self
+
+
 class Lesions(Model):
     """Rules of BraTS 2023's lesion-wise scores."""
 

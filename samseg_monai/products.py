@@ -1,4 +1,4 @@
-"""Matrix products in float32 on x86 CPUs with oneDNN instead of MKL.
+"""Matrix products on x86 CPUs with oneDNN: in float32 instead of MKL's, and of 8-bit numbers where that is asked for.
 
 PyTorch hands products of float32 matrices to MKL, which on AMD's processors does not use all that they have: with
 AVX-512 oneDNN was 1.9 to 2.4 times as fast there on one thread (190 to 245 against 95 to 110 GFLOP/s, PyTorch 2.14).
@@ -9,13 +9,17 @@ functions here do what PyTorch does.
 
 from __future__ import annotations
 
+import math
 import platform
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from samseg_monai.errors import ConfigError
 
 SMALLEST = 1 << 19  # multiplications, below which a call costs more than it saves
 
@@ -88,6 +92,75 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
+
+
+def int8_problem() -> str | None:
+    """Why there are no products of 8-bit numbers here; None where there are."""
+    if "onednn" not in torch.backends.quantized.supported_engines or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return "this PyTorch has none of oneDNN's products of 8-bit numbers"
+    # without these instructions sums of 8-bit products can overflow, and the result would be wrong without a word
+    told: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() or told.get("avx_vnni"):
+        return None
+    return "this processor cannot add up products of 8-bit numbers (VNNI)"
+
+
+class Int8Linear(Linear):
+    """``Linear`` whose product is one of 8-bit numbers, on CPUs, for a network that does not learn.
+
+    Each row of the weight is rounded to -127 ... 127 times a step of its own, once; the input of each call to 0 ... 254
+    steps from its smallest to its largest value. Sums are exact, and the result is float32. The tensors stay as they
+    are, so that keys and hashes do. An input that is not finite, or empty, and a graph that is being drawn get the
+    product of ``Linear``.
+
+    Raises:
+        ConfigError: the input is on another device.
+    """
+
+    _packed: tuple[tuple[int, int], Tensor, Tensor, Tensor] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(..., in_features)`` to ``(..., out_features)``, without a gradient."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return super().forward(input)
+        if input.device.type != "cpu":
+            raise ConfigError(f"int8: products of 8-bit numbers are for CPUs, not {input.device}; give device cpu")
+        rows = input.detach().reshape(-1, input.shape[-1]).float()
+        low, high = (value.item() for value in rows.aminmax()) if rows.numel() else (math.nan, math.nan)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            return super().forward(input)
+        low, high = min(low, 0.0), max(high, 0.0)
+        step = max((high - low) / 254, 1e-30)
+        zero = round(-low / step)
+        codes = torch.add(rows.new_tensor(zero + 0.5), rows, alpha=1 / step).to(torch.uint8)
+        weight, steps, zeros = self._weight()
+        bias = None if self.bias is None else self.bias.detach()
+        out = torch.ops.onednn.qlinear_pointwise(
+            codes, step, zero, weight, steps, zeros, bias, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return out.view(*input.shape[:-1], self.out_features)
+
+    def _weight(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The rounded weight in oneDNN's own order, the step of each row, and zeros; anew where the weight changed."""
+        weight = self.weight.detach()
+        version = weight.data_ptr(), self.weight._version
+        if self._packed is None or self._packed[0] != version:
+            steps = weight.abs().amax(1).clamp_min(1e-30) / 127
+            codes = (weight / steps[:, None]).round().to(torch.int8)
+            zeros = torch.zeros(len(steps), dtype=torch.int32)
+            self._packed = version, torch.ops.onednn.qlinear_prepack(codes, None), steps, zeros
+        return self._packed[1:]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what oneDNN holds, which cannot be copied."""
+        return {key: value for key, value in super().__getstate__().items() if key != "_packed"}
+
+
+def round_to_int8(module: nn.Module) -> None:
+    """Make all plain linear layers below ``module`` to ``Int8Linear``; they stay the same objects."""
+    for child in module.modules():
+        if type(child) in (nn.Linear, Linear):
+            child.__class__ = Int8Linear
 
 
 def adopt(module: nn.Module) -> None:

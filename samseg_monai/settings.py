@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from samseg_monai.choices import (
     IGNORE_NAMES,
     Cases,
+    Compute,
     EmbeddingSettings,
     Intensity,
     Label,
@@ -138,6 +139,7 @@ class RunSettings(Model):
     checkpointing: bool = False
     """Recompute activations instead of keeping them: less memory, more time."""
     autocast: Literal["bf16", "bf16_all"] | None = None
+    compute: Compute = Compute()
     low_res_training: bool = False
     """Compare the decoder's own logits with the label, one per 4 x 4 pixels (without prompts only)."""
     masks: Literal["single", "best"] = "single"

@@ -29,6 +29,7 @@ from samseg_monai.bundles.pickles import pickle_problems
 from samseg_monai.bundles.record import NAME, PARTS, RECORD
 from samseg_monai.bundles.tensors import WithoutValues, described_tensors
 from samseg_monai.checkpoints import CARD, STAGED_CARD, TENSORS, Network
+from samseg_monai.choices import Compute
 from samseg_monai.errors import BundleError, CheckpointError, ConfigError, SamsegError, own_cause, raise_all, visible
 from samseg_monai.files import foreign_problems, read_json
 from samseg_monai.networks.common import tensor_differences
@@ -85,6 +86,13 @@ class Opened:
         parser.locator = _LOCATOR
         parser.read_config(str(self.config(name)))
         return parser
+
+    def int8(self) -> dict[str, Any]:
+        """What its configs have to be overridden by for 8-bit numbers. Raises BundleError where they know none."""
+        if "compute" not in self.parser().get():
+            why = "its network has no image encoder of SAM" if self.settings else "its own JSON knows none; no --trust"
+            raise BundleError(f"{self.name}: cannot compute with int8: {why}")
+        return {"compute::int8": True}
 
     def network(self) -> Network:
         """Its network with random weights."""
@@ -189,8 +197,10 @@ def _rebuilt(files: BundleFiles, scratch: Path) -> Opened:
         with weights.open("rb") as stream:
             problems = [f"{weights.name}: {problem}" for problem in pickle_problems(stream)]
         raise_all(problems, BundleError, f"{files.place}: its weights are more than tensors, and could run code")
-    if settings.run.num_workers:  # how many processes read the cases is for the receiver's machine to say
-        write_bundle(settings.model_copy(update={"run": settings.run.model_copy(update={"num_workers": 0})}), root)
+    own = {"num_workers": 0, "compute": Compute()}  # for the receiver's machine to say
+    run = settings.run.model_copy(update=own)
+    if run != settings.run:
+        write_bundle(settings.model_copy(update={"run": run}), root)
     return Opened(root, settings.name, settings, weights, _card(files), tuple(edited))
 
 

@@ -25,7 +25,12 @@ CASE = "image"  # name of a case that has no file
 
 
 def load_bundle(
-    path: str | Path, *, sam_checkpoint: str | None = None, device: str | None = None, trust: bool = False
+    path: str | Path,
+    *,
+    sam_checkpoint: str | None = None,
+    device: str | None = None,
+    trust: bool = False,
+    int8: bool = False,
 ) -> LoadedBundle:
     """Load a bundle for prediction.
 
@@ -34,10 +39,11 @@ def load_bundle(
         sam_checkpoint: base weights, if the bundle holds none.
         device: cpu, cuda, cuda:1 ...; None: a GPU if there is one.
         trust: run the JSON of the bundle itself, which can do whatever its maker likes.
+        int8: compute with 8-bit numbers in SAM's image encoder, on a CPU.
 
-    Raises: as ``open_bundle``.
+    Raises: as ``open_bundle``; BundleError: a bundle that knows no int8.
     """
-    return LoadedBundle(path, sam_checkpoint=sam_checkpoint, device=device, trust=trust)
+    return LoadedBundle(path, sam_checkpoint=sam_checkpoint, device=device, trust=trust, int8=int8)
 
 
 class LoadedBundle:
@@ -50,14 +56,20 @@ class LoadedBundle:
     """
 
     def __init__(
-        self, path: str | Path, *, sam_checkpoint: str | None = None, device: str | None = None, trust: bool = False
+        self,
+        path: str | Path,
+        *,
+        sam_checkpoint: str | None = None,
+        device: str | None = None,
+        trust: bool = False,
+        int8: bool = False,
     ) -> None:
         stack = ExitStack()
         weakref.finalize(self, stack.close)
         self._opened = stack.enter_context(open_bundle(path, trust=trust))
         self._opened.check()
         self._scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="samseg-")))
-        self._given = {"sam_checkpoint": sam_checkpoint, "device": device}
+        self._given = {"sam_checkpoint": sam_checkpoint, "device": device, **(self._opened.int8() if int8 else {})}
         self._ready: dict[str, Any] = {}
         config = self._opened.parser().get()
         self.name, self.prompted = self._opened.name, self._opened.prompted

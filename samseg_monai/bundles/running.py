@@ -28,9 +28,11 @@ from samseg_monai.bundles.build import SETTINGS
 from samseg_monai.bundles.memory import saving
 from samseg_monai.bundles.tensors import WithoutValues
 from samseg_monai.bundles.values import custom_parts, effective_settings
+from samseg_monai.choices import Compute
 from samseg_monai.errors import ConfigError, log_visibly, raise_all
 from samseg_monai.faults import Told, end_like_ctrl_c, explain, output_problem
 from samseg_monai.files import read_json
+from samseg_monai.networks.compute import compute_problems
 from samseg_monai.sam.weights import RANDOM
 from samseg_monai.settings import PLACES, BundleSettings, RunSettings, dump_settings, problems_of, read_settings
 
@@ -185,7 +187,7 @@ def guard() -> None:
     problems = unknown_keys(found.config, _known(found.configs))
     unknown = {line.split(" (did")[0].partition(": ")[0] for line in problems}
     problems += [line for line in _wrong_values(found) if line.partition(": no such key")[0] not in unknown]
-    raise_all(problems + _wrong_places(found), ConfigError, REFUSED)
+    raise_all(problems + _wrong_places(found) + _wrong_compute(found), ConfigError, REFUSED)
     steps = [str(step) for step in found.config.get("run", ())]
     before = " ".join(steps[: steps.index("$@loaded")]) if "$@loaded" in steps else "@network"
     # an evaluation draws its boxes from the seed that is left when the network has drawn its values
@@ -375,6 +377,19 @@ def _wrong_device(found: Running) -> list[str]:
     if kind == "cuda" and not torch.cuda.is_available():
         return [f"device: got {given!r}, but there is no GPU that torch can use here; leave it out, or use cpu"]
     return []
+
+
+def _wrong_compute(found: Running) -> list[str]:
+    """Ways to compute that this machine, the device or a training does not have."""
+    given = found.config.get("compute")
+    if not isinstance(given, dict) or problems_of(given, Compute) or _wrong_device(found):
+        return []  # there are none, or they are told
+    compute, device = Compute(**given), found.parser.get_parsed_content("device")
+    training = found.kind == "train" and compute.int8
+    problems = ["compute::int8: got true in training, but 8-bit numbers cannot learn; leave it out"] * training
+    return problems + compute_problems(
+        compute, autocast=found.parser.get_parsed_content("autocast"), device=torch.device(device).type
+    )
 
 
 def _ids(config: Any, prefix: str = "") -> dict[str, dict[str, Any]]:

@@ -23,6 +23,8 @@ Trust = Annotated[
 Modality = Annotated[
     bool, typer.Option("--allow-modality", help="go on where an image seems to be of another modality")
 ]
+WholeSlice = Annotated[bool, typer.Option("--whole-slice", help="Take the whole slice as the prompt, on purpose.")]
+Int8 = Annotated[bool, typer.Option("--int8", help="8-bit numbers in SAM's image encoder: faster on CPUs with VNNI")]
 Scans = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=TEXT", help="DICOM: the scan NAME has TEXT in its SeriesDescription; repeatable"),
@@ -42,9 +44,7 @@ def predict(
     output: Annotated[Path, typer.Option("--output", "--out", help="folder for the segmentations")],
     boxes: Annotated[Path | None, typer.Option(help="JSON of boxes per case")] = None,
     prompts: Annotated[Path | None, typer.Option(help="coarse mask, or folder of <case>.nii.gz")] = None,
-    whole_slice: Annotated[
-        bool, typer.Option("--whole-slice", help="Take the whole slice as the prompt, on purpose.")
-    ] = False,
+    whole_slice: WholeSlice = False,
     no_resample: Annotated[
         bool, typer.Option("--no-resample", help="Keep the in-plane spacing, though another was trained on.")
     ] = False,
@@ -52,6 +52,7 @@ def predict(
     name_by: NameBy = None,
     sam_checkpoint: Annotated[str | None, typer.Option(help="base weights, if the bundle holds none")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")] = None,
+    int8: Int8 = False,
     allow_modality: Modality = False,
     no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Write no <case>_overlay.png.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show what MONAI and the other libraries log.")] = False,
@@ -85,7 +86,7 @@ def predict(
     with nullcontext() if verbose else briefly(), open_bundle(bundle, trust=trust) as opened:
         opened.check()
         typer.echo(f"{opened.name}: {input} -> {output}")
-        overrides |= _prompt_overrides(opened, given, sources)
+        overrides |= _prompt_overrides(opened, given, sources) | (opened.int8() if int8 else {})
         off = {"resample": no_resample, "pictures": no_pictures}
         overrides |= {key: False for key, wanted in off.items() if wanted and key in opened.parser().get()}
         overrides |= _series_overrides(opened, scan or [], name_by)

@@ -26,7 +26,7 @@ TABLE = "predictions.csv"
 PROMPTS = {"json": "boxes", "mask": "mask", "image": "whole slice", "none": "none"}
 _OF_VOLUMES = ("slices", "prompt", "prompted_slices", "spacing_mm", "resampled")
 _OF_IMAGES = ("prompt", "spacing_mm")
-_OF_ALL = ("seconds", "warnings", "problem")
+_OF_ALL = ("precision", "seconds", "warnings", "problem")
 
 
 class PredictionTable:
@@ -42,6 +42,7 @@ class PredictionTable:
     - of volumes ``slices`` with anything found, as the network cuts them, and ``prompted_slices``;
     - ``prompt``: boxes, mask, whole slice or none; ``spacing_mm`` along the axes of the file; ``resampled``: whether
       the case was brought to the spacing that was trained on;
+    - ``precision`` that SAM's image encoder computed in: float32, tf32, bf16, int8;
     - ``seconds`` from reading the case to its files; ``warnings``, as they were told; ``problem``.
 
     Args:
@@ -50,6 +51,7 @@ class PredictionTable:
         classes: names of the values 1, 2, ... of predictions.
         prompt_source: json, mask, image or none.
         images: cases are 2-D images.
+        precision: of the network, if it tells one.
     Shape: a decollated item has "case", "image" as the network saw it, "pred" (1, X, Y, Z) on the file's grid, and
         "prompt" (N, H, W, D) where volumes have one.
     """
@@ -62,7 +64,9 @@ class PredictionTable:
         classes: Sequence[str],
         prompt_source: str,
         images: bool = False,
+        precision: str | None = None,
     ) -> None:
+        self.precision = precision
         self.cases, self.path, self.classes, self.images = cases, Path(output_dir) / TABLE, list(classes), images
         self.prompt = PROMPTS.get(prompt_source, prompt_source)
         self.rows: dict[str, dict[str, Any]] = {}
@@ -107,7 +111,8 @@ class PredictionTable:
         good, bad = len(self.cases.good), len(self.cases.bad)
         left = f", {bad} left out (why is told above)" if bad else ""
         count = f"{good} case{'' if good == 1 else 's'}"
-        PROGRESS.info("%s to predict%s; prompt: %s; device: %s", count, left, self.prompt, engine.state.device)
+        device = f"{engine.state.device}{', int8' if self.precision == 'int8' else ''}"
+        PROGRESS.info("%s to predict%s; prompt: %s; device: %s", count, left, self.prompt, device)
         self.write()
 
     def _time(self, engine: Any) -> None:
@@ -127,6 +132,7 @@ class PredictionTable:
             self.cases.note(case, notes)
             seconds = time.perf_counter() - self._began
             self.rows[case] = {**found["row"], "case": case, "prompt": self.prompt, "seconds": round(seconds, 2)}
+            self.rows[case]["precision"] = self.precision or ""
             where = f"{engine.state.iteration} of {engine.state.epoch_length}"
             PROGRESS.info("%s: %s: %s, %.1f s", where, case, found["words"], seconds)
             self.write(case)

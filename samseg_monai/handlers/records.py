@@ -121,6 +121,7 @@ class RunCard:
             "base_sha256": getattr(self.network, "base_sha256", None),
             "image_size": getattr(self.network, "image_size", None),
             "spacing": getattr(self.network, "spacing", None),
+            "precision": getattr(self.network, "precision", None),
             "strategy": None if strategy is None else {"name": strategy.name, "arguments": strategy.arguments()},
             "trainable_parameters": count_trainable(self.network),
             **({"cases": self.network.cases} if getattr(self.network, "cases", None) else {}),
@@ -350,7 +351,7 @@ class CaseTable:
         name: which metric's rows in ``engine.state.metric_details``, TrainingError if there are none; None takes all.
         filename: CSV, one row per case and class (``samseg_monai.metrics.write_rows``).
         metrics_filename: JSON with ``metrics`` (plain numbers) and what is known of them.
-        prompt_source, policy: recorded beside the numbers.
+        prompt_source, policy, precision: recorded beside the numbers.
     """
 
     output_dir: StrPath
@@ -360,6 +361,7 @@ class CaseTable:
     metrics_filename: str = "metrics.json"
     prompt_source: str | None = None
     policy: str | None = None
+    precision: str | None = None
 
     def attach(self, engine: Any) -> None:
         """Attach to the evaluator."""
@@ -380,6 +382,7 @@ class CaseTable:
             "cases_file": self.filename,
             "prompt_source": self.prompt_source,
             "policy": self.policy,
+            "precision": self.precision,
             "epoch": engine.state.epoch,
         }
         write_json(folder / self.metrics_filename, plain(content))

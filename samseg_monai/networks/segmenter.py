@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samseg_monai.adapters import ADAPTERS, merge_all
-from samseg_monai.errors import AdapterError, ConfigError
+from samseg_monai.choices import Compute
+from samseg_monai.errors import AdapterError, ConfigError, raise_all
 from samseg_monai.files import unwrap
 from samseg_monai.networks.common import (
     UNSCRIPTED,
@@ -27,9 +28,11 @@ from samseg_monai.networks.common import (
     versions_of,
     where_boxes_are,
 )
+from samseg_monai.networks.compute import apply_compute, compute_problems
 from samseg_monai.sam.backbone import SamSpec
 from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.weights import MASK_HEAD, RANDOM, LoadReport, find_weights, load_sam_weights, plain_names
+from samseg_monai.settings import problems_of
 from samseg_monai.strategies import Segmenter, Strategy, ZeroShot
 from samseg_monai.training.owned import hold_statistics, keep_only
 
@@ -62,6 +65,7 @@ class SamSegmenter(Segmenter):
             compare them with the label; only without prompts.
         masks: "single": SAM's single mask. "best": of the three masks behind it the one whose quality SAM rates
             highest, per box; for one class and for evaluation, since no strategy here trains those masks.
+        compute: values of ``choices.Compute``: int8, tf32, compile, attention.
 
     Attributes: those of ``Segmenter``, and
         side: None, or a callable ``side(image, embedding, taps) -> embedding`` that may change the embedding;
@@ -90,12 +94,16 @@ class SamSegmenter(Segmenter):
         autocast: Literal["bf16", "bf16_all"] | None = None,
         low_res_training: bool = False,
         masks: Literal["single", "best"] = "single",
+        compute: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         scans, self.scan_names = named_scans(scans)
         chosen: dict[str, str | None] = {"scan_mode": scan_mode, "input_scale": input_scale, "prompt": prompt}
         chosen |= {"autocast": autocast, "masks": masks}
         check_options(chosen, num_classes=num_classes, scans=scans, low_res_training=low_res_training)
+        raise_all(problems_of(dict(compute or {}), Compute, "compute"), ConfigError, "the segmenter cannot be built")
+        self.compute = Compute(**(compute or {}))
+        raise_all(compute_problems(self.compute, autocast=autocast), ConfigError, "the segmenter cannot be built")
         # 3 masks behind the single one for a single class: SAM's own layout, which its checkpoints fit
         self.sam = build_sam(
             sam_variant,
@@ -111,10 +119,13 @@ class SamSegmenter(Segmenter):
         self._encoder_hash: tuple[Any, str] | None = None
         self.side = None
         self.adopt(ZeroShot() if strategy is None else strategy)
+        apply_compute(self, self.compute)
         self.eval()
 
     def train(self, mode: bool = True) -> SamSegmenter:
-        """As usual, but frozen layers with running statistics stay in evaluation mode."""
+        """As usual, but frozen layers with running statistics stay in evaluation mode; ConfigError with int8."""
+        if mode and self.compute.int8:
+            raise ConfigError("compute::int8: got true in training, but 8-bit numbers cannot learn; leave it out")
         super().train(mode)
         hold_statistics(self, self.owned)
         return self
@@ -132,7 +143,16 @@ class SamSegmenter(Segmenter):
             self._encoder_hash = (versions, tensors_hash(encoder))
         facts = {key: getattr(self, key) for key in ("image_size", "scan_mode", "input_scale")}
         facts |= {"rectangular": self.sam.rectangular, "autocast": self.autocast is not None}
+        if self.precision in ("int8", "tf32"):
+            facts["precision"] = self.precision
         return {"encoder_sha256": self._encoder_hash[1], **facts}
+
+    @property
+    def precision(self) -> str:
+        """What the image encoder computes in: float32, tf32, bf16 or int8."""
+        if self.compute.int8 or self.autocast is not None:
+            return "int8" if self.compute.int8 else "bf16"
+        return "tf32" if self.compute.tf32 and self.sam.pixel_mean.is_cuda else "float32"
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Say to ``torch.jit.script`` what is possible instead."""

@@ -36,8 +36,8 @@ def what_differs(run: RunResult, base: RunResult) -> list[str]:
     """What forbids a difference of two runs, a text for each; empty where one means something.
 
     Compared are the data (hash of the datalist), section, cases and classes, boxes, policy for empty masks, regions,
-    rules of lesion-wise scores and what is done to predictions afterwards; and weights must not have learnt from the
-    cases. What neither card records is taken to be equal.
+    rules of lesion-wise scores, what is done to predictions afterwards, and whether with int8; and weights must not
+    have learnt from the cases. What neither card records is taken to be equal.
     """
     pairs = {key: (value, _conditions(base)[key]) for key, value in _conditions(run).items()}
     found = [
@@ -73,6 +73,7 @@ def _conditions(run: RunResult) -> dict[str, Any]:
         "regions": settings.get("regions") or "off",
         "smallest component kept": settings.get("min_component_mm3") or "off",
         "post-processing": changed or "as built",
+        "precision": "int8" if run.fact("precision") == "int8" else "as trained",
         _LESIONS: settings.get("lesions") if settings.get("lesion_wise") else None,
     }
 

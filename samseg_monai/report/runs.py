@@ -198,7 +198,8 @@ class RunResult:
     @property
     def title(self) -> str:
         """Label of the run for people, e.g. ``LoRA, rank 4``; what nobody could see in a name is spelt out."""
-        return spelt_out(self.label or self._title())
+        how = " (int8)" if self.has_network and self.fact("precision") == "int8" else ""
+        return spelt_out(self.label or self._title()) + how
 
     def _title(self) -> str:
         kind, _, share = self.name.partition("_late_")
@@ -419,8 +420,9 @@ def _json(path: Path) -> dict[str, Any]:
 
 # What a card, or metrics.json, records and the page shows; and how it is called there.
 _FACTS = (
-    "status", "bundle", "bundle_version", "strategy", "sam_variant", "base_sha256", "image_size", "prompt_source",
-    "prompt_loosen", "policy", "settings.min_component_mm3", "seed", "split", "split_sizes", "dataset", "data_hash",
+    "status", "bundle", "bundle_version", "strategy", "sam_variant", "base_sha256", "image_size", "precision",
+    "prompt_source", "prompt_loosen", "policy", "settings.min_component_mm3", "seed", "split", "split_sizes",
+    "dataset", "data_hash",
     "config_hash", "git_commit", "versions", "hardware", "peak_memory_mb", "started", "cases_file",
 )  # fmt: skip
 _NAMES = {

@@ -77,9 +77,11 @@ class ConvNorm(nn.Sequential):
 
     def folded(self, x: torch.Tensor) -> Layer:
         """What computes this layer for ``x`` and its like now: the weights are scaled anew each time this is asked."""
-        if not fits(x, *self.parameters()) or wants_gradient(*self.parameters()):
-            return super().forward
         c, bn = self.c, self.bn
+        # hooks, such as that of a scale and shift behind the normalisation, want the layers themselves to be called
+        hooked = bool(c._forward_hooks or bn._forward_hooks or c._forward_pre_hooks or bn._forward_pre_hooks)
+        if hooked or not fits(x, *self.parameters()) or wants_gradient(*self.parameters()):
+            return super().forward
         assert bn.running_mean is not None and bn.running_var is not None  # StoredBatchNorm has both
         scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
         weight, bias = c.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale

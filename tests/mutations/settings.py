@@ -85,6 +85,7 @@ PICKER = choice(
     RandomN=group({"name": NAME, "n": COUNT, "min_voxels": whole(0, 10**6)}, "n"),
 )  # fmt: skip
 SIDES = many(number(0, 1000, above=True), 2, 2)
+COMPUTE = group({"int8": BOOL, "tf32": BOOL, "compile": BOOL, "attention": one("auto", "plain")})
 RUN: dict[str, Rule] = {
     "sam_variant": one("vit_b", "vit_l", "vit_h", "vit_t", "pico", "tiny", "tiny_t", None), "image_size": whole(16,
     2048),
@@ -92,6 +93,7 @@ RUN: dict[str, Rule] = {
     2)),
     "resample": BOOL, "batch_size": whole(1, 4096), "seed": SEED, "rectangular": BOOL, "checkpointing": BOOL,
     "autocast": one("bf16", "bf16_all", None), "low_res_training": BOOL, "masks": one("single", "best"),
+    "compute": lambda v: COMPUTE(v) and not (v.get("int8") and v.get("compile")),
     "store_size": nothing_or(whole(16, 1024)), "scan_mode": one("mean_logits", "channels"),
     "input_scale": one("zscore", "unit", "sam"), "min_component_mm3": nothing_or(number(0, 1e9, above=True)),
     "prompt": group({

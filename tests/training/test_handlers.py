@@ -548,7 +548,7 @@ def test_the_case_table_holds_rows_and_aggregates(network, tmp_path):
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written == {
         "metrics": {"dice": 0.5}, "cases": 2, "cases_file": "cases.csv",
-        "prompt_source": "label", "policy": "honest", "epoch": 1,
+        "prompt_source": "label", "policy": "honest", "precision": None, "epoch": 1,
     }  # fmt: skip
 
 
