@@ -466,8 +466,6 @@ def measure(bench: Bench) -> None:
             where = {"model": main, "size": large, "batch": batch}
             where["kind"] = f"attention, {place}, {'forward and backward' if learn else 'forward'}"
             for way in WAYS:
-                if way == "chunked" and device.type == "cuda":
-                    continue  # for CPUs
                 make = partial(attention_alone, way, batch, spec.num_heads, side, learn, device)
                 bench.row(way, make, needs_s=6, **where)
             for tile in TILES if device.type == "cuda" else ():

@@ -5,8 +5,9 @@ encoder without gradient, torchvision's ResNet18 up to layer3, the gate, prompt 
 mask decoder, 0.2 cross-entropy + 0.8 Dice on quarter-resolution logits, backward, AdamW. Ours is ``SamSegmenter`` with
 ``Ladder(decoder="upscaling", masks="random")``, reading bf16 embeddings from our cache on disk within the
 step. Both train the same 2,856,737 values. The CNN alone is measured, too: what its training takes bounds what stored
-embeddings can save. Times are medians of processor seconds of alternating runs on one thread; peak
-memory is what one step needs above weights and input, the median of fresh processes. Usage:
+embeddings can save. Times are medians of processor seconds of alternating runs on one thread; ``ratio`` is that of one
+process, with one allocator for all, ``ratio_own_processes`` that of each in a process of its own. Peak memory is what
+one step needs above weights and input, the median of fresh processes. Usage:
 
     python benchmarks/ladder_step.py --repeats 5
 """
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measuring import alternate, in_fresh_processes, record, resident_peak_bytes
+from measuring import alternate, in_fresh_processes, in_own_processes, record, resident_peak_bytes, resident_start_bytes
 from monai.losses import DiceCELoss
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import nn
@@ -115,6 +116,11 @@ def make_step(which: str, options: argparse.Namespace, folder: str) -> tuple[nn.
     return network, step
 
 
+def only_step(which: str, options: argparse.Namespace, folder: str) -> Callable[[], None]:
+    """The step of ``make_step`` without the network."""
+    return make_step(which, options, folder)[1]
+
+
 def filled_cache(folder: str, network: SamSegmenter, options: argparse.Namespace) -> CachedCase:
     """Embeddings of the right size; what they hold does not change the time of a step."""
     grid = options.size // network.spec.patch_size
@@ -131,7 +137,7 @@ def peak_bytes(which: str, options: argparse.Namespace) -> int:
         warm()  # loads the libraries
     with tempfile.TemporaryDirectory() as folder:
         _, step = make_step(which, options, folder)
-        before = resident_peak_bytes()
+        before = resident_start_bytes()
         step()
         return resident_peak_bytes() - before
 
@@ -151,7 +157,13 @@ def main() -> None:
         trainable = {which: count_trainable(network) for which, (network, _) in built.items() if which != FLOOR}
         steps = {which: step for which, (_, step) in built.items()}
         median = alternate(steps, options.repeats, time.process_time)
-    del built
+        del built, steps
+        own = in_own_processes(
+            only_step,
+            {which: (which, options, f"{folder}/own/{which}") for which in median},
+            options.repeats,
+            options.ways,
+        )
     # what the allocator keeps differs from process to process by a fifth
     peaks = {which: in_fresh_processes(peak_bytes, [(which, options)] * options.processes) for which in median}
     peak = {which: statistics.median(values) for which, values in peaks.items()}
@@ -160,9 +172,12 @@ def main() -> None:
             f"ladder_step_cached_{which}",
             {
                 "ratio": round(median["reference"] / median[which], 2),  # times faster
+                "ratio_own_processes": round(own["reference"] / own[which], 2),
                 "memory_ratio": round(peak[which] / peak["reference"], 3),
                 "reference_s": round(median["reference"], 4),
                 "ours_s": round(median[which], 4),
+                "reference_own_process_s": round(own["reference"], 4),
+                "ours_own_process_s": round(own[which], 4),
                 "reference_peak_mib": round(peak["reference"] / 2**20, 1),
                 "ours_peak_mib": round(peak[which] / 2**20, 1),
                 f"{FLOOR}_s": round(median[FLOOR], 4),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 import samseg_monai
+from samseg_monai.bundles.running import reuse_memory
 
 RESULTS = Path(__file__).parent / "results"
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
@@ -52,10 +54,43 @@ def resident_peak_bytes() -> int:
     return int(match[1]) * 1024 if match else 0
 
 
+def resident_start_bytes() -> int:
+    """What this process holds once the allocator has given back all that is free; the high-water mark starts here.
+
+    Without it, what building a network left behind in the allocator would count for one side and not for the other.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_peak_bytes()
+
+
 def in_fresh_processes(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Results of ``function``, each from a process of its own, one after the other."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         return pool.starmap(function, arguments, 1)
+
+
+def alone(make: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...], repeats: int, ours: bool) -> float:
+    """Median processor seconds, after one warm-up, of what ``make`` makes; on one thread."""
+    torch.set_num_threads(1)
+    if ours:
+        reuse_memory()
+    return alternate({"": make(*arguments)}, repeats, time.process_time)[""]
+
+
+def in_own_processes(
+    make: Callable[..., Callable[[], Any]],
+    arguments: Mapping[str, tuple[Any, ...]],
+    repeats: int,
+    ours: Collection[str],
+) -> dict[str, float]:
+    """Processor seconds as ``alternate`` finds them, but each side in a process of its own, as it starts itself.
+
+    What a process sets for all that runs in it is then that side's own: the sides named in ``ours`` tune the allocator
+    as ``samseg`` does when it starts a run.
+    """
+    found = in_fresh_processes(alone, [(make, given, repeats, name in ours) for name, given in arguments.items()])
+    return dict(zip(arguments, found, strict=True))
 
 
 def machine() -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from samseg_monai.errors import ConfigError
 
 SMALLEST = 1 << 19  # multiplications, below which a call costs more than it saves
+NARROWEST = 32  # rows or columns of a weight, below which MKL is faster: the factors of LoRA
 
 
 @lru_cache
@@ -60,7 +61,8 @@ def _dense(weight: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear``, differentiable once where oneDNN computes it."""
     # the size last: it must not be asked where a graph for all sizes is drawn
-    if not fits(x, weight, *(() if bias is None else (bias,))) or x.numel() * weight.shape[0] < SMALLEST:
+    given = (x, weight) if bias is None else (x, weight, bias)
+    if not fits(*given) or x.numel() * weight.shape[0] < SMALLEST or min(weight.shape) < NARROWEST:
         return F.linear(x, weight, bias)
     learning = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     if learning and torch.is_grad_enabled():
@@ -73,7 +75,10 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         # what is frozen keeps no activations
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return times(x, weight, bias)
+        # not a view, so that it may be overwritten
+        return torch.ops.aten._unsafe_view(
+            times(x.reshape(-1, x.shape[-1]), weight, bias), (*x.shape[:-1], len(weight))
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -83,7 +88,10 @@ class _Linear(torch.autograd.Function):
         rows = gradient.flatten(0, -2)
         for_weight = None
         if ctx.needs_input_grad[1]:
-            for_weight = times(rows.t(), x.flatten(0, -2).t())
+            # oneDNN wants the first factor row by row: the smaller of both is copied
+            given = x.flatten(0, -2)
+            wide = weight.shape[0] > weight.shape[1]
+            for_weight = times(given.t(), rows.t()).t() if wide else times(rows.t(), given.t())
         return for_x, for_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 

@@ -82,18 +82,24 @@ class LoRALinear(Linear):
         """``(..., in_features)`` to ``(..., out_features)``."""
         if not self.enabled:
             return super().forward(input)
-        outputs = list(self._split(super().forward(input), -1))
-        dropped = self.dropout(input)  # one mask for all parts: they read the same input
-        for part in self.parts:
-            low = linear(dropped, self.lora_a[str(part)])  # (..., rank)
-            update = self.scaling * linear(low, self.lora_b[str(part)])
-            outputs[part] = self._adapted(part, outputs[part], update)
-        if self.num_parts == 1:
-            return outputs[0]
+        # what the update adds to all rows at once, with zeros where nothing is adapted: no row is cut out and put back
+        down = torch.cat([self.lora_a[str(part)] for part in self.parts])
+        low = linear(self.dropout(input), down)  # (..., rank for each part), one mask for all of them
+        update = linear(low, self.scaling * self._up())
+        return self._adapted(super().forward(input), update)
+
+    def _up(self) -> Tensor:
+        """All ``B``, each in the rows of its part and the columns of its own ``A``; zero elsewhere."""
+        width = self.out_features // self.num_parts
+        none = self.weight.new_zeros(width, 0)
+        of_parts = [self.lora_b[str(part)] if part in self.parts else none for part in range(self.num_parts)]
+        return self._in_order(torch.block_diag(*of_parts))
+
+    def _in_order(self, rows: Tensor) -> Tensor:
+        """``rows`` (out_features, ...), part after part, in the order of the layer's outputs."""
         if self.groups == 1:
-            return torch.cat(outputs, dim=-1)
-        # (..., groups, width) each -> (..., groups, parts, width) -> the rows' own order
-        return torch.stack([output.unflatten(-1, (self.groups, -1)) for output in outputs], dim=-2).flatten(-3)
+            return rows
+        return rows.unflatten(0, (self.num_parts, self.groups, -1)).transpose(0, 1).flatten(0, 2)
 
     def _split(self, tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
         """The parts of ``tensor`` along ``dim`` (of size out_features), each of size out_features / num_parts."""
@@ -103,9 +109,9 @@ class LoRALinear(Linear):
         axis = dim % tensor.ndim
         return tuple(part.flatten(axis, axis + 1) for part in grouped.unbind(axis + 1))
 
-    def _adapted(self, part: int, output: Tensor, update: Tensor) -> Tensor:
-        """Output of one part from that of the base and the low-rank update, both (..., out_features / num_parts)."""
-        return output + update
+    def _adapted(self, output: Tensor, update: Tensor) -> Tensor:
+        """Output from that of the base, which may be overwritten, and the low-rank update, both (..., out_features)."""
+        return output.add_(update)
 
     def _merged(self, part: int) -> Tensor:
         """Weight (out_features / num_parts, in_features) of one part that computes the same, in float32."""
@@ -178,13 +184,13 @@ class DoRALinear(LoRALinear):
         norm = self._norm(part)
         return self.magnitude[str(part)].float() / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
-    def _adapted(self, part: int, output: Tensor, update: Tensor) -> Tensor:
+    def _adapted(self, output: Tensor, update: Tensor) -> Tensor:
         product = output + update
-        unbiased = product
-        if self.bias is not None:
-            unbiased = product - self._split(self.bias, 0)[part].to(product.dtype)
+        unbiased = product if self.bias is None else product - self.bias.to(product.dtype)
+        plain = self.weight.new_ones(self.out_features // self.num_parts, dtype=torch.float32)
+        of_parts = [self._stretch(part) if part in self.parts else plain for part in range(self.num_parts)]
         # exact where the stretch is 1, in any precision
-        return product + (self._stretch(part) - 1).to(product.dtype) * unbiased
+        return product + (self._in_order(torch.cat(of_parts)) - 1).to(product.dtype) * unbiased
 
     def _merged(self, part: int) -> Tensor:
         return self._stretch(part)[:, None] * super()._merged(part)

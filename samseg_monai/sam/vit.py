@@ -8,13 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from segment_anything.modeling.image_encoder import Attention, Block, ImageEncoderViT
+from segment_anything.modeling.image_encoder import Attention, Block, ImageEncoderViT, MLPBlock
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from samseg_monai.errors import ConfigError
-from samseg_monai.sam.attention import Way, attend
+from samseg_monai.sam.attention import Way, attend, in_pieces, positions, windowed
 from samseg_monai.sam.backbone import Backbone, Rows, SamSpec
+
+HIDDEN = 1 << 22  # hidden values at a time on a CPU: enough for full speed, and blocks of memory that are used again
 
 
 @dataclass(frozen=True)
@@ -69,19 +71,49 @@ class FusedAttention(Attention):
         qkv = self.qkv(x)  # (B, H, W, 3 C)
         h, w = window or height, window or width
         down, across = -(-height // h), -(-width // w)  # windows
-        if (down * h, across * w) != (height, width):
-            filled = self.qkv(x.new_zeros(1, 1, 1, c)).expand(b, down * h, across * w, -1).clone()
+        whole = (down * h, across * w) == (height, width)
+        fill = qkv.new_zeros(3 * c) if whole else self.qkv(x.new_zeros(1, 1, 1, c)).flatten()
+        offsets = relative_rows(self.rel_pos_h, h), relative_rows(self.rel_pos_w, w)
+        if self.way is None and in_pieces(qkv):
+            return self.proj(windowed(qkv, fill, *offsets, heads, self.scale))
+        if not whole:
+            filled = fill.expand(b, down * h, across * w, -1).clone()
             filled[:, :height, :width] = qkv
             qkv = filled
         # three of (B * windows, heads, h * w, d)
         qkv = qkv.view(b, down, h, across, w, 3, heads, d).permute(5, 0, 1, 3, 6, 2, 4, 7)
         q, k, v = qkv.reshape(3, b * down * across, heads, h * w, d).unbind(0)
-        grid = q.unflatten(2, (h, w))
-        rows = torch.einsum("bnhwd,hkd->bnhwk", grid, relative_rows(self.rel_pos_h, h)).flatten(2, 3)
-        cols = torch.einsum("bnhwd,wkd->bnhwk", grid, relative_rows(self.rel_pos_w, w)).flatten(2, 3)
+        rows, cols = positions(q.unflatten(2, (h, w)), *offsets)
         out = (self.way or attend)(q, k, v, rows, cols, self.scale)
         out = out.reshape(b, down, across, heads, h, w, d).permute(0, 1, 4, 2, 5, 3, 6)
         return self.proj(out.reshape(b, down * h, across * w, c)[:, :height, :width])
+
+
+class ThriftyMLP(MLPBlock):
+    """SAM's two linear layers with GELU between, behind a normalisation; for some tokens at a time on a CPU.
+
+    The hidden values are four times the width of all else. Where the layers are frozen, the backward pass needs those
+    values for the GELU's slope alone, and there computes them again: with LoRA in the attention of ViT-B they were a
+    third of what a step keeps.
+
+    Shape: (B, H, W, C) to (B, H, W, C).
+    """
+
+    def forward(self, x: torch.Tensor, norm: nn.Module, again: bool = True) -> torch.Tensor:  # type: ignore[override]
+        """``again`` False keeps the hidden values, for a block that is computed again as a whole."""
+        drawn = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+        if x.device.type != "cpu" or drawn:
+            return self.lin2(self._hidden(x, norm))
+        learned = any(parameter.requires_grad for parameter in self.parameters())
+        again = again and torch.is_grad_enabled() and x.requires_grad and not learned
+        parts = [
+            self.lin2(checkpoint(self._hidden, part, norm, use_reentrant=False) if again else self._hidden(part, norm))
+            for part in x.flatten(0, -2).split(max(1, HIDDEN // self.lin1.out_features))
+        ]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
+
+    def _hidden(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        return self.act(self.lin1(norm(x)))
 
 
 class EncoderBlock(Block):
@@ -102,13 +134,15 @@ class EncoderBlock(Block):
             window_size=window_size,
             input_size=(tokens, tokens),
         )
+        self.mlp.__class__ = ThriftyMLP  # the same layers: no number is drawn again
         self.attn = FusedAttention(
             spec.embed_dim, num_heads=spec.num_heads, use_rel_pos=True, input_size=(tokens, tokens)
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, again: bool = True) -> torch.Tensor:
+        """``again`` as of ``ThriftyMLP``."""
         x = x + self.attn(self.norm1(x), self.window_size)
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp(x, self.norm2, again)
 
 
 class ImageEncoder(ImageEncoderViT, Backbone):
@@ -163,7 +197,7 @@ class ImageEncoder(ImageEncoderViT, Backbone):
         tapped: dict[int, torch.Tensor] = {}
         for i, block in enumerate(self.blocks):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, False, use_reentrant=False)
             else:
                 x = block(x)
             if i in taps:

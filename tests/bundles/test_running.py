@@ -7,12 +7,13 @@ says what has changed there.
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow, run
 
 from samseg_monai import bundles
-from samseg_monai.bundles.running import running
+from samseg_monai.bundles.running import MALLOC, reuse_memory, running
 
 SEEN: list = []
 LOOK = "$here.look()"
@@ -86,3 +87,19 @@ def test_overrides_come_before_any_expression_and_end_in_a_key_error_within_what
         with pytest.raises((LookupError, ValueError, TypeError)):
             create_workflow(config_file=str(config), **{key: 1})
     assert SEEN == []
+
+
+@pytest.mark.parametrize("chosen", [None, "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])
+def test_glibc_is_told_to_keep_memory_unless_the_user_has_chosen(chosen, monkeypatch):
+    told = []
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    library = SimpleNamespace(mallopt=lambda *values: told.append(values))
+    monkeypatch.setattr("samseg_monai.bundles.running.ctypes.CDLL", lambda name: library)
+    if chosen:
+        monkeypatch.setenv(chosen, "131072")
+    reuse_memory()
+    assert told == ([] if chosen else list(MALLOC.items()))
+    library = SimpleNamespace()  # musl has no such function
+    reuse_memory()
