@@ -326,6 +326,11 @@ def test_losses_of_training_and_validation_share_a_panel(runs):
     assert "best 0.783, epoch 6" in dice  # the Dice curve is still the Dice
 
 
+def test_the_dice_of_picked_slices_is_drawn_as_that(runs):
+    runs[2].history.update({"picked_val_dice": {2: 0.5, 4: 0.6, 6: 0.55}, "val_dice": {4: 0.58}})
+    assert "picked slices: best 0.600, epoch 4" in curves_svg(runs[2:])[1]
+
+
 def test_box_plot_has_a_point_per_case_and_strategy(runs):
     svg = dice_svg(runs)
     for index in range(3):
