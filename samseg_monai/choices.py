@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 IGNORE = 255  # in labels that were recoded: nobody has judged this voxel, it is out of loss and scores
+PICKED = "picked_"  # begins the names of scores that are of picked slices, not of whole volumes
 IGNORE_NAMES = ("ignore", "ignored", "void")  # what datalists call the value of such voxels
 _WORD = "[A-Za-z0-9][A-Za-z0-9_.-]*"
 
@@ -423,8 +424,15 @@ class SliceSettings(Model):
     picker: Picker = MaxArea(name="MaxArea")
     cache: Literal["memory", "disk"] = "memory"
     num_workers: Workers = 0
-    volume_cache_rate: Fraction = 0.0
-    """Fraction of the validation volumes that are kept in memory."""
+    volume_cache_rate: Fraction | None = None
+    """Fraction of the validation cases of which what is looked at stays in memory; null: as many as fit in 1 GB."""
+
+
+class ValidationSettings(Model):
+    """What the validations of a training look at."""
+
+    picker: Picker | None = None
+    """Volumes: these slices alone choose the epoch, and whole volumes are validated once, at the end; null: all."""
 
 
 class EmbeddingSettings(Model):

@@ -15,19 +15,20 @@ import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
 from monai.inferers import Inferer
-from monai.transforms import Compose, MapTransform
+from monai.transforms import Compose, MapTransform, Resized
 from monai.transforms.traits import RandomizableTrait
 from monai.transforms.utils import allow_missing_keys_mode, convert_applied_interp_mode
 
 from samseg_monai.data.slices.cache import VolumeEmbeddings, describe
 from samseg_monai.errors import ConfigError, PromptError, raise_all
 from samseg_monai.networks import EMPTY_LOGIT
-from samseg_monai.transforms import BoxFromPromptd, boxes_of, clip_boxes, move_boxes
+from samseg_monai.transforms import BoxFromPromptd, SplineResized, boxes_of, clip_boxes, move_boxes
 from samseg_monai.transforms.requested import carried_prompt
 
 logger = logging.getLogger(__name__)
 
 IMAGE, PROMPT = "image", "prompt"
+CHANNELWISE = {Resized, SplineResized}  # give a channel the same whatever the others are: slices go through together
 SAME_GRID = {"Resize", "Lambda"}  # what may lie in the history of a slice that was only resized
 
 Network = Callable[..., torch.Tensor]
@@ -38,9 +39,10 @@ class SliceVolumeInferer(Inferer):
     """Run a slice network over volumes, with a box per slice if it is prompted.
 
     Every slice goes through ``slice_transforms`` alone, exactly as in the training set (so a transform may look at the
-    whole slice, as an intensity scaling does); boxes are computed behind them. Logits are taken back to the grid of the
-    volume by the inverse of the same transforms, bilinearly. Slices without a box are not run: their logits are -20
-    (and 20 for the background, which is channel 0 of several).
+    whole slice, as an intensity scaling does), or with others where they only resize, which makes no difference; boxes
+    are computed behind them. Logits are taken back to the grid of the volume by the inverse of the same transforms,
+    bilinearly. Slices without a box are not run: their logits are -20 (and 20 for the background, which is channel 0 of
+    several).
 
     A 2-D image, a volume of one slice, takes ``boxes`` instead of a prompt volume: floats that follow the slice's
     affine through ``slice_transforms`` and are never rounded. Programs that pass neither have the prompt in the
@@ -61,6 +63,8 @@ class SliceVolumeInferer(Inferer):
         direct: take logits back by one bilinear resize to the slice's own size, not step by step; for transforms that
             only resize, which then need not be invertible.
         labels: return class numbers, the channel of the largest logit in the grid of the volume, instead of logits.
+    A validation that looks at some slices only gives ``slices``, bool (B, D): the others are as those without a box.
+
     Shape: inputs (B, S, H, W, D), prompt (B, N, H, W, D) with a channel for each box of a slice, or boxes (B, N, 4) in
         pixel edges of the input where D is 1 (rows of NaN are none), to logits (B, C, H, W, D), float32. The network
         sees (b, S, h, w), with boxes (b, 4) or (b, N, 4), and returns (b, C, h, w). With ``labels`` the result is
@@ -94,6 +98,7 @@ class SliceVolumeInferer(Inferer):
         problems += ["BoxFromPromptd is only for the training set" for t in members if isinstance(t, BoxFromPromptd)]
         raise_all(problems, ConfigError, "the inferer takes the deterministic slice transforms, without boxes")
         self._has_map_transforms = any(isinstance(t, MapTransform) for t in members)
+        self._channelwise = all(type(t) in CHANNELWISE for t in members)
         self._settings = describe(self.slice_transforms)
 
     def __call__(
@@ -103,12 +108,14 @@ class SliceVolumeInferer(Inferer):
         *args: Any,
         prompt: torch.Tensor | None = None,
         boxes: torch.Tensor | None = None,
+        slices: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """Predict a batch of volumes; see the class for shapes and errors."""
         if args or kwargs:
             raise ConfigError(
-                f"SliceVolumeInferer takes only 'prompt' or 'boxes', got {len(args)} inputs and {sorted(kwargs)}"
+                "SliceVolumeInferer takes only 'prompt', 'boxes' and 'slices', got "
+                f"{len(args)} inputs and {sorted(kwargs)}"
             )
         if inputs.ndim != 5:
             raise ConfigError(f"SliceVolumeInferer needs volumes (B, S, H, W, D), got shape {tuple(inputs.shape)}")
@@ -117,7 +124,10 @@ class SliceVolumeInferer(Inferer):
         if self.prompted:
             prompt = carried_prompt(inputs) if prompt is None and boxes is None else prompt
             prompts = self._checked(prompt, images) if boxes is None else _checked_boxes(boxes, prompt, images)
-        logits = torch.stack([self._volume(image, p, network) for image, p in zip(images, prompts, strict=True)])
+        if slices is not None and tuple(slices.shape) != (len(images), images.shape[-1]):
+            raise ConfigError(f"slices must have shape {(len(images), images.shape[-1])}, got {tuple(slices.shape)}")
+        only: Any = [None] * len(images) if slices is None else slices.cpu()
+        logits = torch.stack([self._volume(*each, network) for each in zip(images, prompts, only, strict=True)])
         return MetaTensor(logits).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else logits
 
     def _checked(self, prompt: torch.Tensor | None, images: torch.Tensor) -> torch.Tensor:
@@ -132,31 +142,38 @@ class SliceVolumeInferer(Inferer):
             raise PromptError(f"prompt must have shape ({fitting}) to fit the image, got {tuple(prompt.shape)}")
         return prompt.as_subclass(torch.Tensor)
 
-    def _volume(self, image: torch.Tensor, prompt: torch.Tensor | None, network: Network) -> torch.Tensor:
-        """(S, H, W, D) and a prompt (N, H, W, D), or boxes (N, 4) of a single slice, to (C, H, W, D)."""
+    def _volume(
+        self, image: torch.Tensor, prompt: torch.Tensor | None, only: torch.Tensor | None, network: Network
+    ) -> torch.Tensor:
+        """(S, H, W, D) and a prompt (N, H, W, D), or boxes (N, 4) of a single slice, to (C, H, W, D).
+
+        Of ``only``, bool (D,), the slices that are False are not run; None runs all.
+        """
         size, depth = image.shape[1:3], image.shape[3]
         if prompt is None:
             wanted = list(range(depth))
         elif prompt.ndim == 2:
             wanted = [] if prompt.isnan().any(dim=1).all() else [0]
         else:
-            wanted = (prompt > 0).flatten(0, 2).any(dim=0).nonzero()[:, 0].tolist()
+            wanted = (prompt > 0).flatten(0, 2).any(dim=0).cpu().nonzero()[:, 0].tolist()
+        wanted = wanted if only is None else [z for z in wanted if only[z]]
         store = self._embeddings(image, prompt, network, wanted)
         volume: torch.Tensor | None = None
         for start in range(0, len(wanted), self.batch_size):
             numbers, prepared, boxes = self._batch(image, prompt, wanted[start : start + self.batch_size])
             if not numbers:
                 continue
-            embedding = None if store is None else store.get(numbers, _stack(prepared))
-            logits = self._finished(self._undo(_run(network, prepared, boxes, embedding), prepared[0], size))
+            slices = prepared.as_subclass(torch.Tensor)
+            embedding = None if store is None else store.get(numbers, slices)
+            logits = self._finished(self._undo(_run(network, slices, boxes, embedding), prepared, size))
             if volume is None:
                 volume = self._empty(logits.shape[1], (*size, depth), logits.device)
             volume[..., numbers] = logits.permute(1, 2, 3, 0)  # (b, C, H, W) -> (C, H, W, b)
         if volume is None:
             # no slice has a box: the network is asked once, for the number of its channels only
-            prepared = [self._prepare(image[..., 0], None)[0]]
-            boxes = prepared[0].new_full((1, self.max_boxes, 4) if self.per_component else (1, 4), torch.nan)
-            logits = self._finished(_run(network, prepared, boxes.as_subclass(torch.Tensor)))
+            slices = self._prepare(image[..., :1], None)[0].as_subclass(torch.Tensor)
+            boxes = slices.new_full((1, self.max_boxes, 4) if self.per_component else (1, 4), torch.nan)
+            logits = self._finished(_run(network, slices, boxes))
             volume = self._empty(logits.shape[1], (*size, depth), image.device)
         return volume
 
@@ -167,7 +184,7 @@ class SliceVolumeInferer(Inferer):
             return None
         if prompt is not None and prompt.ndim == 4 and wanted:
             # the prompt is no part of what an embedding is known by, so it must not change the image
-            plane, mask = image[..., wanted[0]], prompt[..., wanted[0]]
+            plane, mask = image[..., wanted[:1]], prompt[..., wanted[:1]]
             one, other = (self._prepare(plane, m)[0] for m in (mask, torch.ones_like(mask)))
             if one.shape != other.shape or not torch.allclose(one, other, rtol=0, atol=0, equal_nan=True):
                 raise ConfigError(
@@ -178,41 +195,54 @@ class SliceVolumeInferer(Inferer):
 
     def _batch(
         self, image: torch.Tensor, prompt: torch.Tensor | None, wanted: list[int]
-    ) -> tuple[list[int], list[MetaTensor], torch.Tensor | None]:
-        """Transformed slices that the network has to see, their numbers and their boxes."""
-        masks: Any = [prompt] * image.shape[-1] if prompt is None or prompt.ndim == 2 else prompt.unbind(-1)
-        pairs = [self._prepare(image[..., z], masks[z]) for z in wanted]
+    ) -> tuple[list[int], MetaTensor, torch.Tensor | None]:
+        """Numbers of the slices that the network has to see, what it sees of them, (b, S, h, w), and their boxes."""
+        masks = prompt if prompt is not None and prompt.ndim == 4 else None
+        groups = [wanted] if self._channelwise else [[z] for z in wanted]
+        parts = [self._prepare(image[..., g], None if masks is None else masks[..., g]) for g in groups]
+        prepared: Any = parts[0][0]  # all have its history
+        if len(parts) > 1:
+            together = torch.cat([part.as_subclass(torch.Tensor) for part, _ in parts])
+            prepared = MetaTensor(together, meta=prepared.meta, applied_operations=prepared.applied_operations)
         if prompt is None:
-            return wanted, [prepared for prepared, _ in pairs], None
-        found = [(z, prepared, b) for z, (prepared, b) in zip(wanted, pairs, strict=True) if b is not None]
-        kept = [entry for entry in found if not torch.isnan(entry[2]).all()]
+            return wanted, prepared, None
+        if masks is None:
+            boxes = _followed(prompt, image, prepared)[None]
+        else:
+            # on the CPU, where they are looked for: all at once, since a GPU waits for each question
+            planes = torch.cat([part for _, part in parts if part is not None]).cpu()
+            how: dict[str, Any] = {"per_component": self.per_component, "max_boxes": self.max_boxes}
+            boxes = torch.stack([boxes_of(plane, **how) for plane in planes])
+        kept = [k for k, there in enumerate((~boxes.isnan()).flatten(1).any(1).tolist()) if there]
         if len(kept) < len(wanted):
-            lost = sorted(set(wanted) - {z for z, _, _ in kept})
+            lost = sorted(set(wanted) - {wanted[k] for k in kept})
             logger.warning(
                 "prompts of slices %s vanish in slice_transforms; predicted empty. Resize prompts with mode 'area'",
                 lost,
             )
-        boxes = torch.stack([b for _, _, b in kept]) if kept else None
-        return [z for z, _, _ in kept], [prepared for _, prepared, _ in kept], boxes
+            prepared, boxes = prepared[kept], boxes[kept]
+        return [wanted[k] for k in kept], prepared, boxes.to(image.device, non_blocking=True)
 
     def _prepare(self, image: torch.Tensor, prompt: torch.Tensor | None) -> tuple[MetaTensor, torch.Tensor | None]:
-        """A slice (S, H, W) as the network sees it, (S, h, w), and its boxes, of a prompt (N, H, W) or moved (N, 4)."""
-        d: dict[str, torch.Tensor] = {IMAGE: MetaTensor(image.clone())}
-        mask = None if prompt is None or prompt.ndim == 2 else prompt
-        if mask is not None:
-            d[PROMPT] = MetaTensor(mask.clone())
+        """Slices (S, H, W, b) as the network sees them, (b, S, h, w), and their prompts (N, H, W, b), (b, N, h, w)."""
+        volumes = {IMAGE: image} if prompt is None else {IMAGE: image, PROMPT: prompt}
+        d: Any = {key: MetaTensor(v.movedim(-1, 0).flatten(0, 1).contiguous()) for key, v in volumes.items()}
         d = self._apply(self.slice_transforms, d)
         prepared: Any = d[IMAGE] if isinstance(d[IMAGE], MetaTensor) else MetaTensor(d[IMAGE])
-        if mask is not None:
-            return prepared, boxes_of(d[PROMPT], per_component=self.per_component, max_boxes=self.max_boxes)
-        return prepared, None if prompt is None else _followed(prompt, image, prepared)
+        count = image.shape[-1]
+        slices = MetaTensor(
+            prepared.as_subclass(torch.Tensor).unflatten(0, (count, -1)),
+            meta=prepared.meta,
+            applied_operations=prepared.applied_operations,
+        )
+        return slices, d[PROMPT].as_subclass(torch.Tensor).unflatten(0, (count, -1)) if prompt is not None else None
 
     def _undo(self, logits: torch.Tensor, prepared: MetaTensor, size: Sequence[int]) -> torch.Tensor:
         """(b, C, h, w) to (b, C, H, W): all slices went through the same geometry, so one call undoes it for all."""
         batch, channels = logits.shape[:2]
-        if logits.shape[2:] != prepared.shape[1:]:
+        if logits.shape[2:] != prepared.shape[2:]:
             raise ConfigError(
-                f"the network must return logits of its input's size {tuple(prepared.shape[1:])}, "
+                f"the network must return logits of its input's size {tuple(prepared.shape[2:])}, "
                 f"got {tuple(logits.shape[2:])}"
             )
         if self.direct:
@@ -265,26 +295,19 @@ def _checked_boxes(boxes: torch.Tensor, prompt: torch.Tensor | None, images: tor
 
 
 def _followed(boxes: torch.Tensor, image: torch.Tensor, prepared: MetaTensor) -> torch.Tensor:
-    """Boxes of a slice (S, H, W) on what the transforms made of it, (S, h, w)."""
-    if prepared.shape[1:] != image.shape[1:] and not prepared.applied_operations:
+    """Boxes of an image of one slice (S, H, W, 1) on what the transforms made of it, (1, S, h, w)."""
+    if prepared.shape[2:] != image.shape[1:3] and not prepared.applied_operations:
         raise ConfigError(
             "boxes cannot follow slice_transforms that keep no record of what they do (SplineResized); leave "
             "store_size null for 2-D images"
         )
     moved = move_boxes(boxes, torch.eye(4), prepared.affine)  # a slice starts without an affine of its own
-    return clip_boxes(moved, (prepared.shape[1], prepared.shape[2])).to(image.device)
-
-
-def _stack(prepared: Sequence[MetaTensor]) -> torch.Tensor:
-    return torch.stack([image.as_subclass(torch.Tensor) for image in prepared])  # (b, S, h, w)
+    return clip_boxes(moved, (prepared.shape[2], prepared.shape[3]))
 
 
 def _run(
-    network: Network,
-    prepared: Sequence[MetaTensor],
-    boxes: torch.Tensor | None,
-    embedding: torch.Tensor | None = None,
+    network: Network, slices: torch.Tensor, boxes: torch.Tensor | None, embedding: torch.Tensor | None = None
 ) -> torch.Tensor:
-    inputs = [_stack(prepared)] if boxes is None else [_stack(prepared), boxes]
+    inputs = [slices] if boxes is None else [slices, boxes]
     logits = network(*inputs) if embedding is None else network(*inputs, embedding=embedding)
     return logits.as_subclass(torch.Tensor).float()

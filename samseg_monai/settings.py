@@ -40,6 +40,7 @@ from samseg_monai.choices import (
     Spacing,
     Text,
     Two,
+    ValidationSettings,
     Voxels,
     Workers,
     for_users,
@@ -176,6 +177,7 @@ class RunSettings(Model):
     schedule: Schedule = Schedule()
     loss: Loss = Loss()
     slices: SliceSettings = SliceSettings()
+    validation: ValidationSettings = ValidationSettings()
     section: Literal["testing", "validation", "training"] = "testing"
     """Section of the datalist that is evaluated."""
     allow_seen: bool = False
@@ -326,6 +328,8 @@ def _misfits(settings: BundleSettings) -> Iterator[str]:
         yield f"run::prompt::source: got {run.prompt.source!r}, but this network takes no boxes; use 'none'"
     if run.prompt.source == "mask" and task.kind == "images":
         yield "run::prompt::source: 'mask' is for volumes; 2-D images take label, json, image or none"
+    if run.validation.picker is not None and task.kind == "images":
+        yield "run::validation::picker: a 2-D image is one slice, and all are validated; use null"
     if run.prompt.loosen[0] > run.prompt.loosen[1]:
         yield f"run::prompt::loosen: got {run.prompt.loosen}; the smaller number comes first"
     if strategy.network is not None and strategy.network.name == "BoxEllipse" and several:

@@ -342,6 +342,7 @@ def _values(settings: BundleSettings) -> dict[str, Any]:
         "net": _network(settings),
         "net_boxes": {"boxes": "given"} if net is None or net.name == "BoxEllipse" else dumped["strategy"]["network"],
         "picker": component(PICKERS, dumped["run"]["slices"]["picker"]),
+        "val_picker": _val_picker(dumped["run"]),
         "demo_keys": _demo_keys(settings),
         "weights": KNOWN.get(run.sam_variant or "vit_b", KNOWN["vit_b"]),
         "published": run.sam_variant in KNOWN,
@@ -352,6 +353,11 @@ def _values(settings: BundleSettings) -> dict[str, Any]:
     }
 
 
+def _val_picker(run: dict[str, Any]) -> dict[str, Any] | None:
+    picker = run["validation"]["picker"]
+    return picker and component(PICKERS, picker)
+
+
 def _demo_keys(settings: BundleSettings) -> dict[str, Any]:
     """Ids and values of the demo's overlay.
 
@@ -360,6 +366,7 @@ def _demo_keys(settings: BundleSettings) -> dict[str, Any]:
     demo = settings.demo.model_dump(mode="json", exclude_unset=True) if settings.demo else {}
     whole = dump_settings(demonstrated(settings))["run"]
     whole["slices"] |= {"picker": component(PICKERS, whole["slices"]["picker"]), "cache_dir": None}
+    whole["validation"] = {"picker": _val_picker(whole)}
     keys: dict[str, Any] = {}
 
     def collect(value: dict[str, Any], where: str) -> None:

@@ -32,8 +32,9 @@ def effective_settings(config: dict[str, Any], built: BundleSettings) -> dict[st
             value["run"][key] = _taken(value["run"][key], config[key], key)
     if "image_size" in own:
         value["run"]["image_size"] = built.run.image_size
-    if "slices::picker" in own:
-        value["run"]["slices"]["picker"] = dump_settings(built)["run"]["slices"]["picker"]
+    for group in ("slices", "validation"):
+        if f"{group}::picker" in own:
+            value["run"][group]["picker"] = dump_settings(built)["run"][group]["picker"]
     optimizer = config.get("train", {}).get("optimizer", {}) if isinstance(config.get("train"), dict) else {}
     if optimizer and "train::optimizer" not in own:
         decay = optimizer.get("weight_decay", value["run"]["optimizer"]["weight_decay"])
@@ -105,6 +106,7 @@ def custom_parts(config: dict[str, Any]) -> set[str]:
         "strategy": _METHODS,
         "strategy::side": _SIDES,
         "slices::picker": _PICKERS,
+        "validation::picker": _PICKERS,
         "train::optimizer": _OPTIMIZERS,
     }
     found = set()

@@ -13,7 +13,7 @@ from samseg_monai.handlers.records import CaseTable, CurveLog, RunCard
 from samseg_monai.handlers.resume import EpochSeeder, ResumeSaver
 from samseg_monai.handlers.steps import Accumulation, GradientClip, GradientFlow, NonFiniteGuard
 from samseg_monai.handlers.tracking import Tracking
-from samseg_monai.handlers.validation import SameBuffers, TensorBoard, ValidationLoss, WorstCaseImage
+from samseg_monai.handlers.validation import SameBuffers, TensorBoard, ValidationLoss, WholeVolumes, WorstCaseImage
 
 __all__ = [
     "EMA",
@@ -37,5 +37,6 @@ __all__ = [
     "TensorBoard",
     "Tracking",
     "ValidationLoss",
+    "WholeVolumes",
     "WorstCaseImage",
 ]

@@ -113,8 +113,10 @@ class EMA:
 
     def _learning(self) -> dict[str, Tensor]:
         """Parameters that learn, and the running statistics that go with them."""
-        owned = set(getattr(self.network, "owned", self.network.state_dict()))
-        buffers = ((name, b) for name, b in self.network.named_buffers() if name in owned and b.is_floating_point())
+        owned = getattr(self.network, "owned", None)  # of other networks all; a state dict would take milliseconds
+        names = None if owned is None else set(owned)
+        named = ((n, b) for n, b in self.network.named_buffers() if b.is_floating_point())
+        buffers = ((name, b) for name, b in named if names is None or name in names)
         return {**{name: p for name, p in self.network.named_parameters() if p.requires_grad}, **dict(buffers)}
 
     def _show(self, engine: Any) -> None:

@@ -17,6 +17,7 @@ from ignite.engine import Events
 from monai.engines.utils import IterationEvents
 
 from samseg_monai.checkpoints import git_commit, read_card
+from samseg_monai.choices import PICKED
 from samseg_monai.data import CUT
 from samseg_monai.data.slices import SliceDataset
 from samseg_monai.errors import CheckpointError, TrainingError
@@ -50,6 +51,7 @@ class RunCard:
         network: SamSegmenter (or DDP of it): strategy, SAM variant, base weights' hash and counts are read from it.
         evaluator: engine whose last and best metrics are recorded; not needed when attached to the evaluator.
         best: BestAdapter, whose epoch and score then count as the best.
+        whole: WholeVolumes: where validations see picked slices, "best" says so, and is of whole volumes at the end.
         datalist: datalist JSON, whose hash is recorded.
         cut: case -> what the crop leaves out of it (``SliceDataset.cut``); None: the batches of the evaluator tell.
         facts: more keys for the card's top level, e.g. ``{"dataset": "phantoms", "phantoms": true}``.
@@ -63,6 +65,7 @@ class RunCard:
     network: Any = None
     evaluator: Any = None
     best: Any = None
+    whole: Any = None
     datalist: StrPath | None = None
     cases_file: str | None = "cases.csv"
     cut: Mapping[str, Any] | None = None
@@ -157,17 +160,20 @@ class RunCard:
     def _finish(self, engine: Any, status: str) -> None:
         state = engine.state
         measured = (self.evaluator or engine).state
-        best = None
+        metrics, best = dict(measured.metrics), None
         if self.best is not None:
             best = {"metric": self.best.score, "epoch": self.best.epoch}
         elif getattr(measured, "best_metric_epoch", -1) >= 0:
             best = {"metric": measured.best_metric, "epoch": measured.best_metric_epoch}
+        if self.whole is not None and self.whole.picker is not None:
+            metrics |= self.whole.metrics
+            best = self.whole.told(best)
         self.card.update(
             status=status,
             iterations=state.iteration,
             stop_reason=getattr(state, "stop_reason", None),
             peak_memory_mb=provenance.peak_memory_mb(),
-            metrics=measured.metrics,
+            metrics=metrics,
             best=best,
             **self._learnt(),
         )
@@ -227,11 +233,12 @@ class CurveLog:
     Args:
         output_dir: folder of the run, made if need be.
         evaluator: the validation's engine, whose scalar metrics are recorded under their own names.
+        whole: engine of the validation of whole volumes at the end, where the others see picked slices.
     """
 
-    def __init__(self, output_dir: StrPath, *, evaluator: Any = None) -> None:
+    def __init__(self, output_dir: StrPath, *, evaluator: Any = None, whole: Any = None) -> None:
         self.path = Path(output_dir) / "history.csv"
-        self.evaluator = evaluator
+        self.evaluator, self.whole = evaluator, whole
         self._rows: Curves = {}
         self._trainer: Any = None
         self._begun = False
@@ -246,8 +253,9 @@ class CurveLog:
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self._collect)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
         engine.add_event_handler(Events.COMPLETED, self._end)
-        if self.evaluator is not None:
-            self.evaluator.add_event_handler(Events.EPOCH_COMPLETED, self._validated)
+        for evaluator in (self.evaluator, self.whole):
+            if evaluator is not None:
+                evaluator.add_event_handler(Events.EPOCH_COMPLETED, self._validated)
 
     def _announce(self, engine: Any) -> None:
         data, start = getattr(engine.state.dataloader, "dataset", None), engine.state.epoch
@@ -301,10 +309,13 @@ class CurveLog:
         metrics = {k: float(v) for k, v in plain(engine.state.metrics).items() if isinstance(v, (int, float))}
         for name, value in metrics.items():
             self._add(engine.state.epoch, name, value)
-        if "dice_mean" in metrics:
-            classes = {row["class"]: metrics.get(f"{row['class']}_dice_mean") for row in case_rows(engine)}
+        prefix = PICKED if f"{PICKED}dice_mean" in metrics else ""
+        if f"{prefix}dice_mean" in metrics:
+            classes = {row["class"]: metrics.get(f"{prefix}{row['class']}_dice_mean") for row in case_rows(engine)}
             each = ", ".join(f"{name} {value:.3f}" for name, value in classes.items() if value is not None)
-            self._tell(f"validation Dice {metrics['dice_mean']:.3f}" + (f" ({each})" if each else ""))
+            whole = f" of whole volumes, weights of epoch {engine.state.epoch}" if engine is self.whole else ""
+            of = " of picked slices" if prefix else whole
+            self._tell(f"validation Dice {metrics[f'{prefix}dice_mean']:.3f}{of}" + (f" ({each})" if each else ""))
         self._write()
 
     def _tell(self, what: str) -> None:
@@ -321,7 +332,10 @@ class CurveLog:
         return f"at most {hours} h {minutes:02} min left" if hours else f"at most {minutes} min left"
 
     def _add(self, epoch: int, name: str, value: float) -> None:
-        self._rows[(epoch, name)] = (self._trainer.state.iteration, value)
+        state = self._trainer.state
+        # of an earlier epoch where whole volumes are validated at the end
+        iteration = state.iteration if epoch == state.epoch else epoch * state.epoch_length
+        self._rows[(epoch, name)] = (iteration, value)
 
     def _write(self) -> None:
         def write(path: Path) -> None:

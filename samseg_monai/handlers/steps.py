@@ -7,6 +7,7 @@ gradients are only accumulated. Gradients are complete, and may be measured or c
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -141,7 +142,12 @@ class GradientClip:
         if max_norm is not None and not max_norm > 0:
             raise ConfigError(f"GradientClip: max_norm must be above 0, got {max_norm}; leave it out to not clip")
         self.max_norm = None if max_norm is None else float(max_norm)
-        self.last_norm: float | None = None
+        self._norm: torch.Tensor | None = None
+
+    @property
+    def last_norm(self) -> float | None:
+        """Total norm of the last step's gradients before they were clipped; None before the first."""
+        return None if self._norm is None else float(self._norm)
 
     def attach(self, engine: Any) -> None:
         """Attach to a MONAI ``SupervisedTrainer``."""
@@ -151,13 +157,14 @@ class GradientClip:
         if self.max_norm is None or not steps_now(engine):
             return
         unscale_once(engine)
-        self.last_norm = float(nn.utils.clip_grad_norm_(list(optimised(engine.optimizer)), self.max_norm))
+        self._norm = nn.utils.clip_grad_norm_(list(optimised(engine.optimizer)), self.max_norm)
 
 
 class NonFiniteGuard:
     """Stops the training at the first loss or gradient that is not finite and names the cases of that batch.
 
-    It acts before the backward pass (the optimiser step for gradients), so the weights are those of the step before.
+    It acts before the optimiser steps, so the weights are those of the step before. Both are read at once, since a GPU
+    has to finish everything for it; from then on the loss in ``engine.state.output`` lies on the CPU.
     Under amp a ``GradScaler`` skips steps with infinite gradients on purpose; then only 16 of them in a row raise.
 
     Raises:
@@ -169,34 +176,22 @@ class NonFiniteGuard:
 
     def attach(self, engine: Any) -> None:
         """Attach to a MONAI ``SupervisedTrainer``; before GradientClip, whose scaling would spread a NaN over all."""
-        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.check_loss)
-        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.check_gradients)
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
 
-    def check_loss(self, engine: Any) -> None:
-        """Raise if the loss of this batch is not finite."""
-        loss, prediction = engine.state.output["loss"], engine.state.output.get("pred")
-        if bool(torch.isfinite(loss).all()):
-            return
-        names = batch_names(engine.state.batch)
-        where = ""
-        if isinstance(prediction, torch.Tensor) and len(prediction) == len(names):
-            finite = torch.isfinite(prediction.detach()).flatten(1).all(dim=1).tolist()
-            guilty = [name for name, good in zip(names, finite, strict=True) if not good]
-            where = f"; the prediction itself is not finite for {', '.join(guilty)}" if guilty else ""
-        raise TrainingError(
-            f"{_place(engine)}: the loss is {float(loss.detach().float().mean())} for {', '.join(names)}{where}. "
-            "Look for NaN or constant images there, else lower the learning rate or add GradientClip"
-        )
-
-    def check_gradients(self, engine: Any) -> None:
-        """Raise if a gradient is not finite when the optimiser is about to step."""
-        if not steps_now(engine):
-            return
-        unscale_once(engine)
-        gradients = [parameter.grad for parameter in optimised(engine.optimizer) if parameter.grad is not None]
-        # the largest of all is asked once: each question to a GPU waits until it has caught up
-        if not gradients or bool(torch.isfinite(nn.utils.get_total_norm(gradients, torch.inf))):
-            self._skipped = 0
+    def __call__(self, engine: Any) -> None:
+        output = engine.state.output
+        values = [output["loss"].detach().float().mean()]
+        if steps_now(engine):
+            unscale_once(engine)
+            gradients = [parameter.grad for parameter in optimised(engine.optimizer) if parameter.grad is not None]
+            if gradients:
+                values.append(nn.utils.get_total_norm(gradients, torch.inf).float().to(values[0].device))
+        loss, *norm = torch.stack(values).tolist()
+        if not math.isfinite(loss):
+            raise TrainingError(_no_loss(engine, loss))
+        output["loss"] = torch.tensor(loss)
+        if all(map(math.isfinite, norm)):
+            self._skipped = 0 if steps_now(engine) else self._skipped
             return
         self._skipped += 1
         if getattr(engine, "scaler", None) is not None and self._skipped < MAX_SKIPPED_STEPS:
@@ -206,6 +201,20 @@ class NonFiniteGuard:
             f"{_place(engine)}: gradients are not finite for {', '.join(batch_names(engine.state.batch))}, "
             "though the loss is. Lower the learning rate, add GradientClip, or train without amp"
         )
+
+
+def _no_loss(engine: Any, loss: float) -> str:
+    """What is wrong with a batch whose loss is not finite."""
+    names, prediction = batch_names(engine.state.batch), engine.state.output.get("pred")
+    where = ""
+    if isinstance(prediction, torch.Tensor) and len(prediction) == len(names):
+        finite = torch.isfinite(prediction.detach()).flatten(1).all(dim=1).tolist()
+        guilty = [name for name, good in zip(names, finite, strict=True) if not good]
+        where = f"; the prediction itself is not finite for {', '.join(guilty)}" if guilty else ""
+    return (
+        f"{_place(engine)}: the loss is {loss} for {', '.join(names)}{where}. "
+        "Look for NaN or constant images there, else lower the learning rate or add GradientClip"
+    )
 
 
 def batch_names(batch: Any) -> list[str]:
@@ -273,7 +282,10 @@ class GradientFlow:
             return
         unscale_once(engine)
         gradients = {name: p.grad.detach().float() for name, p in self._trainable().items() if p.grad is not None}
-        norms = {name: float(torch.linalg.vector_norm(gradient)) for name, gradient in gradients.items()}
+        norms: dict[str, float] = {}
+        if gradients:
+            together = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients.values()])
+            norms = dict(zip(gradients, together.tolist(), strict=True))
         if norms and not any(norms.values()) and self._idle < MAX_IDLE:
             self._idle += 1
             return

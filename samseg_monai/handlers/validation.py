@@ -22,9 +22,16 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from samseg_monai import pictures
+from samseg_monai.checkpoints import load_adapter, save_adapter
+from samseg_monai.data.slices import Picker
 from samseg_monai.errors import ConfigError, TrainingError
+from samseg_monai.files import unwrap
+from samseg_monai.handlers.keeping import BestAdapter
+from samseg_monai.handlers.provenance import plain
 from samseg_monai.metrics import mean_dice
 from samseg_monai.metrics.engine import ignored_in, of_all_ranks
+from samseg_monai.training import OnLogitGrid, SegmentationLoss
+from samseg_monai.training.owned import owned_state
 from samseg_monai.transforms.grids import foreground
 
 logger = logging.getLogger(__name__)
@@ -54,6 +61,59 @@ class SameBuffers:
         if idist.get_world_size() > 1:
             for buffer in self.network.buffers():
                 dist.broadcast(buffer, src=0)
+
+
+class WholeVolumes:
+    """Validates whole volumes once, where the validations before saw picked slices only.
+
+    Behind the last epoch, also of a training that ends early, the adapter of the best epoch stands in the network, its
+    card gets the scores of whole volumes beside those of the picked slices that chose it, and then the weights of the
+    training stand there again. Attach it behind the handlers that validate and save.
+
+    Args:
+        evaluator: of whole volumes; not that of the validations.
+        network: SamSegmenter (or DDP of it) that is trained.
+        best: BestAdapter, attached to the evaluator of the validations.
+        picker: which slices chose the epoch; None does nothing: those validations were of whole volumes.
+    Attributes: ``metrics``: of whole volumes, with the names that validations of them have; empty before.
+    """
+
+    def __init__(self, evaluator: Any, network: Any, best: BestAdapter, *, picker: Picker | None = None) -> None:
+        self.evaluator, self.best, self.picker = evaluator, best, picker
+        self.network: Any = unwrap(network)
+        self.metrics: dict[str, Any] = {}
+
+    def attach(self, engine: Any) -> None:
+        """Attach to the trainer, on every rank."""
+        if self.picker is not None:
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Any) -> None:
+        last = engine.should_terminate or engine.state.epoch == engine.state.max_epochs
+        if not last or self.best.epoch is None:
+            return
+        logger.info("Whole volumes are validated with the adapter of epoch %d", self.best.epoch)
+        idist.barrier()  # rank 0 has written it
+        trained = owned_state(self.network, self.network.owned)
+        try:
+            picked = load_adapter(self.network, self.best.folder).get("metrics", {})
+            self.evaluator.run(self.best.epoch)
+            self.metrics = dict(self.evaluator.state.metrics)
+            if idist.get_rank() == 0:
+                told = {**picked, **plain(self.metrics), "epoch": self.best.epoch, "chosen_by": repr(self.picker)}
+                save_adapter(self.network, self.best.folder, metrics=told)
+        finally:
+            self.network.load_state_dict(trained, strict=False)
+
+    def told(self, best: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        """What a run card says of the best epoch: of which slices its metric is, and what chose it."""
+        if best is None:
+            return None
+        if not self.metrics:
+            return {**best, "slices": repr(self.picker)}
+        whole = self.metrics[self.evaluator.state.key_metric_name]
+        return {"metric": whole, "epoch": best["epoch"], "slices": "all", "chosen_by": repr(self.picker),
+                "chosen_metric": best["metric"]}  # fmt: skip
 
 
 class TensorBoard:
@@ -92,7 +152,7 @@ class ValidationLoss:
     Args:
         loss: called with logits (1, C, H, W) and label (1, 1, H, W), returns a scalar; the training's own.
     Shape: of a batch: "label" (B, 1, H, W, D); "prompt", if there is one, (B, 1, H, W, D), above 0 inside; "boxes" of
-        images of one slice (B, N, 4), NaN is none; "case" B names.
+        images of one slice (B, N, 4), NaN is none; "case" B names; "slices", where some are picked, bool (B, D).
 
     Raises:
         TrainingError: during the run, if predictions are no logits of the label's grid, or cases have no names.
@@ -103,7 +163,9 @@ class ValidationLoss:
             raise ConfigError(f"ValidationLoss: loss must be callable with logits and label, got {type(loss).__name__}")
         self.loss = loss
         self.name = "val_loss"
-        self._cases: dict[str, tuple[float, int]] = {}  # sum over slices, and their number
+        inner = loss.loss if isinstance(loss, OnLogitGrid) else loss
+        self._on_cpu = isinstance(inner, SegmentationLoss)  # takes labels there, and then makes no GPU wait
+        self._cases: dict[str, tuple[Tensor | None, int]] = {}  # sum over slices where it lies, and their number
 
     def attach(self, engine: Any, name: str = "val_loss") -> None:
         """Attach to a MONAI ``SupervisedEvaluator``, on every rank; ``engine.state.metrics[name]`` is the value."""
@@ -127,21 +189,26 @@ class ValidationLoss:
                 f"ValidationLoss: got predictions {tuple(logits.shape)} and label {tuple(label.shape)}, expected "
                 "(B, C, H, W, D) and (B, 1, H, W, D) of one grid; load image and label into the same grid"
             )
-        prompt, boxes = batch.get("prompt"), batch.get("boxes")
+        prompt, boxes, loaded = (batch.get(key) for key in ("prompt", "boxes", "label"))
+        known = _bare(loaded) if isinstance(loaded, Tensor) and loaded.shape == label.shape else label
+        label = known if self._on_cpu else label
         for index, case in enumerate(names):
-            wanted = foreground(label[index]).flatten(0, 2).any(0)  # (D,)
+            wanted = foreground(known[index]).flatten(0, 2).any(0).cpu()  # (D,)
             if prompt is not None:
-                wanted |= (_bare(prompt)[index] > 0).flatten(0, 2).any(0).to(wanted.device)
+                wanted |= (_bare(prompt)[index] > 0).flatten(0, 2).any(0).cpu()
             if isinstance(boxes, Tensor) and len(wanted) == 1:
                 wanted |= bool((~_bare(boxes)[index].reshape(-1, 4).isnan().any(-1)).any())
+            if isinstance(picked := batch.get("slices"), Tensor):
+                wanted &= picked[index].cpu()
             slices = wanted.nonzero()[:, 0].tolist()
             losses = [self.loss(logits[index, None, ..., z], label[index, None, ..., z]).mean() for z in slices]
             # summed where they lie: reading every loss would make the CPU wait for the GPU
-            self._cases[str(case)] = (float(torch.stack(losses).double().sum()) if losses else 0.0, len(losses))
+            self._cases[str(case)] = (torch.stack(losses).sum(dtype=torch.float64) if losses else None, len(losses))
 
     def _publish(self, engine: Any) -> None:
         """Mean over the slices of all processes; a case that several of them hold (padded samplers) counts once."""
-        merged = dict(pair for pairs in of_all_ranks(list(self._cases.items())) for pair in pairs)
+        own = [(case, (0.0 if total is None else float(total), n)) for case, (total, n) in self._cases.items()]
+        merged = dict(pair for pairs in of_all_ranks(own) for pair in pairs)
         count = sum(slices for _, slices in merged.values())
         if not count:
             logger.warning("%s: no validated slice has foreground or a prompt, so there is none", self.name)

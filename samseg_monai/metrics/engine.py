@@ -150,6 +150,8 @@ class CaseScores(Metric):
         absent = [f"no {key!r}; there are {sorted(map(str, item))}" for key in keys if key not in item]
         raise_all(absent, DataError, "an item cannot be scored")
         case, pred, reference = (item[key] for key in keys)
+        if isinstance(pred, torch.Tensor) and isinstance(reference, torch.Tensor):
+            pred = pred.to(reference.device)  # once: a GPU would wait for every question below
         if not isinstance(case, str) or "/" in case or "\\" in case:
             raise DataError(f"{self.case_key!r} must be a name, not {case!r}: it goes into tables that travel")
         wrong = self._shape_problems(self.pred_key, pred) + self._shape_problems(self.reference_key, reference)

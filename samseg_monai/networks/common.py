@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -140,17 +140,20 @@ def where_boxes_are(
     network: SamSegmenter | PlainSegmenter,
     image: Tensor,
     boxes: Tensor,
-    segment: Callable[[list[int], Tensor, Tensor], Sequence[Tensor]],
+    segment: Callable[[list[int] | slice, Tensor, Tensor], Sequence[Tensor]],
 ) -> Tensor:
     """Logits (B, C, H, W) of images (B, S, H, W), those without a box empty.
 
     Args:
         boxes: (B, 4) or (B, N, 4); a row with NaN is no box.
-        segment: numbers of n images, their boxes (n, N, 4) and which are given (n, N), some for each, to n (C, H, W).
+        segment: numbers of n images (or the slice of all), their boxes (n, N, 4) and which are given (n, N), some for
+            each, on the CPU, to n (C, H, W).
     """
     boxes = boxes[:, None] if boxes.ndim == 2 else boxes
-    given = ~boxes.isnan().any(-1)
-    seen = given.any(1).nonzero()[:, 0].tolist()
+    given = (~boxes.isnan().any(-1)).cpu()  # the one question here for which a GPU has to finish what it does
+    seen: Any = given.any(1).nonzero()[:, 0].tolist()
+    if seen and len(seen) == len(image):
+        return torch.stack(list(segment(slice(None), boxes, given)))
     empty = empty_logits(image, len(image), network.num_classes, image.shape[-2:])
     if not seen:
         # A batch without any box must still reach every owned tensor, or backward() and DDP would fail.

@@ -131,15 +131,16 @@ class PlainSegmenter(Segmenter):
         height, width = image.shape[-2:]
         if self.boxes == "channel":
             return list(self._on_square(torch.cat([image, draw_boxes(boxes, (height, width))], dim=1)))
-        counts = given.sum(1)
-        rows, boxes = image.repeat_interleave(counts, 0), boxes[given]  # (R, S, H, W) and (R, 4)
+        counts = given.sum(1).tolist()
+        each = torch.tensor(counts, device=image.device)
+        rows, boxes = image.repeat_interleave(each, 0, output_size=sum(counts)), boxes[given]  # (R, S, H, W) and (R, 4)
         if self.boxes == "given":
             logits = self._on_square(rows, boxes)
         else:
             corner, side = squares(boxes, self.crop_margin)
             logits = self._run(cut_out(rows, corner, side, self.crop_size))
             logits = lay_back(logits, corner, side, (height, width))
-        return join_boxes(logits, counts.tolist(), self.num_classes)
+        return join_boxes(logits, counts, self.num_classes)
 
     def _on_square(self, image: Tensor, *further: Tensor) -> Tensor:
         """The net on the slices padded with zeros to ``image_size``, its logits cut back."""

@@ -232,7 +232,7 @@ class SamSegmenter(Segmenter):
         if boxes is None:
             return self._segment(image, embedding)
 
-        def of_boxes(images: list[int], boxes: Tensor, given: Tensor) -> list[Tensor]:
+        def of_boxes(images: list[int] | slice, boxes: Tensor, given: Tensor) -> list[Tensor]:
             counts = given.sum(1).tolist()
             own = None if embedding is None else embedding.unflatten(0, (-1, self.views))[images].flatten(0, 1)
             return join_boxes(self._segment(image[images], own, boxes[given], counts), counts, self.num_classes)
@@ -246,7 +246,8 @@ class SamSegmenter(Segmenter):
         embedding = self.mix(image, embedding)  # (B * V, C, gh, gw)
         if set(counts) - {1}:
             rows = torch.tensor(counts, device=image.device)
-            embedding = embedding.unflatten(0, (-1, self.views)).repeat_interleave(rows, 0).flatten(0, 1)
+            embedding = embedding.unflatten(0, (-1, self.views)).repeat_interleave(rows, 0, output_size=sum(counts))
+            embedding = embedding.flatten(0, 1)
         low = self.decode(embedding, boxes)
         if self.low_res_training and self.training:
             return low[..., : -(-image.shape[-2] // LOW_RES), : -(-image.shape[-1] // LOW_RES)]

@@ -24,6 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator, ScalarFormatter
 
+from samseg_monai.choices import PICKED
 from samseg_monai.files import StrPath, write_whole
 from samseg_monai.report.runs import Curves, RunResult
 from samseg_monai.report.tables import dice_of_cases
@@ -110,7 +111,8 @@ def _curve_figure(runs: Sequence[RunResult], trained: Sequence[RunResult], key: 
             if key == "loss":
                 _draw_losses(axes, run.history, look, "" if len(trained) == 1 else f"{run.title}: ")
             elif best := _dice_curve(run.history):
-                _draw_dice(axes, run.history[best], look, run.title)
+                title = f"{run.title}, picked slices" if best.startswith(PICKED) else run.title
+                _draw_dice(axes, run.history[best], look, title)
         axes.set(title=title, xlabel="epoch", ylabel=unit)
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -124,8 +126,10 @@ def _curve_figure(runs: Sequence[RunResult], trained: Sequence[RunResult], key: 
 
 def _dice_curve(history: Curves) -> str | None:
     """Name of the curve of mean validation Dice: the key metric if there, else the shortest name with ``dice`` that is
-    neither a spread nor a median nor a loss."""
+    neither a spread nor a median nor a loss; of a training that validated picked slices theirs."""
     others = ("loss", "std", "median")
+    if f"{PICKED}val_dice" in history:  # a point per validation; of whole volumes there is the best epoch's only
+        return f"{PICKED}val_dice"
     found = [n for n in history if "dice" in n.lower() and not any(word in n.lower() for word in others)]
     return min(found, key=lambda name: (name not in _KEY_CURVES, len(name), name), default=None)
 

@@ -68,8 +68,8 @@ class SegmentationLoss(nn.Module):
         class_weights: name -> weight, see ``weigh_classes``; counts in every term. For a single class it is the
             weight of its pixels in CE and Focal; Dice and Boundary have one class then and nothing to weigh.
         settings: more of ``DiceCELoss``, such as ``batch``, ``squared_pred`` or ``smooth_nr``.
-    Shape: logits (B, C, h, w) with C = K + 1, or 1 for a single class; label (B, 1, h, w) of 0 to K, or 255; to a
-        scalar.
+    Shape: logits (B, C, h, w) with C = K + 1, or 1 for a single class; label (B, 1, h, w) of 0 to K, or 255, which may
+        stay on the CPU, where looking for 255 makes no GPU wait; to a scalar.
     Raises: ConfigError listing everything that is out of range or unknown.
     """
 
@@ -107,7 +107,8 @@ class SegmentationLoss(nn.Module):
             self.to(logits.device)  # a trainer moves networks, not losses
         label = label.as_subclass(torch.Tensor)
         counts = label != IGNORE
-        judged = None if counts.all() else counts  # (B, 1, h, w); None: all of it
+        judged = None if counts.all() else counts.to(logits.device)  # (B, 1, h, w); None: all of it
+        label = label.to(logits.device, non_blocking=True)
         if judged is not None:
             if not (kept := judged_slices(label)).any():
                 return torch.where(judged, logits, 0.0).sum()

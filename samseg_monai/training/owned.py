@@ -39,9 +39,16 @@ def hold_statistics(module: nn.Module, owned: Iterable[str]) -> None:
     in every iteration, so a network must call this at the end of its own ``train()``.
     """
     names = set(owned)
-    for prefix, layer in module.named_modules():
-        if getattr(layer, "running_mean", None) is None:
-            continue  # a state dict of each of hundreds of layers takes milliseconds, in every iteration
+    layers = [("", module)]
+    while layers:  # ``named_modules`` and a state dict of each layer take milliseconds, in every iteration
+        prefix, layer = layers.pop()
+        layers += [
+            (f"{prefix}.{name}" if prefix else name, child)
+            for name, child in layer._modules.items()
+            if child is not None
+        ]
+        if layer._buffers.get("running_mean") is None:
+            continue
         tensors = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]  # not an adapter's
         own = {f"{prefix}.{name}" if prefix else name for name, _ in tensors}
         if not own & names:

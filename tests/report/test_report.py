@@ -358,6 +358,11 @@ def test_a_page_of_many_cases_draws_the_worst_and_says_so(made, tmp_path, monkey
     assert page.count("... and 300 more, in the file run_card.json") == 2
 
 
+def test_the_dice_of_picked_slices_is_drawn_as_that(runs):
+    runs[2].history.update({"picked_val_dice": {2: 0.5, 4: 0.6, 6: 0.55}, "val_dice": {4: 0.58}})
+    assert "picked slices: best 0.600, epoch 4" in curves_svg(runs[2:])[1]
+
+
 def test_box_plot_has_a_point_per_case_and_strategy(runs):
     svg = dice_svg(runs)
     for index in range(3):

@@ -728,6 +728,7 @@ def test_every_handler_can_be_written_in_json(network, tmp_path):
             "uri": "sqlite:///runs.db",
         },
         "ValidationLoss": {"loss": "$torch.nn.MSELoss()"},
+        "WholeVolumes": {"evaluator": "@trainer", "network": "@net", "best": None},
         "WorstCaseImage": {"log_dir": "@out", "classes": ["tumour"]},
     }
     no_handlers = ["CaseDataset", "CaseEvaluator"]  # they take the place of MONAI's Dataset and SupervisedEvaluator

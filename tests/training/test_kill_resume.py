@@ -55,6 +55,14 @@ CHAINS = {
         {"at": ITERATION, "call": 7},
         {"at": REPLACE, "of": "resume.pt", "torn": True},
     ],
+    "lora, validated on picked slices": [
+        {"at": VOLUME, "call": 2},  # in the first validation
+        {"at": REPLACE, "of": "history.csv", "torn": True},
+        {"at": "samseg_monai.handlers.validation:WholeVolumes.__call__", "call": 2},  # behind the last epoch
+        {"at": "samseg_monai.handlers.validation:load_adapter"},
+        {"at": "samseg_monai.handlers.validation:save_adapter"},  # whole volumes are validated, and no file says so yet
+        {"at": REPLACE, "of": "resume.pt"},
+    ],
     "ladder, embeddings on disk": [
         {"at": "samseg_monai.data.slices.cache:CachedCase._begin", "call": 2},
         {"at": ITERATION, "call": 2},
@@ -81,6 +89,8 @@ def start(phantoms, abdomen, tmp_path_factory):
         if "workers" in way:
             cache = {"slices::cache": "disk", "slices::cache_dir": str(folder / "slices")}
             overrides |= {"epochs": 3, "slices::num_workers": 2, **cache}
+        if "picked" in way:
+            overrides |= {"epochs": 3, "validation::picker": {"_target_": "samseg_monai.data.slices.MaxArea"}}
         folder.mkdir(exist_ok=True)
         log = folder / "log"
         codes = forked().run(

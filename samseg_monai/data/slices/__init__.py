@@ -10,9 +10,10 @@ from samseg_monai.data.slices.dataset import (
     RandomN,
     SliceDataset,
 )  # fmt: skip
+from samseg_monai.data.slices.kept import KeptVolumes
 from samseg_monai.data.slices.padding import SliceCollate
 
 __all__ = [
-    "DEFAULT_VARIANTS", "AllSlices", "EveryNth", "Foreground", "MaxArea", "Picker", "RandomN", "SliceCollate",
-    "SliceDataset",
+    "DEFAULT_VARIANTS", "AllSlices", "EveryNth", "Foreground", "KeptVolumes", "MaxArea", "Picker", "RandomN",
+    "SliceCollate", "SliceDataset",
 ]  # fmt: skip
