@@ -222,7 +222,7 @@ def count_slices(
             volume = items[index]
             asked = torch.ones(volume["image"].shape[-1], dtype=torch.bool)
             if prompted and "prompt" in volume:
-                asked &= volume["prompt"].flatten(0, -2).any(0)
+                asked &= (volume["prompt"] > 0).flatten(0, -2).any(0)
             if "slices" in volume:  # picked ones
                 asked &= volume["slices"]
             slices += int(asked.sum())
