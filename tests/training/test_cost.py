@@ -152,6 +152,19 @@ def test_only_picked_slices_are_counted_in_a_validation(phantoms, tmp_path):
     assert found["slices"] == 1 and found["whole"] > 1
 
 
+def test_cases_of_an_older_config_are_counted(phantoms, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    bundle = build_bundle("meningioma", "lora", tmp_path)
+    path = bundle / "configs" / "train.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    given = config["validate"]["dataset"]
+    old = {"_target_": "CacheDataset", "cache_rate": 1.0, "copy_cache": True, "progress": False}
+    config["validate"]["dataset"] = {"data": given["data"], "transform": given["transform"], **old}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    job = {"bundle": str(bundle), "trust": True, "overrides": {**SMALL, "dataset_dir": str(phantoms)}, "count": True}
+    assert here(job, tmp_path / "scratch")["validation"]["sample"] == 2
+
+
 def test_stored_embeddings_are_paid_once():
     data = {"size": [1, 1], "slice_mb": 2.0, "training": {"cases": 30, "slices": 10.0, "seconds_per_case": 1.0},
             "validation": {"cases": 5, "slices": 8.0, "whole": 8.0, "seconds_per_case": 2.0}}  # fmt: skip
