@@ -92,7 +92,8 @@ def _typed(name: str, value: Any, config: Mapping[str, Any]) -> str | None:
     if name == "strategy::blocks":
         variant = config["sam_variant"]
         depth = _depth(variant) if variant in SPECS else 0
-        return f'"[{depth - 2}, {depth - 1}]"' if value is None and depth > 2 else None
+        late = config["strategy"].get("last") is not None  # which chooses the blocks already, and refuses numbers
+        return f'"[{depth - 2}, {depth - 1}]"' if value is None and not late and depth > 2 else None
     if name == "rectangular" and not _oblong(config):
         return None
     return None if value else BETTER[name]

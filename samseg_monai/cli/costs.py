@@ -245,7 +245,7 @@ def _counting(raw: Mapping[str, Any], report: Path) -> dict[str, Any]:
             **validation,
             "_mode_": "callable",
             "data": {**some, "items": validation["data"]},
-            "cache_rate" if "cache_rate" in validation else "rate": 0.0,
+            **dict.fromkeys({"rate", "cache_rate"} & validation.keys(), 0.0),  # the latter of older configs
         },
         "validation_cases": f"$len({validation['data'].removeprefix('$')})",
         "prompted": "@prompted",

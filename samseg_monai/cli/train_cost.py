@@ -105,7 +105,11 @@ def whole_training(cost: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str
         reading = validation["cases"] * validation["seconds_per_case"]
         minutes["validation"] = (reading + predicted * cost["seconds_per_slice"]) / 60
         validations = cost["epochs"] // min(cost["val_interval"], cost["epochs"])
+        if validation["whole"] > validation["slices"]:  # some are picked: whole volumes are validated at the end
+            unpicked = validation["cases"] * validation["whole"]
+            minutes["last validation"] = (reading + unpicked * cost["seconds_per_slice"]) / 60
     whole = cost["epochs"] * minutes["epoch"] + validations * minutes.get("validation", 0.0)
+    whole += minutes.get("last validation", 0.0)
     whole += minutes["reading"] + minutes.get("embeddings", 0.0)
     return {
         "slices": round(slices), "steps_per_epoch": steps, "validations": validations,
@@ -153,6 +157,9 @@ def _rows(cost: Mapping[str, Any], data: Mapping[str, Any], free: float) -> Iter
         validation = data["validation"]
         each = f"{validation['cases']:,} cases of about {validation['slices']:.0f} slices"
         yield "a validation", f"{each}, {duration(minutes['validation'])}"
+    if "last validation" in minutes:
+        each = f"{validation['cases']:,} cases of about {validation['whole']:.0f} slices"
+        yield "whole volumes, at the end", f"{each}, {duration(minutes['last validation'])}"
     once = f"{duration(minutes['reading'])} to read the cases"
     once += f", {duration(minutes['embeddings'])} for the embeddings" if "embeddings" in minutes else ""
     yield "before the first epoch", once

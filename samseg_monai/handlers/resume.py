@@ -134,6 +134,8 @@ class ResumeSaver:
         lr_scheduler, best, early_stop, collapse, ema: whatever has ``state_dict`` and ``load_state_dict``; None is
             skipped.
         datalist: JSON, whose names of cases a refusal tells where the split has changed (files hold hashes).
+        validated: which slices validations look at, in words; scores of others say nothing of the best epoch. None:
+            nobody knows, or there are no validations.
 
     Raises:
         CheckpointError: at the first write, if a part's state cannot be read again.
@@ -151,12 +153,13 @@ class ResumeSaver:
         collapse: Any = None,
         ema: Any = None,
         datalist: StrPath | None = None,
+        validated: str | None = None,
     ) -> None:
         self.path = Path(output_dir) / "resume.pt"
         self.network: Any = unwrap(network)
         parts = {"lr_scheduler": lr_scheduler, "best": best, "early_stop": early_stop, "collapse": collapse, "ema": ema}
         self.parts = {"optimizer": optimizer, **{key: part for key, part in parts.items() if part is not None}}
-        self.datalist = datalist
+        self.datalist, self.validated = datalist, validated
         self._trainer: Any = None
         self._saved_epoch = 0
         self._verified = False
@@ -192,6 +195,7 @@ class ResumeSaver:
             "parts": {key: part.state_dict() for key, part in self.parts.items()},
             "scaler": None if scaler is None else scaler.state_dict(),
             "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "validated": self.validated,
         }
         write_whole(self.path, lambda temporary: self._write(_numbers(content), temporary))
 
@@ -267,6 +271,9 @@ class ResumeSaver:
         differing = [key for key in {**theirs, **ours} if key not in apart and theirs.get(key) != ours.get(key)]
         problems = [f"{key}: {theirs.get(key)!r} in the file, {ours.get(key)!r} now" for key in differing]
         problems += [] if "cases" in unknown else self._moved_cases(theirs["cases"], ours["cases"])
+        looked, looks = content.get("validated"), self.validated
+        if looked is not None and looks is not None and looked != looks:  # older files do not tell
+            problems.append(f"validated slices: {looked} in the file, {looks} now (validation::picker)")
         where = f"{self.path} belongs to another training; choose another output_dir, or delete the file"
         raise_all(problems, CheckpointError, where)
 

@@ -97,7 +97,8 @@ class Held:
             return type(layer).forward(layer, input)
         versions = versions_of(layer)
         if self.plain is None or self.versions != versions:
-            self.plain, self.versions = layer.merge(), versions
+            with torch.inference_mode(False):  # its tensors would have no versions, and no use in a backward pass
+                self.plain, self.versions = layer.merge(), versions
             if self.int8:
                 round_to_int8(self.plain)
         return self.plain(input)

@@ -204,8 +204,9 @@ def count_slices(
         prompted: slices without a prompt are not predicted.
 
     Returns: what was written: ``training`` and ``validation`` with ``cases``, ``sample`` (how many were read),
-        ``slices`` per case and ``seconds_per_case`` to read one; ``size``, height and width of a slice in pixels, and
-        ``slice_mb``, what one takes in memory, in 10^6 bytes.
+        ``slices`` per case and ``seconds_per_case`` to read one; of validation ``whole``, slices per case where none
+        are picked; ``size``, height and width of a slice in pixels, and ``slice_mb``, what one takes in memory, in
+        10^6 bytes.
     """
     began = time.perf_counter()
     dataset = training()
@@ -217,16 +218,16 @@ def count_slices(
         "training": _told(training_cases, len(dataset.data), len(dataset), seconds),
     }
     if validation is not None:
-        items, slices, began = validation(), 0, time.perf_counter()
+        items, slices, whole, began = validation(), 0, 0, time.perf_counter()
         for index in range(len(items)):
             volume = items[index]
             asked = torch.ones(volume["image"].shape[-1], dtype=torch.bool)
             if prompted and "prompt" in volume:
                 asked &= (volume["prompt"] > 0).flatten(0, -2).any(0)
-            if "slices" in volume:  # picked ones
-                asked &= volume["slices"]
-            slices += int(asked.sum())
+            whole += int(asked.sum())
+            slices += int((asked & volume["slices"]).sum()) if "slices" in volume else int(asked.sum())
         found["validation"] = _told(validation_cases, len(items), slices, time.perf_counter() - began)
+        found["validation"]["whole"] = whole / len(items)
     write_json(report, found)
     return found
 

@@ -87,6 +87,8 @@ def test_the_values_are_those_that_help(run):
     told = saving(run("lora", {"image_size": 128, "checkpointing": True, "sam_variant": "vit_h"}), on_gpu=False)
     assert typed(told) == ['--strategy::blocks "[30, 31]"', "--rectangular True"]
     assert "--rectangular" not in saving(run("lora", {"crop_size": [64, 64], "image_size": 64}), on_gpu=False)
+    told = saving(run("lora_late_25", {}), on_gpu=False)  # it refuses numbers of blocks beside the fraction
+    assert typed(told) == ["--image_size 512", "--checkpointing True", "--rectangular True"]
     told = saving(run("lora", {"batch_size": 1, "checkpointing": True, "strategy::blocks": [1]}), on_gpu=True)
     assert typed(told) == ["--image_size 512", "--autocast bf16", "--rectangular True"]
 

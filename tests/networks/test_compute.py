@@ -85,6 +85,21 @@ def test_held_updates_change_no_result_no_tensor_and_no_name(variant, dora):
     assert error(network.eval()(image(), BOX), changed) < 1e-5
 
 
+@pytest.mark.parametrize("int8", [False, pytest.param(True, marks=needs_int8)])
+def test_layers_that_were_merged_in_inference_mode_serve_everywhere(int8):
+    network = tiny(strategy=LoRA(4), compute={"int8": int8})
+    hold_updates(network, int8=int8)
+    network.requires_grad_(False)
+    with torch.inference_mode():
+        expected = network(image(), BOX)
+    with torch.no_grad():
+        assert torch.equal(network(image(), BOX), expected)
+    if not int8:
+        picture = image().requires_grad_()
+        network(picture, BOX).square().mean().backward()  # which pixels matter
+        assert picture.grad is not None and picture.grad.abs().max() > 0
+
+
 def test_held_updates_learn_as_before():
     gradients = []
     for held in (False, True):

@@ -144,9 +144,30 @@ def test_train_cost_tells_the_whole_training(in_this_process, phantoms, tmp_path
     assert not (bundle / "eval").exists()
 
 
+def test_only_picked_slices_are_counted_in_a_validation(phantoms, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    places = {"dataset_dir": str(phantoms), "validation::picker": {"_target_": "samseg_monai.data.slices.MaxArea"}}
+    job = {"task": "meningioma", "strategy": "lora", "overrides": {**SMALL, **places}, "count": True}
+    found = here(job, tmp_path / "scratch")["validation"]
+    assert found["slices"] == 1 and found["whole"] > 1
+
+
+def test_cases_of_an_older_config_are_counted(phantoms, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    bundle = build_bundle("meningioma", "lora", tmp_path)
+    path = bundle / "configs" / "train.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    given = config["validate"]["dataset"]
+    old = {"_target_": "CacheDataset", "cache_rate": 1.0, "copy_cache": True, "progress": False}
+    config["validate"]["dataset"] = {"data": given["data"], "transform": given["transform"], **old}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    job = {"bundle": str(bundle), "trust": True, "overrides": {**SMALL, "dataset_dir": str(phantoms)}, "count": True}
+    assert here(job, tmp_path / "scratch")["validation"]["sample"] == 2
+
+
 def test_stored_embeddings_are_paid_once():
     data = {"size": [1, 1], "slice_mb": 2.0, "training": {"cases": 30, "slices": 10.0, "seconds_per_case": 1.0},
-            "validation": {"cases": 5, "slices": 8.0, "seconds_per_case": 2.0}}  # fmt: skip
+            "validation": {"cases": 5, "slices": 8.0, "whole": 8.0, "seconds_per_case": 2.0}}  # fmt: skip
     cost = {"batch_size": 8, "epochs": 7, "val_interval": 3, "seconds_per_step": 2.0, "seconds_per_slice": 0.5,
             "seconds_per_encoded_slice": 3.0, "stored": True, "variants": 4}  # fmt: skip
     found = TRAIN.whole_training(cost, data)
@@ -154,6 +175,10 @@ def test_stored_embeddings_are_paid_once():
     minutes = found["minutes"]
     assert minutes["embeddings"] == 60 + 2 and minutes["reading"] == 0.5 and minutes["validation"] == 0.5
     assert minutes["whole"] == pytest.approx(7 * 38 * 2 / 60 + 2 * 0.5 + 62.5)
+    data["validation"]["whole"] = 20.0  # picked slices choose the epoch, whole volumes are validated once
+    found = TRAIN.whole_training(cost, data)
+    assert found["minutes"]["last validation"] == 1 and found["minutes"]["validation"] == 0.5
+    assert found["minutes"]["whole"] == pytest.approx(minutes["whole"] + 1)
     found = TRAIN.whole_training({**cost, "val_interval": 0, "stored": False}, data)
     assert found["validations"] == 0 and found["minutes"].keys() == {"epoch", "reading", "whole"}
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 from safetensors.torch import load_file
 
 from samseg_monai.bundles import build_bundle
 from samseg_monai.checkpoints import read_card
+from samseg_monai.errors import CheckpointError
 from samseg_monai.metrics import read_history
 from samseg_monai.workflow import run_workflow
 from tests.conftest import TINY
@@ -81,3 +83,17 @@ def test_the_adapter_is_that_of_the_chosen_epoch_and_the_training_could_go_on(ru
     states = [torch.load(runs[name] / "resume.pt", weights_only=True) for name in ("whole", "picked")]
     for name, tensor in states[0]["network"].items():
         assert torch.equal(states[1]["network"][name], tensor)  # the last epoch's weights, not the best one's
+
+
+@pytest.mark.parametrize("other", [None, {"_target_": "samseg_monai.data.slices.EveryNth", "n": 2}])
+def test_a_training_does_not_go_on_with_validations_of_other_slices(runs, other, phantoms, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(runs["picked"], folder)
+    configs = runs["picked"].parent / "bundles" / "meningioma_segmentation_lora" / "configs"
+    shared = {**TINY, "dataset_dir": str(phantoms), "scans": ["t1c"], "epochs": 4, "val_interval": 1, "lr": 0.01,
+              "ema": 0.5, "strategy::rank": 2, "output_dir": str(folder)}  # fmt: skip
+    now = {} if other is None else {"validation::picker": other}
+    before = (folder / "card.json").read_bytes()
+    with pytest.raises(CheckpointError, match=r"validated slices: MaxArea\(\) in the file, .* \(validation::picker\)"):
+        run_workflow([configs / "train.json"], {**shared, **now}, echo=False)
+    assert (folder / "card.json").read_bytes() == before
