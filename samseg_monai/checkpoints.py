@@ -23,8 +23,9 @@ from samseg_monai.choices import Spacing
 from samseg_monai.data.datalists import case_hash
 from samseg_monai.errors import FEW_TENSORS, CheckpointError, WeightsError, raise_all
 from samseg_monai.files import StrPath, hash_file, read_json, write_json, write_tensors, write_whole
-from samseg_monai.networks import PlainSegmenter, SamSegmenter, hold_updates
+from samseg_monai.networks import PlainSegmenter, SamSegmenter
 from samseg_monai.networks.common import tensor_differences
+from samseg_monai.networks.compute import hold_updates
 from samseg_monai.networks.foreign import load_foreign
 from samseg_monai.networks.peft import is_peft, load_peft
 from samseg_monai.sam.weights import KNOWN, RANDOM, find_weights, name_of, sha256_of
@@ -319,7 +320,7 @@ def load_trained(
             (zero-shot).
         sam_checkpoint: base weights as for ``SamSegmenter.load_base``; not needed for a full model. None: of a run, the
             file it was trained with (``remember_base``), if it is there and the same.
-        merged: let low-rank updates cost nothing where the network does not learn (``networks.hold_updates``).
+        merged: let low-rank updates cost nothing where the network does not learn (``hold_updates``).
     Returns:
         One line saying what was loaded.
     Raises:

@@ -470,10 +470,3 @@ class Lesions(Model):
     dilation: Annotated[int, Field(ge=1, le=20)] = 1
     ignored_mm3: Annotated[float, Field(ge=0, le=1e6)] = 50.0
     penalty_mm: Annotated[float, Field(gt=0, le=1e5)] = 374.0
-
-
-def for_users(message: str) -> str:
-    """The values that are possible, without the networks that only tests use."""
-    for name in ("tiny", "tiny_t"):
-        message = message.replace(f', "{name}"', "").replace(f' or "{name}"', "")
-    return message if " or " in message else re.sub(r', ("[^"]*")$', r" or \1", message)

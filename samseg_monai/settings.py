@@ -8,10 +8,8 @@ says where files lie: those are the receiver's ``Places``.
 
 from __future__ import annotations
 
-import difflib
-import json
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model, model_validator
 
@@ -43,10 +41,9 @@ from samseg_monai.choices import (
     ValidationSettings,
     Voxels,
     Workers,
-    for_users,
 )
-from samseg_monai.errors import MOST_LINES, ConfigError, raise_all
-from samseg_monai.unsafe import TOO_MUCH, unsafe
+from samseg_monai.errors import ConfigError, raise_all
+from samseg_monai.refusals import TOO_MUCH, told, unsafe
 
 NOTHING = "$None"  # null in an override: MONAI passes over one that is None itself
 
@@ -364,7 +361,7 @@ def _demo_problems(settings: BundleSettings) -> list[str]:
     try:
         demonstrated(settings)
     except ValidationError as error:
-        return _problems(error, BundleSettings)
+        return told(error, BundleSettings)
     return []
 
 
@@ -432,72 +429,5 @@ def problems_of(value: Any, model: type[BaseModel], where: str = "") -> list[str
         try:
             model.model_validate(value)
         except ValidationError as error:
-            found += [line for line in _problems(error, model) if line.partition(": ")[0] not in named]
+            found += [line for line in told(error, model) if line.partition(": ")[0] not in named]
     return [f"{where}::{line}" if where else line for line in found]
-
-
-def _problems(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """Lines for a person: where, what was got, what is possible."""
-    lines = []
-    for detail in error.errors(include_url=False)[:MOST_LINES]:
-        at, owner, field = _at(model, detail["loc"])
-        got = repr(detail["input"])
-        got = got if len(got) <= 80 else f"{got[:77]}..."
-        known = list(owner.model_fields) if owner else []
-        example = f"; for example {json.dumps(field.examples[0])}" if field is not None and field.examples else ""
-        if detail["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(at.rpartition("::")[2][:64], known, n=1)
-            lines.append(
-                f"{at}: no such key" + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}")
-            )
-        elif detail["type"] == "missing":
-            lines.append(f"{at}: missing{example}")
-        elif detail["type"] == "value_error":
-            lines += [
-                line if "::" in line or not at else f"{at}: {line}" for line in str(detail["ctx"]["error"]).splitlines()
-            ]
-        elif detail["type"] == "string_pattern_mismatch":
-            lines.append(f"{at}: got {got}; that is no name or text of this kind{example}")
-        else:
-            message = for_users(detail["msg"].replace("Input should be", "expected").replace("'", '"'))
-            lines.append(f"{at}: got {got}; {message}{example}")
-    if error.error_count() > MOST_LINES:
-        lines.insert(0, f"{TOO_MUCH}: {error.error_count():,} problems, of which the first are told")
-    return list(dict.fromkeys(lines))
-
-
-def _at(model: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[str, type[BaseModel] | None, Any]:
-    """Id of pydantic's location without the names of alternatives, the model it is a key of, and the field."""
-    parts: list[str] = []
-    owners: list[type[BaseModel]] = [model]
-    owner: type[BaseModel] | None = model
-    field = None
-    for part in loc:
-        named = [kind for kind in owners if isinstance(part, str) and _tag(kind) == part]
-        if named and len(owners) > 1:
-            owners = named
-            continue
-        if isinstance(part, int):
-            parts.append(str(part))
-            continue
-        owner = next((kind for kind in owners if part in kind.model_fields), owners[0] if owners else None)
-        field = owner.model_fields.get(part) if owner else None
-        if field is None and owner is None:
-            continue  # the name of an alternative that is no key: "str", "list[...]"
-        parts.append(part)
-        owners = list(_models(field.annotation)) if field is not None else []
-    return "::".join(parts), owner, field
-
-
-def _tag(model: type[BaseModel]) -> str | None:
-    field = model.model_fields.get("name")
-    values = get_args(field.annotation) if field is not None else ()
-    return values[0] if len(values) == 1 else None
-
-
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif get_origin(annotation) is not None:
-        for argument in get_args(annotation):
-            yield from _models(argument)

@@ -245,7 +245,7 @@ def _counting(raw: Mapping[str, Any], report: Path) -> dict[str, Any]:
             **validation,
             "_mode_": "callable",
             "data": {**some, "items": validation["data"]},
-            "cache_rate": 0.0,
+            "cache_rate" if "cache_rate" in validation else "rate": 0.0,
         },
         "validation_cases": f"$len({validation['data'].removeprefix('$')})",
         "prompted": "@prompted",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from samseg_monai.networks.common import EMPTY_LOGIT
-from samseg_monai.networks.compute import hold_updates
 from samseg_monai.networks.plain import BoxEllipse, PlainSegmenter
 from samseg_monai.networks.segmenter import SamSegmenter, disable_adapter
 
-__all__ = ["EMPTY_LOGIT", "BoxEllipse", "PlainSegmenter", "SamSegmenter", "disable_adapter", "hold_updates"]
+__all__ = ["EMPTY_LOGIT", "BoxEllipse", "PlainSegmenter", "SamSegmenter", "disable_adapter"]

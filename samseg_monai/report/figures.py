@@ -111,8 +111,8 @@ def _curve_figure(runs: Sequence[RunResult], trained: Sequence[RunResult], key: 
             if key == "loss":
                 _draw_losses(axes, run.history, look, "" if len(trained) == 1 else f"{run.title}: ")
             elif best := _dice_curve(run.history):
-                title = f"{run.title}, picked slices" if best.startswith(PICKED) else run.title
-                _draw_dice(axes, run.history[best], look, title)
+                called = f"{run.title}, picked slices" if best.startswith(PICKED) else run.title
+                _draw_dice(axes, run.history[best], look, called)
         axes.set(title=title, xlabel="epoch", ylabel=unit)
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

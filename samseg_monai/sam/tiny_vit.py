@@ -78,16 +78,16 @@ class ConvNorm(nn.Sequential):
     def folded(self, x: torch.Tensor) -> Layer:
         """What computes this layer for ``x`` and its like now: the weights are scaled anew each time this is asked."""
         c, bn = self.c, self.bn
-        # hooks, such as that of a scale and shift behind the normalisation, want the layers themselves to be called
-        hooked = bool(c._forward_hooks or bn._forward_hooks or c._forward_pre_hooks or bn._forward_pre_hooks)
-        if hooked or not fits(x, *self.parameters()) or wants_gradient(*self.parameters()):
+        if not fits(x, *self.parameters()) or wants_gradient(*self.parameters()):
             return super().forward
         assert bn.running_mean is not None and bn.running_var is not None  # StoredBatchNorm has both
         scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
         weight, bias = c.weight * scale[:, None, None, None], bn.bias - bn.running_mean * scale
+        layer: Layer = partial(F.conv2d, weight=weight, bias=bias, stride=c.stride, padding=c.padding, groups=c.groups)
         if c.kernel_size == (1, 1):
-            return lambda x: linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-        return partial(F.conv2d, weight=weight, bias=bias, stride=c.stride, padding=c.padding, groups=c.groups)
+            layer = lambda x: linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)  # noqa: E731
+        behind = getattr(bn, "ssf", None)
+        return layer if behind is None else lambda x: behind(layer(x))
 
 
 class Bottleneck(nn.Module):

@@ -103,9 +103,9 @@ class LoRA(Strategy):
         return [name for name in segmenter.state_dict() if name in owned]
 
     def arguments(self) -> dict[str, Any]:
-        """Constructor arguments; ``dora`` only where it is set, since older cards do not know it."""
-        arguments = super().arguments()
-        return arguments if self.dora else {key: value for key, value in arguments.items() if key != "dora"}
+        """Constructor arguments; ``dora`` and ``last`` only where they are set, since older cards do not know them."""
+        newer = {"dora": False, "last": None}
+        return {key: value for key, value in super().arguments().items() if newer.get(key, ...) != value}
 
     def start(self, segmenter: Segmenter, *, download: bool = True) -> None:
         """Take the magnitudes of DoRA from the base weights, which are there only now."""

@@ -199,7 +199,8 @@ def count_slices(
     Args:
         training: makes a ``SliceDataset`` of some training cases, without transforms of slices.
         training_cases, validation_cases: how many there are in all.
-        validation: makes a dataset of some validation cases, {"image": (S, H, W, D), "prompt": (N, H, W, D)}.
+        validation: makes a dataset of some validation cases, {"image": (S, H, W, D), "prompt": (N, H, W, D), "slices":
+            (D,), True for those that are validated}; all but the image may be absent.
         prompted: slices without a prompt are not predicted.
 
     Returns: what was written: ``training`` and ``validation`` with ``cases``, ``sample`` (how many were read),
@@ -219,8 +220,12 @@ def count_slices(
         items, slices, began = validation(), 0, time.perf_counter()
         for index in range(len(items)):
             volume = items[index]
-            asked = volume["prompt"].flatten(0, -2).any(0).sum() if prompted and "prompt" in volume else None
-            slices += volume["image"].shape[-1] if asked is None else int(asked)
+            asked = torch.ones(volume["image"].shape[-1], dtype=torch.bool)
+            if prompted and "prompt" in volume:
+                asked &= (volume["prompt"] > 0).flatten(0, -2).any(0)
+            if "slices" in volume:  # picked ones
+                asked &= volume["slices"]
+            slices += int(asked.sum())
         found["validation"] = _told(validation_cases, len(items), slices, time.perf_counter() - began)
     write_json(report, found)
     return found

@@ -168,7 +168,9 @@ def test_help_imports_nothing_heavy(words):
         "import sys\nfrom samseg_monai.cli import main\n"
         "try: main()\nexcept SystemExit as end: print('=code', end.code, *sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words.split()], capture_output=True, encoding="utf-8", check=True
+    )
     told = done.stdout.rsplit("=code ", 1)[1].split()
     assert told[0] == "0" and not HEAVY & {name.partition(".")[0] for name in told}
 

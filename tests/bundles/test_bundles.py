@@ -446,7 +446,7 @@ def test_a_bundle_holds_what_it_can_use_and_no_more(tmp_path):
     sizes = {
         name: len((ROOT / LORA / "configs" / name).read_text().splitlines()) for name in ("train.json", "evaluate.json")
     }
-    assert sizes["train.json"] <= 420 and sizes["evaluate.json"] <= 180
+    assert sizes["train.json"] <= 450 and sizes["evaluate.json"] <= 180
     for bundle in BUNDLES:
         for path in (root_of(bundle) / "configs").glob("*.json"):
             assert "_disabled_" not in path.read_text(), path
@@ -459,7 +459,8 @@ def test_a_bundle_holds_what_it_can_use_and_no_more(tmp_path):
         "lr",
         "early_stop",
     }
-    assert not components & set(train) - {"preprocessing", "inferer"}
+    # a group of settings is called like the handler that validates
+    assert not components & set(train) - {"preprocessing", "inferer", "validation"}
 
 
 def test_key_given_twice_is_named(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from samseg_monai.choices import Method
 from samseg_monai.errors import ConfigError
+from samseg_monai.refusals import MOST_LEVELS
 from samseg_monai.settings import (
     BundleSettings,
     RunSettings,
@@ -16,7 +17,6 @@ from samseg_monai.settings import (
     json_schema,
     read_settings,
 )
-from samseg_monai.unsafe import MOST_LEVELS
 
 TASK = {
     "name": "liver", "dataset": "livers", "scans": ["t1", "t2", "t3"], "channels": ["T1", "T2", "T3"],

@@ -19,7 +19,8 @@ from samseg_monai.bundles.loaded import load_bundle
 from samseg_monai.checkpoints import load_trained, save_adapter
 from samseg_monai.errors import BundleError, ConfigError
 from samseg_monai.handlers.predictions import TABLE
-from samseg_monai.networks import SamSegmenter, compute, disable_adapter, hold_updates
+from samseg_monai.networks import SamSegmenter, compute, disable_adapter
+from samseg_monai.networks.compute import hold_updates
 from samseg_monai.products import Int8Linear, int8_problem
 from samseg_monai.report.comparing import what_differs
 from samseg_monai.report.runs import RunResult

@@ -200,14 +200,17 @@ def test_a_full_disk_while_a_bundle_is_unpacked_is_no_damage_of_the_bundle(tmp_p
     (tmp_path / "b" / "configs" / "inference.json").write_text("{}")
     opened = open_files(tmp_path / "b")
 
-    def full(*_):
-        raise found(errno.ENOSPC, None)
+    class Failing(io.BytesIO):
+        def read(self, *_):
+            raise ValueError("damaged")
 
-    monkeypatch.setattr("shutil.copyfileobj", full)
-    with pytest.raises(OSError, match=r"copy\.json"):
+        def write(self, *_):
+            raise found(errno.ENOSPC, None)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"copy\.json"):
+        patch.setattr(Path, "open", lambda *_: Failing())
         opened.copy("configs/inference.json", tmp_path / "copy.json")
-    monkeypatch.setattr(opened, "open", lambda name: io.BytesIO())
-    monkeypatch.setattr("shutil.copyfileobj", lambda *_: exec("raise ValueError('damaged')"))
+    monkeypatch.setattr(opened, "open", lambda name: Failing())
     with pytest.raises(BundleError, match="cannot be read"):
         opened.copy("configs/inference.json", tmp_path / "copy.json")
 

@@ -339,6 +339,7 @@ def test_losses_of_training_and_validation_share_a_panel(runs):
     assert "Training and validation loss" in loss and "train loss" in loss and "validation loss" in loss
     assert loss.count("<path") > before  # a curve of its own, with its markers
     assert "best 0.783, epoch 6" in dice  # the Dice curve is still the Dice
+    assert "Validation Dice by epoch" in dice and "Training and validation loss by epoch" in loss
 
 
 def test_a_page_of_many_cases_draws_the_worst_and_says_so(made, tmp_path, monkeypatch):
