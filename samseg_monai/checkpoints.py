@@ -27,6 +27,7 @@ from samseg_monai.networks import PlainSegmenter, SamSegmenter
 from samseg_monai.networks.common import tensor_differences
 from samseg_monai.networks.compute import hold_updates
 from samseg_monai.networks.foreign import load_foreign
+from samseg_monai.networks.peft import is_peft, load_peft
 from samseg_monai.sam.weights import KNOWN, RANDOM, find_weights, name_of, sha256_of
 from samseg_monai.sam.weights.load import copy_tensors
 from samseg_monai.sam.weights.read import is_plain, read_content
@@ -314,8 +315,9 @@ def load_trained(
     """Load whatever there is.
 
     Args:
-        checkpoint: an adapter folder (base weights are loaded first), a full model file, a file of SAMed (base weights
-            first) or SAM-LST, or None: SAM's base weights alone, for a strategy that trains nothing (zero-shot).
+        checkpoint: an adapter folder, ours or one of peft (base weights are loaded first), a full model file, a file of
+            SAMed (base weights first) or SAM-LST, or None: SAM's base weights alone, for a strategy that trains nothing
+            (zero-shot).
         sam_checkpoint: base weights as for ``SamSegmenter.load_base``; not needed for a full model. None: of a run, the
             file it was trained with (``remember_base``), if it is there and the same.
         merged: let low-rank updates cost nothing where the network does not learn (``hold_updates``).
@@ -345,6 +347,8 @@ def load_trained(
         network.load_base(sam_checkpoint, start=False)
         load_adapter(network, path)
         return f"adapter {path} ({card['strategy']['_target_']}, {card['values']:,} values) on SAM {network.spec.name}"
+    if is_peft(path):
+        return load_peft(network, path, sam_checkpoint)
     if path.is_file():
         if loaded := load_foreign(network, path, sam_checkpoint):
             return loaded
@@ -355,8 +359,8 @@ def load_trained(
         return f"full model {path}"
     raise CheckpointError(
         f"checkpoint {path}: {'no ' + CARD + ' in this folder' if path.is_dir() else 'no such file or folder'}; give "
-        f"(1) a folder with {TENSORS} and {CARD}, (2) a model.pt written by training or a file of SAMed or SAM-LST, or "
-        "(3) null for SAM as it is"
+        f"(1) a folder with {TENSORS} and {CARD}, or of peft, (2) a model.pt written by training or a file of SAMed or "
+        "SAM-LST, or (3) null for SAM as it is"
     )
 
 

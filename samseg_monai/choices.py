@@ -93,7 +93,7 @@ def _chosen_once(way: Any) -> Any:
 
 
 class LoRA(_Way):
-    """Low-rank updates in SAM's image encoder (LoRA; with ``dora`` DoRA; with ``decoder`` and rank 4 SAMed)."""
+    """Low-rank updates in SAM's image encoder (LoRA; with ``dora`` DoRA; with ``decoder`` "samed" SAMed)."""
 
     name: Literal["lora"]
     rank: Annotated[int, Field(ge=1, le=1024)] = Field(default=4, examples=[16])
@@ -106,8 +106,9 @@ class LoRA(_Way):
     """In place of blocks: this fraction of those with attention, from the end."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rank_stabilised: bool = False
-    decoder: bool | Literal["lora"] = False
-    """Train the mask decoder, too; or put low-rank updates into q and v of its attention."""
+    decoder: bool | Literal["lora", "samed"] = False
+    """Train the mask decoder, too; "lora": only low-rank updates in q and v of its attention; "samed": the decoder and
+    the prompt encoder's no_mask_embed."""
     dora: bool = False
     """Learn the length of each adapted row beside its direction."""
     _fit = model_validator(mode="after")(_chosen_once)
@@ -381,6 +382,8 @@ class Schedule(Model):
     """Iterations of linear warm-up."""
     decay: Literal["poly", "cosine", "constant"] = "constant"
     power: Annotated[float, Field(gt=0, le=100)] = 0.9
+    epochs: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Its length, where a run ends before it; null, or fewer than the run's epochs: as long as the run."""
 
 
 class Loss(Model):

@@ -168,7 +168,7 @@ class RunSettings(Model):
     ema: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Decay of the average of the weights; null: no average."""
     augmentation: Name = "none"
-    """Name of a list of random transforms: none, light, strong, published (the ladder as published only)."""
+    """Name of a list of random transforms: none, light, strong, published (samed and ladder_paper only)."""
     learning_rates: LearningRates = LearningRates()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()

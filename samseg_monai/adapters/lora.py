@@ -83,17 +83,20 @@ class LoRALinear(Linear):
         if not self.enabled:
             return super().forward(input)
         # what the update adds to all rows at once, with zeros where nothing is adapted: no row is cut out and put back
-        down = torch.cat([self.lora_a[str(part)] for part in self.parts])
+        down, up = self.fused()
         low = linear(self.dropout(input), down)  # (..., rank for each part), one mask for all of them
-        update = linear(low, self.scaling * self._up())
+        update = linear(low, self.scaling * up)
         return self._adapted(super().forward(input), update)
 
-    def _up(self) -> Tensor:
-        """All ``B``, each in the rows of its part and the columns of its own ``A``; zero elsewhere."""
+    def fused(self) -> tuple[Tensor, Tensor]:
+        """``A`` (n rank, in_features) and ``B`` (out_features, n rank) of one update that equals those of the n parts.
+
+        ``B`` has that of each part in its rows and in the columns of its own ``A``, and zeros elsewhere.
+        """
         width = self.out_features // self.num_parts
         none = self.weight.new_zeros(width, 0)
         of_parts = [self.lora_b[str(part)] if part in self.parts else none for part in range(self.num_parts)]
-        return self._in_order(torch.block_diag(*of_parts))
+        return torch.cat([self.lora_a[str(p)] for p in self.parts]), self._in_order(torch.block_diag(*of_parts))
 
     def _in_order(self, rows: Tensor) -> Tensor:
         """``rows`` (out_features, ...), part after part, in the order of the layer's outputs."""

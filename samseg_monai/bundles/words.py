@@ -128,4 +128,6 @@ def _blocks(method: LoRA | Adapter) -> str:
 def _decoder(choice: bool | str, kind: str = "") -> str:
     if choice == "lora":
         return f"has {kind} in q and v of its attention"
+    if choice == "samed":
+        return "learns, too, and so does the prompt encoder's no_mask_embed"
     return "learns, too" if choice else "stays as it is"

@@ -1,4 +1,4 @@
-"""``samseg export``: a trained network as SAM's own .pth, torch.export programs or ONNX, checked."""
+"""``samseg export``: a trained network as SAM's own .pth, torch.export programs, ONNX, or SAMed's or peft's files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from samseg_monai.errors import ConfigError, visible_lines
 def export(
     bundle: Annotated[Path, typer.Argument(help="folder or ZIP of a bundle, or output_dir of a run")],
     format: Annotated[
-        Literal["pth", "torch", "onnx"],
-        typer.Option(help="pth: plain SAM in the official layout; torch: torch.export programs (.pt2); onnx"),
+        Literal["pth", "torch", "onnx", "samed", "peft"],
+        typer.Option(
+            help="pth: plain SAM in the official layout; torch: torch.export programs (.pt2); onnx; "
+            "samed: SAMed's .pth; peft: an adapter for transformers' SamModel"
+        ),
     ],
     output: Annotated[
         Path, typer.Option("--output", "--out", help="folder for the files and export.json, which explains them")

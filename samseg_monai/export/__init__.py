@@ -1,4 +1,7 @@
-"""Trained networks in other formats, kept only if they compute the same: SAM's own ``.pth``, ``torch.export``, ONNX."""
+"""Trained networks in other formats, kept only if they compute the same.
+
+SAM's own ``.pth``, ``torch.export``, ONNX, SAMed's ``.pth``, an adapter of peft.
+"""
 
 from __future__ import annotations
 

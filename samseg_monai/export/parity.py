@@ -17,7 +17,7 @@ from samseg_monai.export.parts import Call, Part, parts_of, run_parts
 from samseg_monai.networks import EMPTY_LOGIT, SamSegmenter
 
 # as a part of the largest value: float32 itself rounds at 6e-8 of a value
-TOLERANCE = {"pth": 1e-4, "torch": 1e-5, "onnx": 1e-4}
+TOLERANCE = {"pth": 1e-4, "torch": 1e-5, "onnx": 1e-4, "samed": 1e-5, "peft": 1e-5}
 
 
 @dataclass(frozen=True)

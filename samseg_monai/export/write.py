@@ -14,13 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import nn
 
 from samseg_monai import __version__
 from samseg_monai.adapters import merge_all
 from samseg_monai.checkpoints import Network, git_commit
 from samseg_monai.errors import BundleError, ConfigError, raise_all
+from samseg_monai.export.foreign import (
+    against_peft,
+    against_samed,
+    peft_again,
+    samed_again,
+    samed_state,
+    use_elsewhere,
+    write_peft,
+)
 from samseg_monai.export.official import official_sam, official_shapes, official_state
 from samseg_monai.export.parity import (
     TOLERANCE,
@@ -34,12 +43,13 @@ from samseg_monai.export.parity import (
 from samseg_monai.export.parts import Shape, parts_of, read_onnx, read_program, to_program, write_onnx, write_program
 from samseg_monai.export.source import Source
 from samseg_monai.faults import output_problem
-from samseg_monai.files import write_json, write_tensors
+from samseg_monai.files import read_json, write_json, write_tensors
 from samseg_monai.networks import SamSegmenter
+from samseg_monai.networks.peft import PEFT_CONFIG, PEFT_TENSORS
 from samseg_monai.sam.weights import load_sam_weights, sha256_of
 from samseg_monai.training.owned import owned_state
 
-FORMATS = ("pth", "torch", "onnx")
+FORMATS = ("pth", "torch", "onnx", "samed", "peft")
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 CARD = "export.json"  # beside the files: what they are, and what goes before and behind them
 SUFFIX = {"torch": "pt2", "onnx": "onnx"}
@@ -74,7 +84,9 @@ def export_network(source: Source, fmt: str, output: str | Path, *, size: tuple[
 
     Args:
         fmt: "pth": ``sam_<variant>.pth``, plain SAM in the official layout. "torch": one .pt2 per part. "onnx": one
-            .onnx per part. ``export.json`` beside them says what they are and how to use them.
+            .onnx per part. "samed": ``samed_<variant>.pth``, as SAMed saves its networks. "peft": the two files of an
+            adapter that Hugging Face's peft loads into transformers' ``SamModel``. ``export.json`` beside them says
+            what they are and how to use them.
         output: folder; files of the same names are replaced.
         size: height and width of the slices of a rectangular network (torch, onnx).
 
@@ -85,8 +97,9 @@ def export_network(source: Source, fmt: str, output: str | Path, *, size: tuple[
     if fmt not in FORMATS:
         raise ConfigError(f"format: got {fmt!r}; choose one of {', '.join(FORMATS)}")
     refuse(source.network, fmt)
-    if fmt == "pth" and size is not None:
-        raise ConfigError(f"size: got {size}, but the official layout has none; leave it out")
+    if fmt not in ("torch", "onnx") and size is not None:
+        what = "the official layout" if fmt == "pth" else f"the layout of {fmt}"
+        raise ConfigError(f"size: got {size}, but {what} has none; leave it out")
     output = Path(output)
     if problem := output_problem(output):
         raise ConfigError(f"output: {problem}")
@@ -97,6 +110,8 @@ def export_network(source: Source, fmt: str, output: str | Path, *, size: tuple[
         folder = Path(temporary)
         if isinstance(network, SamSegmenter) and fmt == "pth":
             described, differences = _write_pth(source, network, folder)
+        elif isinstance(network, SamSegmenter) and fmt in ("samed", "peft"):
+            described, differences = _write_foreign(network, fmt, folder)
         else:
             described, differences = _write_parts(network, fmt, folder, known, size)
         require(differences)
@@ -138,6 +153,21 @@ def _write_pth(source: Source, network: SamSegmenter, folder: Path) -> tuple[dic
             pairs = [(again(**tensors), network(**tensors)) for tensors in trials(network, parts_of(network))]
         differences = [difference(f"read back at image_size {network.image_size}", pairs, allowed)]
     return {path.name: {"use": _use_of_pth(source)}}, differences
+
+
+def _write_foreign(network: SamSegmenter, fmt: str, folder: Path) -> tuple[dict[str, Any], list[Difference]]:
+    if fmt == "samed":
+        path = folder / f"samed_{network.spec.name}.pth"
+        write_tensors(path, samed_state(network))
+        again, what = samed_again(network, path), "read back as SAMed's file"
+    else:
+        path = folder / PEFT_TENSORS
+        write_peft(network, folder)
+        config = read_json(folder / PEFT_CONFIG, BundleError, "settings of peft")
+        again, what = peft_again(network, load_file(path), config), "read back as peft's updates of whole layers"
+    with torch.no_grad():
+        pairs = [(again(**tensors), network(**tensors)) for tensors in trials(network, parts_of(network))]
+    return {path.name: {"use": use_elsewhere(network, fmt)}}, [difference(what, pairs, TOLERANCE[fmt])]
 
 
 def _write_parts(
@@ -273,7 +303,7 @@ def _use_of_pth(source: Source) -> list[str]:
 def obstacles(network: Network) -> dict[str, list[str]]:
     """Reasons why ``network`` cannot be exported, by format; an empty list means that it can.
 
-    The formats are those of ``samseg export`` (pth, torch, onnx) and, as ``ckpt_export``, MONAI's TorchScript command.
+    The formats are those of ``samseg export`` and, as ``ckpt_export``, MONAI's TorchScript command.
     """
     parts, tracing, absent = _against_parts(network), [], []
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
@@ -283,7 +313,11 @@ def obstacles(network: Network) -> dict[str, list[str]]:
             "box prompts: MONAI's ckpt_export traces a network with one random image, so boxes are no input of the "
             "result, and which slices have a box is decided in Python, which tracing does not record"
         ]
-    return {"pth": _against_pth(network), "torch": parts, "onnx": parts + absent, "ckpt_export": tracing}
+    found = {"pth": _against_pth(network), "torch": parts, "onnx": parts + absent}
+    found |= {"samed": _no_sam(network), "peft": _no_sam(network)}
+    if isinstance(network, SamSegmenter):
+        found |= {"samed": against_samed(network), "peft": against_peft(network)}
+    return {**found, "ckpt_export": tracing}
 
 
 def refuse(network: Network, fmt: str) -> None:
@@ -299,9 +333,14 @@ def mergeable(module: nn.Module) -> list[str]:
     return [name for name, layer in module.named_modules() if name and callable(getattr(layer, "merge", None))]
 
 
+def _no_sam(network: Network) -> list[str]:
+    kind = type(getattr(network, "net", network)).__name__
+    return [f"{kind}: there is no SAM in it, whose layout the file would have"]
+
+
 def _against_pth(network: Network) -> list[str]:
     if not isinstance(network, SamSegmenter):
-        return [f"{type(network.net).__name__}: there is no SAM in it, whose layout the file would have"]
+        return _no_sam(network)
     reasons = _against_best(network)
     if network.side is not None:
         side = type(getattr(network.side, "net", network.side)).__name__

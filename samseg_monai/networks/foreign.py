@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _TOKENS = "mask_decoder.mask_tokens.weight"
 _POS_EMBED = "sam.image_encoder.pos_embed"
 _PARTS = ("q", "v")
-_HEADS = ("prompt_encoder.", "mask_decoder.")
+SAMED_HEADS = ("prompt_encoder.", "mask_decoder.")
 _USUAL = {"input_scale": "unit", "prompt": "none"}
 
 
@@ -41,9 +41,9 @@ def load_foreign(
     ``base_sha256`` then is this file's: what is trained from here on starts from it.
 
     Args:
-        network: for SAMed with the strategy LoRA(rank, targets q and v, decoder=True), for SAM-LST with Ladder(mix
-            "gate"), and with the file's number of classes. Both projects show their networks images in [0, 1] without
-            prompts; another ``input_scale`` or ``prompt`` is logged as a warning.
+        network: for SAMed with the strategy LoRA(rank, targets q and v, decoder "samed" or True), for SAM-LST with
+            Ladder(mix "gate"), and with the file's number of classes. Both projects show their networks images in
+            [0, 1] without prompts; another ``input_scale`` or ``prompt`` is logged as a warning.
         path: existing file.
         sam_checkpoint: for SAMed, the SAM file it was trained on, as for ``SamSegmenter.load_base``.
     Raises:
@@ -61,7 +61,7 @@ def load_foreign(
         raise CheckpointError(f"{path} is a file of {project}, but {type(network).__name__} has no SAM in it")
     heading = f"{path}: this file of {project} does not fit this network"
     if project == "SAMed":
-        values = _samed_values(network, state, heading)
+        values = samed_values(network, state, heading)
         network.load_base(sam_checkpoint, start=False)
         on, passed_over = f" on SAM {network.spec.name} ({network.base_file})", 0
     else:
@@ -77,8 +77,12 @@ def load_foreign(
     return f"{project} file {path} ({len(values)} tensors{idle}){on}"
 
 
-def _samed_values(network: SamSegmenter, state: Mapping[str, Tensor], heading: str) -> dict[str, Tensor]:
-    """The file's tensors under the network's names: LoRA of q and v, whole prompt encoder and mask decoder."""
+def samed_values(network: SamSegmenter, state: Mapping[str, Tensor], heading: str) -> dict[str, Tensor]:
+    """Tensors of a SAMed file under the network's names: LoRA of q and v, whole prompt encoder and mask decoder.
+
+    Args:
+        heading: begins the CheckpointError that lists everything of the file that does not fit the network.
+    """
     rank = next(
         (len(state[name]) for matrix, _, _, name in samed_tensors(state) if matrix == "a" and state[name].ndim), 0
     )
@@ -87,8 +91,8 @@ def _samed_values(network: SamSegmenter, state: Mapping[str, Tensor], heading: s
         problems.append("it adapts the mask decoder with LoRA, too (SAMed_s); only SAMed's encoder adapters are known")
     raise_all(problems, CheckpointError, heading, most=FEW_TENSORS)
     layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, LoRALinear)]
-    named = {f"sam.{name}": value for name, value in state.items() if name.startswith(_HEADS)}
-    own = {name for name in network.state_dict() if name.startswith(tuple(f"sam.{head}" for head in _HEADS))}
+    named = {f"sam.{name}": value for name, value in state.items() if name.startswith(SAMED_HEADS)}
+    own = {name for name in network.state_dict() if name.startswith(tuple(f"sam.{head}" for head in SAMED_HEADS))}
     for matrix, block, part, name in samed_tensors(state):
         if block < len(layers):
             prefix, layer = layers[block]
@@ -98,7 +102,9 @@ def _samed_values(network: SamSegmenter, state: Mapping[str, Tensor], heading: s
                 f"{name}: it adapts {_PARTS[part]} of block {block}, the network adapts {len(layers)} blocks"
             )
     own |= {f"{prefix}.{name}" for prefix, layer in layers for name in layer.lora_names()}
-    rest = [name for name in state if not name.startswith(_HEADS) and name not in {t[3] for t in samed_tensors(state)}]
+    rest = [
+        name for name in state if not name.startswith(SAMED_HEADS) and name not in {t[3] for t in samed_tensors(state)}
+    ]
     problems += [f"{name}: in the file, not in the network" for name in rest]
     return _fitting(network, named, own, problems, heading)
 
@@ -108,7 +114,7 @@ def _samed_arguments(network: SamSegmenter, rank: int) -> list[str]:
     strategy = network.strategy
     if not isinstance(strategy, LoRA):
         return [
-            f"strategy: the file needs LoRA(rank={rank}, targets=['q', 'v'], decoder=True), "
+            f"strategy: the file needs LoRA(rank={rank}, targets=['q', 'v'], decoder='samed'), "
             f"got {type(strategy).__name__}"
         ]
     scaled = strategy.alpha in (None, strategy.rank) and not strategy.rank_stabilised
@@ -117,7 +123,7 @@ def _samed_arguments(network: SamSegmenter, rank: int) -> list[str]:
         f"alpha: the file needs a scaling of 1, alpha={rank} or null without rank_stabilised, "
         f"got alpha={strategy.alpha}, rank_stabilised={strategy.rank_stabilised}": scaled,
         f"targets: the file needs ['q', 'v'], got {list(strategy.targets)}": sorted(strategy.targets) == list(_PARTS),
-        f"decoder: the file needs decoder=True, got {strategy.decoder!r}": strategy.decoder is True,
+        f"decoder: the file needs 'samed' (or true), got {strategy.decoder!r}": strategy.decoder in (True, "samed"),
         "dora: the file needs dora=False, got True": not strategy.dora,
     }
     return [problem for problem, fits in needs.items() if not fits]

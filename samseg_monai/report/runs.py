@@ -38,6 +38,7 @@ MOBILE_SAM = {
 NO_PROMPTS = "no prompts"
 STRATEGIES = {
     BOX_ELLIPSE: "Box ellipse (no network)", ZERO_SHOT: "Zero-shot", LORA: "LoRA", "dora": "DoRA",
+    "samed": "SAMed",
     "adapter": "Adapters (behind attention and MLP)", "adaptformer": "AdaptFormer", "ssf": "SSF (scale and shift)",
     "attention": "Attention projections",
     LADDER: "Ladder (ResNet18 beside SAM)", "ladder_paper": "Ladder, as published", "cnn_only": "CNN only",
@@ -203,7 +204,7 @@ class RunResult:
 
     def _title(self) -> str:
         kind, _, share = self.name.partition("_late_")
-        low_rank = kind in (LORA, "dora")
+        low_rank = kind in (LORA, "dora", "samed")
         base = STRATEGIES.get(kind if low_rank else self.name, self.name.replace("_", " "))
         side = str(self.fact("strategy.arguments.side") or "").rpartition(".")[2]
         if self.name == LADDER and side:
@@ -215,7 +216,7 @@ class RunResult:
             return base
         late = f", last {share} % of blocks" if share else ""
         decoder = self.fact("strategy.arguments.decoder")
-        also = f" + {base} in the decoder" if decoder == "lora" else " + decoder" if decoder else ""
+        also = f" + {base} in the decoder" if decoder == "lora" else " + decoder" if decoder is True else ""
         return f"{base}, rank {rank}{late}{also}"
 
     @property

@@ -19,6 +19,7 @@ STRATEGIES: dict[str, tuple[type[Strategy], dict[str, Any]]] = {
     "lora_late_50": (LoRA, {"last": 0.5}),
     "lora_late_25": (LoRA, {"last": 0.25}),
     "lora_late_8": (LoRA, {"last": 0.08}),
+    "samed": (LoRA, {"decoder": "samed"}),
     "adapter": (Adapter, {}),
     "adaptformer": (Adapter, {"place": "parallel", "scale": 0.1}),
     "ssf": (SSF, {}),

@@ -22,7 +22,8 @@ from samseg_monai.strategies.base import (
     unused_of_decoder,
 )
 
-DECODERS = (False, True, "lora")
+DECODERS = (False, True, "lora", "samed")
+NO_MASK = "sam.prompt_encoder.no_mask_embed.weight"
 
 
 class LoRA(Strategy):
@@ -40,6 +41,7 @@ class LoRA(Strategy):
         rank_stabilised: scale by ``alpha / sqrt(rank)`` (Kalajdzievski 2023, arXiv:2312.03732).
         decoder: True also trains what the task uses of the mask decoder. "lora" puts updates of the same rank into q
             and v of its attention layers instead; of several classes the mask head, which starts anew, learns whole.
+            "samed" is True and the prompt encoder's ``no_mask_embed``, which stands for a mask that is not given.
         dora: learn the magnitude of each adapted row beside its direction (Liu et al. 2024, arXiv:2402.09353).
     Raises:
         AdapterError: listing what is wrong with the arguments; on installing also when they do not fit the encoder.
@@ -57,7 +59,7 @@ class LoRA(Strategy):
         blocks: Sequence[int] | None = None,
         dropout: float = 0.0,
         rank_stabilised: bool = False,
-        decoder: bool | Literal["lora"] = False,
+        decoder: bool | Literal["lora", "samed"] = False,
         dora: bool = False,
         last: float | None = None,
     ) -> None:
@@ -66,12 +68,12 @@ class LoRA(Strategy):
         self.blocks = None if blocks is None else tuple(blocks)
         self.rank_stabilised, self.decoder, self.dora, self.last = rank_stabilised, decoder, dora, last
         late = "" if last is None else f"_late_{round(100 * last)}"
-        self.name = f"{'dora' if dora else 'lora'}{late}"
+        self.name = f"{'dora' if dora else 'samed' if decoder == 'samed' else 'lora'}{late}"
         options = ", ".join(TARGETS)
         problems = [f"target {t!r} is unknown; the options are {options}" for t in self.targets if t not in TARGETS]
         if not self.targets or len(set(self.targets)) < len(self.targets):
             problems.append(f"targets must name different layers of {options}, got {self.targets}")
-        if not any(decoder is option or decoder == option == "lora" for option in DECODERS):
+        if not any(decoder is option or (decoder == option and isinstance(decoder, str)) for option in DECODERS):
             problems.append(f"decoder must be one of {', '.join(map(repr, DECODERS))}, got {decoder!r}")
         problems += block_problems(self.blocks, last)
         raise_all(problems, AdapterError, "LoRA cannot be built")
@@ -95,8 +97,9 @@ class LoRA(Strategy):
         owned = added_names(segmenter, LoRALinear, own=("weight", "bias"))
         if self.decoder == "lora" and segmenter.num_classes > 1:
             owned |= set(head_names(segmenter)) - set(self.unused(segmenter))
-        elif self.decoder is True:
+        elif self.decoder in (True, "samed"):
             owned |= set(decoder_names(segmenter)) - set(self.unused(segmenter))
+            owned |= {NO_MASK} if self.decoder == "samed" else set()
         return [name for name in segmenter.state_dict() if name in owned]
 
     def arguments(self) -> dict[str, Any]:

@@ -266,7 +266,10 @@ def test_a_samed_file_in_the_wrong_network_says_which_arguments_it_needs(base, s
         (samed_network(dora=True), ["dora: the file needs dora=False"]),
         (samed_network(classes=5), ["num_classes: the file needs 3 (and the background), got 5"]),
         (samed_network(classes=1), ["num_classes: the file needs 3 (and the background), got 1"]),
-        (SamSegmenter("tiny"), ["strategy: the file needs LoRA(rank=2, targets=['q', 'v'], decoder=True), got Zero"]),
+        (
+            SamSegmenter("tiny"),
+            ["strategy: the file needs LoRA(rank=2, targets=['q', 'v'], decoder='samed'), got Zero"],
+        ),
         (samed_network(rank=3, alpha=1.0, classes=2, targets=("v",)), ["rank:", "alpha:", "targets:", "num_classes:"]),
         (samed_network(blocks=[1]), ["w_a_002: it adapts q of block 1, the network adapts 1 blocks"]),
     ]
@@ -277,7 +280,7 @@ def test_a_samed_file_in_the_wrong_network_says_which_arguments_it_needs(base, s
         assert [text for text in expected if text not in str(error.value)] == []
         states_equal(network.state_dict(), before)  # nothing was loaded, the base file neither
     undecided = LoRA(RANK)
-    with pytest.raises(CheckpointError, match="decoder: the file needs decoder=True"):
+    with pytest.raises(CheckpointError, match=r"decoder: the file needs 'samed' \(or true\), got False"):
         load_trained(SamSegmenter("tiny", undecided), checkpoint=path, sam_checkpoint=base)
     with pytest.raises(CheckpointError, match="has no SAM in it"):
         load_trained(PlainSegmenter(nn.Conv2d(1, 1, 1)), checkpoint=path)

@@ -183,6 +183,11 @@ ROWS = {
         lambda network: lora_values(network, 2, 2 * 2) + decoder_values(network),
         CLASSES,
     ),
+    "samed": Row(
+        lambda: LoRA(2, decoder="samed"),
+        lambda network: lora_values(network, 2, 2 * 2) + decoder_values(network) + WIDTH,  # and no_mask_embed
+        CLASSES,
+    ),
     "lora_in_decoder": Row(
         lambda: LoRA(2, decoder="lora"), lambda network: lora_values(network, 2, 2 * 2) + decoder_lora_values(2)
     ),
@@ -627,7 +632,8 @@ def test_every_strategy_has_a_row():
         ({"rank": 4, "last": 0.08}, 1, 12_288),
         # ... updates to q and v of the decoder's seven attention layers ...
         ({"rank": 4, "decoder": "lora"}, 1, 147_456 + 4 * (2 * 2 * 512 + 5 * 2 * 384)),
-        # ... and everything with a gradient, eight organs; SAMed also trains the 256 values of no_mask_embed.
+        # ... and everything with a gradient, eight organs, with and without the 256 values of no_mask_embed.
+        ({"rank": 4, "decoder": "samed"}, 8, 4_773_760),
         ({"rank": 4, "decoder": True}, 8, 4_773_760 - 256),
     ],
 )

@@ -1,5 +1,6 @@
 """The published training of SAM-LST: its loss computed anew, and its numbers as the bundle has them."""
 
+import json
 import math
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from monai.data import MetaTensor
 from monai.losses import DiceCELoss
 from torch import nn
 
+from samseg_monai.bundles import build_bundle
 from samseg_monai.training import OnLogitGrid
 
 CONFIG = Path(__file__).parents[2] / "bundles" / "abdomen_segmentation_ladder_paper" / "configs" / "train.json"
@@ -152,3 +154,20 @@ def test_no_test_case_and_no_validation_is_looked_at_in_training(parser):
     )
     assert value(parser, "train::named_handlers::validation::interval") > value(parser, "epochs")
     assert value(parser, "train::named_handlers::last::output_dir") == value(parser, "output_dir")
+
+
+def test_samed_stops_at_epoch_160_of_a_schedule_of_200(tmp_path):
+    configs = build_bundle("abdomen", "samed", tmp_path) / "configs"
+    train = json.loads((configs / "train.json").read_text(encoding="utf-8"))
+    assert (train["epochs"], train["lr"], train["schedule"]["warmup"], train["schedule"]["power"]) == (
+        160,
+        0.005,
+        250,
+        0.9,
+    )
+    total = train["train"]["lr_scheduler"]["total"]
+    parser = ConfigParser({"total": total.replace("len(@train::dataloader)", "93")} | train)  # 2,211 slices by 24
+    assert parser.get_parsed_content("total") == 200 * 93
+    parser["schedule"]["epochs"] = None
+    parser.parse(reset=True)
+    assert parser.get_parsed_content("total") == 160 * 93
