@@ -194,12 +194,18 @@ class _Net(Model):
     """The crop's side is the box's longer one, moved out by this fraction of it at either end."""
     crop_size: Side = 128
     """Side of the crop in pixels."""
+    _normed_alone: ClassVar[bool] = False
     _levels: ClassVar[dict[str, int]] = {}  # lists of a value for each level -> how many fewer they have
 
     @property
     def factor(self) -> int:
         """What it sees is halved, and so on: the side in pixels is a multiple of this."""
         return math.prod(getattr(self, "strides", [16]))
+
+    @property
+    def least(self) -> int:
+        """Smallest side in pixels: norms of each image by itself need two pixels at the lowest level."""
+        return self.factor * (2 if self._normed_alone else 1)
 
     @model_validator(mode="after")
     def _fit(self) -> _Net:
@@ -213,7 +219,10 @@ class _Net(Model):
 
 
 class UNet(_Net):
+    """MONAI's U-Net of residual units."""
+
     name: Literal["UNet"]
+    _normed_alone: ClassVar[bool] = True
     channels: Channels = [32, 64, 128, 256]
     strides: Steps = [2, 2, 2]
     _levels: ClassVar[dict[str, int]] = {"channels": 0, "strides": 1}
@@ -221,7 +230,10 @@ class UNet(_Net):
 
 
 class BasicUNetPlusPlus(_Net):
+    """MONAI's U-Net++."""
+
     name: Literal["BasicUNetPlusPlus"]
+    _normed_alone: ClassVar[bool] = True
     features: Annotated[Channels, Field(min_length=6, max_length=6)] = [32, 32, 64, 128, 256, 32]
     deep_supervision: Literal[False] = False
 
@@ -251,6 +263,7 @@ class SwinUNETR(_Net):
     """MONAI's Swin UNETR with its window of 7 tokens."""
 
     name: Literal["SwinUNETR"]
+    _normed_alone: ClassVar[bool] = True
     depths: Annotated[list[Annotated[int, Field(ge=1, le=24)]], Field(min_length=4, max_length=4)] = [2, 2, 2, 2]
     num_heads: Annotated[list[Annotated[int, Field(ge=1, le=64)]], Field(min_length=4, max_length=4)] = [3, 6, 12, 24]
     feature_size: Annotated[int, Field(ge=12, le=768, multiple_of=12)] = 24
@@ -279,6 +292,7 @@ class DynUNet(_Net):
     """MONAI's nnU-Net; strides and kernels are the same for both axes."""
 
     name: Literal["DynUNet"]
+    _normed_alone: ClassVar[bool] = True
     kernel_size: Annotated[list[Annotated[int, Field(ge=1, le=7)]], Field(min_length=3, max_length=8)] = [3, 3, 3, 3]
     strides: Annotated[Steps, Field(min_length=3, max_length=8)] = [1, 2, 2, 2]
     upsample_kernel_size: Steps = [2, 2, 2]

@@ -244,8 +244,8 @@ class DemoSettings(Model):
     run: RunPatch = RunPatch()  # type: ignore[valid-type]
     method: dict[Name, bool | int | Name] = {}
     """Arguments of the strategy's method, such as ``{"rank": 8}``."""
-    network: dict[Name, bool | int | Name] = {}
-    """Arguments of the network without SAM."""
+    network: dict[Name, bool | int | Name | list[int]] = {}
+    """Arguments of the network without SAM, such as ``{"channels": [16, 32, 64, 128]}``."""
 
 
 class BundleSettings(Model):
@@ -345,9 +345,8 @@ def _network_misfits(net: Network | None, scans: int, image_size: int) -> Iterat
     key, side = (
         ("strategy::network::crop_size", net.crop_size) if net.boxes == "crop" else ("run::image_size", image_size)
     )
-    least = 2 * net.factor if net.name == "SwinUNETR" else net.factor  # its norm needs two pixels at the lowest level
-    if side % net.factor or side < least:
-        yield f"{key}: got {side}; this {net.name} needs a multiple of {net.factor}, at least {least}"
+    if side % net.factor or side < net.least:
+        yield f"{key}: got {side}; this {net.name} needs a multiple of {net.factor}, at least {net.least}"
     inputs = scans + (net.boxes == "channel")
     if net.name == "VNet" and 16 % inputs:
         yield f"strategy::network: VNet takes 1, 2, 4, 8 or 16 channels; scans and the channel of boxes make {inputs}"

@@ -285,6 +285,7 @@ def component(package: str, value: dict[str, Any] | None, **more: Any) -> dict[s
 # name of a method -> its class, which samseg_monai.strategies has under the same name as choices
 METHODS = {get_args(kind.model_fields["name"].annotation)[0]: kind.__name__ for kind in get_args(get_args(Method)[0])}
 SIDES = {"resnet": "ResNetSide"}
+AROUND = {"boxes", "crop_margin", "crop_size"}  # arguments of PlainSegmenter; a network's others are those of its class
 PICKERS = "samseg_monai.data.slices"
 
 
@@ -302,7 +303,7 @@ def _network(settings: BundleSettings) -> dict[str, Any] | None:
     """The network without SAM as a component, its channels following scans, boxes and classes."""
     if settings.strategy.network is None:
         return None
-    given = settings.strategy.network.model_dump(mode="json", exclude={"boxes", "crop_margin", "crop_size"})
+    given = settings.strategy.network.model_dump(mode="json", exclude=AROUND)
     name = given["name"]
     if name == "BoxEllipse":
         return component("samseg_monai.networks", given)
@@ -379,7 +380,13 @@ def _demo_keys(settings: BundleSettings) -> dict[str, Any]:
             else:
                 keys[name] = item
 
-    for part, where in (("run", ""), ("method", "strategy::"), ("network", "network_def::")):
-        collect(demo.get(part, {}), where)
+    network = demo.get("network", {})
+    around = {key: value for key, value in network.items() if key in AROUND}
+    net = {key: value for key, value in network.items() if key not in AROUND}
+    for values, where in (
+        (demo.get("run", {}), ""), (demo.get("method", {}), "strategy::"), (around, "network_def::"),
+        (net, "network_def::net::"),
+    ):  # fmt: skip
+        collect(values, where)
     usable = settings.has_sam and settings.frozen_encoder
     return {key: value for key, value in keys.items() if usable or not key.startswith("embeddings::")}

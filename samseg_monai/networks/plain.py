@@ -98,7 +98,13 @@ class PlainSegmenter(Segmenter):
         """What ``torch.jit.script`` takes instead: the net behind the padding, which needs none of this package."""
         if self.boxes != "none":
             raise ConfigError(f"TorchScript cannot hold this network; {UNSCRIPTED}")
-        return _Padded(self.net, self.image_size)
+        try:
+            net = torch.jit.script(self.net)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"TorchScript cannot hold {type(self.net).__name__} as it is written; trace it, by --use_trace True"
+            ) from error
+        return _Padded(net, self.image_size)
 
     def box_facts(self) -> dict[str, Any]:
         """How boxes reach the net, as JSON values for the card: an adapter of another way is another network's."""
@@ -175,7 +181,11 @@ class _Padded(nn.Module):
         if max(height, width) > self.image_size:
             raise ValueError("image: a side is longer than image_size")
         padded = F.pad(image.float(), [0, self.image_size - width, 0, self.image_size - height])
-        return self.net(padded)[..., :height, :width].float()
+        logits = self.net(padded)
+        if isinstance(logits, list):  # so does BasicUNetPlusPlus answer
+            return logits[0][..., :height, :width].float()
+        else:
+            return logits[..., :height, :width].float()
 
 
 def _check_crop(margin: float, size: int) -> None:

@@ -44,6 +44,9 @@ STRATEGIES = {
     LADDER: "Ladder (ResNet18 beside SAM)", "ladder_paper": "Ladder, as published", "cnn_only": "CNN only",
     "sam_only": "SAM only (decoder upscaling)", "full": "Full fine-tuning", "decoder": "Mask decoder",
     "norm": "Normalisation layers", "bias": "Biases", "unet": "U-Net, no SAM",
+    "unet_plus_plus": "U-Net++, no SAM", "vnet": "V-Net, no SAM", "attention_unet": "Attention U-Net, no SAM",
+    "unetr": "UNETR, no SAM", "swin_unetr": "Swin UNETR, no SAM", "segresnet": "SegResNet, no SAM",
+    "dynunet": "DynUNet (nnU-Net's network), no SAM",
     "unet_box": "U-Net with box channel, no SAM", "unet_crop": "U-Net on the crop, no SAM",
     "ellipse": "Fitted ellipse (no network)",
 }  # fmt: skip

@@ -177,6 +177,17 @@ class Scratch(Strategy):
     def install(self, segmenter: Segmenter) -> list[str]:
         return list(segmenter.state_dict())
 
+    def fixed(self, segmenter: Segmenter) -> list[str]:
+        """What MONAI's networks hold and never use: a gradient would be waited for by several GPUs in vain."""
+        idle = {
+            f"{prefix}.norm_cross_attn"  # UNETR's
+            for prefix, module in segmenter.named_modules()
+            if getattr(module, "with_cross_attention", None) is False
+        }
+        if type(getattr(segmenter, "net", None)).__name__ == "BasicUNetPlusPlus":  # of whose heads the last one answers
+            idle |= {f"net.final_conv_0_{level}" for level in (1, 2, 3)}
+        return [name for name in segmenter.state_dict() if name.rpartition(".")[0] in idle]
+
     def facts(self, segmenter: Segmenter) -> dict[str, Any]:
         """What the network tells of itself, if it has ``facts()``."""
         tell = getattr(getattr(segmenter, "net", None), "facts", None)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from samseg_monai import files
 from samseg_monai.bundles import archive, recipe_names
+from samseg_monai.bundles.build import read_recipe
 from samseg_monai.bundles.door import open_bundle
 from samseg_monai.bundles.pack import _zip, write_sums
 from samseg_monai.bundles.running import build_bare
@@ -21,7 +22,7 @@ from samseg_monai.settings import RunPatch, RunSettings
 from tests.helpers.packed import packed
 
 HEAVY = {"torch", "monai", "numpy", "pandas", "matplotlib", "nibabel", "jinja2"}
-OF_SAM = sorted(set(recipe_names("strategies")) - {"unet", "unet_box", "unet_crop", "ellipse"})
+OF_SAM = [name for name in recipe_names("strategies") if "network" not in read_recipe("strategies", name)]
 
 
 def parser_of(root: Path, **changes) -> ConfigParser:

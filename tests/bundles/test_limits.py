@@ -108,6 +108,8 @@ def test_a_network_without_values_has_the_shapes_of_the_real_one(strategy, tmp_p
     changes = {"run": {"image_size": 64, **({"sam_variant": "tiny"} if settings["run"]["sam_variant"] else {})}}
     if settings["strategy"]["method"]["name"] == "lora":
         changes["strategy"] = {"method": {"rank": 2}}
+    if settings["strategy"]["network"] and settings["demo"]:
+        changes["strategy"] = {"network": settings["demo"]["network"]}
     bundle = write_bundle(read_settings(merged({**settings, "demo": None}, changes), "test"), tmp_path / "small")
     with open_bundle(bundle) as opened:
         state, random = torch.get_rng_state(), opened.network().state_dict()
@@ -117,7 +119,8 @@ def test_a_network_without_values_has_the_shapes_of_the_real_one(strategy, tmp_p
         with WithoutValues():
             shapes = opened.network().state_dict()
     assert {n: v.shape for n, v in shapes.items()} == {n: v.shape for n, v in random.items()}
-    assert sum(v.numel() for v in shapes.values() if v.device.type == "cpu") < 10_000
+    # Swin UNETR counts its tables of positions, whole numbers, when it is built
+    assert sum(v.numel() for v in shapes.values() if v.device.type == "cpu") < 20_000
 
 
 def test_keys_given_twice_are_told_and_not_obeyed(mine):

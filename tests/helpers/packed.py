@@ -20,6 +20,8 @@ def settings_of(task: str, strategy: str, **run):
     changes = {"run": small, "demo": None}
     if built.strategy.method.name == "lora":
         changes["strategy"] = {"method": {"rank": 2}}
+    if built.strategy.network is not None and built.demo is not None:
+        changes["strategy"] = {"network": built.demo.network}
     return read_settings(merged(dump_settings(built), changes), "test")
 
 

@@ -228,6 +228,8 @@ def test_every_network_of_the_settings_is_built_and_answers(name, task):
         ({"name": "UNet", "strides": [2, 2]}, 64, r"levels \(channels, strides 1 fewer\), got channels 4, strides 2"),
         ({"name": "SwinUNETR"}, 32, "got 32; this SwinUNETR needs a multiple of 32, at least 64"),
         ({"name": "SegResNet", "blocks_up": [1]}, 64, "got blocks_down 4, blocks_up 1"),
+        ({"name": "DynUNet", "strides": [1, 4, 4, 4]}, 64, "needs a multiple of 64, at least 128"),
+        ({"name": "BasicUNetPlusPlus"}, 16, "needs a multiple of 16, at least 32"),
         ({"name": "DynUNet", "filters": [4]}, 64, "got kernel_size 4, strides 4, filters 1, upsample_kernel_size 3"),
     ],
 )
