@@ -33,7 +33,7 @@ PHASES = {
     "samseg_monai.bundles.door:write_bundle": "write and read configs",
     "samseg_monai.bundles.door:differences": "write and read configs",
     "samseg_monai.bundles.running:guard": "write and read configs",
-    "samseg_monai.bundles.running:check_groups": "write and read configs",
+    "samseg_monai.bundles.running:configured": "write and read configs",
     "samseg_monai.bundles.door:Opened.check": "compare network and weights!",
     "samseg_monai.networks.segmenter:SamSegmenter.__init__": "build the network",
     "samseg_monai.checkpoints:load_trained": "load the weights",

@@ -48,16 +48,16 @@ def run_workflow(
         ConfigError: overrides of what the configs do not have.
         SamsegError: what our code raised, wherever MONAI wrapped it.
     """
-    files = [part for config in configs for part in _with_base(Path(config), configs)]
+    files = config_files(configs)
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise BundleError(f"no such config: {', '.join(missing)}; give the folder of a bundle")
     from samseg_monai.bundles.door import literal, own_errors
-    from samseg_monai.bundles.running import check_groups
+    from samseg_monai.bundles.running import configured
     from samseg_monai.settings import PLACES
 
     overrides = {key: literal(value, place=key in PLACES) for key, value in overrides.items()}
-    check_groups(files, overrides)
+    configured(files, overrides)
     command = shell_command(files, overrides)
     if echo:
         typer.echo(f"$ {command}", err=True)
@@ -71,7 +71,12 @@ def run_workflow(
     return command
 
 
-def _with_base(config: Path, configs: Sequence[str | Path]) -> list[Path]:
-    base = config.with_name("inference.json")
-    alone = config.name == "evaluate.json" and base not in map(Path, configs)
-    return [base, config] if alone else [config]
+def config_files(configs: Sequence[str | Path]) -> list[Path]:
+    """The files that ``monai.bundle run`` is given for ``configs``: before evaluate.json, what it changes."""
+
+    def with_base(config: Path) -> list[Path]:
+        base = config.with_name("inference.json")
+        alone = config.name == "evaluate.json" and base not in map(Path, configs)
+        return [base, config] if alone else [config]
+
+    return [part for config in configs for part in with_base(Path(config))]

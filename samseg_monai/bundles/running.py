@@ -248,14 +248,27 @@ def mute_readers() -> None:
     warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
 
 
-def check_groups(configs: Sequence[Path], overrides: Mapping[str, Any]) -> None:
-    """Refuse overrides within a group or component that the configs do not have (``promt::source``).
-
-    MONAI answers them with a KeyError, before it evaluates anything of a bundle: ``guard`` never comes to see them.
+def configured(configs: Sequence[Path], overrides: Mapping[str, Any]) -> Running:
+    """A workflow as it would run: config files, later ones override, with ``overrides``; nothing is evaluated.
 
     Raises:
-        ConfigError: unknown keys; all are listed.
+        ConfigError: overrides within a group or component that the configs do not have (``promt::source``); all are
+            listed. MONAI answers them with a KeyError, before it evaluates anything: ``guard`` never comes to see them.
     """
+    parser, lost = _overridden(configs, overrides)
+    raise_all(lost and lost + unknown_keys(parser.get(), _known(configs[0].parent)), ConfigError, REFUSED)
+    return Running(configs[0].parent, parser)
+
+
+def problems_of_overrides(configs: Sequence[Path], overrides: Mapping[str, Any]) -> list[str]:
+    """What ``guard`` would say of these overrides, but for places and devices, which may be another machine's."""
+    parser, lost = _overridden(configs, overrides)
+    lost += unknown_keys(parser.get(), _known(configs[0].parent))
+    return lost or _wrong_values(Running(configs[0].parent, parser))
+
+
+def _overridden(configs: Sequence[Path], overrides: Mapping[str, Any]) -> tuple[ConfigParser, list[str]]:
+    """The configs with the overrides put in, and a line for each that has no place there."""
     parser = ConfigParser(ConfigParser.load_config_files([str(config) for config in configs]))
     known, lost = _known(configs[0].parent), []
     for key, value in overrides.items():
@@ -263,20 +276,7 @@ def check_groups(configs: Sequence[Path], overrides: Mapping[str, Any]) -> None:
             parser[key] = value
         except (LookupError, TypeError, ValueError):
             lost.append(_no_such_key(key.replace("#", "::"), known))
-    raise_all(lost and lost + unknown_keys(parser.get(), known), ConfigError, REFUSED)
-
-
-def configured(configs: Sequence[Path], overrides: Mapping[str, Any]) -> Running:
-    """A workflow as it would run: config files, later ones override, with ``overrides``; nothing is evaluated.
-
-    Raises:
-        ConfigError: as ``check_groups``.
-    """
-    check_groups(configs, overrides)
-    parser = ConfigParser(ConfigParser.load_config_files([str(config) for config in configs]))
-    for key, value in overrides.items():
-        parser[key] = value
-    return Running(configs[0].parent, parser)
+    return parser, lost
 
 
 def _known(configs: Path) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from samseg_monai import __version__
 from samseg_monai.cli.bench import bench
 from samseg_monai.cli.boxes import boxes_app
 from samseg_monai.cli.bundle import bundle_app, check
+from samseg_monai.cli.compare import compare
 from samseg_monai.cli.data import bbox, phantom_app, prepare_app
 from samseg_monai.cli.export import export
 from samseg_monai.cli.find_lr import find_lr
@@ -47,6 +48,7 @@ app.command(name="predict")(predict)
 app.command(name="lint", help="The same as samseg bundle check.", hidden=True)(check)
 app.command(name="export")(export)
 app.command(name="report")(report)
+app.command(name="compare")(compare)
 app.command(name="demo")(demo)
 app.command(name="find-lr", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(find_lr)
 app.command(name="train-cost", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train_cost)

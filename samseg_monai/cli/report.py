@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from samseg_monai.cli.outputs import file_to_write
 from samseg_monai.cli.places import check_places
-from samseg_monai.errors import BundleError, DataError
+from samseg_monai.errors import BundleError, ConfigError, DataError, raise_all
 from samseg_monai.workflow import run_workflow
 
 EVALUATION = "evaluation"
@@ -26,6 +27,9 @@ def report(
     output: Annotated[
         Path, typer.Option("--output", "--out", callback=file_to_write, help="HTML file to write")
     ] = Path("report.html"),
+    name: Annotated[
+        list[str] | None, typer.Option(metavar="FOLDER=NAME", help="call the run in FOLDER like this; repeatable")
+    ] = None,
     title: Annotated[str, typer.Option(help="heading of the page")] = "samseg-monai report",
     dataset_dir: Annotated[
         Path | None, typer.Option(help="folder of the data, for a run not evaluated yet; default: as of its bundle")
@@ -46,18 +50,38 @@ def report(
         "; give the output_dir of a training, or a folder with run_card.json, metrics.json and cases.csv",
     )
     from samseg_monai.report.page import write_report
-    from samseg_monai.report.runs import RunResult, by_seed
+    from samseg_monai.report.runs import RunResult, by_folder, by_seed
     from samseg_monai.report.tables import table_text, write_results
 
     given: dict[str, Any] = {} if sam_checkpoint is None else {"sam_checkpoint": sam_checkpoint}
     if dataset_dir is not None:
         given["dataset_dir"] = os.path.abspath(dataset_dir)
-    results = by_seed([RunResult.load(_evaluated(folder, given)) for folder in runs])
+    names = _names(name or [], runs)
+    results = [RunResult.load(_evaluated(folder, given)) for folder in runs]
+    results = by_folder(
+        [
+            replace(result, label=names[folder]) if folder in names else result
+            for folder, result in zip(runs, by_seed(results), strict=True)
+        ],
+        runs,
+    )
     write_report(output, title=title, runs=results)
     numbers = output.with_name(f"{output.stem}_results.json")
     write_results(numbers, results)
     typer.echo(table_text(results))
     typer.echo(f"report: {output}   numbers: {numbers}, {numbers.with_suffix('.csv').name}")
+
+
+def _names(given: list[str], runs: list[Path]) -> dict[Path, str]:
+    """Folder of a run -> how the page is to call it. Raises ConfigError for what is no FOLDER=NAME of the runs."""
+    pairs = [text.partition("=") for text in given]
+    problems = [
+        f"{text!r}: {'no FOLDER=NAME' if not (equals and name.strip()) else f'{folder} is not among the runs'}"
+        for text, (folder, equals, name) in zip(given, pairs, strict=True)
+        if not equals or not name.strip() or Path(folder) not in runs
+    ]
+    raise_all(problems, ConfigError, "report --name: give the folder of a run and its name")
+    return {Path(folder): name.strip() for folder, _, name in pairs}
 
 
 def _evaluated(folder: Path, given: dict[str, Any]) -> Path:

@@ -25,10 +25,10 @@ class Unequal(NamedTuple):
         return f"{self.run.title} and {self.base.title} are not compared; they differ in {'; '.join(self.what)}"
 
 
-def unequal(runs: Sequence[RunResult]) -> list[Unequal]:
-    """Every run that cannot be compared with zero-shot or, without such a row, with the first."""
-    base = next((run for run in runs if run.name == ZERO_SHOT), runs[0])
-    found = [Unequal(run, base, what_differs(run, base)) for run in runs if run is not base]
+def unequal(runs: Sequence[RunResult], base: str = ZERO_SHOT) -> list[Unequal]:
+    """Every run that cannot be compared with that called ``base`` or, without such a row, with the first."""
+    base_run = next((run for run in runs if run.name == base), runs[0])
+    found = [Unequal(run, base_run, what_differs(run, base_run)) for run in runs if run is not base_run]
     return [one for one in found if one.what]
 
 

@@ -22,7 +22,17 @@ from samseg_monai.report import figures, tables
 from samseg_monai.report import organs as organ_tables
 from samseg_monai.report.comparing import unequal
 from samseg_monai.report.montage import OverlayCase, image_tag, pick_cases
-from samseg_monai.report.runs import LORA, NO_PROMPTS, NOT_RECORDED, PICO_LABEL, RunResult, check_runs, facts, gate_text
+from samseg_monai.report.runs import (
+    LORA,
+    NO_PROMPTS,
+    NOT_RECORDED,
+    PICO_LABEL,
+    ZERO_SHOT,
+    RunResult,
+    check_runs,
+    facts,
+    gate_text,
+)
 
 _MOST_LISTED = 200  # entries of a list or table in a card, such as the hashes of all cases that trained
 _DEFINITIONS = {
@@ -45,6 +55,7 @@ def write_report(
     commands: Sequence[str] = (),
     notes: Mapping[str, str] | None = None,
     organs: organ_tables.OrganTable | None = None,
+    base: str = ZERO_SHOT,
 ) -> Path:
     """Write the page.
 
@@ -56,6 +67,7 @@ def write_report(
         commands: shell lines that made the runs and this page.
         notes: heading -> sentence, shown below the table.
         organs: table of `organ_table`, shown as a section with the rows it quotes.
+        base: name of the run that the others are compared with.
 
     Raises:
         BundleError: no run, or two of one name.
@@ -68,13 +80,15 @@ def write_report(
     page = environment.from_string(source).render(
         title=title,
         banner=banner(runs),
-        warnings=[*(line for run in runs for line in run.warnings), *(one.text for one in unequal(runs))],
+        warnings=[*(line for run in runs for line in run.warnings), *(one.text for one in unequal(runs, base))],
         headline=headline(runs),
         schemes={scheme: figures.css_variables(names, scheme) for scheme in ("light", "dark")},
         runs=runs,
         colors={name: index for index, name in enumerate(names)},
         tables=tables,
-        **_numbers(runs),
+        **_numbers(runs, base),
+        base=base,
+        base_title=tables.base_title(runs, base),
         organs=organ_tables,
         organ_table=organs,
         curves=figures.curves_svg(runs),
@@ -143,9 +157,9 @@ def _more(count: int) -> str:
     return f"... and {count:,} more, in the file run_card.json"
 
 
-def _numbers(runs: Sequence[RunResult]) -> dict[str, Any]:
+def _numbers(runs: Sequence[RunResult], base: str) -> dict[str, Any]:
     """What the template makes its tables of."""
-    lines, gaps = tables.table_lines(runs), tables.differences(runs)
+    lines, gaps = tables.table_lines(runs), tables.differences(runs, base=base)
     return {
         "lines": [line for line in lines if line.klass == tables.MEAN_OF_CLASSES or len(line.run.classes) == 1],
         "of_class": {(line.run.name, line.klass): line for line in lines},

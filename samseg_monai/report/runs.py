@@ -379,6 +379,19 @@ def by_seed(runs: Sequence[RunResult]) -> list[RunResult]:
     return found
 
 
+def by_folder(runs: Sequence[RunResult], folders: Sequence[Path]) -> list[RunResult]:
+    """The runs, each with the name of its folder behind the strategy's where several have one name still."""
+    counts = Counter(run.name for run in runs)
+    found = []
+    for run, folder in zip(runs, folders, strict=True):
+        if counts[run.name] > 1:
+            folder = folder.absolute()
+            own = folder.parent.name if folder.name == "evaluation" else folder.name
+            run = replace(run, name=f"{run.name}_{own}", label=run.label or f"{run.title} ({own})")
+        found.append(run)
+    return found
+
+
 def some(names: Sequence[str]) -> str:
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""

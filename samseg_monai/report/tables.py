@@ -25,7 +25,7 @@ from samseg_monai.report.runs import NOT_RECORDED, ZERO_SHOT, RunResult, check_r
 
 MEAN_OF_CLASSES = "mean of classes"
 WIDTH = 130  # of a table for a terminal
-INTERVALS = "Student t over cases, one training seed"
+OVER_CASES, ONE_SEED, SEEDS = "Student t over cases", "one training seed", "means over training seeds"
 # Column of the CSV -> (heading, whether more is better). Names with transunet come from that policy alone.
 MEASURES = {
     "dice": ("Dice", True),
@@ -102,6 +102,12 @@ class Difference:
         return interval(self.low, self.high, digits(self.measure), "+").replace("-", "\u2212")
 
 
+def intervals(runs: Sequence[RunResult]) -> str:
+    """What the intervals of a table of these runs are of; a row that several seeds make has a list of them as seed."""
+    several = any("," in str(run.fact("seed")) for run in runs)
+    return f"{OVER_CASES}, {SEEDS if several else ONE_SEED}"
+
+
 def measures(runs: Sequence[RunResult]) -> list[str]:
     """Measures that at least one run has a column for, in the order of the table."""
     columns = {column for run in runs for column in run.rows[0]}
@@ -140,22 +146,22 @@ def table_lines(runs: Sequence[RunResult]) -> list[Line]:
     return lines
 
 
-def differences(runs: Sequence[RunResult], *, only: str | None = None) -> list[Difference]:
-    """Every other run minus zero-shot, paired by case, in one measure or all, corrected for the number of rows (Holm).
+def differences(runs: Sequence[RunResult], *, only: str | None = None, base: str = ZERO_SHOT) -> list[Difference]:
+    """Every other run minus that called ``base``, paired by case, in one measure or all; Holm over the rows.
 
-    Empty when there is no zero-shot. Runs that differ in more than their method are left out: `comparing.unequal`
+    Empty when there is none of that name. Runs that differ in more than their method are left out: `comparing.unequal`
     names them.
     """
     check_runs(runs)
-    base = next((run for run in runs if run.name == ZERO_SHOT), None)
-    if base is None:
+    of_base = next((run for run in runs if run.name == base), None)
+    if of_base is None:
         return []
-    apart = [base, *(one.run for one in unequal(runs))]
+    apart = [of_base, *(one.run for one in unequal(runs, base))]
     rows = [run for run in runs if not any(run is one for one in apart)]
     found: dict[str, list[Difference]] = {}
-    for measure in measures([base]) if only is None else [only]:
-        having = [run for run in rows if measure in run.rows[0] and measure in base.rows[0]]
-        pairs = [paired_difference(run.rows, base.rows, value=measure) for run in having]
+    for measure in measures([of_base]) if only is None else [only]:
+        having = [run for run in rows if measure in run.rows[0] and measure in of_base.rows[0]]
+        pairs = [paired_difference(run.rows, of_base.rows, value=measure) for run in having]
         for run, one, p in zip(having, pairs, holm([pair["p"] for pair in pairs]), strict=True):
             numbers = (one["difference"], one["ci_low"], one["ci_high"], p)
             verdict = TOO_FEW if one["n"] < MIN_CASES else NOT_DISTINGUISHABLE
@@ -180,8 +186,10 @@ def failures(runs: Sequence[RunResult]) -> list[str]:
     return lines
 
 
-def results_json(runs: Sequence[RunResult]) -> dict[str, dict[str, Any]]:
+def results_json(runs: Sequence[RunResult], *, base: str = ZERO_SHOT) -> dict[str, dict[str, Any]]:
     """The table as JSON: run name -> numbers of the mean over classes (``classes`` holds each when there are several).
+
+    Differences are those from the run called ``base``, under ``minus_<base>``.
 
     Numbers that do not exist are None, so that the file is valid JSON. Nothing is rounded.
     """
@@ -191,7 +199,7 @@ def results_json(runs: Sequence[RunResult]) -> dict[str, dict[str, Any]]:
         keys = [f"{name}_{kind}" for name in measures([run]) for kind in ("mean", "std", "median")]
         entry: dict[str, Any] = {key: or_none(line.numbers[key]) for key in keys}
         entry |= {f"{dice_column(run)}_ci95": [or_none(line.low), or_none(line.high)], "n": line.n}
-        entry |= {"excluded": line.excluded, "interval": INTERVALS if line.n >= MIN_CASES else TOO_FEW}
+        entry |= {"excluded": line.excluded, "interval": intervals([run]) if line.n >= MIN_CASES else TOO_FEW}
         if run.name in result:
             result[run.name].setdefault("classes", {})[line.klass] = entry
             continue
@@ -202,11 +210,11 @@ def results_json(runs: Sequence[RunResult]) -> dict[str, dict[str, Any]]:
             **({} if run.gate is None else {"gate": run.gate}),
             **({"alerts": alerts} if (alerts := [*run.warnings, *failures([run])]) else {}),
         }
-    for one in differences(runs):
+    for one in differences(runs, base=base):
         interval = [or_none(one.low), or_none(one.high)]
         entry = {"mean": or_none(one.mean), "ci95": interval, "n": one.n, "p_holm": or_none(one.p)}
-        result[one.run.name].setdefault("minus_zero_shot", {})[one.measure] = {**entry, "verdict": one.verdict}
-    for apart in unequal(runs):
+        result[one.run.name].setdefault(f"minus_{base}", {})[one.measure] = {**entry, "verdict": one.verdict}
+    for apart in unequal(runs, base):
         result[apart.run.name]["not_compared"] = {"with": apart.base.name, "differ_in": apart.what}
     return result
 
@@ -237,7 +245,7 @@ def _flat(entry: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def table_text(runs: Sequence[RunResult]) -> str:
+def table_text(runs: Sequence[RunResult], *, base: str = ZERO_SHOT) -> str:
     """The runs' table for a terminal: means, then each class where there are several, differences, cost; every row says
     which SAM."""
     lines = table_lines(runs)
@@ -256,17 +264,16 @@ def table_text(runs: Sequence[RunResult]) -> str:
         blocks.append(grid(["lesion-wise, all cases", *headings(lesion_wise)], body))
     if len(classes_of(runs)) > 1:
         blocks += [_by_class(runs, lines, measure) for measure in (dice_column(runs[0]), *shown[:1])]
-    blocks[0] += f"\n95 % CI: {INTERVALS}; none below {MIN_CASES} cases."
-    if gaps := differences(runs, only=dice_column(runs[0])):
+    blocks[0] += f"\n95 % CI: {intervals(runs)}; none below {MIN_CASES} cases."
+    if gaps := differences(runs, only=dice_column(runs[0]), base=base):
         # no true minus sign: terminals and spreadsheets read this, too
         body = [
             [named(g.run), str(g.n), fixed(g.mean, 3, "+"), interval(g.low, g.high, 3, "+"), p_text(g.p), g.verdict]
             for g in gaps
         ]
-        head = ["Dice minus zero-shot", "n", "mean", "95 % CI", "p (Holm)", "verdict"]
-        note = (
-            f"95 % CI of each: {INTERVALS}, paired; p and verdict are corrected for the number of rows ({len(gaps)})."
-        )
+        head = [f"Dice minus {base_title(runs, base)}", "n", "mean", "95 % CI", "p (Holm)", "verdict"]
+        corrected = f"p and verdict are corrected for the number of rows ({len(gaps)})"
+        note = f"95 % CI of each: {intervals(runs)}, paired; {corrected}."
         blocks.append(f"{grid(head, body)}\n{note}")
     cost = [
         [named(r), r.prompt_source, count_text(r.trainable), seconds_text(r.training_seconds), seconds_text(r.seconds)]
@@ -275,11 +282,20 @@ def table_text(runs: Sequence[RunResult]) -> str:
     head = ["strategy [SAM]", "prompt source", "trainable", "s training", "s evaluation"]
     blocks.append(grid(head, cost, left=2))
     gates = "\n".join(f"{named(run)}: {gate_text(run.gate)}" for run in runs if run.gate is not None)
-    said = [*(line for run in runs for line in run.warnings), *(one.text for one in unequal(runs)), *failures(runs)]
+    said = [
+        *(line for run in runs for line in run.warnings),
+        *(one.text for one in unequal(runs, base)),
+        *failures(runs),
+    ]
     alerts = "\n".join(textwrap.fill(f"! {line}.", WIDTH, subsequent_indent="  ") for line in said)
     return (
         spelt_out("\n\n".join([*([alerts] if alerts else []), *blocks, *([gates] if gates else [])]), keep="\n") + "\n"
     )
+
+
+def base_title(runs: Sequence[RunResult], base: str) -> str:
+    """How the run that others are compared with is called within a sentence."""
+    return next((named(run) for run in runs if run.name == base and base != ZERO_SHOT), "zero-shot")
 
 
 def _by_class(runs: Sequence[RunResult], lines: Sequence[Line], measure: str) -> str:

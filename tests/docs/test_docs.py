@@ -27,6 +27,8 @@ GUIDES = [ROOT / "docs" / f"{name}.md" for name in NAMES]
 ELSEWHERE = {
     "samseg reproduce": "studies/test_reproduce.py",
     "samseg bench": "training/test_cost.py",
+    "samseg compare": "comparison/test_comparison.py",
+    "#SBATCH": "a line for a cluster's scheduler",
     "samseg train-cost": "training/test_cost.py",
     "samseg demo": "demo/test_demo_abdomen.py",
     "samseg export": "bundles/test_export.py",

@@ -18,7 +18,7 @@ FLOORS = {
     "strategies": 2,
     "networks": 3, "inferers": 3, "checkpoints": 3,
     "face": 4, "handlers": 4, "report": 4, "bundles": 4, "export": 4,
-    "workflow": 4.5, "cli": 5, "demo": 5, "__main__": 6,
+    "workflow": 4.5, "comparison": 4.7, "cli": 5, "demo": 5, "__main__": 6,
 }  # fmt: skip
 # (importer, imported) on one floor: each is one step further down the same staircase
 NEIGHBOURS = {

@@ -1,0 +1,105 @@
+"""``samseg compare``: the runs of a plan, and the tables and pages that they come to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from samseg_monai.cli.costs import measured
+from samseg_monai.cli.outputs import folder_to_write
+from samseg_monai.cli.train_cost import LIMIT, duration, whole_training
+from samseg_monai.errors import ConfigError
+
+if TYPE_CHECKING:
+    from samseg_monai.comparison import Run
+
+
+def compare(
+    plan: Annotated[str, typer.Argument(help="JSON file of a plan, or the name of one that comes with the package")],
+    output: Annotated[
+        Path, typer.Option("--output", "--out", callback=folder_to_write, help="folder for runs, tables and pages")
+    ] = Path("comparison"),
+    dataset_dir: Annotated[Path | None, typer.Option(help="folder of the data, where the plan names none")] = None,
+    rows: Annotated[str | None, typer.Option(help="rows to run, such as zero_shot,lora; default: all")] = None,
+    workers: Annotated[int, typer.Option(help="runs at the same time on this machine", min=1, max=256)] = 1,
+    ray: Annotated[
+        str | None, typer.Option(help="run on a Ray cluster: its address, auto, or local for one on this machine")
+    ] = None,
+    shard: Annotated[str, typer.Option(help="I/N: every N-th run from the I-th on; for several jobs")] = "0/1",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and measure what each will cost.")] = False,
+    limit: LIMIT = 600,
+) -> None:
+    """Run everything that PLAN names, tasks x rows x backbones x seeds x folds, and compare it.
+
+    Each run is monai.bundle's, in a process of its own; its command is recorded. Given again, the command keeps what is
+    finished (by a hash of settings, data and weights, not by name), goes on with what was interrupted, and tries again
+    what failed. Tables and pages are written of what is there; the exit code is 1 where runs are missing.
+    """
+    from samseg_monai.comparison import perform, read_plan, write_comparison
+    from samseg_monai.comparison.performing import raise_failed
+
+    part = _shard(shard)
+    asked = read_plan(plan)
+    runs = asked.runs(dataset_dir=dataset_dir, rows=None if rows is None else rows.split(","))
+    here = runs[part[0] :: part[1]]
+    typer.echo(f"{asked.title}: {len(runs)} runs" + (f", {len(here)} of them here" if part[1] > 1 else ""))
+    if dry_run:
+        typer.echo(_forecast(here, output, workers, limit))
+        return
+    outcomes = perform(
+        runs, output, shard=part, workers=workers, ray_address=ray, tell=lambda line: typer.echo(line, err=True)
+    )
+    typer.echo(write_comparison(output, asked, outcomes))
+    typer.echo(f"tables and pages: {output}")
+    raise_failed(outcomes)
+
+
+def _forecast(runs: Sequence[Run], output: Path, workers: int, limit: float) -> str:
+    """A table of the runs: whether they are there, minutes of their training and GB, by a measurement of each row.
+
+    Seeds and folds of a row cost the same. What is predicted in the end is not in the minutes.
+    """
+    from samseg_monai.comparison.performing import done, jobs
+    from samseg_monai.report.tables import grid
+
+    known: dict[str, dict[str, Any]] = {}
+    body, whole = [], 0.0
+    for run, job in zip(runs, jobs(runs, output), strict=True):
+        given = run.overrides(Path(job.folder), "train")
+        given = {key: value for key, value in given.items() if key not in ("output_dir", "seed", "sam_checkpoint")}
+        bundle = output / "bundles" / run.settings.name
+        overlay = ["demo.json"] if run.plan.demo and run.settings.demo is not None else []
+        same = repr((bundle, {k: v for k, v in given.items() if k != "datalist"}))
+        there = done(Path(job.folder), job.identity)
+        if job.trained and not there and same not in known:
+            known[same] = _cost({"bundle": str(bundle), "overlay": overlay, "steps": 2}, given, limit)
+        cost = known.get(same, {}) if job.trained and not there else {}
+        minutes = cost.get("minutes", {}).get("whole")
+        whole += minutes or 0.0
+        what = "kept" if there else cost.get("failed") or ("train, evaluate" if job.trained else "evaluate")
+        memory = f"{cost['peak_gb']:.1f}" if "peak_gb" in cost else "-"
+        body.append([job.name, what, duration(minutes) if minutes else "-", memory])
+    table = grid(["run", "to do", "training", "GB"], body, left=2)
+    told = f"all trainings: about {duration(whole / workers)}, {workers} at a time; evaluations come on top"
+    return f"{table}\n{told}"
+
+
+def _cost(job: dict[str, Any], given: dict[str, Any], limit: float) -> dict[str, Any]:
+    """What a training costs, or "failed": why that cannot be told."""
+    data = measured({**job, "count": True, "overrides": given}, limit=limit)
+    if "failed" in data:
+        return {"failed": f"not measured: {data['told']}"}
+    plain = {key: value for key, value in given.items() if key not in ("dataset_dir", "datalist")}
+    cost = measured({**job, "size": data["size"], "overrides": plain}, limit=limit)
+    return {"failed": f"not measured: {cost['told']}"} if "failed" in cost else {**cost, **whole_training(cost, data)}
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """I and N of "I/N". Raises ConfigError where they are none."""
+    number, slash, count = text.partition("/")
+    if slash and number.isdecimal() and count.isdecimal() and int(number) < int(count):
+        return int(number), int(count)
+    raise ConfigError(f"--shard: got {text!r}; give I/N with I from 0 to N - 1, such as 0/4")

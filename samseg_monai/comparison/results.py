@@ -1,0 +1,244 @@
+"""What a comparison comes to: tables as text, JSON, CSV and LaTeX, rows of every case, and a page for each task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from samseg_monai import __version__
+from samseg_monai.comparison.performing import EVALUATION, Outcome
+from samseg_monai.comparison.plan import Plan, Run
+from samseg_monai.comparison.pooling import DRAWS, Pooled, pooled, rank_shares
+from samseg_monai.files import write_json, write_text
+from samseg_monai.metrics.rows import spelt_out, write_table
+from samseg_monai.report import tables
+from samseg_monai.report.page import write_report
+from samseg_monai.report.runs import RunResult
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+}  # fmt: skip
+
+
+def write_comparison(output: Path, plan: Plan, outcomes: Sequence[Outcome]) -> str:
+    """Write all tables and pages of the runs that are there, and return the tables as text.
+
+    Files in ``output``: ``comparison.json`` (every number), ``comparison.csv`` (a line per row), ``comparison.tex``
+    (booktabs), ``cases.csv`` (a line per run, case and class) and ``report.html``, of several tasks
+    ``report_<task>.html``.
+
+    Raises:
+        DataError: folds of a row share cases, or its seeds have different ones.
+        BundleError: an evaluation that cannot be read.
+    """
+    there = [one for one in outcomes if one.status in ("done", "kept")]
+    results = {one.run: RunResult.load(one.folder / EVALUATION, name=one.run.group) for one in there}
+    whole: dict[str, Any] = {"title": plan.title, "version": __version__, "tasks": {}}
+    lines, texts, latex = [], [], []
+    names = list(dict.fromkeys(one.run.task_name for one in outcomes))
+    for task in names:
+        rows = rows_of({run: result for run, result in results.items() if run.task_name == task})
+        missing = [one for one in outcomes if one.run.task_name == task and one not in there]
+        if not rows:
+            texts.append(f"{task}: no run has come to its end")
+            continue
+        base = _baseline(plan, rows, [one.run for one in there if one.run.task_name == task])
+        entry = task_json(rows, base)
+        entry["missing"] = {one.folder.name: one.error for one in missing}
+        whole["tasks"][task] = entry
+        lines += [{"task": task, "row": name, **_flat(its)} for name, its in entry["rows"].items()]
+        texts.append(task_text(task, rows, entry, base, len(missing)))
+        latex.append(task_latex(task, rows, entry, base))
+        runs = [row.result for row in rows]
+        page = output / ("report.html" if len(names) == 1 else f"report_{task}.html")
+        commands = [command for one in outcomes if one.run.task_name == task for command in one.commands]
+        write_report(
+            page,
+            title=plan.title if len(names) == 1 else f"{plan.title}: {task}",
+            runs=runs,
+            commands=commands,
+            notes=_notes(plan, rows, entry, base, len(missing)),
+            base=base,
+        )
+    write_json(output / "comparison.json", whole)
+    write_table(lines, output / "comparison.csv", list(dict.fromkeys(key for line in lines for key in line)))
+    write_text(output / "comparison.tex", "\n".join(latex))
+    _write_cases(output / "cases.csv", results)
+    return spelt_out("\n\n".join(texts), keep="\n") + "\n"
+
+
+def rows_of(results: Mapping[Run, RunResult]) -> list[Pooled]:
+    """Rows of one task, each of its seeds and folds, in the order of the plan.
+
+    A seed that lacks a fold is left out, unless none is whole: then those folds count that every seed has.
+    """
+    groups: dict[str, dict[tuple[int, int | None], RunResult]] = {}
+    titles: dict[str, str | None] = {}
+    for run, result in results.items():
+        groups.setdefault(run.group, {})[run.seed, run.fold] = result
+        titles[run.group] = run.title
+    order = list(dict.fromkeys(run.group for run in sorted(results, key=lambda run: run.place)))
+    found = []
+    for name in order:
+        its = groups[name]
+        folds = {fold for _, fold in its}
+        whole = {seed for seed, _ in its if all((seed, fold) in its for fold in folds)}
+        common = folds if whole else {f for f in folds if all((s, f) in its for s, _ in its)}
+        its = {(s, f): one for (s, f), one in its.items() if (s in whole or not whole) and f in common}
+        if its:
+            found.append(pooled(name, titles[name], its))
+    return found
+
+
+def _baseline(plan: Plan, rows: Sequence[Pooled], runs: Sequence[Run]) -> str:
+    """Name of the row that the others are compared with: of the plan's baseline the first, else the first of all."""
+    wanted = plan.baseline or plan.rows[0].name
+    names = [run.group for run in sorted(runs, key=lambda run: run.place) if run.row.name == wanted]
+    there = {row.result.name for row in rows}
+    return next((name for name in names if name in there), rows[0].result.name)
+
+
+def task_json(rows: Sequence[Pooled], base: str) -> dict[str, Any]:
+    """Numbers of one task; unrounded, None where there are none."""
+    runs = [row.result for row in rows]
+    found = tables.results_json(runs, base=base)
+    shares = rank_shares(rows) if len(rows) > 1 else {}
+    for row in rows:
+        entry = found[row.result.name]
+        entry["title"] = row.result.title
+        entry["folds"], entry["seeds"] = row.folds, list(row.seeds)
+        entry["dice_of_seeds"] = {str(seed): value for seed, value in row.means.items()}
+        entry["dice_sd_of_seeds"] = tables.or_none(row.spread)
+        entry["validation"], entry["minutes_training"] = row.validation, row.minutes
+        entry["peak_mb"] = row.memory
+        if row.result.name in shares:
+            entry["rank_shares"] = [tables.or_none(share) for share in shares[row.result.name]]
+    chosen = [row for row in rows if row.validation is not None]
+    best = max(chosen, key=lambda row: row.validation or 0.0, default=None)
+    return {"baseline": base, "chosen_on_validation": best and best.result.name, "rows": found}
+
+
+def task_text(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base: str, missing: int) -> str:
+    """The table of one task for a terminal: what `tables.table_text` gives, then seeds, ranks and cost."""
+    head = ["row", "seeds", "folds", "validation", "SD of seeds", "first of all", "min training", "GB peak"]
+    body = []
+    for row in rows:
+        its = entry["rows"][row.result.name]
+        first = (its.get("rank_shares") or [math.nan])[0]
+        body.append(
+            [
+                tables.named(row.result), str(len(row.seeds)), str(row.folds), _number(row.validation),
+                tables.fixed(row.spread), "-" if first is None or math.isnan(first) else f"{100 * first:.0f} %",
+                _number(row.minutes, 1), _number(row.memory and row.memory / 1024, 1),
+            ]
+        )  # fmt: skip
+    chosen = entry["chosen_on_validation"]
+    lines = [
+        f"== {task}",
+        tables.table_text([row.result for row in rows], base=base),
+        tables.grid(head, body),
+        f"first of all: share of {DRAWS:,} draws of cases and seeds in which the row's mean Dice is the best.",
+    ]
+    lines += [f"best on validation: {chosen}"] if chosen else []
+    lines += [f"! {missing} runs are missing"] if missing else []
+    return "\n".join(lines)
+
+
+def task_latex(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base: str) -> str:
+    """A table for LaTeX with booktabs: mean Dice with its interval, difference, seeds and cost."""
+    body = []
+    for row in rows:
+        its = entry["rows"][row.result.name]
+        column = tables.dice_column(row.result)
+        low, high = its[f"{column}_ci95"]
+        gap = its.get(f"minus_{base}", {}).get(column)
+        cells = [
+            _escaped(row.result.title),
+            str(its["n"]),
+            _number(its[f"{column}_mean"]),
+            "--" if low is None else f"{low:.3f} to {high:.3f}",
+            "--" if gap is None else f"${gap['mean']:+.3f}$",
+            "--"
+            if gap is None or gap["p_holm"] is None
+            else _escaped(tables.p_text(gap["p_holm"])).replace("<", "$<$"),
+            _number(its["dice_sd_of_seeds"]).replace("-", "--"),
+            f"{row.result.trainable:,}".replace(",", r"\,") if row.result.trainable is not None else "--",
+            _number(row.minutes, 1).replace("-", "--"),
+        ]
+        body.append("  " + " & ".join(cells) + r" \\")
+    head = ["Row", "$n$", "Dice", r"95\,\% CI", "Difference", "$p$ (Holm)", "SD of seeds", "Trained", "Minutes"]
+    over = tables.intervals([row.result for row in rows])
+    note = f"Difference: minus {_escaped(base)}, paired by case; {over}."
+    return "\n".join(
+        [
+            f"% {task}; needs \\usepackage{{booktabs}}",
+            r"\begin{tabular}{lrrrrrrrr}", r"  \toprule", "  " + " & ".join(head) + r" \\", r"  \midrule",
+            *body,
+            r"  \bottomrule", r"\end{tabular}", f"% {note}", "",
+        ]
+    )  # fmt: skip
+
+
+def _notes(plan: Plan, rows: Sequence[Pooled], entry: Mapping[str, Any], base: str, missing: int) -> dict[str, str]:
+    """Headings and sentences for the page."""
+    notes = {"This comparison": " ".join(plan.text)} if plan.text else {}
+    several = [row for row in rows if len(row.seeds) > 1]
+    if several:
+        notes["Seeds"] = "Mean Dice of each seed: " + "; ".join(
+            f"{row.result.title}: "
+            + ", ".join(f"{value:.3f} (seed {seed})" for seed, value in row.means.items())
+            + f", SD {row.spread:.3f}"
+            for row in several
+        )
+    if several or any(row.folds > 1 for row in rows):
+        notes["Curves"] = "Those of a row with several seeds or folds are of its first training."
+    if len(rows) > 1:
+        notes["Order of the rows"] = (
+            f"In {DRAWS:,} draws of cases and seeds with replacement the best mean Dice was that of "
+            + "; ".join(
+                f"{row.result.title}: {100 * (entry['rows'][row.result.name]['rank_shares'][0] or 0):.0f} %"
+                for row in rows
+            )
+            + "."
+        )
+    if chosen := entry["chosen_on_validation"]:
+        title = next(row.result.title for row in rows if row.result.name == chosen)
+        notes["Chosen on validation"] = f"{title} has the best validation score; test cases had no part in that choice."
+    if missing:
+        notes["Missing"] = f"{missing} runs of the plan did not come to their end: {', '.join(entry['missing'])}."
+    return notes
+
+
+def _write_cases(path: Path, results: Mapping[Run, RunResult]) -> None:
+    lines = [
+        {"task": run.task_name, "row": run.group, "seed": run.seed, "fold": "" if run.fold is None else run.fold, **row}
+        for run, result in results.items()
+        for row in result.rows
+    ]
+    write_table(lines, path, list(dict.fromkeys(key for line in lines for key in line)))
+
+
+def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of the table of rows: plain values, parts of others joined by dots."""
+    found: dict[str, Any] = {}
+    for key, value in entry.items():
+        if key == "classes":
+            continue
+        if isinstance(value, Mapping):
+            found |= {f"{key}.{name}": item for name, item in _flat(value).items()}
+        elif isinstance(value, list) and "ci95" in key:
+            found |= {f"{key}.low": value[0], f"{key}.high": value[1]}
+        else:
+            found[key] = "; ".join(map(str, value)) if isinstance(value, list) else value
+    return found
+
+
+def _number(value: float | None, decimals: int = 3) -> str:
+    return "-" if value is None else tables.fixed(value, decimals)
+
+
+def _escaped(text: str) -> str:
+    return "".join(_LATEX.get(c, c) for c in text)

@@ -1,0 +1,1 @@
+"""Plans of comparisons, their runs and tables."""

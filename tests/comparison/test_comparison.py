@@ -1,0 +1,302 @@
+"""``samseg compare``: what is run, kept, tried again and put together; numbers against an own computation."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import shutil
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from samseg_monai.cli import app
+from samseg_monai.cli.compare import _shard
+from samseg_monai.comparison import perform, performing, plan_names, pooled, read_plan, write_comparison
+from samseg_monai.comparison.plan import PLANS
+from samseg_monai.comparison.pooling import rank_shares
+from samseg_monai.errors import BundleError, ConfigError, DataError
+from samseg_monai.metrics import write_rows
+from samseg_monai.report.runs import RunResult
+
+CASES = {"train": ["a"], "test": [f"case{number:02d}" for number in range(8)]}
+MEAN = {"zero_shot": 0.6, "lora": 0.7}
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for fold in (0, 1):
+        (folder / f"fold{fold}.json").write_text(json.dumps({"fold": fold}))
+    shutil.copy(folder / "fold0.json", folder / "datalist.json")
+    return folder
+
+
+def plan_of(data, **changes):
+    rows = [
+        {"name": "zero_shot", "strategy": "zero_shot"},
+        {"name": "lora", "strategy": "lora", "title": "LoRA", "each": {"strategy::rank": [2, 4]}},
+    ]
+    tasks = [{"recipe": "meningioma", "dataset_dir": "data"}]
+    value = {"title": "Ranks", "tasks": tasks, "seeds": [0, 1], "shared": {"image_size": 64}}
+    value |= {"backbones": ["tiny"]}
+    path = data.parent / "plan.json"
+    path.write_text(json.dumps({**value, "weights": {"tiny": "random"}, "rows": rows, **changes}))
+    return path
+
+
+def scores(name: str, seed: int, cases: list[str]) -> dict[str, float]:
+    rng = np.random.default_rng([len(name), seed])
+    base = np.random.default_rng(5).normal(0, 0.05, 100)
+    return {case: float(MEAN[name] + base[int(case[-2:])] + rng.normal(0, 0.02)) for case in cases}
+
+
+class Runner:
+    """In place of the processes: writes what a training and an evaluation leave, and fails where it is told to."""
+
+    def __init__(self):
+        self.commands: list[str] = []
+        self.failing: str | None = None
+
+    def __call__(self, command, log, threads, gpu, started):
+        self.commands.append(command)
+        step = "train" if "train.json" in command else "evaluate"
+        with log.open("a") as stream:
+            stream.write(f"$ {command}\nanswer\n")
+        if self.failing and self.failing in command and step == "train":
+            log.write_text(log.read_text() + "ConfigError: no such thing\n")
+            return 1
+        words = command.split()
+        told = dict(itertools.pairwise(words))
+        seed, name = int(told["--seed"]), "lora" if "_lora/" in command else "zero_shot"
+        folder = log.parent
+        card = {"strategy": {"name": name, "arguments": {}}, "sam_variant": "tiny", "seed": seed, "status": "completed"}
+        card |= {"trainable_parameters": 8 if name == "lora" else 0, "prompt_source": "label", "data_hash": "d"}
+        if step == "train":
+            (folder / "adapter.safetensors").write_bytes(b"")
+            best = {"metric": 0.7 + 0.01 * seed, "epoch": 1}
+            card |= {"seconds": 60.0 * (1 + seed), "best": best, "peak_memory_mb": {"ram": 2048.0}}
+            (folder / "run_card.json").write_text(json.dumps(card))
+            (folder / "history.csv").write_text("epoch,iteration,name,value\n1,1,train_loss,0.5\n")
+            return 0
+        half = [CASES["test"][:4], CASES["test"][4:]]
+        datalist = Path(told["--datalist"]).name
+        cases = half[datalist == "fold1.json"] if datalist.startswith("fold") else CASES["test"]
+        flags = {"excluded": False, "empty_prediction": False, "empty_reference": False}
+        rows = [
+            {"case": case, "class": "tumour", "dice": dice, "hd95_mm": 10 * (1 - dice), **flags}
+            for case, dice in scores(name, seed, cases).items()
+        ]
+        (folder / "evaluation").mkdir(exist_ok=True)
+        write_rows(rows, folder / "evaluation" / "cases.csv")
+        (folder / "evaluation" / "metrics.json").write_text(json.dumps({"policy": "honest"}))
+        (folder / "evaluation" / "run_card.json").write_text(json.dumps(card))
+        return 0
+
+
+@pytest.fixture
+def runner(monkeypatch):
+    found = Runner()
+    monkeypatch.setattr(performing, "_run", found)
+    return found
+
+
+def test_runs_are_tasks_times_rows_times_values_times_seeds_and_folds(data):
+    runs = read_plan(plan_of(data)).runs()
+    assert [run.group for run in runs] == ["zero_shot", "lora_rank2", "lora_rank4", "lora_rank2", "lora_rank4"]
+    assert [run.seed for run in runs] == [0, 0, 0, 1, 1]  # nothing learns in the first: one seed
+    folds = [str(data / "fold0.json"), str(data / "fold1.json")]
+    task = {"recipe": "meningioma", "dataset_dir": "data", "datalists": folds}
+    runs = read_plan(plan_of(data, tasks=[task], backbones=["tiny", "tiny_t"])).runs(rows=["lora"])
+    assert len(runs) == 2 * 2 * 2 * 2 and {run.fold for run in runs} == {0, 1}
+    assert {run.group for run in runs} == {f"lora_{b}_rank{r}" for b in ("tiny", "tiny_t") for r in (2, 4)}
+    assert len({run.key for run in runs}) == len(runs)
+
+
+def test_a_run_is_known_by_what_its_numbers_depend_on_and_not_by_its_name(data):
+    def keys(**changes):
+        return [run.key for run in read_plan(plan_of(data, **changes)).runs()]
+
+    same = keys(title="Another title")
+    renamed = [
+        {"name": "none", "strategy": "zero_shot"},
+        {"name": "low_rank", "strategy": "lora", "each": {"strategy::rank": [2, 4]}},
+    ]
+    assert keys(rows=renamed) == same
+    assert not set(keys(training={"lr": 0.5})[1:]) & set(same)
+    assert not set(keys(shared={"image_size": 128})) & set(same)
+    (data / "datalist.json").write_text(json.dumps({"fold": 7}))
+    from samseg_monai.comparison import plan
+
+    plan._file_hash.cache_clear()
+    assert not set(keys()) & set(same)
+
+
+def test_everything_wrong_in_a_plan_is_told_before_anything_runs(data, runner):
+    with pytest.raises(ConfigError) as told:
+        read_plan(plan_of(data, rows=[{"name": "a", "strategy": "lora", "trainig": {}}], seeds=[], nothing=1))
+    for word in ("trainig: no such key; did you mean training?", "seeds: got []", "nothing: no such key"):
+        assert word in str(told.value)
+    with pytest.raises(
+        ConfigError,
+        match=r"baseline: got b; the rows are zero_shot, lora[\s\S]*under 'backbones'[\s\S]*named elsewhere",
+    ):
+        read_plan(plan_of(data, baseline="b", training={"output_dir": "x"}, shared={"sam_variant": "tiny"}))
+    wrong = [
+        {"name": "a", "strategy": "lora", "training": {"epohcs": 3}},
+        {"name": "b", "strategy": "lora", "shared": {"image_size": "large"}},
+    ]
+    with pytest.raises(ConfigError, match=r"a: epohcs \(did you mean epochs\?\)[\s\S]*b: image_size: got 'large'"):
+        perform(read_plan(plan_of(data, rows=wrong)).runs(), data.parent / "out")
+    assert not runner.commands
+    with pytest.raises(DataError, match=r"no such folder"):
+        read_plan(plan_of(data, tasks=[{"recipe": "meningioma", "dataset_dir": "nowhere"}])).runs()
+    with pytest.raises(DataError, match="give --dataset-dir"):
+        read_plan(plan_of(data, tasks=[{"recipe": "meningioma"}])).runs()
+    with pytest.raises(ConfigError, match=r"no plan 'honour'; give a \.json file, or one of honours"):
+        read_plan("honour")
+    with pytest.raises(ConfigError, match="loRa: no such row"):
+        read_plan(plan_of(data)).runs(rows=["loRa"])
+
+
+def test_what_is_there_is_kept_and_what_failed_is_tried_again(data, runner):
+    plan, output = read_plan(plan_of(data)), data.parent / "out"
+    runner.failing = "--strategy::rank 4"
+    told = []
+    outcomes = perform(plan.runs(), output, workers=2, tell=told.append)
+    assert [one.status for one in outcomes] == ["done", "done", "failed", "done", "failed"]
+    assert "ConfigError: no such thing" in outcomes[2].error and any("no such thing" in line for line in told)
+    text = write_comparison(output, plan, outcomes)
+    assert "2 runs are missing" in text and "LoRA, rank 2, mean of 2 seeds" in text and "rank 4" not in text
+    with pytest.raises(BundleError, match=r"lora_rank4_seed0[\s\S]*lora_rank4_seed1"):
+        performing.raise_failed(outcomes)
+    before = len(runner.commands)
+    runner.failing = None
+    outcomes = perform(plan.runs(), output)
+    assert [one.status for one in outcomes] == ["kept", "kept", "done", "kept", "done"]
+    assert len(runner.commands) == before + 4
+    # a training that had come to its end before the command was interrupted is not made again
+    folder = outcomes[1].folder
+    (folder / "done.json").unlink()
+    assert [one.status for one in perform(plan.runs(), output)] == ["kept", "done", "kept", "kept", "kept"]
+    assert "evaluate.json" in runner.commands[-1] and len(runner.commands) == before + 5
+
+
+def test_shards_share_the_runs_and_a_folder_in_use_is_left_alone(data, runner):
+    plan, output = read_plan(plan_of(data)), data.parent / "out"
+    first = perform(plan.runs(), output, shard=_shard("0/2"))
+    assert [one.status for one in first] == ["done", "elsewhere", "done", "elsewhere", "done"]
+    second = perform(plan.runs(), output, shard=_shard("1/2"))
+    assert [one.status for one in second] == ["kept", "done", "kept", "done", "kept"]
+    for text in ("2/2", "a/2", "1"):
+        with pytest.raises(ConfigError, match="give I/N"):
+            _shard(text)
+    (second[0].folder / "done.json").unlink()
+    with performing._locked(second[0].folder):
+        assert perform(plan.runs(), output)[0].status == "busy"
+
+
+def test_numbers_of_a_row_are_means_over_seeds_paired_by_case(data, runner, monkeypatch):
+    monkeypatch.chdir(data.parent)  # commands on pages are told from here
+    folds = [str(data / "fold0.json"), str(data / "fold1.json")]
+    tasks = [{"recipe": "meningioma", "dataset_dir": "data", "datalists": folds}]
+    plan, output = read_plan(plan_of(data, tasks=tasks)), data.parent / "out"
+    write_comparison(output, plan, perform(plan.runs(), output))
+    found = json.loads((output / "comparison.json").read_text())["tasks"]["meningioma"]
+    assert found["baseline"] == "zero_shot" and found["missing"] == {}
+    row, base = found["rows"]["lora_rank2"], scores("zero_shot", 0, CASES["test"])
+    # the two folds draw anew for each half of the cases
+    halves = [CASES["test"][:4], CASES["test"][4:]]
+    seeds = [{k: v for half in halves for k, v in scores("lora", seed, half).items()} for seed in (0, 1)]
+    base = {k: v for half in halves for k, v in scores("zero_shot", 0, half).items()}
+    per_case = {case: statistics.mean(its[case] for its in seeds) for case in base}
+    assert row["dice_mean"] == pytest.approx(statistics.mean(per_case.values()))
+    assert row["dice_of_seeds"]["1"] == pytest.approx(statistics.mean(seeds[1].values()))
+    assert row["dice_sd_of_seeds"] == pytest.approx(statistics.stdev(row["dice_of_seeds"].values()))
+    gap = row["minus_zero_shot"]["dice"]
+    assert gap["mean"] == pytest.approx(statistics.mean(per_case[c] - base[c] for c in base)) and gap["n"] == 8
+    assert row["folds"] == 2 and row["validation"] == pytest.approx(0.705) and row["peak_mb"] == 2048
+    assert row["minutes_training"] == pytest.approx(1.5) and found["chosen_on_validation"] == "lora_rank2"
+    assert found["rows"]["zero_shot"]["dice_sd_of_seeds"] is None
+    with (output / "cases.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 5 * 8 and {line["fold"] for line in lines} == {"0", "1"}
+    page = (output / "report.html").read_text()
+    assert "mean of 2 seeds" in page and str(data) not in page and "means over training seeds" in page
+    latex = (output / "comparison.tex").read_text()
+    assert latex.count(r"\\") == 4 and r"\toprule" in latex and "LoRA, rank 2, mean of 2 seeds & 8 &" in latex
+
+
+def test_folds_may_share_no_case(data, runner):
+    plan, output = read_plan(plan_of(data)), data.parent / "out"
+    outcomes = perform(plan.runs(), output)
+    results = [RunResult.load(one.folder / "evaluation", name="lora") for one in outcomes[1:3]]
+    with pytest.raises(DataError, match="8 cases are tested in several folds"):
+        pooled("lora", None, {(0, 0): results[0], (0, 1): results[1]})
+
+
+def test_shares_of_ranks_are_those_of_a_bootstrap(data, runner):
+    plan, output = read_plan(plan_of(data)), data.parent / "out"
+    outcomes = perform(plan.runs(), output)
+    results = {one.run: RunResult.load(one.folder / "evaluation", name=one.run.group) for one in outcomes}
+    from samseg_monai.comparison.results import rows_of
+
+    rows = rows_of(results)
+    shares = rank_shares(rows, draws=300)
+    assert shares == rank_shares(rows, draws=300)
+    assert [sum(its) for its in shares.values()] == pytest.approx([1, 1, 1])
+    assert shares["zero_shot"][2] == 1.0  # far below the others in every draw
+    assert sum(its[0] for its in shares.values()) >= 1
+    assert rank_shares([rows[0]]) == {"zero_shot": [1.0]}
+    assert all(math.isfinite(row.spread) for row in rows[1:]) and math.isnan(rows[0].spread)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PLANS.glob("*.json")))
+def test_plans_of_the_package_can_be_run_as_they_are(name, data, tmp_path):
+    assert name in plan_names()
+    plan = read_plan(name)
+    found = performing.jobs(plan.runs(dataset_dir=data), tmp_path / "out")
+    assert found and plan.text and all("--seed 0" in one.commands["evaluate"] for one in found)
+
+
+def test_the_command_lists_and_performs(data, runner):
+    words = ["compare", str(plan_of(data)), "--output", str(data.parent / "out")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "Ranks: 5 runs" in done.output and "Dice minus zero-shot" in done.output
+    runner.failing = "--strategy::rank 4"
+    (data / "datalist.json").write_text(json.dumps({"fold": 9}))
+    from samseg_monai.comparison import plan
+
+    plan._file_hash.cache_clear()
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 1 and "runs are missing in the table" in str(done.exception)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("where", ["threads", "ray"])
+def test_real_runs_are_compared(where, phantoms, tmp_path):
+    if where == "ray":
+        pytest.importorskip("ray")
+    sizes = {"image_size": 64, "crop_size": [32, 36]}
+    rows = [
+        {"name": "zero_shot", "strategy": "zero_shot"},
+        {"name": "lora", "strategy": "lora", "shared": {"strategy::rank": 2}, "training": {"epochs": 1}},
+    ]
+    tasks = [{"recipe": "meningioma", "dataset_dir": str(phantoms)}]
+    plan_file = tmp_path / "plan.json"
+    plan = {"tasks": tasks, "rows": rows, "shared": sizes, "backbones": ["tiny"], "weights": {"tiny": "random"}}
+    plan_file.write_text(json.dumps(plan))
+    plan, output = read_plan(plan_file), tmp_path / "out"
+    outcomes = perform(plan.runs(), output, workers=2, ray_address="local" if where == "ray" else None)
+    assert [(one.status, one.error) for one in outcomes] == [("done", "")] * 2
+    write_comparison(output, plan, outcomes)
+    found = json.loads((output / "comparison.json").read_text())["tasks"]["meningioma"]["rows"]
+    assert found["lora"]["n"] == 2 and found["lora"]["minus_zero_shot"]["dice"]["verdict"] == "too few cases"
+    assert Path(output, "report.html").stat().st_size > 10_000
+    assert [one.status for one in perform(plan.runs(), output)] == ["kept", "kept"]
