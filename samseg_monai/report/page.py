@@ -87,7 +87,6 @@ def write_report(
         colors={name: index for index, name in enumerate(names)},
         tables=tables,
         **_numbers(runs, base),
-        base=base,
         base_title=tables.base_title(runs, base),
         organs=organ_tables,
         organ_table=organs,

@@ -108,7 +108,7 @@ def test_a_network_without_values_has_the_shapes_of_the_real_one(strategy, tmp_p
     changes = {"run": {"image_size": 64, **({"sam_variant": "tiny"} if settings["run"]["sam_variant"] else {})}}
     if settings["strategy"]["method"]["name"] == "lora":
         changes["strategy"] = {"method": {"rank": 2}}
-    if settings["strategy"]["network"] and settings["demo"]:
+    if settings["demo"] and settings["demo"].get("network"):
         changes["strategy"] = {"network": settings["demo"]["network"]}
     bundle = write_bundle(read_settings(merged({**settings, "demo": None}, changes), "test"), tmp_path / "small")
     with open_bundle(bundle) as opened:

@@ -69,7 +69,7 @@ class Runner:
         with log.open("a") as stream:
             stream.write(f"$ {command}\nanswer\n")
         if self.failing and self.failing in command and step == "train":
-            log.write_text(log.read_text() + "ConfigError: no such thing\n")
+            log.write_text(log.read_text(encoding="utf-8") + "ConfigError: no such thing\n")
             return 1
         words = command.split()
         told = dict(itertools.pairwise(words))
@@ -207,7 +207,7 @@ def test_numbers_of_a_row_are_means_over_seeds_paired_by_case(data, runner, monk
     tasks = [{"recipe": "meningioma", "dataset_dir": "data", "datalists": folds}]
     plan, output = read_plan(plan_of(data, tasks=tasks)), data.parent / "out"
     write_comparison(output, plan, perform(plan.runs(), output))
-    found = json.loads((output / "comparison.json").read_text())["tasks"]["meningioma"]
+    found = json.loads((output / "comparison.json").read_text(encoding="utf-8"))["tasks"]["meningioma"]
     assert found["baseline"] == "zero_shot" and found["missing"] == {}
     row, base = found["rows"]["lora_rank2"], scores("zero_shot", 0, CASES["test"])
     # the two folds draw anew for each half of the cases
@@ -226,9 +226,9 @@ def test_numbers_of_a_row_are_means_over_seeds_paired_by_case(data, runner, monk
     with (output / "cases.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 5 * 8 and {line["fold"] for line in lines} == {"0", "1"}
-    page = (output / "report.html").read_text()
+    page = (output / "report.html").read_text(encoding="utf-8")
     assert "mean of 2 seeds" in page and str(data) not in page and "means over training seeds" in page
-    latex = (output / "comparison.tex").read_text()
+    latex = (output / "comparison.tex").read_text(encoding="utf-8")
     assert latex.count(r"\\") == 4 and r"\toprule" in latex and "LoRA, rank 2, mean of 2 seeds & 8 &" in latex
 
 
@@ -296,7 +296,7 @@ def test_real_runs_are_compared(where, phantoms, tmp_path):
     outcomes = perform(plan.runs(), output, workers=2, ray_address="local" if where == "ray" else None)
     assert [(one.status, one.error) for one in outcomes] == [("done", "")] * 2
     write_comparison(output, plan, outcomes)
-    found = json.loads((output / "comparison.json").read_text())["tasks"]["meningioma"]["rows"]
+    found = json.loads((output / "comparison.json").read_text(encoding="utf-8"))["tasks"]["meningioma"]["rows"]
     assert found["lora"]["n"] == 2 and found["lora"]["minus_zero_shot"]["dice"]["verdict"] == "too few cases"
     assert Path(output, "report.html").stat().st_size > 10_000
     assert [one.status for one in perform(plan.runs(), output)] == ["kept", "kept"]

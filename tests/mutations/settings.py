@@ -110,7 +110,7 @@ RUN: dict[str, Rule] = {
         "scale": many(lambda v: many(lambda x: PATTERN(x) or number(0, 1e9, above=True)(x), 2, 2)(v), 0, 100)}),
     "optimizer": group({"name": one("Adam", "AdamW", "SGD"), "weight_decay": nothing_or(number(0, 10))}),
     "schedule": group({"warmup": whole(0, 10**7), "decay": one("poly", "cosine", "constant"),
-                       "power": number(0, 100, above=True)}),
+                       "power": number(0, 100, above=True), "epochs": nothing_or(whole(1, 100_000))}),
     "loss": group({
         **dict.fromkeys(("dice", "ce", "focal", "boundary"), WEIGHT), "focal_gamma": number(0, 100),
         "class_weights": lambda v: v is None or text(WORD + r"[ =,A-Za-z0-9_.+-]*", 4000)(v) or (isinstance(v,

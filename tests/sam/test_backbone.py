@@ -97,13 +97,13 @@ def test_a_toy_backbone_trains_with_lora_and_with_the_ladder(strategy, prompt):
 
 def test_only_the_backbones_know_how_an_encoder_is_built():
     knows = re.compile(r"attn\.(qkv|proj)|mlp\.(lin|fc)\d|image_encoder\.(blocks|layers)\b|encoder\.blocks")
-    told = [  # as examples, in docstrings
-        "handlers/steps.py",
-    ]
+    told = [  # an example in a docstring; names of other projects' files
+        "export/foreign.py", "handlers/steps.py", "networks/peft.py",
+    ]  # fmt: skip
     paths = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] != "sam"]
     assert len(paths) > 60
     found = [str(path.relative_to(PACKAGE)) for path in paths if knows.search(path.read_text(encoding="utf-8"))]
-    assert found == told
+    assert sorted(found) == told
 
 
 @pytest.mark.parametrize(("groups", "parts"), [(2, (0,)), (2, (1, 2)), (4, (0, 2))])

@@ -699,7 +699,7 @@ def test_each_target_gets_its_own_gradient(base):
         ({"last": 0.0}, "0 < last <= 1, got 0.0"),
         ({"last": 1.5}, "0 < last <= 1, got 1.5"),
         ({"last": 0.5, "blocks": [0]}, "give one of them"),
-        ({"decoder": "all"}, "decoder must be one of False, True, 'lora', got 'all'"),
+        ({"decoder": "all"}, "decoder must be one of False, True, 'lora', 'samed', got 'all'"),
         ({"decoder": "lora", "rank": 17}, "rank must be 1 to 16 .* got 17"),
         ({"blocks": [0, 2]}, r"blocks \[2\] are not in this encoder; it has blocks 0 .. 1"),
         ({"rank": 33}, "rank must be 1 to 32 .* got 33"),

@@ -120,7 +120,7 @@ def test_numbers_of_the_protocol(parser):
         "low_res_training": True, "multiclass": True, "prompted": False, "crop_size": None,
     }  # fmt: skip
     assert {key: value(parser, key) for key in wanted} == wanted
-    assert parser["schedule"] == {"warmup": 250, "decay": "poly", "power": 0.9}
+    assert parser["schedule"] == {"warmup": 250, "decay": "poly", "power": 0.9, "epochs": None}
     assert parser["strategy"]["decoder"] == "upscaling" and parser["strategy"]["masks"] == "random"
     assert parser["slices"]["picker"]["_target_"].endswith(".AllSlices")
     assert (parser["loss"]["ce"], parser["loss"]["dice"], parser["loss"]["class_weights"]) == (0.2, 0.8, None)
