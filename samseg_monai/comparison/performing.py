@@ -68,7 +68,7 @@ def jobs(runs: Sequence[Run], output: Path) -> list[Job]:
         if bundle not in built:
             write_bundle(run.settings, bundle)
             built.add(bundle)
-        folder = output / "runs" / run.name
+        folder = _folder_of(run, output / "runs")
         steps = (["train"] if run.settings.trains else []) + ["evaluate"]
         commands = {}
         for step in steps:
@@ -81,6 +81,12 @@ def jobs(runs: Sequence[Run], output: Path) -> list[Job]:
         found.append(Job(run.name, str(folder), run.settings.trains, commands, run.identity))
     raise_all(list(dict.fromkeys(problems)), ConfigError, "plan: these rows cannot run as asked")
     return found
+
+
+def _folder_of(run: Run, within: Path) -> Path:
+    """Folder of a run: its own, or that of the same run under a former name."""
+    own = within / run.name
+    return own if own.is_dir() else next(iter(sorted(within.glob(f"*_{run.key}"))), own)
 
 
 def perform(

@@ -142,6 +142,10 @@ class Plan(Model):
             for number, run in self._of_row(task, row, dataset_dir, problems)
         ]
         raise_all(list(dict.fromkeys(problems)), DataError, "plan: its data are not there")
+        places = [(run.task_name, run.group, run.seed, run.fold) for _, run in found]
+        twice = [f"{run.row.name}: two runs are row {run.group} with seed {run.seed}" for _, run in found
+                 if places.count((run.task_name, run.group, run.seed, run.fold)) > 1]  # fmt: skip
+        raise_all(list(dict.fromkeys(twice)), ConfigError, "plan: a table cannot tell these runs apart")
         return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 
     def _of_row(

@@ -300,3 +300,22 @@ def test_real_runs_are_compared(where, phantoms, tmp_path):
     assert found["lora"]["n"] == 2 and found["lora"]["minus_zero_shot"]["dice"]["verdict"] == "too few cases"
     assert Path(output, "report.html").stat().st_size > 10_000
     assert [one.status for one in perform(plan.runs(), output)] == ["kept", "kept"]
+
+
+def test_rows_that_a_table_cannot_tell_apart_are_refused(data):
+    rows = [
+        {"name": "lora", "strategy": "lora", "each": {"strategy::rank": [2, 4]}},
+        {"name": "lora_rank2", "strategy": "lora", "shared": {"strategy::rank": 2, "batch_size": 2}},
+    ]
+    for changes in ({"rows": rows}, {"seeds": [0, 0]}, {"backbones": ["tiny", "tiny"]}):
+        with pytest.raises(ConfigError, match="cannot tell these runs apart"):
+            read_plan(plan_of(data, **changes)).runs()
+
+
+def test_a_row_that_is_called_otherwise_is_not_run_again(data, runner):
+    output = data.parent / "out"
+    perform(read_plan(plan_of(data)).runs(), output)
+    count = len(runner.commands)
+    rows = [{"name": "ladders", "strategy": "lora", "each": {"strategy::rank": [2, 4]}}]
+    outcomes = perform(read_plan(plan_of(data, rows=rows)).runs(), output)
+    assert {one.status for one in outcomes} == {"kept"} and len(runner.commands) == count
