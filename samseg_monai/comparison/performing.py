@@ -159,15 +159,15 @@ def do(job: Job, *, threads: int, gpu: str | None = None, started: Callable[[Any
     """Train and evaluate in processes of their own; returns status, seconds and, where it failed, why."""
     folder, began = Path(job.folder), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder) as free:
-        if not free:
+    with _locked(folder) as lock:
+        if lock is None:
             return {"status": "busy", "error": "another command performs this run; wait for it"}
         seconds = {}
         for step, command in job.commands.items():
             if step == "train" and _trained(folder):
                 continue
             since = time.monotonic()
-            code = _run(command, folder / LOG, threads, gpu, started)
+            code = _run(command, folder / LOG, threads, gpu, started, lock)
             seconds[step] = round(time.monotonic() - since, 1)
             if code:
                 told = _why(folder / LOG, code)
@@ -185,7 +185,8 @@ def _trained(folder: Path) -> bool:
     return read_json(card, BundleError, "run card", f"delete {folder}").get("status") == "completed"
 
 
-def _run(command: str, log: Path, threads: int, gpu: str | None, started: Callable[[Any], Any]) -> int:
+def _run(command: str, log: Path, threads: int, gpu: str | None, started: Callable[[Any], Any], lock: IO[str]) -> int:
+    """Run a shell line; its process holds the lock, too, and so keeps it where this one is killed before it."""
     words = shlex.split(command)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment.setdefault("OMP_NUM_THREADS", str(threads))
@@ -196,7 +197,7 @@ def _run(command: str, log: Path, threads: int, gpu: str | None, started: Callab
         stream.flush()
         process = subprocess.Popen(
             [sys.executable, *words[1:]], stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            env=environment,
+            env=environment, pass_fds=() if os.name == "nt" else (lock.fileno(),),
         )  # fmt: skip
         started(process)
         return process.wait()
@@ -214,10 +215,11 @@ def _why(log: Path, code: int) -> str:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold a folder while a run is performed in it; the lock goes with the process, however that ends."""
+def _locked(folder: Path) -> Iterator[IO[str] | None]:
+    """Hold a folder while a run is performed in it, by a file; None where another does. The lock goes with the last
+    process that has the file open, however that ends."""
     with (folder / ".lock").open("w") as file:
-        yield _lock(file)
+        yield file if _lock(file) else None
 
 
 def _lock(file: IO[str]) -> bool:

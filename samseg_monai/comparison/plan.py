@@ -102,6 +102,11 @@ class Plan(Model):
         problems += [f"tasks: two are called {name}" for name in sorted({n for n in tasks if tasks.count(n) > 1})]
         if self.baseline is not None and self.baseline not in names:
             problems.append(f"baseline: got {self.baseline}; the rows are {', '.join(names)}")
+        for index, row in enumerate(self.rows):
+            others = [self.shared, self.training, self.evaluation, row.shared, row.training, row.evaluation]
+            others += [task.shared for task in self.tasks]
+            twice = sorted(key for key in row.each if any(key in other for other in others))
+            problems += [f"rows::{index}::each: {key} is set elsewhere in the plan, too; name it once" for key in twice]
         for place, given in self._overrides():
             taken = sorted({*given} & ({*PLACES} - _OF_ROWS))
             problems += [f"{place}: {key}: named elsewhere in a plan, or chosen by the run" for key in taken]

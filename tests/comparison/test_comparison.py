@@ -8,6 +8,8 @@ import json
 import math
 import shutil
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +65,7 @@ class Runner:
         self.commands: list[str] = []
         self.failing: str | None = None
 
-    def __call__(self, command, log, threads, gpu, started):
+    def __call__(self, command, log, threads, gpu, started, lock):
         self.commands.append(command)
         step = "train" if "train.json" in command else "evaluate"
         with log.open("a") as stream:
@@ -153,6 +155,9 @@ def test_everything_wrong_in_a_plan_is_told_before_anything_runs(data, runner):
     ]
     with pytest.raises(ConfigError, match=r"a: epohcs \(did you mean epochs\?\)[\s\S]*b: image_size: got 'large'"):
         perform(read_plan(plan_of(data, rows=wrong)).runs(), data.parent / "out")
+    each = [{"name": "a", "strategy": "lora", "each": {"lr": [0.1, 0.2]}}]
+    with pytest.raises(ConfigError, match=r"each: lr is set elsewhere in the plan"):
+        read_plan(plan_of(data, rows=each, training={"lr": 0.3}))
     assert not runner.commands
     with pytest.raises(DataError, match=r"no such folder"):
         read_plan(plan_of(data, tasks=[{"recipe": "meningioma", "dataset_dir": "nowhere"}])).runs()
@@ -319,3 +324,17 @@ def test_a_row_that_is_called_otherwise_is_not_run_again(data, runner):
     rows = [{"name": "ladders", "strategy": "lora", "each": {"strategy::rank": [2, 4]}}]
     outcomes = perform(read_plan(plan_of(data, rows=rows)).runs(), output)
     assert {one.status for one in outcomes} == {"kept"} and len(runner.commands) == count
+
+
+def test_a_process_that_outlives_the_command_keeps_its_folder(tmp_path):
+    processes = []
+    with performing._locked(tmp_path) as lock:
+        command = "python -c 'input()'"
+        code = performing._run(f"{command} x", tmp_path / "log.txt", 1, None, processes.append, lock)
+        assert code and len(processes) == 1  # nothing to read
+        sleeping = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock.fileno(),))
+    with performing._locked(tmp_path) as lock:
+        assert lock is None
+    sleeping.communicate(b"\n")
+    with performing._locked(tmp_path) as lock:
+        assert lock is not None
