@@ -39,6 +39,7 @@ from samseg_monai.choices import (
     Text,
     Two,
     ValidationSettings,
+    Variant,
     Voxels,
     Workers,
 )
@@ -118,7 +119,7 @@ class StrategySettings(Model):
 class RunSettings(Model):
     """Everything that a run may set otherwise; each name is a key of the bundle's configs."""
 
-    sam_variant: Literal["vit_b", "vit_l", "vit_h", "vit_t", "pico", "tiny", "tiny_t"] | None = "vit_b"
+    sam_variant: Variant | None = "vit_b"
     """Which SAM; null for networks without SAM."""
     image_size: Side = Field(default=1024, examples=[512])
     """Longest side in pixels that the network sees; for SAM a multiple of 16."""

@@ -255,20 +255,22 @@ def configured(configs: Sequence[Path], overrides: Mapping[str, Any]) -> Running
         ConfigError: overrides within a group or component that the configs do not have (``promt::source``); all are
             listed. MONAI answers them with a KeyError, before it evaluates anything: ``guard`` never comes to see them.
     """
-    parser, lost = _overridden(configs, overrides)
-    raise_all(lost and lost + unknown_keys(parser.get(), _known(configs[0].parent)), ConfigError, REFUSED)
+    parser, known, lost = _overridden(configs, overrides)
+    raise_all(lost and lost + unknown_keys(parser.get(), known), ConfigError, REFUSED)
     return Running(configs[0].parent, parser)
 
 
 def problems_of_overrides(configs: Sequence[Path], overrides: Mapping[str, Any]) -> list[str]:
     """What ``guard`` would say of these overrides, but for places and devices, which may be another machine's."""
-    parser, lost = _overridden(configs, overrides)
-    lost += unknown_keys(parser.get(), _known(configs[0].parent))
+    parser, known, lost = _overridden(configs, overrides)
+    lost += unknown_keys(parser.get(), known)
     return lost or _wrong_values(Running(configs[0].parent, parser))
 
 
-def _overridden(configs: Sequence[Path], overrides: Mapping[str, Any]) -> tuple[ConfigParser, list[str]]:
-    """The configs with the overrides put in, and a line for each that has no place there."""
+def _overridden(
+    configs: Sequence[Path], overrides: Mapping[str, Any]
+) -> tuple[ConfigParser, dict[str, dict[str, Any]], list[str]]:
+    """The configs with the overrides put in, all keys of the bundle, and a line for each that has no place there."""
     parser = ConfigParser(ConfigParser.load_config_files([str(config) for config in configs]))
     known, lost = _known(configs[0].parent), []
     for key, value in overrides.items():
@@ -276,7 +278,7 @@ def _overridden(configs: Sequence[Path], overrides: Mapping[str, Any]) -> tuple[
             parser[key] = value
         except (LookupError, TypeError, ValueError):
             lost.append(_no_such_key(key.replace("#", "::"), known))
-    return parser, lost
+    return parser, known, lost
 
 
 def _known(configs: Path) -> dict[str, dict[str, Any]]:

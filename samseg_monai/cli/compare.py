@@ -73,13 +73,13 @@ def _forecast(runs: Sequence[Run], output: Path, workers: int, limit: float) -> 
         bundle = output / "bundles" / run.settings.name
         overlay = ["demo.json"] if run.plan.demo and run.settings.demo is not None else []
         same = repr((bundle, {k: v for k, v in given.items() if k != "datalist"}))
-        there = done(Path(job.folder), job.identity)
-        if job.trained and not there and same not in known:
+        there, trains = done(Path(job.folder), job.identity), "train" in job.commands
+        if trains and not there and same not in known:
             known[same] = _cost({"bundle": str(bundle), "overlay": overlay, "steps": 2}, given, limit)
-        cost = known.get(same, {}) if job.trained and not there else {}
+        cost = known.get(same, {}) if trains and not there else {}
         minutes = cost.get("minutes", {}).get("whole")
         whole += minutes or 0.0
-        what = "kept" if there else cost.get("failed") or ("train, evaluate" if job.trained else "evaluate")
+        what = "kept" if there else cost.get("failed") or ", ".join(job.commands)
         memory = f"{cost['peak_gb']:.1f}" if "peak_gb" in cost else "-"
         body.append([job.name, what, duration(minutes) if minutes else "-", memory])
     table = grid(["run", "to do", "training", "GB"], body, left=2)

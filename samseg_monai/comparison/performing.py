@@ -6,6 +6,7 @@ kept, one that was interrupted goes on (a training resumes at its last epoch), o
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import signal
@@ -39,7 +40,6 @@ class Job:
 
     name: str
     folder: str
-    trained: bool  # there is something to train
     commands: dict[str, str]  # step -> shell line
     identity: dict[str, Any] = field(repr=False)
 
@@ -78,7 +78,7 @@ def jobs(runs: Sequence[Run], output: Path) -> list[Job]:
             given = run.overrides(folder, step)
             problems += [f"{run.row.name}: {line}" for line in problems_of_overrides(files, given)]
             commands[step] = shell_command(files, given)
-        found.append(Job(run.name, str(folder), run.settings.trains, commands, run.identity))
+        found.append(Job(run.name, str(folder), commands, run.identity))
     raise_all(list(dict.fromkeys(problems)), ConfigError, "plan: these rows cannot run as asked")
     return found
 
@@ -240,8 +240,8 @@ Submit = Callable[[Sequence[Job]], Iterator[tuple[Job, dict[str, Any]]]]
 @contextmanager
 def _on_threads(workers: int) -> Iterator[Submit]:
     """Runs in processes of this machine, ``workers`` at a time; they end when this command is interrupted."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    gpus, processes, taken = _gpus(), [], iter(range(10**9))
+    threads, gpus, numbers = _threads(workers), _gpus(), itertools.count()
+    processes: list[subprocess.Popen[bytes]] = []
     lock, stopped = threading.Lock(), threading.Event()
 
     def started(process: subprocess.Popen[bytes]) -> None:
@@ -253,9 +253,7 @@ def _on_threads(workers: int) -> Iterator[Submit]:
     def one(job: Job) -> dict[str, Any]:
         if stopped.is_set():
             return {"status": "failed", "error": "interrupted"}
-        with lock:
-            number = next(taken)
-        gpu = gpus[number % len(gpus)] if gpus and workers > 1 else None
+        gpu = gpus[next(numbers) % len(gpus)] if gpus and workers > 1 else None
         return do(job, threads=threads, gpu=gpu, started=started)
 
     pool = ThreadPoolExecutor(workers)
@@ -278,6 +276,11 @@ def _on_threads(workers: int) -> Iterator[Submit]:
         pool.shutdown(cancel_futures=True)
 
 
+def _threads(workers: int) -> int:
+    """Threads of each of so many runs at the same time."""
+    return max(1, (os.cpu_count() or 1) // workers)
+
+
 def _gpus() -> list[str]:
     """Names of the GPUs that this process may use."""
     import torch
@@ -297,11 +300,11 @@ def _on_ray(address: str, workers: int) -> Iterator[Submit]:
     local = address == "local"
     ray.init(address=None if local else address, include_dashboard=False, log_to_driver=False)
     gpus = 1 if ray.cluster_resources().get("GPU") else 0
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(_do_there)
+    threads = _threads(workers)
+    remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)(do)
 
     def submit(todo: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any]]]:
-        waiting = {remote.remote(job, threads): job for job in todo}
+        waiting = {remote.remote(job, threads=threads): job for job in todo}
         while waiting:
             [ready], _ = ray.wait(list(waiting), num_returns=1)
             job = waiting.pop(ready)
@@ -314,10 +317,6 @@ def _on_ray(address: str, workers: int) -> Iterator[Submit]:
         yield submit
     finally:
         ray.shutdown()
-
-
-def _do_there(job: Job, threads: int) -> Any:
-    return do(job, threads=threads)
 
 
 def raise_failed(outcomes: Sequence[Outcome]) -> None:

@@ -11,16 +11,17 @@ import hashlib
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from samseg_monai.bundles.build import PICKERS, RECIPES, component, compose, without_comments
-from samseg_monai.choices import Model, Name, Place, Seed, Text
+from samseg_monai.choices import Model, Name, Place, Seed, Text, Variant
 from samseg_monai.errors import ConfigError, DataError, WeightsError, raise_all
 from samseg_monai.files import hash_file, read_json
 from samseg_monai.sam.weights import RANDOM, find_weights, sha256_of
@@ -29,7 +30,6 @@ from samseg_monai.settings import NOTHING, PLACES, BundleSettings, problems_of
 PLANS = RECIPES / "plans"
 Value = bool | int | float | str | list[Any] | dict[str, Any] | None
 Overrides = dict[Annotated[str, Field(pattern=r"^[a-z_]+(::[a-z_0-9]+)*$", max_length=100)], Value]
-Variant = Literal["vit_b", "vit_l", "vit_h", "vit_t", "pico", "tiny", "tiny_t"]
 _OF_ROWS = {"prompt::boxes", "strategy::side_weights", "embeddings::cache_dir", "slices::cache_dir"}
 Datalists = Annotated[list[Place], Field(min_length=1, max_length=100)]
 
@@ -47,6 +47,11 @@ class TaskPlan(Model):
     """Datalists, one for each fold; null: datalist.json in ``dataset_dir``."""
     shared: Overrides = {}
     """Settings of every run on these data."""
+
+    @property
+    def called(self) -> str:
+        """Its name in tables."""
+        return self.name or Path(self.recipe).stem
 
 
 class RowPlan(Model):
@@ -98,7 +103,7 @@ class Plan(Model):
     def _fit(self) -> Plan:
         names = [row.name for row in self.rows]
         problems = [f"rows: two are called {name}" for name in sorted({n for n in names if names.count(n) > 1})]
-        tasks = [task.name or Path(task.recipe).stem for task in self.tasks]
+        tasks = [task.called for task in self.tasks]
         problems += [f"tasks: two are called {name}" for name in sorted({n for n in tasks if tasks.count(n) > 1})]
         if self.baseline is not None and self.baseline not in names:
             problems.append(f"baseline: got {self.baseline}; the rows are {', '.join(names)}")
@@ -148,8 +153,12 @@ class Plan(Model):
         ]
         raise_all(list(dict.fromkeys(problems)), DataError, "plan: its data are not there")
         places = [(run.task_name, run.group, run.seed, run.fold) for _, run in found]
-        twice = [f"{run.row.name}: two runs are row {run.group} with seed {run.seed}" for _, run in found
-                 if places.count((run.task_name, run.group, run.seed, run.fold)) > 1]  # fmt: skip
+        counts = Counter(places)
+        twice = [
+            f"{run.row.name}: two runs are row {run.group} with seed {run.seed}"
+            for (_, run), place in zip(found, places, strict=True)
+            if counts[place] > 1
+        ]
         raise_all(list(dict.fromkeys(twice)), ConfigError, "plan: a table cannot tell these runs apart")
         return [run for _, run in sorted(found, key=lambda pair: pair[0])]
 
@@ -219,20 +228,22 @@ class Run:
     @property
     def group(self) -> str:
         """Name of the table's row that it belongs to, with its backbone and values where the plan has several."""
-        words = [self.row.name]
-        if self.backbone is not None and len(self.row.backbones or self.plan.backbones or []) > 1:
-            words.append(self.backbone)
-        words += [f"{key.rpartition('::')[2]}{_word(value)}" for key, value in self.values.items()]
-        return "_".join(words)
+        values = [f"{key.rpartition('::')[2]}{_word(value)}" for key, value in self.values.items()]
+        return "_".join([self.row.name, *self._backbones, *values])
 
     @property
     def title(self) -> str | None:
         """How the page calls its row, where the plan says so."""
         if self.row.title is None:
             return None
-        words = [f"{key.rpartition('::')[2].replace('_', ' ')} {_word(value)}" for key, value in self.values.items()]
+        values = [f"{key.rpartition('::')[2].replace('_', ' ')} {_word(value)}" for key, value in self.values.items()]
+        return ", ".join([self.row.title, *self._backbones, *values])
+
+    @property
+    def _backbones(self) -> list[str]:
+        """Its backbone, where its row has several."""
         several = len(self.row.backbones or self.plan.backbones or []) > 1
-        return ", ".join([self.row.title, *([self.backbone] if several and self.backbone else []), *words])
+        return [self.backbone] if several and self.backbone is not None else []
 
     @property
     def place(self) -> int:
@@ -241,7 +252,7 @@ class Run:
 
     @property
     def task_name(self) -> str:
-        return self.task.name or Path(self.task.recipe).stem
+        return self.task.called
 
     @property
     def name(self) -> str:
@@ -261,7 +272,7 @@ class Run:
         """File of base weights, or "random"; None: looked up by name."""
         return None if self.variant is None else self.plan.weights.get(self.variant)  # type: ignore[call-overload]
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that the numbers of this run depend on, but the version of the package, as JSON values.
 
@@ -272,21 +283,19 @@ class Run:
         for part in ("task", "strategy"):
             own = settings[part].items()
             settings[part] = {k: v for k, v in own if k not in words and not k.startswith("data_")}
-        files = {key: _file_hash(str(value)) for key, value in self._given().items() if key in PLACES and value}
+        places = {**self.shared, **self.training, **self.evaluation}
+        files = {key: _file_hash(str(value)) for key, value in places.items() if key in PLACES and value}
         given = {part: dict(getattr(self, part)) for part in ("shared", "training", "evaluation")}
         return {
             "settings": settings, "demo": self.plan.demo, "seed": self.seed, "files": files, **given,
             "datalist": _file_hash(str(self.datalist)), "weights": _weights_hash(self.variant, self.weights),
         }  # fmt: skip
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Twelve digits of the hash of its identity."""
         text = json.dumps(self.identity, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    def _given(self) -> dict[str, Any]:
-        return {**self.shared, **self.training, **self.evaluation}
 
     def overrides(self, folder: Path, kind: str) -> dict[str, Any]:
         """Values of a ``monai.bundle run`` of this run in ``folder``; ``kind`` is "train" or "evaluate"."""

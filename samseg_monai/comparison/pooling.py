@@ -17,7 +17,7 @@ import numpy as np
 
 from samseg_monai.data.datalists import case_hash
 from samseg_monai.errors import DataError
-from samseg_monai.metrics.rows import FLAGS, LABELS, mean_of
+from samseg_monai.metrics.rows import FLAGS, LABELS, case_means, mean_of
 from samseg_monai.report.runs import RunResult
 from samseg_monai.report.tables import dice_column
 
@@ -75,18 +75,16 @@ def pooled(name: str, title: str | None, runs: Mapping[tuple[int, int | None], R
         card["seed"] = ", ".join(map(str, by_seed))
     training = {**first.training, **({"seconds": mean_of(seconds)} if seconds else {})}
     result = replace(first, name=name, label=title, rows=merged, card=card, training=training)
+    if len(by_seed) > 1:
+        result = replace(result, label=f"{result.title}, mean of {len(by_seed)} seeds")
     return Pooled(
-        result=replace(result, label=_titled(title or result.title, len(by_seed))),
-        seeds={seed: _dice(its, column) for seed, its in rows.items()},
+        result=result,
+        seeds={seed: case_means(its, column) for seed, its in rows.items()},
         folds=len({fold for _, fold in runs}),
         validation=_best(results),
         minutes=mean_of(seconds) / 60 if seconds else None,
         memory=_memory(results),
     )
-
-
-def _titled(title: str, seeds: int) -> str:
-    return f"{title}, mean of {seeds} seeds" if seeds > 1 else title
 
 
 def _joined(name: str, folds: Sequence[RunResult]) -> list[Mapping[str, Any]]:
@@ -117,14 +115,6 @@ def _averaged(name: str, seeds: Mapping[int, Sequence[Mapping[str, Any]]]) -> li
                 merged[column] = mean_of([float(one[column]) for one in its])
         found.append(merged)
     return found
-
-
-def _dice(rows: Sequence[Mapping[str, Any]], column: str) -> dict[str, float]:
-    by_case: dict[str, list[float]] = {}
-    for row in rows:
-        if not row["excluded"]:
-            by_case.setdefault(str(row["case"]), []).append(float(row[column]))
-    return {case: mean_of(by_case[case]) for case in sorted(by_case)}
 
 
 def _met(runs: Sequence[RunResult]) -> dict[str, list[str]]:

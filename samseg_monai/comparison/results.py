@@ -49,7 +49,9 @@ def write_comparison(output: Path, plan: Plan, outcomes: Sequence[Outcome]) -> s
         entry = task_json(rows, base)
         entry["missing"] = {one.folder.name: one.error for one in missing}
         whole["tasks"][task] = entry
-        lines += [{"task": task, "row": name, **_flat(its)} for name, its in entry["rows"].items()]
+        for name, its in entry["rows"].items():
+            plain = {key: value for key, value in its.items() if key != "classes"}
+            lines.append({"task": task, "row": name, **tables.flat(plain)})
         texts.append(task_text(task, rows, entry, base, len(missing)))
         latex.append(task_latex(task, rows, entry, base))
         runs = [row.result for row in rows]
@@ -219,21 +221,6 @@ def _write_cases(path: Path, results: Mapping[Run, RunResult]) -> None:
         for row in result.rows
     ]
     write_table(lines, path, list(dict.fromkeys(key for line in lines for key in line)))
-
-
-def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """One line of the table of rows: plain values, parts of others joined by dots."""
-    found: dict[str, Any] = {}
-    for key, value in entry.items():
-        if key == "classes":
-            continue
-        if isinstance(value, Mapping):
-            found |= {f"{key}.{name}": item for name, item in _flat(value).items()}
-        elif isinstance(value, list) and "ci95" in key:
-            found |= {f"{key}.low": value[0], f"{key}.high": value[1]}
-        else:
-            found[key] = "; ".join(map(str, value)) if isinstance(value, list) else value
-    return found
 
 
 def _number(value: float | None, decimals: int = 3) -> str:

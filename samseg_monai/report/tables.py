@@ -229,19 +229,20 @@ def write_results(path: StrPath, runs: Sequence[RunResult]) -> None:
     for name, entry in results.items():
         several = entry.pop("classes", {})
         classes = {MEAN_OF_CLASSES if several else names[name]: entry, **several}
-        rows += [{"run": name, "class": klass, **_flat(its)} for klass, its in classes.items()]
+        rows += [{"run": name, "class": klass, **flat(its)} for klass, its in classes.items()]
     write_table(rows, Path(path).with_suffix(".csv"), list(dict.fromkeys(key for row in rows for key in row)))
 
 
-def _flat(entry: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(entry: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """An entry of `results_json` as the cells of a line: see `write_results`; other lists are one text."""
     found: dict[str, Any] = {}
     for key, value in entry.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         elif isinstance(value, list) and "ci95" in key:
             found |= {f"{prefix}{key}.low": value[0], f"{prefix}{key}.high": value[1]}
         else:
-            found[prefix + key] = "; ".join(value) if isinstance(value, list) else value
+            found[prefix + key] = "; ".join(map(str, value)) if isinstance(value, list) else value
     return found
 
 
