@@ -102,6 +102,16 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+class SharedLinear(Linear):
+    """A linear layer with the tensors of ``base``, under the same names: a plain checkpoint loads before or after."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        # "meta": no memory is taken and no random number drawn for tensors that are replaced at once
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.train(base.training)
+
+
 def int8_problem() -> str | None:
     """Why there are no products of 8-bit numbers here; None where there are."""
     if "onednn" not in torch.backends.quantized.supported_engines or not hasattr(torch.ops.onednn, "qlinear_pointwise"):

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from samseg_monai.errors import AdapterError, raise_all
-from samseg_monai.products import Linear
+from samseg_monai.products import Linear, SharedLinear
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -61,16 +61,7 @@ class _Handed(threading.local):
         return _Handed, ()
 
 
-class _Shared(Linear):
-    """A linear layer with the tensors of ``base``, under the same names."""
-
-    def __init__(self, base: nn.Linear) -> None:
-        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self.weight, self.bias = base.weight, base.bias
-        self.train(base.training)
-
-
-class _First(_Shared):
+class _First(SharedLinear):
     """The first layer of an MLP, which hands on what it reads."""
 
     def __init__(self, base: nn.Linear) -> None:
@@ -82,7 +73,7 @@ class _First(_Shared):
         return super().forward(input)
 
 
-class BottleneckLinear(_Shared):
+class BottleneckLinear(SharedLinear):
     """A frozen linear layer and a ``Bottleneck`` (``adapter``) whose output is added to its own.
 
     The bottleneck reads the layer's output; of a pair that ``beside`` makes it reads what the MLP reads. The tensors of

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from samseg_monai.errors import AdapterError, raise_all
-from samseg_monai.products import Linear, linear
+from samseg_monai.products import Linear, SharedLinear, linear
 
 
-class LoRALinear(Linear):
+class LoRALinear(SharedLinear):
     """A frozen linear layer with low-rank updates to some of its equal output parts.
 
     SAM fuses query, key and value into one ``Linear(d, 3 d)``: with ``num_parts=3``, parts 0, 1, 2 are q, k, v. In
@@ -58,9 +58,7 @@ class LoRALinear(Linear):
     ) -> None:
         problems = _problems(base, rank, alpha, parts, num_parts, groups, dropout)
         raise_all(problems, AdapterError, "LoRALinear cannot be built")
-        # "meta": no memory is taken and no random number drawn for tensors that are replaced at once.
-        super().__init__(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        self.weight, self.bias = base.weight, base.bias
+        super().__init__(base)
         self.rank, self.num_parts, self.parts, self.groups = rank, num_parts, tuple(sorted(parts)), groups
         self.scaling = float(rank if alpha is None else alpha) / (math.sqrt(rank) if rank_stabilised else rank)
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
@@ -104,13 +102,9 @@ class LoRALinear(Linear):
             return rows
         return rows.unflatten(0, (self.num_parts, self.groups, -1)).transpose(0, 1).flatten(0, 2)
 
-    def _split(self, tensor: Tensor, dim: int) -> tuple[Tensor, ...]:
-        """The parts of ``tensor`` along ``dim`` (of size out_features), each of size out_features / num_parts."""
-        if self.groups == 1:
-            return tensor.chunk(self.num_parts, dim=dim)
-        grouped = tensor.unflatten(dim, (self.groups, self.num_parts, -1))
-        axis = dim % tensor.ndim
-        return tuple(part.flatten(axis, axis + 1) for part in grouped.unbind(axis + 1))
+    def _grouped(self, rows: Tensor) -> Tensor:
+        """A view (groups, num_parts, width, ...) of ``rows`` (out_features, ...)."""
+        return rows.unflatten(0, (self.groups, self.num_parts, -1))
 
     def _adapted(self, output: Tensor, update: Tensor) -> Tensor:
         """Output from that of the base, which may be overwritten, and the low-rank update, both (..., out_features)."""
@@ -120,14 +114,14 @@ class LoRALinear(Linear):
         """Weight (out_features / num_parts, in_features) of one part that computes the same, in float32."""
         # whatever the stored type is: a merge happens once and should lose nothing
         update = self.lora_b[str(part)].float() @ self.lora_a[str(part)].float()
-        return self._split(self.weight, 0)[part].float() + self.scaling * update
+        return self._grouped(self.weight)[:, part].flatten(0, 1).float() + self.scaling * update
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
         """A plain ``nn.Linear`` that computes the same in evaluation mode; this layer stays as it is."""
         plain = Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         weight = self.weight.detach().clone()
-        grouped = weight.unflatten(0, (self.groups, self.num_parts, -1))  # a view: what is written lands in ``weight``
+        grouped = self._grouped(weight)  # a view: what is written lands in ``weight``
         for part in self.parts:
             grouped[:, part] = self._merged(part).unflatten(0, (self.groups, -1)).to(weight.dtype)
         plain.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)

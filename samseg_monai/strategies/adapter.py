@@ -8,21 +8,13 @@ from torch import nn
 
 from samseg_monai.adapters.bottleneck import BottleneckLinear
 from samseg_monai.errors import AdapterError, raise_all
-from samseg_monai.strategies.base import (
-    Segmenter,
-    Strategy,
-    added_names,
-    block_problems,
-    chosen_blocks,
-    decoder_names,
-    unused_of_decoder,
-)
+from samseg_monai.strategies.base import OnEncoder, Segmenter, added_names, block_problems, chosen_blocks
 
 # place -> layers of a block that one goes behind, or that it stands beside, and the activation of the paper's code
 PLACES = {"serial": (("proj", "lin2"), "gelu"), "parallel": (("lin1", "lin2"), "relu")}
 
 
-class Adapter(Strategy):
+class Adapter(OnEncoder):
     """Bottlenecks of two linear layers in the blocks of SAM's frozen image encoder.
 
     ``place="serial"`` is Houlsby et al. 2019 (arXiv:1902.00751): one behind the attention's projection and one behind
@@ -71,12 +63,8 @@ class Adapter(Strategy):
             setattr(parent, name, layer)
         owned = added_names(segmenter, BottleneckLinear, own=("weight", "bias"))
         if self.decoder:
-            owned |= set(decoder_names(segmenter)) - set(self.unused(segmenter))
+            owned |= self.whole_decoder(segmenter)
         return [name for name in segmenter.state_dict() if name in owned]
-
-    def unused(self, segmenter: Segmenter) -> list[str]:
-        """With ``decoder``: the mask quality head, and the networks of masks that are not returned."""
-        return unused_of_decoder(segmenter) if self.decoder else []
 
     def _layers(self, first: nn.Linear, last: nn.Linear) -> Sequence[nn.Module]:
         """What stands in place of two layers of a block."""

@@ -150,6 +150,20 @@ class Strategy:
         return f"{type(self).__name__}({', '.join(told)})"
 
 
+class OnEncoder(Strategy):
+    """What strategies share that adapt the image encoder and, with ``decoder``, train the mask decoder, too."""
+
+    decoder: Any = False
+
+    def unused(self, segmenter: Segmenter) -> list[str]:
+        """With a ``decoder`` that learns: the mask quality head, and the networks of masks that are not returned."""
+        return unused_of_decoder(segmenter) if self.decoder else []
+
+    def whole_decoder(self, segmenter: Segmenter) -> set[str]:
+        """What the task uses of the mask decoder."""
+        return set(decoder_names(segmenter)) - set(self.unused(segmenter))
+
+
 class ZeroShot(Strategy):
     """SAM as it is: nothing learns. The baseline with the same prompts and the same evaluation.
 

@@ -11,22 +11,13 @@ from torch import nn
 from samseg_monai.adapters.lora import DoRALinear, LoRALinear
 from samseg_monai.errors import AdapterError, raise_all
 from samseg_monai.sam.backbone import TARGETS, Rows
-from samseg_monai.strategies.base import (
-    Segmenter,
-    Strategy,
-    added_names,
-    block_problems,
-    chosen_blocks,
-    decoder_names,
-    head_names,
-    unused_of_decoder,
-)
+from samseg_monai.strategies.base import OnEncoder, Segmenter, added_names, block_problems, chosen_blocks, head_names
 
 DECODERS = (False, True, "lora", "samed")
 NO_MASK = "sam.prompt_encoder.no_mask_embed.weight"
 
 
-class LoRA(Strategy):
+class LoRA(OnEncoder):
     """Low-rank updates in SAM's image encoder (Hu et al. 2021, arXiv:2106.09685; on SAM: Zhang and Liu 2023, SAMed).
 
     Args:
@@ -98,7 +89,7 @@ class LoRA(Strategy):
         if self.decoder == "lora" and segmenter.num_classes > 1:
             owned |= set(head_names(segmenter)) - set(self.unused(segmenter))
         elif self.decoder in (True, "samed"):
-            owned |= set(decoder_names(segmenter)) - set(self.unused(segmenter))
+            owned |= self.whole_decoder(segmenter)
             owned |= {NO_MASK} if self.decoder == "samed" else set()
         return [name for name in segmenter.state_dict() if name in owned]
 
@@ -112,10 +103,6 @@ class LoRA(Strategy):
         for layer in segmenter.modules():
             if isinstance(layer, DoRALinear):
                 layer.reset_magnitude()
-
-    def unused(self, segmenter: Segmenter) -> list[str]:
-        """With a ``decoder`` that learns: the mask quality head, and the networks of masks that are not returned."""
-        return unused_of_decoder(segmenter) if self.decoder else []
 
     def _layers(self, block: nn.Module, targets: Mapping[str, Rows]) -> list[tuple[nn.Module, str, LoRALinear]]:
         """Parent, attribute name and new layer for everything that is to be replaced in one encoder block."""

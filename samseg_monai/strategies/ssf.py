@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from samseg_monai.adapters.scale_shift import ScaleShift
-from samseg_monai.strategies.base import Segmenter, Strategy, added_names, decoder_names, unused_of_decoder
+from samseg_monai.strategies.base import OnEncoder, Segmenter, added_names
 
 
-class SSF(Strategy):
+class SSF(OnEncoder):
     """A scale and a shift for each channel behind every layer of SAM's frozen image encoder that can take them in.
 
     These are all that have weight and bias: linear layers, normalisations, convolutions with a bias. ``merge()`` folds
@@ -27,9 +27,5 @@ class SSF(Strategy):
             ScaleShift.behind(layer)
         owned = added_names(segmenter, ScaleShift)
         if self.decoder:
-            owned |= set(decoder_names(segmenter)) - set(self.unused(segmenter))
+            owned |= self.whole_decoder(segmenter)
         return [name for name in segmenter.state_dict() if name in owned]
-
-    def unused(self, segmenter: Segmenter) -> list[str]:
-        """With ``decoder``: the mask quality head, and the networks of masks that are not returned."""
-        return unused_of_decoder(segmenter) if self.decoder else []
