@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import alternate, in_fresh_processes, record, resident_peak_bytes
+from measuring import alternate, in_fresh_processes, record
 from PIL import Image
 from sam_attention import OURS, REFERENCE, build
 from torch import Tensor, nn
 
+from samseg_monai.faults import peak_memory
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.products import Int8Linear, int8_problem, round_to_int8
 from samseg_monai.sam.build import build_sam
@@ -75,9 +76,9 @@ def peak_bytes(which: str, variant: str, size: int) -> int:
         if isinstance(layer, Int8Linear):
             layer(torch.zeros(1, layer.in_features))
     Path("/proc/self/clear_refs").write_text("5")  # what is resident now becomes the high-water mark
-    before = resident_peak_bytes()
+    before = peak_memory()
     run()
-    return resident_peak_bytes() - before
+    return peak_memory() - before
 
 
 def of_linear_layers(variant: str, size: int, repeats: int) -> dict[str, Any]:

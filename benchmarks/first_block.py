@@ -14,9 +14,10 @@ import argparse
 from functools import partial
 
 import torch
-from measuring import alternate, in_fresh_processes, record, resident_peak_bytes
+from measuring import alternate, in_fresh_processes, record
 from torch import Tensor
 
+from samseg_monai.faults import peak_memory
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.spec import get_spec
 from samseg_monai.strategies import LoRA
@@ -59,9 +60,9 @@ def peak_bytes(which: str, options: argparse.Namespace) -> int:
         step(network, *given)
         return torch.cuda.max_memory_allocated() - before
     step(build(which, "tiny", 64, 1, options.checkpointing), *inputs(which, 1, 64, device))  # loads the libraries
-    before = resident_peak_bytes()
+    before = peak_memory()
     step(network, *given)
-    return resident_peak_bytes() - before
+    return peak_memory() - before
 
 
 def main() -> None:

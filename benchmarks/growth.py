@@ -30,6 +30,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from samseg_monai.faults import peak_memory
+
 SIZES = (200, 2000, 20000)
 MOST_SERIES = 5000
 RESULT = Path(__file__).parent / "results" / "growth.json"
@@ -477,12 +479,6 @@ MAKERS = {
 }  # fmt: skip
 
 
-def peak_bytes() -> int:
-    """As ``measuring.resident_peak_bytes``, which torch would come along with."""
-    text = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else "VmHWM: 0 kB"
-    return int(text.partition("VmHWM:")[2].split()[0]) * 1024
-
-
 def one(part: str, folder: Path, warm: Path, count: int) -> None:
     """Run a part in this process and print its seconds and bytes as JSON."""
     logging.disable(logging.CRITICAL)
@@ -491,11 +487,11 @@ def one(part: str, folder: Path, warm: Path, count: int) -> None:
         run(warm, WARM)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-    before, start = peak_bytes(), time.process_time()
+    before, start = peak_memory(), time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
         run(folder, count)
     seconds = time.process_time() - start
-    print(json.dumps({"seconds": round(seconds, 3), "mib": round((peak_bytes() - before) / MIB, 1)}))
+    print(json.dumps({"seconds": round(seconds, 3), "mib": round((peak_memory() - before) / MIB, 1)}))
 
 
 def measure(parts: list[str], sizes: list[int], limit: float | None) -> dict[str, dict[int, dict[str, float]]]:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from measuring import alternate, in_fresh_processes, in_own_processes, record, resident_peak_bytes, resident_start_bytes
+from measuring import alternate, in_fresh_processes, in_own_processes, record, resident_start_bytes
 from monai.losses import DiceCELoss
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import nn
@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from torchvision.models import resnet18
 
 from samseg_monai.data.slices.cache import CachedCase
+from samseg_monai.faults import peak_memory
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.sam.backbone import SamSpec
 from samseg_monai.sam.build import official_encoder
@@ -139,7 +140,7 @@ def peak_bytes(which: str, options: argparse.Namespace) -> int:
         _, step = make_step(which, options, folder)
         before = resident_start_bytes()
         step()
-        return resident_peak_bytes() - before
+        return peak_memory() - before
 
 
 def main() -> None:

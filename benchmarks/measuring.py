@@ -18,6 +18,7 @@ import torch
 
 import samseg_monai
 from samseg_monai.bundles.running import reuse_memory
+from samseg_monai.faults import peak_memory
 
 RESULTS = Path(__file__).parent / "results"
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
@@ -48,12 +49,6 @@ def alternate(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def resident_peak_bytes() -> int:
-    """High-water mark of this process (Linux). getrusage's would include that of the parent process."""
-    match = re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(match[1]) * 1024 if match else 0
-
-
 def resident_start_bytes() -> int:
     """What this process holds once the allocator has given back all that is free; the high-water mark starts here.
 
@@ -61,7 +56,7 @@ def resident_start_bytes() -> int:
     """
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    return resident_peak_bytes()
+    return peak_memory()
 
 
 def in_fresh_processes(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:

@@ -141,9 +141,9 @@ def make_case(path: Path, size: int, slices: int) -> Path:
 def child(folder: Path, *, encode: bool) -> dict[str, Any]:
     """One prediction in this process, behind one of a tiny network; with ``encode``, the encoder is at work in it."""
     import torch
-    from measuring import resident_peak_bytes
 
     from samseg_monai.cli.predict import predict
+    from samseg_monai.faults import peak_memory
     from samseg_monai.sam.build import SamModel
 
     torch.set_num_threads(1)
@@ -161,7 +161,7 @@ def child(folder: Path, *, encode: bool) -> dict[str, Any]:
     clock._tick()
     clock.spent.clear()
     run("vit_b")
-    return {"phases": clock.stop(), "peak_mb": round(resident_peak_bytes() / 1e6), "encode": encode}
+    return {"phases": clock.stop(), "peak_mb": round(peak_memory() / 1e6), "encode": encode}
 
 
 def _zeros(self: Any, image: Any, taps: Any = ()) -> Any:

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import alternate, in_fresh_processes, in_own_processes, record, resident_peak_bytes, resident_start_bytes
+from measuring import alternate, in_fresh_processes, in_own_processes, record, resident_start_bytes
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from samseg_monai.adapters.lora import LoRALinear
+from samseg_monai.faults import peak_memory
 from samseg_monai.products import fits, times
 from samseg_monai.sam.build import build_sam, official_encoder
 from samseg_monai.sam.spec import get_spec
@@ -140,7 +141,7 @@ def peak_bytes(which: str, kind: str, variant: str, size: int) -> int:
     run = make(which, kind, variant, size)
     before = resident_start_bytes()
     run()
-    return resident_peak_bytes() - before
+    return peak_memory() - before
 
 
 def operations(variant: str, size: int) -> int:

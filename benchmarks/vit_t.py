@@ -29,10 +29,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import alternate, in_fresh_processes, record, resident_peak_bytes
+from measuring import alternate, in_fresh_processes, record
 from torch import Tensor, nn
 
 from samseg_monai.adapters.lora import LoRALinear
+from samseg_monai.faults import peak_memory
 from samseg_monai.products import adopt
 from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.spec import get_spec
@@ -150,9 +151,9 @@ def peak_bytes(which: str, kind: str, size: int, before: str | None) -> int:
     torch.set_num_threads(1)
     make(OURS, kind, 64, before, "tiny_t")()  # loads the libraries
     run = make(which, kind, size, before)
-    start = resident_peak_bytes()
+    start = peak_memory()
     run()
-    return resident_peak_bytes() - start
+    return peak_memory() - start
 
 
 def measure(kind: str, size: int, which: list[str], repeats: int, before: str | None) -> dict[str, Any]:
