@@ -33,7 +33,7 @@ from samseg_monai.choices import Compute
 from samseg_monai.errors import ConfigError, log_visibly, raise_all
 from samseg_monai.faults import Told, end_like_ctrl_c, explain, output_problem
 from samseg_monai.files import read_json
-from samseg_monai.networks.compute import compute_problems
+from samseg_monai.networks.compute import NO_TRAINING, compute_problems
 from samseg_monai.sam.weights import RANDOM
 from samseg_monai.settings import PLACES, BundleSettings, RunSettings, dump_settings, problems_of, read_settings
 
@@ -410,8 +410,7 @@ def _wrong_compute(found: Running) -> list[str]:
     if not isinstance(given, dict) or problems_of(given, Compute) or _wrong_device(found):
         return []  # there are none, or they are told
     compute, device = Compute(**given), found.parser.get_parsed_content("device")
-    training = found.kind == "train" and compute.int8
-    problems = ["compute::int8: got true in training, but 8-bit numbers cannot learn; leave it out"] * training
+    problems = [NO_TRAINING] if found.kind == "train" and compute.int8 else []
     return problems + compute_problems(
         compute, autocast=found.parser.get_parsed_content("autocast"), device=torch.device(device).type
     )

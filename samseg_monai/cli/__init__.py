@@ -50,9 +50,10 @@ app.command(name="export")(export)
 app.command(name="report")(report)
 app.command(name="compare")(compare)
 app.command(name="demo")(demo)
-app.command(name="find-lr", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(find_lr)
-app.command(name="train-cost", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(train_cost)
-app.command(name="bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
+overridable = {"allow_extra_args": True, "ignore_unknown_options": True}  # --KEY VALUE of a bundle
+app.command(name="find-lr", context_settings=overridable)(find_lr)
+app.command(name="train-cost", context_settings=overridable)(train_cost)
+app.command(name="bench", context_settings=overridable)(bench)
 app.add_typer(reproduce_app, name="reproduce")
 app.command(name="info")(info)
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from samseg_monai.networks.segmenter import SamSegmenter
 
 
+NO_TRAINING = "compute::int8: got true in training, but 8-bit numbers cannot learn; leave it out"
+
+
 def compute_problems(compute: Compute, *, autocast: str | None = None, device: str = "cpu") -> list[str]:
     """What of the settings is not possible here, a line each.
 

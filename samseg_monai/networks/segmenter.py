@@ -28,7 +28,7 @@ from samseg_monai.networks.common import (
     versions_of,
     where_boxes_are,
 )
-from samseg_monai.networks.compute import apply_compute, compute_problems
+from samseg_monai.networks.compute import NO_TRAINING, apply_compute, compute_problems
 from samseg_monai.sam.backbone import SamSpec
 from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.weights import MASK_HEAD, RANDOM, LoadReport, find_weights, load_sam_weights, plain_names
@@ -125,7 +125,7 @@ class SamSegmenter(Segmenter):
     def train(self, mode: bool = True) -> SamSegmenter:
         """As usual, but frozen layers with running statistics stay in evaluation mode; ConfigError with int8."""
         if mode and self.compute.int8:
-            raise ConfigError("compute::int8: got true in training, but 8-bit numbers cannot learn; leave it out")
+            raise ConfigError(NO_TRAINING)
         super().train(mode)
         hold_statistics(self, self.owned)
         return self

@@ -8,7 +8,7 @@ diagonal. Either way a mean is over the cases of an organ first, then over organ
 Quoted rows are of the 18/12 split: DSC in %, HD95 in voxels, as printed. Those marked 3D have metric code of their own.
 A figure without a source is left out, and so are rows of another protocol (other classes, unknown split); a dash in a
 table means "not known here", not "not published". SAM-LST's table I is quoted whole, also where a row's mean is not
-that of its organs: which of the two was misprinted is not known.
+that of its organs: which of the two is right is not known.
 """
 
 from __future__ import annotations

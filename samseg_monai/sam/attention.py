@@ -122,10 +122,14 @@ def _backward(
     return for_q, for_k.transpose(1, 2), for_v.transpose(1, 2), for_rows, for_cols
 
 
+def drawn() -> bool:
+    """Whether a graph is being drawn, which what is done piece by piece would make long."""
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def in_pieces(qkv: Tensor) -> bool:
     """Whether ``windowed`` is the way for this tensor."""
-    drawn = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
-    return qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64) and not drawn
+    return qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.float64) and not drawn()
 
 
 def windowed(qkv: Tensor, fill: Tensor, offsets_h: Tensor, offsets_w: Tensor, heads: int, scale: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from samseg_monai.errors import ConfigError
-from samseg_monai.sam.attention import Way, attend, in_pieces, positions, windowed
+from samseg_monai.sam.attention import Way, attend, drawn, in_pieces, positions, windowed
 from samseg_monai.sam.backbone import Backbone, Rows, SamSpec
 
 HIDDEN = 1 << 22  # hidden values at a time on a CPU: enough for full speed, and blocks of memory that are used again
@@ -101,8 +101,7 @@ class ThriftyMLP(MLPBlock):
 
     def forward(self, x: torch.Tensor, norm: nn.Module, again: bool = True) -> torch.Tensor:  # type: ignore[override]
         """``again`` False keeps the hidden values, for a block that is computed again as a whole."""
-        drawn = torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
-        if x.device.type != "cpu" or drawn:
+        if x.device.type != "cpu" or drawn():
             return self.lin2(self._hidden(x, norm))
         learned = any(parameter.requires_grad for parameter in self.parameters())
         again = again and torch.is_grad_enabled() and x.requires_grad and not learned

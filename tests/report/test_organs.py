@@ -188,7 +188,7 @@ def test_every_quoted_row_is_marked_and_has_a_source(runs, page):
 
 
 def test_quoted_means_are_those_of_the_organs_quoted_with_them(runs):
-    """But for two rows of SAM-LST's table I, whose misprints TransUNet's table has already; the text says which."""
+    """But for two rows of SAM-LST's table I; the text says which."""
     whole = {row.method: row for row in PUBLISHED if row.organs}
     assert whole.keys() == {*TABLE_I, "SAMed_h (ViT-H)"}
     odd = {"R50 U-Net": 77.6075, "R50 Att-UNet": 72.10125}
