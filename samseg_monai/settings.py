@@ -27,7 +27,6 @@ from samseg_monai.choices import (
     Method,
     Model,
     Name,
-    Network,
     Optimizer,
     Place,
     Prompt,
@@ -44,6 +43,7 @@ from samseg_monai.choices import (
     Workers,
 )
 from samseg_monai.errors import ConfigError, raise_all
+from samseg_monai.network_choices import Network
 from samseg_monai.refusals import TOO_MUCH, told, unsafe
 
 NOTHING = "$None"  # null in an override: MONAI passes over one that is None itself

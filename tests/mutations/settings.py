@@ -1,6 +1,6 @@
 """Settings: recipes of tasks and strategies, ``settings.json``, values that a command line sets otherwise.
 
-The rules of ``settings.py`` and ``choices.py``, said again key by key, for the keys of the recipes that are mutated.
+The rules of ``settings.py`` and ``*choices.py``, said again key by key, for the keys of the recipes that are mutated.
 """
 
 from __future__ import annotations

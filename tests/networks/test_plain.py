@@ -15,9 +15,9 @@ from torch import nn
 
 from samseg_monai.bundles.build import compose, render
 from samseg_monai.checkpoints import load_adapter, load_trained, read_card, save_adapter, save_model
-from samseg_monai.choices import Network
 from samseg_monai.errors import AdapterError, CheckpointError, ConfigError
 from samseg_monai.export import obstacles
+from samseg_monai.network_choices import Network
 from samseg_monai.networks import EMPTY_LOGIT, BoxEllipse, PlainSegmenter, SamSegmenter
 from samseg_monai.settings import dump_settings, read_settings
 from samseg_monai.strategies import LoRA, Scratch, ZeroShot
