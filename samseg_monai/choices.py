@@ -115,22 +115,30 @@ class LoRA(_Way):
 
 
 class Adapter(_Way):
-    """Bottlenecks of two linear layers in SAM's image encoder (Houlsby's adapters; with ``parallel`` AdaptFormer)."""
+    """Bottlenecks of two linear layers in SAM's image encoder (Houlsby, AdaptFormer, Medical SAM Adapter)."""
 
     name: Literal["adapter"]
     width: Annotated[int, Field(ge=1, le=4096)] = Field(default=64, examples=[64])
     """Width of the bottleneck."""
-    place: Literal["serial", "parallel"] = "serial"
-    """Behind attention and MLP, or beside the MLP."""
+    place: Literal["serial", "parallel", "both"] = "serial"
+    """Behind attention and MLP, beside the MLP, or behind the attention and beside the MLP."""
     scale: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """Factor of what a bottleneck adds."""
+    """Factor of what a bottleneck adds; of "both" that beside the MLP."""
     blocks: Blocks | None = None
     """Encoder blocks with adapters, from 0; null: all."""
     last: Last | None = None
     """In place of blocks: this fraction of those with attention, from the end."""
     decoder: bool = False
     """Train the mask decoder, too."""
+    depth: Annotated[int, Field(ge=1, le=32)] = 1
+    """Slices of a slab, in which each attends to its neighbours; 1: each is alone. More with "both" alone."""
     _fit = model_validator(mode="after")(_chosen_once)
+
+    @model_validator(mode="after")
+    def _deep(self) -> Adapter:
+        if self.depth > 1 and self.place != "both":
+            raise ValueError(f"depth {self.depth} is for place 'both', not {self.place!r}; use 1")
+        return self
 
 
 class SSF(_Way):

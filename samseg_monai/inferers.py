@@ -6,7 +6,7 @@ MONAI's ``SliceInferer`` drops further inputs of the network, and prompts are su
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from monai.transforms.utils import allow_missing_keys_mode, convert_applied_inte
 
 from samseg_monai.data.slices.cache import VolumeEmbeddings, describe
 from samseg_monai.errors import ConfigError, PromptError, raise_all
+from samseg_monai.files import unwrap
 from samseg_monai.networks import EMPTY_LOGIT
 from samseg_monai.transforms import BoxFromPromptd, SplineResized, boxes_of, clip_boxes, move_boxes
 from samseg_monai.transforms.requested import carried_prompt
@@ -48,6 +49,11 @@ class SliceVolumeInferer(Inferer):
     affine through ``slice_transforms`` and are never rounded. Programs that pass neither have the prompt in the
     metadata of the image (``transforms.CarriedPromptd``).
 
+    A network whose ``depth`` is D > 1 sees slabs of D neighbouring slices: whole ones from the first slice on, of which
+    the last is moved inward to end with the volume (what it predicts once more is left out), and in a volume of fewer
+    slices one that repeats the last. A slab with a slice to predict is run with all of its slices, those without a box
+    included. So a slice's result depends on its slab, and not on ``batch_size`` or on which others are asked for.
+
     With ``embedding_dir`` the encoder sees each slice of a volume once: its embedding is kept on disk, in bf16, and
     read in later passes, as long as weights, transforms and volume stay the same. The first pass uses the rounded
     numbers too, so that all passes agree.
@@ -55,7 +61,8 @@ class SliceVolumeInferer(Inferer):
     Args:
         slice_transforms: deterministic MONAI dictionary transforms, or one Compose, on "image" and "prompt"; other keys
             that they name ("label") are passed over. Without ``BoxFromPromptd``.
-        batch_size: slices per call of the network, at least 1; batches do not span volumes.
+        batch_size: slices per call of the network, at least 1; batches do not span volumes. Slabs: as many as fit, at
+            least one.
         prompted: call ``network(images, boxes)``; else ``network(images)``.
         per_component: a box per connected component of the prompt, (b, max_boxes, 4), instead of one, (b, 4).
         max_boxes: boxes per slice at most, with ``per_component``.
@@ -158,21 +165,29 @@ class SliceVolumeInferer(Inferer):
             wanted = (prompt > 0).flatten(0, 2).any(dim=0).cpu().nonzero()[:, 0].tolist()
         wanted = wanted if only is None else [z for z in wanted if only[z]]
         store = self._embeddings(image, prompt, network, wanted)
+        slab = int(getattr(unwrap(network), "depth", 1))  # type: ignore[arg-type]
+        if slab > 1 and depth == 1:
+            raise ConfigError(
+                f"got a single slice, but this network is for volumes: it looks at slabs of {slab} slices"
+            )
         volume: torch.Tensor | None = None
-        for start in range(0, len(wanted), self.batch_size):
-            numbers, prepared, boxes = self._batch(image, prompt, wanted[start : start + self.batch_size])
+        for seen, new in _calls(wanted, depth, slab, self.batch_size):
+            numbers, prepared, boxes = self._batch(image, prompt, seen, whole=slab > 1)
             if not numbers:
                 continue
             slices = prepared.as_subclass(torch.Tensor)
             embedding = None if store is None else store.get(numbers, slices)
-            logits = self._finished(self._undo(_run(network, slices, boxes, embedding), prepared, size))
+            logits = _run(network, slices, boxes, embedding)
+            if slab > 1:
+                numbers, logits = [seen[k] for k in new], logits[new]
+            logits = self._finished(self._undo(logits, prepared, size))
             if volume is None:
                 volume = self._empty(logits.shape[1], (*size, depth), logits.device)
             volume[..., numbers] = logits.permute(1, 2, 3, 0)  # (b, C, H, W) -> (C, H, W, b)
         if volume is None:
             # no slice has a box: the network is asked once, for the number of its channels only
-            slices = self._prepare(image[..., :1], None)[0].as_subclass(torch.Tensor)
-            boxes = slices.new_full((1, self.max_boxes, 4) if self.per_component else (1, 4), torch.nan)
+            slices = self._prepare(image[..., [0] * slab], None)[0].as_subclass(torch.Tensor)
+            boxes = slices.new_full((slab, self.max_boxes, 4) if self.per_component else (slab, 4), torch.nan)
             logits = self._finished(_run(network, slices, boxes))
             volume = self._empty(logits.shape[1], (*size, depth), image.device)
         return volume
@@ -194,9 +209,12 @@ class SliceVolumeInferer(Inferer):
         return VolumeEmbeddings(self.embedding_dir, network, self._settings, image)
 
     def _batch(
-        self, image: torch.Tensor, prompt: torch.Tensor | None, wanted: list[int]
+        self, image: torch.Tensor, prompt: torch.Tensor | None, wanted: list[int], *, whole: bool
     ) -> tuple[list[int], MetaTensor, torch.Tensor | None]:
-        """Numbers of the slices that the network has to see, what it sees of them, (b, S, h, w), and their boxes."""
+        """Numbers of the slices that the network has to see, what it sees of them, (b, S, h, w), and their boxes.
+
+        ``whole``: it has to see all that are ``wanted``, with or without a box.
+        """
         masks = prompt if prompt is not None and prompt.ndim == 4 else None
         groups = [wanted] if self._channelwise else [[z] for z in wanted]
         parts = [self._prepare(image[..., g], None if masks is None else masks[..., g]) for g in groups]
@@ -215,13 +233,16 @@ class SliceVolumeInferer(Inferer):
             boxes = torch.stack([boxes_of(plane, **how) for plane in planes])
         kept = [k for k, there in enumerate((~boxes.isnan()).flatten(1).any(1).tolist()) if there]
         if len(kept) < len(wanted):
-            lost = sorted(set(wanted) - {wanted[k] for k in kept})
-            logger.warning(
-                "prompts of slices %s vanish in slice_transforms; predicted empty. Resize prompts with mode 'area'",
-                lost,
-            )
-            prepared, boxes = prepared[kept], boxes[kept]
-        return [wanted[k] for k in kept], prepared, boxes.to(image.device, non_blocking=True)
+            without = set(wanted) - {wanted[k] for k in kept}
+            lost = sorted(z for z in without if masks is None or not whole or (masks[..., z] > 0).any())
+            if lost:
+                logger.warning(
+                    "prompts of slices %s vanish in slice_transforms; predicted empty. Resize prompts with mode 'area'",
+                    lost,
+                )
+            if not whole:
+                wanted, prepared, boxes = [wanted[k] for k in kept], prepared[kept], boxes[kept]
+        return wanted, prepared, boxes.to(image.device, non_blocking=True)
 
     def _prepare(self, image: torch.Tensor, prompt: torch.Tensor | None) -> tuple[MetaTensor, torch.Tensor | None]:
         """Slices (S, H, W, b) as the network sees them, (b, S, h, w), and their prompts (N, H, W, b), (b, N, h, w)."""
@@ -283,6 +304,27 @@ class SliceVolumeInferer(Inferer):
             return d
         with allow_missing_keys_mode(self.slice_transforms):
             return function(d)
+
+
+def _calls(wanted: list[int], depth: int, slab: int, batch_size: int) -> Iterator[tuple[list[int], list[int]]]:
+    """For each call of the network the numbers of the slices that it sees, of ``depth``, and the places among them of
+    those that are ``wanted`` and not in a slab before."""
+    if slab == 1:
+        for start in range(0, len(wanted), batch_size):
+            numbers = wanted[start : start + batch_size]
+            yield numbers, list(range(len(numbers)))
+        return
+    asked = set(wanted)
+    # beginning of a slab -> the slices that are of no slab before it
+    new = {max(min(z, depth - slab), 0): range(z, min(z + slab, depth)) for z in range(0, depth, slab)}
+    slabs = [start for start, own in new.items() if asked.intersection(own)]
+    several = max(1, batch_size // slab)
+    for first in range(0, len(slabs), several):
+        numbers, places = [], []
+        for start in slabs[first : first + several]:
+            places += [len(numbers) + z - start for z in new[start] if z in asked]
+            numbers += [min(z, depth - 1) for z in range(start, start + slab)]
+        yield numbers, places
 
 
 def _checked_boxes(boxes: torch.Tensor, prompt: torch.Tensor | None, images: torch.Tensor) -> torch.Tensor:

@@ -328,6 +328,8 @@ def _misfits(settings: BundleSettings) -> Iterator[str]:
         yield "run::prompt::source: 'mask' is for volumes; 2-D images take label, json, image or none"
     if run.validation.picker is not None and task.kind == "images":
         yield "run::validation::picker: a 2-D image is one slice, and all are validated; use null"
+    if getattr(strategy.method, "depth", 1) > 1 and task.kind == "images":
+        yield "strategy::method::depth: a 2-D image has no neighbours to attend to; use 1"
     if run.prompt.loosen[0] > run.prompt.loosen[1]:
         yield f"run::prompt::loosen: got {run.prompt.loosen}; the smaller number comes first"
     if strategy.network is not None and strategy.network.name == "BoxEllipse" and several:

@@ -2,7 +2,8 @@
 
 Behind a layer (Houlsby et al. 2019, arXiv:1902.00751) ``y = W x + b`` becomes ``y + s (U f(D y + c) + e)``: a way
 around the bottleneck stays. Beside the two layers of an MLP (AdaptFormer, Chen et al. 2022, arXiv:2205.13535) the
-bottleneck reads what the first of them reads, and its output is added to that of the second.
+bottleneck reads what the first of them reads, and its output is added to that of the second. Beside the attention of a
+slice (Wu et al. 2023, arXiv:2304.12620) one reads what the same attention makes of the slice's neighbours.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import threading
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from samseg_monai.errors import AdapterError, raise_all
-from samseg_monai.products import Linear, SharedLinear
+from samseg_monai.products import Linear, SharedLinear, linear
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -119,6 +121,50 @@ class BottleneckLinear(SharedLinear):
         read = None if self.handed is None else self.handed.take()
         output = super().forward(input)
         return output + self.adapter(output if read is None else read) if self.enabled else output
+
+
+class DepthBranch(nn.Module):
+    """The space-depth transpose of Medical SAM Adapter (Wu et al. 2023, arXiv:2304.12620), for one attention layer.
+
+    Each token attends to those at its place in the slices of its slab, by the queries, keys and values that the frozen
+    layer makes for its attention within the slice, and without positions: those that SAM has are of two axes. What the
+    layer's projection makes of it goes through a bottleneck, which starts at zero, and is added to the layer's output.
+
+    Args:
+        proj: the attention's projection, of which the bottleneck reads; its tensors stay where they are.
+        depth: slices of a slab, D, at least 2.
+        views: passes through the network per slice, V.
+        width: of the bottleneck, 1 to 65536.
+        activation: of the bottleneck, "gelu" or "relu".
+    Attributes:
+        enabled: False makes it add nothing.
+    Shape: output (B, H, W, C); queries, keys and values (B, H, W, heads, d), where B is slabs times D times V and the
+        slices of a slab follow each other; to (B, H, W, C).
+    Raises:
+        AdapterError: listing everything that is wrong with the arguments.
+    """
+
+    def __init__(self, proj: nn.Linear, *, depth: int, views: int = 1, width: int, activation: str = "relu") -> None:
+        problems = _problems(proj, width, 1.0, activation)
+        problems += [] if depth >= 2 else [f"depth must be at least 2, got {depth}"]
+        raise_all(problems, AdapterError, "DepthBranch cannot be built")
+        super().__init__()
+        self.adapter = Bottleneck(proj.out_features, width, scale=1.0, activation=activation, like=proj.weight)
+        self.depth, self.views, self.enabled = depth, views, True
+        self.train(proj.training)
+
+    def forward(self, output: Tensor, q: Tensor, k: Tensor, v: Tensor, proj: nn.Linear) -> Tensor:
+        """What the attention made of each slice, with what its slab adds; see the class for shapes."""
+        if not self.enabled:
+            return output
+        # (slabs, V, H, W, heads, D, d)
+        q, k, v = (x.unflatten(0, (-1, self.depth, self.views)).movedim(1, -2) for x in (q, k, v))
+        mixed = scaled_dot_product_attention(q, k, v).movedim(-2, 1).flatten(0, 2).flatten(-2)
+        # both layers are linear: a product of (width, C), not of (C, C), for each token
+        down, adapter = self.adapter.down, self.adapter
+        bias = down.bias if proj.bias is None else down.bias + down.weight @ proj.bias
+        hidden = linear(mixed, down.weight @ proj.weight, bias)
+        return output + adapter.scale * adapter.up(adapter.activation(hidden))
 
 
 def _problems(base: Any, width: int, scale: float, activation: str) -> list[str]:

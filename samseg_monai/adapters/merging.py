@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from samseg_monai.adapters.bottleneck import BottleneckLinear
+from samseg_monai.adapters.bottleneck import BottleneckLinear, DepthBranch
 from samseg_monai.adapters.lora import LoRALinear
 from samseg_monai.adapters.scale_shift import ScaleShift
 from samseg_monai.errors import AdapterError
 
-ADAPTERS = (LoRALinear, BottleneckLinear, ScaleShift)  # each has ``enabled``
+ADAPTERS = (LoRALinear, BottleneckLinear, DepthBranch, ScaleShift)  # each has ``enabled``
 
 
 def merge_all(module: nn.Module) -> int:

@@ -337,6 +337,7 @@ def _values(settings: BundleSettings) -> dict[str, Any]:
         "embeddings": settings.has_sam and settings.frozen_encoder,
         "stored": run.store_size is not None or ladder or (several and task.kind == "volumes"),
         "ladder": ladder,
+        "slabs": hasattr(settings.strategy.method, "depth") and task.kind == "volumes",
         "trains": settings.trains,
         "recipe": settings.strategy,
         "strategy": _strategy(dumped["strategy"]["method"]),

@@ -8,6 +8,11 @@ from typing import Any
 from samseg_monai.choices import SSF, Adapter, Ladder, LoRA, Selective, ZeroShot
 from samseg_monai.settings import BundleSettings
 
+PLACES = {
+    "serial": "behind attention and MLP",
+    "parallel": "beside the MLP",
+    "both": "behind the attention and beside the MLP",
+}
 SCALES = {"zscore": "z-scores", "unit": "0 to 1", "sam": "0 to 255"}
 
 
@@ -105,8 +110,10 @@ def _method(settings: BundleSettings) -> str:
         what = f"{kind} of rank {method.rank} in {', '.join(method.targets)} of {_blocks(method)}"
         return f"{sam} {what}; the mask decoder {_decoder(method.decoder, kind)}."
     if isinstance(method, Adapter):
-        where = "behind attention and MLP" if method.place == "serial" else "beside the MLP"
-        what = f"Bottlenecks of width {method.width} {where} of {_blocks(method)}, scaled by {method.scale:g}"
+        what = f"Bottlenecks of width {method.width} {PLACES[method.place]} of {_blocks(method)}, "
+        what += f"scaled by {method.scale:g}"
+        if method.depth > 1:
+            what += f"; each slice attends to its neighbours in slabs of {method.depth} slices, through further ones"
         return f"{sam} {what}; the mask decoder {_decoder(method.decoder)}."
     if isinstance(method, SSF):
         what = "A scale and a shift behind every layer of the encoder that has weight and bias"

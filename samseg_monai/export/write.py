@@ -317,7 +317,7 @@ def obstacles(network: Network) -> dict[str, list[str]]:
     found |= {"samed": _no_sam(network), "peft": _no_sam(network)}
     if isinstance(network, SamSegmenter):
         found |= {"samed": against_samed(network), "peft": against_peft(network)}
-    return {**found, "ckpt_export": tracing}
+    return {**found, "ckpt_export": tracing + _against_slabs(network)}
 
 
 def refuse(network: Network, fmt: str) -> None:
@@ -369,11 +369,17 @@ def _against_parts(network: Network) -> list[str]:
     if not isinstance(network, SamSegmenter):
         boxes = f"boxes '{network.boxes}': only networks without boxes, or with SAM, have a part that takes them"
         return [] if network.boxes == "none" else [boxes]
-    reasons, taps = _against_best(network), tuple(getattr(network.side, "taps", ()))
+    reasons, taps = _against_best(network) + _against_slabs(network), tuple(getattr(network.side, "taps", ()))
     if taps:
         side = type(network.side).__name__
         reasons.append(f"side network {side}: it reads blocks {taps}, which the encoder does not hand out")
     return reasons
+
+
+def _against_slabs(network: Network) -> list[str]:
+    depth = getattr(network, "depth", 1)
+    alone = f"slabs of {depth} slices: the files take slices one by one, and no neighbours to attend to"
+    return [] if depth == 1 else [alone]
 
 
 def _against_best(network: SamSegmenter) -> list[str]:

@@ -148,6 +148,11 @@ class SamSegmenter(Segmenter):
         return {"encoder_sha256": self._encoder_hash[1], **facts}
 
     @property
+    def depth(self) -> int:
+        """Slices of a slab, which see each other; 1: each is alone."""
+        return 1 if self.strategy is None else self.strategy.depth
+
+    @property
     def precision(self) -> str:
         """What the image encoder computes in: float32, tf32, bf16 or int8."""
         if self.compute.int8 or self.autocast is not None:
@@ -209,7 +214,8 @@ class SamSegmenter(Segmenter):
         """Segment a batch of slices.
 
         Args:
-            image: (B, S, H, W) with H, W <= image_size, intensities as ``input_scale`` says.
+            image: (B, S, H, W) with H, W <= image_size, intensities as ``input_scale`` says. Where ``depth`` is D > 1,
+                B is a multiple of D, and each D images in a row are neighbouring slices of a volume, a slab.
             boxes: (B, 4) or (B, N, 4) as x0 y0 x1 y1 in pixels of ``image``, x along W; a row with NaN is no box.
             embedding: (B * S, C, gh, gw) or (B, S, C, gh, gw) of an earlier pass through the encoder (1 for S when the
                 scans are channels), which is then not run.
@@ -221,6 +227,11 @@ class SamSegmenter(Segmenter):
             ConfigError: naming the shape that was got and the one expected.
         """
         image, boxes = plain_inputs(self, image, boxes)
+        if len(image) % self.depth:
+            raise ConfigError(
+                f"image: got {len(image)} slices, but this network attends to neighbours in slabs of {self.depth}; "
+                "give volumes to a SliceVolumeInferer, which cuts slabs, or train with depth 1 for single images"
+            )
         if self.masks == "best" and self.training and self.owned:
             raise ConfigError(
                 "masks: got 'best' in training, but the masks that it chooses from would not learn; train with "
@@ -234,7 +245,9 @@ class SamSegmenter(Segmenter):
 
         def of_boxes(images: list[int] | slice, boxes: Tensor, given: Tensor) -> list[Tensor]:
             counts = given.sum(1).tolist()
-            own = None if embedding is None else embedding.unflatten(0, (-1, self.views))[images].flatten(0, 1)
+            # a slice without a box is a neighbour all the same
+            whole = self._encode(image) if embedding is None and self.depth > 1 else embedding
+            own = None if whole is None else whole.unflatten(0, (-1, self.views))[images].flatten(0, 1)
             return join_boxes(self._segment(image[images], own, boxes[given], counts), counts, self.num_classes)
 
         return where_boxes_are(self, image, boxes, of_boxes)

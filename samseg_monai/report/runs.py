@@ -39,7 +39,8 @@ NO_PROMPTS = "no prompts"
 STRATEGIES = {
     BOX_ELLIPSE: "Box ellipse (no network)", ZERO_SHOT: "Zero-shot", LORA: "LoRA", "dora": "DoRA",
     "samed": "SAMed",
-    "adapter": "Adapters (behind attention and MLP)", "adaptformer": "AdaptFormer", "ssf": "SSF (scale and shift)",
+    "adapter": "Adapters (behind attention and MLP)", "adaptformer": "AdaptFormer",
+    "medsa": "Medical SAM Adapter", "ssf": "SSF (scale and shift)",
     "attention": "Attention projections",
     LADDER: "Ladder (ResNet18 beside SAM)", "ladder_paper": "Ladder, as published", "cnn_only": "CNN only",
     "sam_only": "SAM only (decoder upscaling)", "full": "Full fine-tuning", "decoder": "Mask decoder",
@@ -214,9 +215,9 @@ class RunResult:
             built = self.fact("side_arguments") or {}
             words = [f"{key} {value}" for key, value in built.items() if isinstance(value, (bool, int, float, str))]
             return f"Ladder ({', '.join([SIDES.get(side, side), *words])} beside SAM)"
-        rank = self.fact("strategy.arguments.rank")
+        rank, depth = self.fact("strategy.arguments.rank"), self.fact("strategy.arguments.depth")
         if not low_rank or rank is None:
-            return base
+            return f"{base}, slabs of {depth}" if depth else base
         late = f", last {share} % of blocks" if share else ""
         decoder = self.fact("strategy.arguments.decoder")
         also = f" + {base} in the decoder" if decoder == "lora" else " + decoder" if decoder is True else ""

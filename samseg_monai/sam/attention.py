@@ -122,6 +122,21 @@ def _backward(
     return for_q, for_k.transpose(1, 2), for_v.transpose(1, 2), for_rows, for_cols
 
 
+def with_slab(layer: Any, output: Tensor, qkv: Tensor, *, parts: int) -> Tensor:
+    """An attention layer's output (B, H, W, C), with what a slice takes from its slab where the layer has a ``depth``.
+
+    Args:
+        layer: the attention, whose ``depth`` an adapter is (``adapters.bottleneck.DepthBranch``).
+        qkv: (B, H, W, 3 * heads * d), what it made of each token.
+        parts: axis of query, key and value in its rows: 0 before the heads, 1 behind.
+    """
+    branch = getattr(layer, "depth", None)
+    if branch is None:
+        return output
+    sizes = (3, layer.num_heads, -1) if parts == 0 else (layer.num_heads, 3, -1)
+    return branch(output, *qkv.unflatten(-1, sizes).unbind(parts - 3), layer.proj)
+
+
 def drawn() -> bool:
     """Whether a graph is being drawn, which what is done piece by piece would make long."""
     return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from samseg_monai.errors import ConfigError
 from samseg_monai.products import fits, linear
+from samseg_monai.sam.attention import with_slab
 from samseg_monai.sam.backbone import Backbone, Rows, SamSpec
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
@@ -137,7 +138,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (b, height, width, dim), s = x.shape, self.window
-        qkv = self.qkv(self.norm(x))
+        tokens = qkv = self.qkv(self.norm(x))
         down, across = -(-height // s), -(-width // s)  # windows
         if (down * s, across * s) != (height, width):
             of_zeros = self.qkv(self.norm(x.new_zeros(1, 1, 1, dim)))
@@ -152,7 +153,7 @@ class WindowAttention(nn.Module):
         bias = self.attention_biases.index_select(1, self.index.flatten()).unflatten(1, self.index.shape).to(q.dtype)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(n, -1, -1, -1)).transpose(1, 2)
         x = x.reshape(b, down, across, s, s, dim).transpose(2, 3).reshape(b, down * s, across * s, dim)
-        return self.proj(x[:, :height, :width])
+        return with_slab(self, self.proj(x[:, :height, :width]), tokens, parts=1)
 
 
 def feed_forward(dim: int) -> nn.Sequential:
@@ -172,7 +173,9 @@ class AttentionBlock(nn.Module):
         self.local_conv = ConvNorm(dim, dim, 3, groups=dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = in_bands(partial(_plus, self.attn), x, self.attn, 3 * self.dim, step=self.window)
+        depth = getattr(self.attn, "depth", None)  # of an adapter by which the images of a slab see each other
+        slab = 1 if depth is None else depth.depth * depth.views
+        x = in_bands(partial(_plus, self.attn), x, self.attn, 3 * self.dim, step=self.window, together=slab)
         return in_bands(partial(_plus, self.mlp), self.local_conv(x), self.mlp, EXPANSION * self.dim)
 
 
@@ -188,7 +191,15 @@ def wants_gradient(*tensors: torch.Tensor) -> bool:
 
 
 def in_bands(
-    function: Layer, x: torch.Tensor, module: nn.Module, width: int, *, step: int = 1, stride: int = 1, halo: int = 0
+    function: Layer,
+    x: torch.Tensor,
+    module: nn.Module,
+    width: int,
+    *,
+    step: int = 1,
+    stride: int = 1,
+    halo: int = 0,
+    together: int = 1,
 ) -> torch.Tensor:
     """``function(x)`` of (B, C, H, W), band of rows by band where that is faster: on a CPU, without a gradient.
 
@@ -200,14 +211,15 @@ def in_bands(
         step: rows of ``x`` that belong together; H need not be a multiple.
         stride: of the rows.
         halo: rows of the output on either side of a band that ``function`` gets wrong, as it does not see beyond.
+        together: images that belong together, B a multiple of them.
     """
     if not fits(x) or wants_gradient(x, *module.parameters()):
         return function(x)
     batch, _, height, across = x.shape
     if batch * height * across * width <= BAND:
         return function(x)
-    images = max(BAND // (height * across * width), 1)
-    rows = max(BAND // (step * stride * across * width), 1) * step  # of the output
+    images = max(BAND // (height * across * width * together), 1) * together
+    rows = max(BAND // (step * stride * across * width * together), 1) * step  # of the output
     height //= stride
     out = None
     for image in range(0, batch, images):

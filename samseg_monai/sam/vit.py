@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from samseg_monai.errors import ConfigError
-from samseg_monai.sam.attention import Way, attend, drawn, in_pieces, positions, windowed
+from samseg_monai.sam.attention import Way, attend, drawn, in_pieces, positions, windowed, with_slab
 from samseg_monai.sam.backbone import Backbone, Rows, SamSpec
 
 HIDDEN = 1 << 22  # hidden values at a time on a CPU: enough for full speed, and blocks of memory that are used again
@@ -68,14 +68,14 @@ class FusedAttention(Attention):
     def forward(self, x: torch.Tensor, window: int = 0) -> torch.Tensor:
         b, height, width, c = x.shape
         heads, d = self.num_heads, c // self.num_heads
-        qkv = self.qkv(x)  # (B, H, W, 3 C)
+        tokens = qkv = self.qkv(x)  # (B, H, W, 3 C)
         h, w = window or height, window or width
         down, across = -(-height // h), -(-width // w)  # windows
         whole = (down * h, across * w) == (height, width)
         fill = qkv.new_zeros(3 * c) if whole else self.qkv(x.new_zeros(1, 1, 1, c)).flatten()
         offsets = relative_rows(self.rel_pos_h, h), relative_rows(self.rel_pos_w, w)
         if self.way is None and in_pieces(qkv):
-            return self.proj(windowed(qkv, fill, *offsets, heads, self.scale))
+            return with_slab(self, self.proj(windowed(qkv, fill, *offsets, heads, self.scale)), tokens, parts=0)
         if not whole:
             filled = fill.expand(b, down * h, across * w, -1).clone()
             filled[:, :height, :width] = qkv
@@ -86,7 +86,8 @@ class FusedAttention(Attention):
         rows, cols = positions(q.unflatten(2, (h, w)), *offsets)
         out = (self.way or attend)(q, k, v, rows, cols, self.scale)
         out = out.reshape(b, down, across, heads, h, w, d).permute(0, 1, 4, 2, 5, 3, 6)
-        return self.proj(out.reshape(b, down * h, across * w, c)[:, :height, :width])
+        out = self.proj(out.reshape(b, down * h, across * w, c)[:, :height, :width])
+        return with_slab(self, out, tokens, parts=0)
 
 
 class ThriftyMLP(MLPBlock):

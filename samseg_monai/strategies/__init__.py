@@ -22,6 +22,7 @@ STRATEGIES: dict[str, tuple[type[Strategy], dict[str, Any]]] = {
     "samed": (LoRA, {"decoder": "samed"}),
     "adapter": (Adapter, {}),
     "adaptformer": (Adapter, {"place": "parallel", "scale": 0.1}),
+    "medsa": (Adapter, {"place": "both", "scale": 0.1, "depth": 4}),
     "ssf": (SSF, {}),
     "ladder": (Ladder, {}),
     "ladder_paper": (Ladder, {"decoder": "upscaling", "masks": "random"}),

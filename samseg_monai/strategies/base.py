@@ -100,12 +100,16 @@ class Strategy:
         training_only: arguments that do not change what a trained network computes.
         tile_masks: start a mask head of another size from SAM's own masks, repeated, instead of at random.
         random_masks: a mask head of another size may stay random though nothing of it learns.
+        depth: slices of a volume that the network sees together, one behind the other in its batches.
+        newer: arguments that older cards do not know, with the values that leave them out of new ones.
     """
 
     name: str = "strategy"
     training_only: ClassVar[tuple[str, ...]] = ()
     tile_masks: bool = False
     random_masks: bool = False
+    depth: int = 1
+    newer: ClassVar[dict[str, Any]] = {}
 
     def install(self, segmenter: Segmenter) -> list[str]:
         """Put this strategy's layers into ``segmenter``, which has none yet, or nothing at all.
@@ -133,9 +137,9 @@ class Strategy:
         return {}
 
     def arguments(self) -> dict[str, Any]:
-        """Constructor arguments as JSON values."""
+        """Constructor arguments as JSON values; those of ``newer`` only where they are set."""
         names = list(inspect.signature(type(self)).parameters)
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in names if self.newer.get(name, ...) != getattr(self, name)}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def card(self) -> dict[str, Any]:

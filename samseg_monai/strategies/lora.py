@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from segment_anything.modeling.transformer import Attention
 from torch import nn
@@ -40,6 +40,7 @@ class LoRA(OnEncoder):
 
     name = "lora"
     training_only = ("dropout",)
+    newer: ClassVar[dict[str, Any]] = {"dora": False, "last": None}
 
     def __init__(
         self,
@@ -92,11 +93,6 @@ class LoRA(OnEncoder):
             owned |= self.whole_decoder(segmenter)
             owned |= {NO_MASK} if self.decoder == "samed" else set()
         return [name for name in segmenter.state_dict() if name in owned]
-
-    def arguments(self) -> dict[str, Any]:
-        """Constructor arguments; ``dora`` and ``last`` only where they are set, since older cards do not know them."""
-        newer = {"dora": False, "last": None}
-        return {key: value for key, value in super().arguments().items() if newer.get(key, ...) != value}
 
     def start(self, segmenter: Segmenter, *, download: bool = True) -> None:
         """Take the magnitudes of DoRA from the base weights, which are there only now."""

@@ -211,7 +211,8 @@ def count_slices(
     began = time.perf_counter()
     dataset = training()
     seconds = time.perf_counter() - began
-    sizes = [dataset[index]["image"].shape[-2:] for index in spread(range(len(dataset)))]
+    looked = [dataset[index] for index in spread(range(len(dataset)))]  # slices, or slabs of them
+    sizes = [(item[0] if isinstance(item, list) else item)["image"].shape[-2:] for item in looked]
     found: dict[str, Any] = {
         "size": [int(statistics.median(side)) for side in zip(*sizes, strict=True)],
         "slice_mb": dataset.cache_bytes() / len(dataset) / 1e6,

@@ -60,6 +60,7 @@ def _write_run(folder: Path, rows: list[dict], **card: object) -> Path:
         ("dora", {"rank": 4, "decoder": "lora"}, "DoRA, rank 4 + DoRA in the decoder"),
         ("lora_late_25", {"rank": 8, "last": 0.25}, "LoRA, rank 8, last 25 % of blocks"),
         ("adaptformer", {"width": 64}, "AdaptFormer"),
+        ("medsa", {"width": 64, "depth": 4}, "Medical SAM Adapter, slabs of 4"),
         ("my_late_25", {"rank": 8}, "my late 25"),
     ],
 )

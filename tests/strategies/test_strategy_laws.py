@@ -221,6 +221,15 @@ ROWS = {
         lambda: Adapter(3, place="parallel", scale=0.1),
         lambda network: bottleneck_values(BLOCKS[network.spec.name].values(), 3, each=1),
     ),
+    "medsa": Row(
+        lambda: Adapter(3, place="both", scale=0.1, depth=2),
+        lambda network: bottleneck_values(BLOCKS[network.spec.name].values(), 3, each=3),
+    ),
+    "medsa_alone_decoder_classes": Row(
+        lambda: Adapter(3, place="both", blocks=[1], decoder=True),
+        lambda network: bottleneck_values([BLOCKS[network.spec.name][1]], 3, each=2) + decoder_values(network),
+        CLASSES,
+    ),
     "ssf": Row(SSF, scale_shift_values),
     "ssf_decoder_classes": Row(
         lambda: SSF(decoder=True), lambda network: scale_shift_values(network) + decoder_values(network), CLASSES
@@ -650,6 +659,8 @@ def test_vit_b_trains_the_published_number_of_values(arguments, classes, count):
         (Adapter(64), 12 * 2 * (2 * 64 * 768 + 768 + 64)),
         # ... one of them: AdaptFormer-64 (Chen et al. 2022) ...
         (Adapter(64, place="parallel", scale=0.1), 1_189_632),
+        # ... three: Medical SAM Adapter with its space-depth transpose (Wu et al. 2023) ...
+        (Adapter(64, place="both", depth=4), 3 * 1_189_632),
         # ... SSF in a ViT-B (Lian et al. 2022: about 0.3 M, with a classifier), whose last norm SAM has not; in its
         # neck it has two
         (SSF(), 205_824 - 2 * 768 + 2 * 2 * 256),
@@ -714,7 +725,9 @@ def test_lora_says_what_does_not_fit(arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"place": "above"}, "place must be one of 'serial', 'parallel', got 'above'"),
+        ({"place": "above"}, "place must be one of 'serial', 'parallel', 'both', got 'above'"),
+        ({"depth": 2}, "depth must be 1, or with place 'both' more, got 2"),
+        ({"depth": 0, "place": "both"}, "depth must be 1, or with place 'both' more, got 0"),
         ({"width": 0}, "width must be 1 to 65536, got 0"),
         ({"scale": 0.0}, "scale must be greater than 0, got 0.0"),
         ({"blocks": [0, 2]}, r"Adapter blocks \[2\] are not in this encoder; it has blocks 0 .. 1"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import zlib
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -138,6 +139,10 @@ class SliceDataset(Dataset):
         epochs: how many epochs there will be, at least 1: looks that none of them shows are not computed.
         epoch_transforms: run behind ``slice_transforms`` on every access and draw from (seed, epoch, item), whatever
             the look is: for boxes, which are no part of an embedding. They must leave the image as it is.
+        depth: slices of a slab, at least 1. With more an item is a list of that many neighbouring slices, in order, of
+            which (depth - 1) // 2 lie before the picked one; beyond the volume its first or last one is repeated. All
+            go through the transforms with the same draws. ``SliceCollate`` lays the slabs of a batch one behind the
+            other, and every slice counts in the loss: a volume's are predicted from all places in a slab.
         embedding_dir: folder of the embeddings; None keeps none. Per slice and variant 2 bytes per number of the
             encoder's output, which is 512 kB for SAM at 512 pixels and 2 MB at 1024.
     Attributes: ``cut``: case -> voxels that the crop leaves out, and of how many (``samseg_monai.data.CUT``), where it
@@ -164,21 +169,25 @@ class SliceDataset(Dataset):
         variants: int | None = None,
         epochs: int | None = None,
         epoch_transforms: Transforms = None,
+        depth: int = 1,
         embedding_dir: str | Path | None = None,
     ) -> None:
-        _check(data, cache, cache_dir, seed=seed, num_threads=num_threads, variants=variants, epochs=epochs)
+        at_least = {"num_threads": num_threads, "variants": variants, "epochs": epochs, "depth": depth}
+        _check(data, cache, cache_dir, seed=seed, **at_least)
         self.data = [dict(item) for item in data]
         # copies: what is drawn here stays here, so that others who use these transforms find the same cache
         self.volume_transforms, self.slice_transforms = composed(volume_transforms), composed(slice_transforms)
         self.epoch_transforms = composed(epoch_transforms)
-        self.picker, self.keys, self.seed = picker, tuple(keys), seed
+        self.picker, self.keys, self.seed, self.depth = picker, tuple(keys), seed, depth
         self.variants = variants or (1 if embedding_dir is None else min(DEFAULT_VARIANTS, epochs or DEFAULT_VARIANTS))
         self._endless = variants is None and embedding_dir is None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         made_by = {"volume_transforms": describe(self.volume_transforms), "picker": repr(picker), "keys": self.keys}
+        made_by |= {"depth": depth} if depth > 1 else {}
         self._made_by = [{**made_by, "item": describe_item(item), "seed": seed} for item in self.data]
         self._files = [CachedCase(cache_dir, key) for key in self._made_by] if cache == "disk" and cache_dir else []
         self._slices: list[Slices | None] = [None] * len(self.data)
+        self._held: list[list[int]] = [[] for _ in self.data]  # numbers of the slices that are kept of each case
         self.cut: dict[str, dict[str, int]] = {}
         self._numbers = self._prepare(num_threads, progress)
         self._first = np.cumsum([0, *(len(numbers) for numbers in self._numbers)]).tolist()  # row of each case
@@ -195,22 +204,31 @@ class SliceDataset(Dataset):
     def __len__(self) -> int:
         return len(self._index)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Any:
         index = range(len(self))[index]  # negative indices, and IndexError at the end
         epoch = int(self._epoch)
         position, rank = self._index[index]
         numbers = self._numbers[position]
         number = self.picker.draw(numbers, np.random.default_rng((self.seed, epoch, position)))[rank]
         candidate = numbers.index(number)
-        if self._endless:
-            item = self._transformed(position, candidate, (self.seed, epoch, index))
-        else:
-            variant = self.variant(self._first[position] + candidate, epoch)
-            item = self._look(position, candidate, variant)
-            if self._embeddings:
-                item["embedding"] = self._embeddings[position].read(candidate * self.variants + variant)["embedding"]
-        self.epoch_transforms.set_random_state(seed=seed_of(self.seed, epoch, index, 1))
-        return dict(self.epoch_transforms(item))
+        items = []
+        for offset in self._offsets:
+            if self._endless:
+                item = self._transformed(position, candidate, (self.seed, epoch, index), offset)
+            else:
+                variant = self.variant(self._first[position] + candidate, epoch)
+                item = self._look(position, candidate, variant, offset)
+                if self._embeddings:
+                    row = candidate * self.variants + variant
+                    item["embedding"] = self._embeddings[position].read(row)["embedding"]
+            self.epoch_transforms.set_random_state(seed=seed_of(self.seed, epoch, index, 1))
+            items.append(dict(self.epoch_transforms(item)))
+        return items if self.depth > 1 else items[0]
+
+    @property
+    def _offsets(self) -> range:
+        """Where the slices of a slab lie, seen from the picked one."""
+        return range(-((self.depth - 1) // 2), self.depth // 2 + 1)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (0, 1, ...) whose random draws the next items get."""
@@ -248,6 +266,8 @@ class SliceDataset(Dataset):
         """
         if self._embedding_dir is None:
             return 0
+        if self.depth > 1:
+            raise ConfigError(f"embeddings are of single slices, got depth {self.depth}; leave embedding_dir out")
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         encoder = frozen_encoder(network)
@@ -292,42 +312,45 @@ class SliceDataset(Dataset):
             looks = [self._look(position, *divmod(row, self.variants)) for row in rows[start : start + batch_size]]
             yield {"embedding": encode(encoder, [look["image"].to(device) for look in looks])}
 
-    def _look(self, position: int, candidate: int, variant: int) -> dict[str, Any]:
+    def _look(self, position: int, candidate: int, variant: int, offset: int = 0) -> dict[str, Any]:
         row = self._first[position] + candidate
-        item = self._transformed(position, candidate, (self.seed, variant, row), variant=variant)
+        item = self._transformed(position, candidate, (self.seed, variant, row), offset, variant=variant)
         return item if self._filled is None else fill_up(item, self._filled)
 
-    def _transformed(self, position: int, candidate: int, seeds: tuple[int, ...], **extra: Any) -> dict[str, Any]:
-        slices = self._slices[position]
+    def _transformed(
+        self, position: int, candidate: int, seeds: tuple[int, ...], offset: int, **extra: Any
+    ) -> dict[str, Any]:
+        slices, held = self._slices[position], self._held[position]
+        # a number beyond the volume is that of its last slice, which is kept where such a number is asked for
+        row = bisect_left(held, min(max(self._numbers[position][candidate] + offset, held[0]), held[-1]))
         if slices is None:
-            item: dict[str, Any] = self._read(position, candidate)
+            item: dict[str, Any] = self._read(position, row)
         else:
-            item = {key: torch.from_numpy(array[candidate].copy()) for key, array in slices.items()}
-        item |= {"case": str(self.data[position]["case"]), "slice": self._numbers[position][candidate], **extra}
+            item = {key: torch.from_numpy(array[row].copy()) for key, array in slices.items()}
+        item |= {"case": str(self.data[position]["case"]), "slice": held[row], **extra}
         self.slice_transforms.set_random_state(seed=seed_of(*seeds))
         item = self.slice_transforms(item)
         # history and metadata of a single slice are of no use later on, but cost time in every collate
         return {k: v.as_subclass(torch.Tensor) if isinstance(v, torch.Tensor) else v for k, v in item.items()}
 
-    def _read(self, position: int, candidate: int) -> dict[str, Any]:
+    def _read(self, position: int, row: int) -> dict[str, Any]:
         file = self._files[position]
         try:
-            values = file.read(candidate)
+            values = file.read(row)
         except CacheError as error:  # deleted or damaged since the start
             logger.warning("%s", error)
             self._from_file(position)
-            values = file.read(candidate)
-        del values["slice"], values["cut"]
-        return values
+            values = file.read(row)
+        return {key: value for key, value in values.items() if key not in ("slice", "cut", "picked")}
 
     def _prepare(self, num_threads: int, progress: bool) -> list[list[int]]:
         def attempt(position: int) -> list[int] | str:
             try:
                 if self._files:
                     return self._from_file(position)
-                found, self._slices[position], cut = self._build(position)
+                picked, self._held[position], self._slices[position], cut = self._build(position)
                 self._note(position, cut)
-                return found
+                return picked
             except Exception as error:  # noqa: BLE001  whatever a transform raises is a problem of its case
                 return f"{self.data[position]['case']}: {reason_of(error)}"
 
@@ -343,16 +366,21 @@ class SliceDataset(Dataset):
         file = self._files[position]
 
         def build() -> list[dict[str, torch.Tensor]]:
-            numbers, slices, cut = self._build(position)
+            picked, held, slices, cut = self._build(position)
             rows = {key: torch.from_numpy(array) for key, array in slices.items()}
-            each = {"slice": torch.tensor(numbers, dtype=torch.int64), "cut": cut.repeat(len(numbers), 1)}
+            each = {"slice": torch.tensor(held, dtype=torch.int64), "cut": cut.repeat(len(held), 1)}
+            if self.depth > 1:
+                each["picked"] = torch.tensor([number in picked for number in held], dtype=torch.int64)
             return [{**each, **rows}]
 
         if not file.is_whole():
             file.ensure(build)
         for cut in file.column("cut")[:1]:
             self._note(position, cut)
-        return [int(number) for number in file.column("slice")]
+        held = self._held[position] = file.column("slice").tolist()
+        if self.depth == 1:
+            return list(held)
+        return [number for number, picked in zip(held, file.column("picked").tolist(), strict=True) if picked]
 
     def _note(self, position: int, cut: torch.Tensor) -> None:
         """Keep what the crop leaves out of a case, where it does (``samseg_monai.data.CUT``)."""
@@ -360,8 +388,9 @@ class SliceDataset(Dataset):
         if counts["image"] or counts["label"]:
             self.cut[str(self.data[position]["case"])] = counts
 
-    def _build(self, position: int) -> tuple[list[int], Slices, torch.Tensor]:
-        """Picked slices of a case: their numbers along the last axis, key -> (N, C, H, W), and what a crop left out."""
+    def _build(self, position: int) -> tuple[list[int], list[int], Slices, torch.Tensor]:
+        """Of a case: numbers along the last axis of its picked slices, and of all N that are kept; key -> (N, C, H, W);
+        what a crop left out."""
         item = self.data[position]
         # a copy for each case: MONAI's random transforms keep their draws in themselves, where other threads see them
         transforms = deepcopy(self.volume_transforms)
@@ -378,8 +407,10 @@ class SliceDataset(Dataset):
             if len(shape) != 4 or shape[1:] != tuple(volume["label"].shape[1:]):
                 raise DataError(f"{key!r} must be (C, H, W, D) on the label's grid, got {shape}")
         numbers = self.picker.candidates(torch.as_tensor(volume["label"]).as_subclass(torch.Tensor))
+        last = volume["label"].shape[-1] - 1
+        held = sorted({min(max(number + offset, 0), last) for number in numbers for offset in self._offsets})
         cut = torch.as_tensor(volume.get("cut", [0] * len(CUT)), dtype=torch.int64)
-        return numbers, {key: _pick(volume[key], numbers, key) for key in kept}, cut
+        return numbers, held, {key: _pick(volume[key], held, key) for key in kept}, cut
 
     def _report(self) -> None:
         empty = [str(item["case"]) for item, numbers in zip(self.data, self._numbers, strict=True) if not numbers]

@@ -27,13 +27,15 @@ def fill_up(item: Mapping[str, Any], size: Sequence[int]) -> dict[str, Any]:
 class SliceCollate(PadListDataCollate):
     """MONAI's, but what fills a label up is out of loss and scores, and never at the sides where boxes would move.
 
-    With 0 a slice that nobody has asked about would be one of background, and have a loss.
+    With 0 a slice that nobody has asked about would be one of background, and have a loss. Of items that are slabs,
+    lists of slices, it takes all slices one behind the other.
     """
 
     def __init__(self) -> None:
         super().__init__(method="end")
 
-    def __call__(self, batch: Sequence[Mapping[str, Any]]) -> Any:
+    def __call__(self, batch: Sequence[Any]) -> Any:
+        batch = [item for entry in batch for item in (entry if isinstance(entry, list) else [entry])]
         shapes = [item["image"].shape[-2:] for item in batch]
         size = [max(sides) for sides in zip(*shapes, strict=True)]
         return super().__call__([fill_up(item, size) for item in batch])
