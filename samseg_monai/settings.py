@@ -145,8 +145,9 @@ class RunSettings(Model):
     """SAM's single mask, or the best rated of its three."""
     store_size: Annotated[int, Field(ge=16, le=1024)] | None = None
     """Side in pixels that slices are stored at before they are enlarged; null: none."""
-    scan_mode: Literal["mean_logits", "channels"] = "mean_logits"
-    """Each scan through SAM as grey image, or three scans as the colour channels."""
+    scan_mode: Literal["mean_logits", "channels", "neighbours"] = "mean_logits"
+    """Each scan through SAM as grey image; three scans as the colour channels; or each slice of one scan between its
+    neighbours as these."""
     input_scale: Literal["zscore", "unit", "sam"] = "zscore"
     """Intensities as z-scores, from 0 to 1, or from 0 to 255 with SAM's own normalisation."""
     min_component_mm3: Annotated[float, Field(gt=0, le=1e9)] | None = None
@@ -320,6 +321,10 @@ def _misfits(settings: BundleSettings) -> Iterator[str]:
         yield f"run::image_size: got {run.image_size}; SAM needs a multiple of 16, such as 512"
     if run.scan_mode == "channels" and len(task.scans) != 3:
         yield f"run::scan_mode: 'channels' needs three scans, there are {len(task.scans)}; use 'mean_logits'"
+    if run.scan_mode == "neighbours" and (task.kind == "images" or len(task.scans) > 1 or not settings.has_sam):
+        found = "a 2-D image has none" if task.kind == "images" else f"there are {len(task.scans)} scans"
+        found = found if settings.has_sam else "this network has no SAM"
+        yield f"run::scan_mode: 'neighbours' is for slices of one scan as SAM's channels; {found}; use 'mean_logits'"
     if run.masks == "best" and several:
         yield f"run::masks: 'best' is for one class, there are {len(task.classes)}; use 'single'"
     if run.prompt.source != "none" and not settings.takes_boxes:

@@ -13,6 +13,7 @@ PLACES = {
     "parallel": "beside the MLP",
     "both": "behind the attention and beside the MLP",
 }
+NEIGHBOURS = ("slice before", "slice", "slice behind")
 SCALES = {"zscore": "z-scores", "unit": "0 to 1", "sam": "0 to 255"}
 
 
@@ -21,6 +22,7 @@ def words(settings: BundleSettings) -> dict[str, Any]:
     task, run = settings.task, settings.run
     prompted, several = run.prompt.source != "none", len(task.classes) > 1
     shown = task.channels or task.scans
+    seen = [f"{shown[0]}, {place}" for place in NEIGHBOURS] if run.scan_mode == "neighbours" else shown
     numbered = [f"{number} {name}" for number, name in enumerate(task.classes, start=1)]
     channels = ["background", *task.classes] if several else task.classes
     if task.kind == "images":
@@ -39,7 +41,7 @@ def words(settings: BundleSettings) -> dict[str, Any]:
             "image": _image(settings, shown),
             "label": f"0 background; {', '.join(numbered)}" + _coding(settings),
             "pred": pred,
-            "inputs": dict(zip(map(str, range(len(shown))), shown, strict=True)),
+            "inputs": dict(zip(map(str, range(len(seen))), seen, strict=True)),
             "outputs": dict(zip(map(str, range(len(channels))), channels, strict=True)),
         },
     }
@@ -82,6 +84,8 @@ def _image(settings: BundleSettings, shown: list[str]) -> str:
         what = f"{len(shown)} {kind}s of one exam ({', '.join(shown)}), in that order as channels"
     else:
         what = f"one {kind} ({shown[0]})"
+    if settings.run.scan_mode == "neighbours":
+        what += ", of which SAM sees each slice between its neighbours as the three channels"
     window = task.intensity.window
     clipped = f" of {window[0]:g} to {window[1]:g}" if window and settings.run.input_scale != "zscore" else ""
     return (

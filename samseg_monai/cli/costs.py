@@ -171,10 +171,10 @@ def _measuring(raw: Mapping[str, Any], job: Mapping[str, Any], scratch: Path, re
     batch = "@val_batch_size" if "train" in raw else "@batch_size"
     volume = {
         "_target_": f"{COST}.RandomVolume",
-        "scans": "$len(@scans)",
+        "scans": "$getattr(@network_def, 'scans', len(@scans))",
         "classes": "$len(@classes)",
         "size": job.get("size") or "$@crop_size or @crop_mm or (256, 256)",
-        "depth": batch if volumes else 1,
+        "depth": f"${batch} * getattr(@network_def, 'depth', 1)" if volumes else 1,
         "scale": "@input_scale",
     }
     cost: dict[str, Any] = {

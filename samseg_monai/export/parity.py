@@ -106,7 +106,7 @@ def compare_predictor(network: SamSegmenter, sam: Sam, allowed: float) -> Differ
     tensors = trials(network, parts_of(network))[0]
     image, boxes = tensors["image"], tensors.get("boxes")
     predictor, maps = SamPredictor(sam), []
-    for view in image if network.scan_mode == "channels" else image.flatten(0, 1)[:, None].expand(-1, 3, -1, -1):
+    for view in image if network.scan_mode != "mean_logits" else image.flatten(0, 1)[:, None].expand(-1, 3, -1, -1):
         if network.input_scale != "sam":  # the predictor normalises what it gets
             view = view * sam.pixel_std + sam.pixel_mean
         predictor.set_torch_image(view[None], image.shape[-2:])

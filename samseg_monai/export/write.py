@@ -261,6 +261,10 @@ def _preprocessing(source: Source) -> list[str]:
     ]
     if network.scan_mode == "mean_logits" and network.scans > 1:
         steps.append("each scan goes through SAM as a grey image with the same box; the logits are averaged")
+    if network.scan_mode == "neighbours":
+        steps.append(
+            "three channels: the slice before, the slice, the slice behind; at the volume's ends the last again"
+        )
     return steps
 
 

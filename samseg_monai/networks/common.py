@@ -20,7 +20,7 @@ EMPTY_LOGIT = -20.0  # of a class where there is nothing to predict: sigmoid(-20
 UNSCRIPTED = "boxes would be no input of the result; use samseg export --format torch or onnx, where they are"
 
 OPTIONS: dict[str, tuple[str | None, ...]] = {
-    "scan_mode": ("mean_logits", "channels"),
+    "scan_mode": ("mean_logits", "channels", "neighbours"),
     "input_scale": ("zscore", "unit", "sam"),
     "prompt": ("box", "none"),
     "autocast": (None, "bf16", "bf16_all"),
@@ -29,9 +29,10 @@ OPTIONS: dict[str, tuple[str | None, ...]] = {
 }
 
 
-def named_scans(scans: int | Sequence[str]) -> tuple[int, list[str] | None]:
-    """Number of scans and their names, if they were given by name."""
-    return (scans, None) if isinstance(scans, int) else (len(scans), list(scans))
+def named_scans(scans: int | Sequence[str], mode: str = "") -> tuple[int, list[str] | None]:
+    """Number of channels, and the names of the scans if they were given by name; "neighbours" makes three of each."""
+    each = 3 if mode == "neighbours" else 1
+    return (scans, None) if isinstance(scans, int) else (each * len(scans), list(scans))
 
 
 def check_options(
@@ -46,6 +47,10 @@ def check_options(
     problems += [f"{k}: got {v}; at least 1" for k, v in {"num_classes": num_classes, "scans": scans}.items() if v < 1]
     if chosen.get("scan_mode") == "channels" and scans != 3:
         problems.append(f"scans: got {scans}, but scan_mode 'channels' needs exactly 3; or use 'mean_logits'")
+    if chosen.get("scan_mode") == "neighbours" and scans != 3:
+        problems.append(
+            f"scans: got {scans} channels, but scan_mode 'neighbours' is for the three of one scan's slices"
+        )
     if low_res_training and chosen.get("prompt") != "none":
         problems.append("low_res_training: got true with prompts; it is for networks with prompt='none'")
     if chosen.get("masks") == "best" and num_classes != 1:

@@ -53,7 +53,8 @@ class SamSegmenter(Segmenter):
         num_classes: 1 gives one map, SAM's single mask. K > 1 gives K + 1 maps, channel 0 is the background.
         scans: number of channels of the input, S, or their names, which an adapter's card keeps.
         scan_mode: "mean_logits": each scan goes through SAM as a grey image with the same box, and the logits are
-            averaged. "channels": three scans are the three colour channels.
+            averaged. "channels": three scans are the three colour channels. "neighbours": a slice of one scan and its
+            neighbours are (``transforms.NeighbourSlicesd``): S is 3, or there is one name.
         input_scale: "sam": the input is 0-255 and SAM's own mean and standard deviation are applied. "zscore",
             "unit": the input is used as it is; the name says how it was prepared.
         prompt: "box": boxes may be given. "none": there are none, and giving one is an error.
@@ -86,7 +87,7 @@ class SamSegmenter(Segmenter):
         image_size: int | None = None,
         num_classes: int = 1,
         scans: int | Sequence[str] = 1,
-        scan_mode: Literal["mean_logits", "channels"] = "mean_logits",
+        scan_mode: Literal["mean_logits", "channels", "neighbours"] = "mean_logits",
         input_scale: Literal["zscore", "unit", "sam"] = "zscore",
         prompt: Literal["box", "none"] = "box",
         rectangular: bool = False,
@@ -97,7 +98,7 @@ class SamSegmenter(Segmenter):
         compute: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        scans, self.scan_names = named_scans(scans)
+        scans, self.scan_names = named_scans(scans, scan_mode)
         chosen: dict[str, str | None] = {"scan_mode": scan_mode, "input_scale": input_scale, "prompt": prompt}
         chosen |= {"autocast": autocast, "masks": masks}
         check_options(chosen, num_classes=num_classes, scans=scans, low_res_training=low_res_training)

@@ -18,7 +18,7 @@ from monai.transforms import (
 )
 from scipy import ndimage
 
-from samseg_monai.errors import ConfigError
+from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.transforms.grids import EachKeyd, on_grid_of
 
 BYTE = 255.0
@@ -59,6 +59,36 @@ class ScaleGreysd(EachKeyd):
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
         plain = torch.as_tensor(d[key]).as_subclass(torch.Tensor).detach().cpu().numpy()
         d[key] = on_grid_of(d[key], torch.from_numpy(bytes_of(plain) * np.float32(self.top / BYTE)))
+
+
+class NeighbourSlicesd(EachKeyd):
+    """Each slice of a volume between its neighbours, as three channels: the one before, itself, the one behind.
+
+    The first and last slice of a volume stand in for the neighbours that they do not have.
+
+    Args:
+        keys: (1, H, W, D) volumes, whose slices are cut along the last axis.
+        wanted: False leaves them as they are.
+    Returns: (3, H, W, D) with geometry and history of the volume.
+    Raises: DataError for a volume of another number of channels.
+    """
+
+    def __init__(self, keys: KeysCollection, wanted: bool = True, *, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.wanted = wanted
+
+    def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
+        if not self.wanted:
+            return
+        volume = d[key]
+        plain = torch.as_tensor(volume).as_subclass(torch.Tensor)
+        if plain.ndim != 4 or len(plain) != 1:
+            raise DataError(
+                f"neighbouring slices are of one scan, (1, H, W, D); {key!r} has shape {tuple(plain.shape)}"
+            )
+        last = plain.shape[-1] - 1
+        steps = torch.arange(last + 1).add(torch.tensor([[-1], [0], [1]])).clamp(0, last)
+        d[key] = on_grid_of(volume, torch.cat([plain[..., numbers] for numbers in steps]))
 
 
 class SplineResized(MapTransform):

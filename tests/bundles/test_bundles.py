@@ -538,6 +538,21 @@ def test_three_named_scans_become_sams_three_channels(phantoms, tmp_path):
     assert len(list((tmp_path / "predictions").glob("*_seg.nii.gz"))) == 1
 
 
+def test_slices_of_one_scan_and_their_neighbours_become_sams_three_channels(phantoms, tmp_path):
+    configs = ROOT / "meningioma_segmentation_lora" / "configs"
+    overrides = {**TINY, "dataset_dir": str(phantoms), "output_dir": str(tmp_path), "strategy::rank": 2}
+    with pytest.raises(ConfigError, match=r"scan_mode: 'neighbours' is for slices of one scan .* there are 4 scans"):
+        run_workflow([configs / "train.json"], {**overrides, "scan_mode": "neighbours"})
+    overrides |= {"scans": ["t1c"], "scan_mode": "neighbours"}
+    run_workflow([configs / "train.json"], {**overrides, "epochs": 1})
+    run_workflow([configs / "evaluate.json"], overrides)
+    card = read_json(tmp_path / "card.json")
+    assert (card["scan_mode"], card["scans"], card["scan_names"]) == ("neighbours", 3, ["t1c"])
+    overrides["dataset_dir"] = str(phantoms / "unlabelled")
+    run_workflow([configs / "inference.json"], {**overrides, "prompt::source": "image"})
+    assert len(list((tmp_path / "predictions").glob("*_seg.nii.gz"))) == 1
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -94,7 +94,7 @@ RUN: dict[str, Rule] = {
     "resample": BOOL, "batch_size": whole(1, 4096), "seed": SEED, "rectangular": BOOL, "checkpointing": BOOL,
     "autocast": one("bf16", "bf16_all", None), "low_res_training": BOOL, "masks": one("single", "best"),
     "compute": lambda v: COMPUTE(v) and not (v.get("int8") and v.get("compile")),
-    "store_size": nothing_or(whole(16, 1024)), "scan_mode": one("mean_logits", "channels"),
+    "store_size": nothing_or(whole(16, 1024)), "scan_mode": one("mean_logits", "channels", "neighbours"),
     "input_scale": one("zscore", "unit", "sam"), "min_component_mm3": nothing_or(number(0, 1e9, above=True)),
     "prompt": group({
         "source": one("label", "json", "mask", "image", "none"), "loosen": many(number(0, 10), 2, 2),
@@ -247,6 +247,7 @@ def misfit(task: dict[str, Any], strategy: dict[str, Any], run: dict[str, Any]) 
         "mirrored": {n for pair in task.get("mirrored_classes") or () for n in pair} - set(classes),
         "variant": run.get("sam_variant", "vit_b") is None, "size": run.get("image_size", 1024) % 16,
         "channels of colour": run.get("scan_mode") == "channels" and len(scans) != 3,
+        "neighbours": run.get("scan_mode") == "neighbours" and (len(scans) != 1 or kind == "images"),
         "best": run.get("masks") == "best" and len(classes) > 1,
         "boxes": source != "none" and run.get("low_res_training", False),
         "mask": source == "mask" and kind == "images",
