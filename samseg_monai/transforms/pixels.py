@@ -69,6 +69,7 @@ class NeighbourSlicesd(EachKeyd):
     Args:
         keys: (1, H, W, D) volumes, whose slices are cut along the last axis.
         wanted: False leaves them as they are.
+    Attributes: ``described``: as of ``ScaleInputd``.
     Returns: (3, H, W, D) with geometry and history of the volume.
     Raises: DataError for a volume of another number of channels.
     """
@@ -76,6 +77,9 @@ class NeighbourSlicesd(EachKeyd):
     def __init__(self, keys: KeysCollection, wanted: bool = True, *, allow_missing_keys: bool = False) -> None:
         super().__init__(keys, allow_missing_keys)
         self.wanted = wanted
+        self.described = (
+            [{"_target_": f"samseg_monai.transforms.{type(self).__name__}", "keys": keys}] if wanted else []
+        )
 
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
         if not self.wanted:

@@ -41,7 +41,13 @@ def boxed(task: str) -> bool:
     return len(recipe["classes"]) == 1 and recipe.get("run", {}).get("prompt", {}).get("source") != "none"
 
 
-PAIRS = [(t, s) for t in recipe_names("tasks") for s in recipe_names("strategies") if s != "ellipse" or boxed(t)]
+def volumes(task: str) -> bool:
+    """An image has no neighbours."""
+    return read_recipe("tasks", task).get("kind") != "images"
+
+
+FITTING = {"ellipse": boxed, "medsa": volumes}
+PAIRS = [(t, s) for t in recipe_names("tasks") for s in recipe_names("strategies") if FITTING.get(s, bool)(t)]
 
 
 def test_every_kind_of_bundle_is_among_them():

@@ -81,7 +81,7 @@ def test_every_strategy_is_created_by_name_as_its_recipe_says(name, tmp_path):
     recipe = {key: value for key, value in config["strategy"].items() if key not in ("side", "random_masks")}
     network = sm.create(name, backbone="tiny")
     assert type(network.strategy) is locate(recipe.pop("_target_"))
-    built = {"dora": False, "last": None, **network.strategy.arguments()}
+    built = {**network.strategy.newer, **network.strategy.arguments()}
     recipe.pop("rank", None)
     assert {key: built[key] for key in recipe} == recipe
     assert network.spec.name == "tiny" and name in sm.list_strategies()
