@@ -157,9 +157,11 @@ class DepthBranch(nn.Module):
         """What the attention made of each slice, with what its slab adds; see the class for shapes."""
         if not self.enabled:
             return output
-        # (slabs, V, H, W, heads, D, d)
-        q, k, v = (x.unflatten(0, (-1, self.depth, self.views)).movedim(1, -2) for x in (q, k, v))
-        mixed = scaled_dot_product_attention(q, k, v).movedim(-2, 1).flatten(0, 2).flatten(-2)
+        places = (-1, self.views, *output.shape[1:3])
+        slabs = (x.unflatten(0, (-1, self.depth, self.views)).movedim(1, -2) for x in (q, k, v))
+        # (slabs * V * H * W, heads, D, d): with more axes, or gaps, a slower kernel is taken
+        mixed = scaled_dot_product_attention(*(x.flatten(0, 3).contiguous() for x in slabs))
+        mixed = mixed.unflatten(0, places).movedim(-2, 1).flatten(0, 2).flatten(-2)
         # both layers are linear: a product of (width, C), not of (C, C), for each token
         down, adapter = self.adapter.down, self.adapter
         bias = down.bias if proj.bias is None else down.bias + down.weight @ proj.bias
