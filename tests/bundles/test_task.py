@@ -18,7 +18,7 @@ from samseg_monai.data.datalists.folders import prepare_folders
 from samseg_monai.data.datalists.images import prepare_images
 from samseg_monai.data.datalists.measure import Measured, measure
 from samseg_monai.data.files.volumes import read_grid, read_volume
-from samseg_monai.errors import ConfigError, DataError
+from samseg_monai.errors import BundleError, ConfigError, DataError
 from samseg_monai.settings import dump_settings, json_schema
 from tests.helpers.commands import samseg
 from tests.helpers.pictures import make_pictures
@@ -123,7 +123,11 @@ def test_images_make_a_task_of_images(tmp_path, monkeypatch):
     assert recipe["run"]["prompt"] == {"source": "label", "loosen": [0.0, 0.3]} and recipe["run"]["image_size"] == 256
     assert "mirrored_classes" not in recipe
     for strategy in recipe_names("strategies"):
-        compose(str(tmp_path / "discs.json"), strategy)
+        if strategy.endswith("_3d"):
+            with pytest.raises(BundleError, match="2-D images are single slices"):
+                compose(str(tmp_path / "discs.json"), strategy)
+        else:
+            compose(str(tmp_path / "discs.json"), strategy)
 
 
 def test_coloured_images_keep_their_colours(tmp_path):

@@ -44,6 +44,7 @@ class Picker:
     """What every picker can do. Immutable, and its ``repr`` is all there is to know about it."""
 
     min_voxels = 0
+    units = "slice", "slices"
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -58,6 +59,10 @@ class Picker:
     def draw(self, candidates: list[int], rng: np.random.Generator) -> list[int]:
         """The candidates used in one epoch; their number depends on ``len(candidates)`` only."""
         return list(candidates)
+
+    def taken(self, volume: torch.Tensor, candidates: list[int]) -> torch.Tensor:
+        """What the cache keeps of a volume (C, H, W, D): its candidates (N, C, H, W)."""
+        return volume[..., candidates].movedim(-1, 0)
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,24 @@ class RandomN(Picker):
         return [candidates[i] for i in sorted(drawn.tolist())]
 
 
+@dataclass(frozen=True)
+class Patches(Picker):
+    """No slices: each volume whole, ``n`` times (1 or more) in an epoch, for transforms that cut a patch out of it
+    at random; none where nobody has judged a voxel."""
+
+    n: int = 1
+    units = "patch", "patches"
+
+    def candidates(self, label: torch.Tensor) -> list[int]:
+        return [0] if (label != IGNORE).any() else []
+
+    def draw(self, candidates: list[int], rng: np.random.Generator) -> list[int]:
+        return candidates * self.n
+
+    def taken(self, volume: torch.Tensor, candidates: list[int]) -> torch.Tensor:
+        return volume[None].expand(len(candidates), *volume.shape)
+
+
 def _areas(label: torch.Tensor) -> torch.Tensor:
     return ((label > 0) & (label != IGNORE)).any(dim=0).sum(dim=(0, 1))  # (C, H, W, D) -> (D,)
 
@@ -125,7 +148,8 @@ class SliceDataset(Dataset):
     Args:
         data: cases of a datalist; each needs "case", the name.
         volume_transforms: MONAI dictionary transforms, or one Compose, that load a case: key -> (C, H, W, D).
-        slice_transforms: the same for a slice: key -> plain (C, H, W) tensor.
+        slice_transforms: the same for a slice: key -> plain (C, H, W) tensor. One that cuts samples out of it, and
+            answers with a list of them, is of one sample.
         picker: which slices.
         keys: volumes of which slices are kept, "label" among them; "prompt" is kept wherever the transforms make one.
         cache: "memory" or "disk" (a file per case, see ``cache``).
@@ -143,8 +167,8 @@ class SliceDataset(Dataset):
     Attributes: ``cut``: case -> voxels that the crop leaves out, and of how many (``samseg_monai.data.CUT``), where it
         leaves any out.
     Shape: an item is {key: plain tensor (C, H, W), "case": str, "slice": int, and whatever the transforms add};
-        "label" and "prompt" enter ``slice_transforms`` as uint8, all else as float32. "embedding" is (V, C, gh, gw),
-        bf16; V is what the network makes of one image: its scans, or 1.
+        with ``Patches`` (C, H, W, D) and slice 0. "label" and "prompt" enter ``slice_transforms`` as uint8, all else as
+        float32. "embedding" is (V, C, gh, gw), bf16; V is what the network makes of one image: its scans, or 1.
     Raises: ConfigError for bad settings; DataError naming every case that cannot be prepared, or if no slice is picked.
     """
 
@@ -305,7 +329,8 @@ class SliceDataset(Dataset):
             item = {key: torch.from_numpy(array[candidate].copy()) for key, array in slices.items()}
         item |= {"case": str(self.data[position]["case"]), "slice": self._numbers[position][candidate], **extra}
         self.slice_transforms.set_random_state(seed=seed_of(*seeds))
-        item = self.slice_transforms(item)
+        made = self.slice_transforms(item)
+        item = made[0] if isinstance(made, list) else made
         # history and metadata of a single slice are of no use later on, but cost time in every collate
         return {k: v.as_subclass(torch.Tensor) if isinstance(v, torch.Tensor) else v for k, v in item.items()}
 
@@ -379,14 +404,18 @@ class SliceDataset(Dataset):
                 raise DataError(f"{key!r} must be (C, H, W, D) on the label's grid, got {shape}")
         numbers = self.picker.candidates(torch.as_tensor(volume["label"]).as_subclass(torch.Tensor))
         cut = torch.as_tensor(volume.get("cut", [0] * len(CUT)), dtype=torch.int64)
-        return numbers, {key: _pick(volume[key], numbers, key) for key in kept}, cut
+        return numbers, {key: _pick(self.picker, volume[key], numbers, key) for key in kept}, cut
 
     def _report(self) -> None:
         empty = [str(item["case"]) for item, numbers in zip(self.data, self._numbers, strict=True) if not numbers]
         if not self._index:
-            raise DataError(f"{self.picker} picks no slice in any of {len(self.data)} cases; are the labels empty?")
+            raise DataError(
+                f"{self.picker} picks no {self.picker.units[0]} in any of {len(self.data)} cases; are the labels empty?"
+            )
         if empty:
-            logger.warning("%s picks no slice in %d cases: %s", self.picker, len(empty), ", ".join(empty))
+            logger.warning(
+                "%s picks no %s in %d cases: %s", self.picker, self.picker.units[0], len(empty), ", ".join(empty)
+            )
         for name, what in (("image", "the images' foreground"), ("label", "the labels")):
             rows = [counts for counts in self.cut.values() if counts[name]]
             if rows:
@@ -394,15 +423,16 @@ class SliceDataset(Dataset):
                 logger.warning("the crop cuts %s in %d of %d cases, at most %.2g %%; set crop_mm to a larger one", what,
                                len(rows), len(self.data), most)  # fmt: skip
         megabytes = self.cache_bytes() / 1e6
-        logger.info("%d slices of %d cases, %.1f MB in memory", len(self), len(self.data) - len(empty), megabytes)
+        cases = len(self.data) - len(empty)
+        logger.info("%d %s of %d cases, %.1f MB in memory", len(self), self.picker.units[1], cases, megabytes)
 
 
-def _pick(volume: torch.Tensor, numbers: list[int], key: str) -> np.ndarray:
-    """Copies of slices (N, C, H, W) of a volume (C, H, W, D), uint8 of a mask and float32 else, which may be freed.
+def _pick(picker: Picker, volume: torch.Tensor, numbers: list[int], key: str) -> np.ndarray:
+    """Copies of what is taken of a volume (C, H, W, D), uint8 of a mask and float32 else, which may be freed.
 
     Raises: DataError if a mask holds anything but whole numbers 0 to 255, which uint8 would alter.
     """
-    picked = torch.as_tensor(volume).as_subclass(torch.Tensor).cpu()[..., numbers].movedim(-1, 0).numpy()
+    picked = picker.taken(torch.as_tensor(volume).as_subclass(torch.Tensor).cpu(), numbers).numpy()
     with np.errstate(invalid="ignore"):  # of NaN in a mask, told below
         array = picked.astype(np.uint8 if key in MASK_KEYS else np.float32, order="C")
     if key in MASK_KEYS and not np.array_equal(array, picked):
