@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit.frontend import FrontendError
 
 from samseg_monai.errors import AdapterError, ConfigError, raise_all
 from samseg_monai.networks.common import (
@@ -102,7 +103,7 @@ class PlainSegmenter(Segmenter):
             raise ConfigError(f"TorchScript cannot hold this network; {UNSCRIPTED}")
         try:
             net = torch.jit.script(self.net)
-        except RuntimeError as error:
+        except (RuntimeError, FrontendError) as error:
             raise ConfigError(
                 f"TorchScript cannot hold {type(self.net).__name__} as it is written; trace it, by --use_trace True"
             ) from error
