@@ -26,7 +26,7 @@ _FACE = {
     "inferers": ("SliceVolumeInferer",),
     "training": ("SegmentationLoss", "OnLogitGrid"),
     "metrics": ("CaseScores", "LesionRules", "score_case", "score_lesions"),
-    "data.slices": ("SliceDataset", "AllSlices", "EveryNth", "Foreground", "MaxArea", "RandomN"),
+    "data.slices": ("SliceDataset", "AllSlices", "EveryNth", "Foreground", "MaxArea", "Patches", "RandomN"),
     "bundles": ("build_bundle", "pack_bundle", "load_bundle", "LoadedBundle"),
     "export": ("export_network",),
     "errors": (
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     )
     from samseg_monai.bundles import LoadedBundle, build_bundle, load_bundle, pack_bundle
     from samseg_monai.checkpoints import load_adapter, load_model, load_trained, read_card, save_adapter, save_model
-    from samseg_monai.data.slices import AllSlices, EveryNth, Foreground, MaxArea, RandomN, SliceDataset
+    from samseg_monai.data.slices import AllSlices, EveryNth, Foreground, MaxArea, Patches, RandomN, SliceDataset
     from samseg_monai.errors import (
         AdapterError,
         BundleError,

@@ -35,6 +35,7 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Voxels = Annotated[int, Field(ge=1, le=8192)]
 Workers = Annotated[int, Field(ge=0, le=64)]
 Side = Annotated[int, Field(ge=16, le=2048)]  # twice SAM's own
+Patch = Annotated[list[Annotated[int, Field(ge=8, le=512)]], Field(min_length=3, max_length=3)]
 Variant = Literal["vit_b", "vit_l", "vit_h", "vit_t", "pico", "tiny", "tiny_t"]  # of SAM
 
 
@@ -213,7 +214,15 @@ class RandomN(Model):
     min_voxels: Annotated[int, Field(ge=0, le=1_000_000)] = 1
 
 
-Picker = Annotated[AllSlices | MaxArea | EveryNth | Foreground | RandomN, Field(discriminator="name")]
+class Patches(Model):
+    """Not slices, but patches of volumes, for three-dimensional networks."""
+
+    name: Literal["Patches"]
+    n: Count = 1
+    """How many of each volume, other ones in every epoch."""
+
+
+Picker = Annotated[AllSlices | MaxArea | EveryNth | Foreground | RandomN | Patches, Field(discriminator="name")]
 
 
 class Prompt(Model):

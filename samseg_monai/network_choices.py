@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +12,9 @@ from samseg_monai.choices import Fraction, Model, Side
 
 Channels = Annotated[list[Annotated[int, Field(ge=1, le=2048)]], Field(min_length=1, max_length=8)]
 Steps = Annotated[list[Annotated[int, Field(ge=1, le=4)]], Field(min_length=1, max_length=8)]
+Three = Field(min_length=3, max_length=3)  # a value for each axis
+EachStep = Annotated[int, Field(ge=1, le=4)] | Annotated[list[Annotated[int, Field(ge=1, le=4)]], Three]
+EachKernel = Annotated[int, Field(ge=1, le=7)] | Annotated[list[Annotated[int, Field(ge=1, le=7)]], Three]
 Width = Annotated[int, Field(ge=1, le=2048)]
 Boxes = Literal["none", "channel", "crop"]
 
@@ -18,6 +22,8 @@ Boxes = Literal["none", "channel", "crop"]
 class _Net(Model):
     """A network of MONAI behind ``PlainSegmenter``; channels in and out follow from scans, boxes and classes."""
 
+    spatial_dims: Literal[2, 3] = 2
+    """2: it sees slices of ``image_size``; 3: volumes, patch by patch (``patch``), and no boxes."""
     boxes: Boxes = "none"
     """Boxes: none; as one more channel; or the network sees a square crop around each."""
     crop_margin: Annotated[float, Field(ge=0, le=10)] = 0.5
@@ -28,14 +34,26 @@ class _Net(Model):
     _levels: ClassVar[dict[str, int]] = {}  # lists of a value for each level -> how many fewer they have
 
     @property
-    def factor(self) -> int:
-        """What it sees is halved, and so on: the side in pixels is a multiple of this."""
-        return math.prod(getattr(self, "strides", [16]))
+    def factors(self) -> list[int]:
+        """What it sees is halved, and so on: along each axis the side is a multiple of this."""
+        steps = [[step] * 3 if isinstance(step, int) else step for step in getattr(self, "strides", [16])]
+        return [math.prod(step[axis] for step in steps) for axis in range(self.spatial_dims)]
 
-    @property
-    def least(self) -> int:
-        """Smallest side in pixels: norms of each image by itself need two pixels at the lowest level."""
-        return self.factor * (2 if self._normed_alone else 1)
+    def needs(self, sides: Sequence[int]) -> str:
+        """What these sides, in pixels or voxels, would have to be; "" where they are.
+
+        Norms of each image by itself need two values at the lowest level.
+        """
+        factors = self.factors
+        rests, lowest = (
+            [s % f for s, f in zip(sides, factors, strict=True)],
+            [s // f for s, f in zip(sides, factors, strict=True)],
+        )
+        if not any(rests) and math.prod(lowest) > self._normed_alone:
+            return ""
+        if self.spatial_dims == 2:
+            return f"a multiple of {factors[0]}, at least {factors[0] * (1 + self._normed_alone)}"
+        return f"multiples of {factors}" + (", not all of them the smallest" if self._normed_alone else "")
 
     @model_validator(mode="after")
     def _fit(self) -> _Net:
@@ -45,6 +63,10 @@ class _Net(Model):
             have = ", ".join(f"{name} {len(getattr(self, name))}" for name in lengths)
             fix = ", ".join(name if not more else f"{name} {more} fewer" for name, more in self._levels.items())
             raise ValueError(f"lists of as many values as there are levels ({fix}), got {have}")
+        if self.spatial_dims == 2 and any(
+            isinstance(v, list) for name in self._levels for v in getattr(self, name) or ()
+        ):
+            raise ValueError("lists of three values are for spatial_dims 3; a slice has one value for both axes")
         return self
 
 
@@ -99,8 +121,8 @@ class SwinUNETR(_Net):
     feature_size: Annotated[int, Field(ge=12, le=768, multiple_of=12)] = 24
 
     @property
-    def factor(self) -> int:
-        return 32
+    def factors(self) -> list[int]:
+        return [32] * self.spatial_dims
 
 
 class SegResNet(_Net):
@@ -114,18 +136,18 @@ class SegResNet(_Net):
     _levels: ClassVar[dict[str, int]] = {"blocks_down": 0, "blocks_up": 1}
 
     @property
-    def factor(self) -> int:
-        return 2 ** (len(self.blocks_down) - 1)
+    def factors(self) -> list[int]:
+        return [2 ** (len(self.blocks_down) - 1)] * self.spatial_dims
 
 
 class DynUNet(_Net):
-    """MONAI's nnU-Net; strides and kernels are the same for both axes."""
+    """MONAI's nnU-Net; a stride or kernel is one number, or with ``spatial_dims`` 3 a list of one for each axis."""
 
     name: Literal["DynUNet"]
     _normed_alone: ClassVar[bool] = True
-    kernel_size: Annotated[list[Annotated[int, Field(ge=1, le=7)]], Field(min_length=3, max_length=8)] = [3, 3, 3, 3]
-    strides: Annotated[Steps, Field(min_length=3, max_length=8)] = [1, 2, 2, 2]
-    upsample_kernel_size: Steps = [2, 2, 2]
+    kernel_size: Annotated[list[EachKernel], Field(min_length=3, max_length=8)] = [3, 3, 3, 3]
+    strides: Annotated[list[EachStep], Field(min_length=3, max_length=8)] = [1, 2, 2, 2]
+    upsample_kernel_size: Annotated[list[EachStep], Field(min_length=1, max_length=8)] = [2, 2, 2]
     filters: Channels | None = None
     res_block: bool = False
     _levels: ClassVar[dict[str, int]] = {"kernel_size": 0, "strides": 0, "filters": 0, "upsample_kernel_size": 1}

@@ -28,6 +28,8 @@ from samseg_monai.choices import (
     Model,
     Name,
     Optimizer,
+    Patch,
+    Patches,
     Place,
     Prompt,
     Schedule,
@@ -123,6 +125,8 @@ class RunSettings(Model):
     """Which SAM; null for networks without SAM."""
     image_size: Side = Field(default=1024, examples=[512])
     """Longest side in pixels that the network sees; for SAM a multiple of 16."""
+    patch: Patch = [96, 96, 96]
+    """Sides in voxels of what a three-dimensional network sees at once, along the axes of ``orientation``."""
     crop_mm: Annotated[list[Annotated[float, Field(gt=0, le=10_000)]], Two] | None = Field(
         default=None, examples=[[138.0, 202.0]]
     )
@@ -289,6 +293,11 @@ class BundleSettings(Model):
         return not self.run.low_res_training if net is None else getattr(net, "boxes", "given") != "none"
 
     @property
+    def sees_volumes(self) -> bool:
+        """The network is three-dimensional, and there are no slices."""
+        return getattr(self.strategy.network, "spatial_dims", 2) == 3
+
+    @property
     def frozen_encoder(self) -> bool:
         """SAM's image encoder stays as it is, so that embeddings can be stored."""
         return self.strategy.method.frozen_encoder
@@ -339,25 +348,50 @@ def _misfits(settings: BundleSettings) -> Iterator[str]:
         yield f"run::prompt::loosen: got {run.prompt.loosen}; the smaller number comes first"
     if strategy.network is not None and strategy.network.name == "BoxEllipse" and several:
         yield f"strategy::network: the ellipse is for one class, there are {len(task.classes)}"
-    yield from _network_misfits(strategy.network, len(task.scans), run.image_size)
+    yield from _network_misfits(strategy.network, len(task.scans), run)
+    yield from _misfits_of_volumes(settings)
     if not (run.loss.dice or run.loss.ce or run.loss.focal):
         yield "run::loss: give dice, ce or focal a weight above 0"
 
 
-def _network_misfits(net: Network | None, scans: int, image_size: int) -> Iterator[str]:
+def _network_misfits(net: Network | None, scans: int, run: RunSettings) -> Iterator[str]:
     """Sizes and channels that MONAI's network would refuse when it is built or first called."""
     if net is None or net.name == "BoxEllipse":
         return
     if net.name == "UNETR" and net.hidden_size % net.num_heads:
         yield f"strategy::network::num_heads: got {net.num_heads}, which does not divide hidden_size {net.hidden_size}"
-    key, side = (
-        ("strategy::network::crop_size", net.crop_size) if net.boxes == "crop" else ("run::image_size", image_size)
-    )
-    if side % net.factor or side < net.least:
-        yield f"{key}: got {side}; this {net.name} needs a multiple of {net.factor}, at least {net.least}"
+    crop, volumes = net.boxes == "crop", net.spatial_dims == 3
+    key = "run::patch" if volumes else "strategy::network::crop_size" if crop else "run::image_size"
+    seen: Any = run.patch if volumes else net.crop_size if crop else run.image_size
+    if needs := net.needs(seen if volumes else [seen, seen]):
+        yield f"{key}: got {seen}; this {net.name} needs {needs}"
     inputs = scans + (net.boxes == "channel")
     if net.name == "VNet" and 16 % inputs:
         yield f"strategy::network: VNet takes 1, 2, 4, 8 or 16 channels; scans and the channel of boxes make {inputs}"
+
+
+def _misfits_of_volumes(settings: BundleSettings) -> Iterator[str]:
+    """What goes with slices alone, or with volumes alone."""
+    net, run = settings.strategy.network, settings.run
+    pickers = {"run::slices::picker": run.slices.picker, "run::validation::picker": run.validation.picker}
+    if not settings.sees_volumes:
+        for key, picker in pickers.items():
+            if isinstance(picker, Patches):
+                yield f"{key}: got 'Patches', which is for three-dimensional networks; this one sees slices"
+        return
+    if settings.task.kind == "images":
+        yield "strategy::network::spatial_dims: got 3, but 2-D images are single slices; use 2"
+    if (boxes := getattr(net, "boxes", "none")) != "none":
+        yield f"strategy::network::boxes: got {boxes!r}, but a three-dimensional network takes no boxes; use 'none'"
+    if not isinstance(run.slices.picker, Patches):
+        got = run.slices.picker.name
+        yield f"run::slices::picker: got {got!r}, but a three-dimensional network learns from 'Patches'"
+    if run.validation.picker is not None:
+        yield "run::validation::picker: a three-dimensional network is validated on whole volumes; use null"
+    if run.store_size is not None:
+        yield f"run::store_size: got {run.store_size}, but a three-dimensional network sees no slices; use null"
+    if run.augmentation == "published":
+        yield "run::augmentation: 'published' turns slices; a three-dimensional network takes none, light or strong"
 
 
 def _mentions(text: str, name: str) -> bool:

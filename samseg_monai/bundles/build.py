@@ -309,14 +309,14 @@ def _network(settings: BundleSettings) -> dict[str, Any] | None:
         return component("samseg_monai.networks", given)
     boxes = getattr(settings.strategy.network, "boxes", "none")
     shape: dict[str, Any] = {
-        "spatial_dims": 2,
         "in_channels": "$len(@scans) + 1" if boxes == "channel" else "$len(@scans)",
         "out_channels": "$len(@classes) + 1" if len(settings.task.classes) > 1 else 1,
     }
     if name == "UNETR":
-        shape["img_size"] = "@network_def::crop_size" if boxes == "crop" else "@image_size"
+        side = "@patch" if given["spatial_dims"] == 3 else "@image_size"
+        shape["img_size"] = "@network_def::crop_size" if boxes == "crop" else side
     if name == "VNet":  # its dropout is three-dimensional by default
-        shape["dropout_dim"] = 2
+        shape["dropout_dim"] = given["spatial_dims"]
     return component("monai.networks.nets", given, **shape)
 
 
@@ -333,9 +333,12 @@ def _values(settings: BundleSettings) -> dict[str, Any]:
         "sam": settings.has_sam,
         "images": task.kind == "images",
         "several": several,
+        "volumetric": settings.sees_volumes,
         "boxes": settings.has_sam or settings.takes_boxes,  # low_res_training may be switched off again
         "embeddings": settings.has_sam and settings.frozen_encoder,
-        "stored": run.store_size is not None or ladder or (several and task.kind == "volumes"),
+        "stored": run.store_size is not None
+        or ladder
+        or (several and task.kind == "volumes" and not settings.sees_volumes),
         "ladder": ladder,
         "slabs": hasattr(settings.strategy.method, "depth") and task.kind == "volumes",
         "trains": settings.trains,
@@ -389,5 +392,6 @@ def _demo_keys(settings: BundleSettings) -> dict[str, Any]:
         (net, "network_def::net::"),
     ):  # fmt: skip
         collect(values, where)
-    usable = settings.has_sam and settings.frozen_encoder
-    return {key: value for key, value in keys.items() if usable or not key.startswith("embeddings::")}
+    without = [] if settings.has_sam and settings.frozen_encoder else ["embeddings"]
+    without += ["image_size"] if settings.sees_volumes else ["patch"]
+    return {key: value for key, value in keys.items() if key.partition("::")[0] not in without}

@@ -232,7 +232,7 @@ def _texts(measured: Measured, modality: str) -> Iterator[Choice]:
     capital = listed[0].upper() + listed[1:]
     how = "is" if len(classes) == 1 else "are"
     title = f"{capital if len(classes) <= 3 else f'{len(classes)} classes'} on {shown}"
-    step = "2-D images" if measured.images else f"{shown}, slice by slice"
+    step = "2-D images" if measured.images else shown
     mine = "yours to replace before you hand a bundle on"
     yield Choice("title", title, "heading of the bundle's page")
     yield Choice(

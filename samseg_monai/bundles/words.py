@@ -103,6 +103,8 @@ def _method(settings: BundleSettings) -> str:
     """What learns, with the values of this bundle."""
     method, run = settings.strategy.method, settings.run
     size = f"slices of {run.image_size} pixels"
+    if settings.sees_volumes:
+        size = f"patches of {' x '.join(map(str, run.patch))} voxels, in three dimensions"
     if settings.strategy.network is not None:
         boxes = getattr(settings.strategy.network, "boxes", "given")
         return f"Network: {settings.strategy.network.name} on {size}; boxes: {boxes}."

@@ -30,8 +30,8 @@ COST, GUARD = "samseg_monai.training.cost", "$bundles.guard()"
 NO_TIME, NO_MEMORY, WRONG = "time", "memory", "wrong"
 LOG, ADVICE, ANSWER = "log", "advice.txt", "answer.json"  # files of the process
 HANDLERS = ("accumulation", "non_finite", "clip")  # of a training's: those that its steps need
-FACTS = ("sam_variant", "image_size", "batch_size", "val_batch_size", "accumulation_steps", "epochs", "val_interval",
-         "scans", "checkpointing", "autocast", "rectangular")  # fmt: skip
+FACTS = ("sam_variant", "image_size", "patch", "batch_size", "val_batch_size", "accumulation_steps", "epochs",
+         "val_interval", "scans", "checkpointing", "autocast", "rectangular")  # fmt: skip
 
 
 def measured(job: Mapping[str, Any], *, limit: float) -> dict[str, Any]:
@@ -120,7 +120,8 @@ def answer(job: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
     Args:
         job: "bundle" (a path) or "task" and "strategy"; "overrides" of its configs; "overlay", names of further
             configs; "trust"; "steps" to take; "count", to count the slices of a datalist instead, whose place the
-            overrides tell; "size" (optional), height and width of a slice in pixels; "stored": with stored embeddings.
+            overrides tell; "size" (optional), height and width of a slice in pixels, or all sides of a volume;
+            "stored": with stored embeddings.
         scratch: folder that may be filled.
 
     Returns: see ``cost.measure`` and ``cost.count_slices``.
@@ -167,13 +168,14 @@ def _measuring(raw: Mapping[str, Any], job: Mapping[str, Any], scratch: Path, re
     from samseg_monai.data.slices.dataset import DEFAULT_VARIANTS
     from samseg_monai.settings import NOTHING
 
-    volumes = "resample" in raw
+    volumes, patches = "resample" in raw, "patch" in raw
     batch = "@val_batch_size" if "train" in raw else "@batch_size"
+    usual = "@patch" if patches else "$@crop_size or @crop_mm or (256, 256)"
     volume = {
         "_target_": f"{COST}.RandomVolume",
         "scans": "$getattr(@network_def, 'scans', len(@scans))",
         "classes": "$len(@classes)",
-        "size": job.get("size") or "$@crop_size or @crop_mm or (256, 256)",
+        "size": job.get("size") or usual,
         "depth": f"${batch} * getattr(@network_def, 'depth', 1)" if volumes else 1,
         "scale": "@input_scale",
     }
@@ -205,7 +207,7 @@ def _measuring(raw: Mapping[str, Any], job: Mapping[str, Any], scratch: Path, re
         "slices::cache_dir": str(scratch / "slices"),
         "train::dataset::data": [{"case": "random"}] if volumes else [{"case": f"random {i}"} for i in range(8)],
         "train::dataset::volume_transforms": {**volume, "depth": 8 if volumes else 1},
-        "train::dataset::picker": {"_target_": "samseg_monai.data.slices.AllSlices"},
+        **({} if patches else {"train::dataset::picker": {"_target_": "samseg_monai.data.slices.AllSlices"}}),
         "train::dataloader::dataset": {
             "_target_": f"{COST}.Repeated",
             "dataset": "@train::dataset",

@@ -119,7 +119,8 @@ def whole_training(cost: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str
 
 def _setting(cost: Mapping[str, Any]) -> str:
     parts = [cost["sam_variant"]] if "sam_variant" in cost else []
-    parts += [f"{cost['image_size']} px", f"batch size {cost['batch_size']}"]
+    size = " x ".join(map(str, cost["patch"])) + " voxels" if "patch" in cost else f"{cost['image_size']} px"
+    parts += [size, f"batch size {cost['batch_size']}"]
     parts += [f"{len(cost['scans'])} scans"] if len(cost["scans"]) > 1 else []
     parts += [name for name in ("checkpointing", "rectangular") if cost.get(name)]
     parts += ["embeddings stored"] if cost.get("stored") else []
@@ -149,7 +150,7 @@ def _rows(cost: Mapping[str, Any], data: Mapping[str, Any], free: float) -> Iter
     minutes, training = cost["minutes"], data["training"]
     read = "" if training["sample"] == training["cases"] else f", as {training['sample']} of them tell"
     yield (
-        "training slices",
+        "training patches" if "patch" in cost else "training slices",
         f"{cost['slices']:,} of {training['cases']:,} cases{read}; {cost['slices_gb']:.2f} GB in memory",
     )
     yield "an epoch", f"{cost['steps_per_epoch']:,} steps, {duration(minutes['epoch'])}"

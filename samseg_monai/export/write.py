@@ -372,7 +372,8 @@ def _against_pth(network: Network) -> list[str]:
 def _against_parts(network: Network) -> list[str]:
     if not isinstance(network, SamSegmenter):
         boxes = f"boxes '{network.boxes}': only networks without boxes, or with SAM, have a part that takes them"
-        return [] if network.boxes == "none" else [boxes]
+        deep = "three dimensions: these files are of networks that see slices; MONAI's ckpt_export makes TorchScript"
+        return [boxes] if network.boxes != "none" else [deep] if len(network.sides) == 3 else []
     reasons, taps = _against_best(network) + _against_slabs(network), tuple(getattr(network.side, "taps", ()))
     if taps:
         side = type(network.side).__name__

@@ -260,7 +260,7 @@ class CurveLog:
     def _announce(self, engine: Any) -> None:
         data, start = getattr(engine.state.dataloader, "dataset", None), engine.state.epoch
         size = (
-            f"{len(data)} slices of {len(data.data)} cases"
+            f"{len(data)} {data.picker.units[1]} of {len(data.data)} cases"
             if isinstance(data, SliceDataset)
             else f"{engine.state.epoch_length} batches"
         )

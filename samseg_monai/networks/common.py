@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +67,13 @@ def plain_inputs(
     Raises:
         ConfigError: naming the shape that was got and the one expected, or there are boxes that the network refuses.
     """
-    if image.ndim != 4 or image.shape[1] != network.scans or max(image.shape[-2:]) > network.image_size:
+    most = getattr(network, "sides", (network.image_size,) * 2)
+    shape = tuple(image.shape)
+    if len(shape) != 2 + len(most) or shape[1] != network.scans or any(map(operator.gt, shape[2:], most)):
+        axes = "H, W" if len(most) == 2 else "H, W, D"
+        limit = f"H and W at most {most[0]}" if len(most) == 2 else f"these at most {', '.join(map(str, most))}"
         raise ConfigError(
-            f"image: got shape {tuple(image.shape)}, expected (B, {network.scans}, H, W) with H and W at most "
-            f"{network.image_size}; check scans and image_size"
+            f"image: got shape {shape}, expected (B, {network.scans}, {axes}) with {limit}; check scans and image_size"
         )
     image = image.as_subclass(Tensor).float()
     if boxes is None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit.frontend import FrontendError
 
 from samseg_monai.errors import AdapterError, ConfigError, raise_all
 from samseg_monai.networks.common import (
@@ -40,8 +41,8 @@ class PlainSegmenter(Segmenter):
         net: (B, S, side, side) to logits (B, C, side, side), C = ``channels_out``, or a list of nothing else; MONAI's
             U-Net for example. ``boxes`` changes what it sees.
         strategy: names it in tables; None is ``Scratch()``.
-        image_size: side of the square that ``net`` sees; smaller slices are padded with zeros at the bottom and right,
-            and the logits cut back.
+        image_size: side of the square that ``net`` sees, or of a three-dimensional net, without boxes, the three sides
+            of the patch; smaller slices or patches are padded with zeros at their ends, and the logits cut back.
         num_classes: 1 gives one map; K > 1 gives K + 1 maps, channel 0 is the background.
         scans: channels of the input, or their names.
         input_scale: how the intensities were prepared; recorded only.
@@ -64,7 +65,7 @@ class PlainSegmenter(Segmenter):
         net: nn.Module,
         strategy: Strategy | None = None,
         *,
-        image_size: int = 256,
+        image_size: int | Sequence[int] = 256,
         num_classes: int = 1,
         scans: int | Sequence[str] = 1,
         input_scale: Literal["zscore", "unit", "sam"] = "zscore",
@@ -75,9 +76,11 @@ class PlainSegmenter(Segmenter):
         super().__init__()
         scans, self.scan_names = named_scans(scans)
         check_options({"input_scale": input_scale, "boxes": boxes}, num_classes=num_classes, scans=scans)
-        _check_crop(crop_margin, crop_size)
+        self.image_size: Any = image_size if isinstance(image_size, int) else [*image_size]  # as JSON knows it
+        self.sides = [image_size] * 2 if isinstance(image_size, int) else [*image_size]
+        _check_sizes(self.sides, boxes, crop_margin, crop_size)
         self.net, self.boxes, self.crop_margin, self.crop_size = net, boxes, crop_margin, crop_size
-        self.image_size, self.num_classes, self.scans, self.input_scale = image_size, num_classes, scans, input_scale
+        self.num_classes, self.scans, self.input_scale = num_classes, scans, input_scale
         self.scan_mode, self.prompt = "channels", "none" if boxes == "none" else "box"
         self.spec = SimpleNamespace(name="no SAM")
         strategy = Scratch() if strategy is None else strategy
@@ -100,11 +103,11 @@ class PlainSegmenter(Segmenter):
             raise ConfigError(f"TorchScript cannot hold this network; {UNSCRIPTED}")
         try:
             net = torch.jit.script(self.net)
-        except RuntimeError as error:
+        except (RuntimeError, FrontendError) as error:
             raise ConfigError(
                 f"TorchScript cannot hold {type(self.net).__name__} as it is written; trace it, by --use_trace True"
             ) from error
-        return _Padded(net, self.image_size)
+        return _Padded(net, self.sides)
 
     def box_facts(self) -> dict[str, Any]:
         """How boxes reach the net, as JSON values for the card: an adapter of another way is another network's."""
@@ -114,15 +117,15 @@ class PlainSegmenter(Segmenter):
         return {"boxes": self.boxes, **crop}
 
     def forward(self, image: Tensor, boxes: Tensor | None = None) -> Tensor:
-        """Segment a batch of slices.
+        """Segment a batch of slices, or of patches of volumes.
 
         Args:
-            image: (B, S, H, W), H and W at most ``image_size``.
+            image: (B, S, H, W), H and W at most ``image_size``; (B, S, H, W, D) where that has three sides.
             boxes: (B, 4) or (B, N, 4) as x0 y0 x1 y1 in pixels of ``image``, x along W; a row with NaN is no box. For
                 a network with boxes None means one around the whole slice.
         Returns:
-            Logits (B, C, H, W), float32. Of several boxes a pixel has the largest logit (background: smallest), and an
-            image without any has -20 (background: +20) everywhere.
+            Logits (B, C, H, W) or (B, C, H, W, D), float32. Of several boxes a pixel has the largest logit (background:
+            smallest), and an image without any has -20 (background: +20) everywhere.
         Raises:
             ConfigError: naming the shape that was got and the one expected.
         """
@@ -150,15 +153,13 @@ class PlainSegmenter(Segmenter):
 
     def _on_square(self, image: Tensor, *further: Tensor) -> Tensor:
         """The net on the slices padded with zeros to ``image_size``, its logits cut back."""
-        height, width = image.shape[-2:]
-        padded = F.pad(image, (0, self.image_size - width, 0, self.image_size - height))
-        return self._run(padded, *further)[..., :height, :width]
+        return cut_back(self._run(padded(image, self.sides), *further), image)
 
     def _run(self, image: Tensor, *further: Tensor) -> Tensor:
         logits = self.net(image, *further)
         if isinstance(logits, (list, tuple)) and len(logits) == 1:  # so does BasicUNetPlusPlus answer
             logits = logits[0]
-        expected = (len(image), self.channels_out, *image.shape[-2:])
+        expected = (len(image), self.channels_out, *image.shape[2:])
         shape = tuple(getattr(logits, "shape", ()))
         if shape != expected:
             raise ConfigError(
@@ -171,26 +172,45 @@ class PlainSegmenter(Segmenter):
 class _Padded(nn.Module):
     """A net behind the padding of ``PlainSegmenter``, in the part of Python that TorchScript knows."""
 
-    def __init__(self, net: nn.Module, image_size: int) -> None:
+    def __init__(self, net: nn.Module, sides: Sequence[int]) -> None:
         super().__init__()
-        self.net, self.image_size = net, image_size
+        self.net = net
+        self.sides = list(sides)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Slices (B, S, H, W) to logits (B, C, H, W), float32; H and W at most ``image_size``."""
-        height, width = image.shape[-2], image.shape[-1]
-        if max(height, width) > self.image_size:
-            raise ValueError("image: a side is longer than image_size")
-        padded = F.pad(image.float(), [0, self.image_size - width, 0, self.image_size - height])
-        logits = self.net(padded)
+        """Slices (B, S, H, W) or patches (B, S, H, W, D) to logits of their size, float32; no side above its limit."""
+        for axis, side in enumerate(self.sides):
+            if image.shape[2 + axis] > side:
+                raise ValueError("image: a side is longer than image_size")
+        logits = self.net(padded(image.float(), self.sides))
         if isinstance(logits, list):  # so does BasicUNetPlusPlus answer
-            return logits[0][..., :height, :width].float()
+            return cut_back(logits[0], image).float()
         else:
-            return logits[..., :height, :width].float()
+            return cut_back(logits, image).float()
 
 
-def _check_crop(margin: float, size: int) -> None:
+def padded(image: Tensor, sides: list[int]) -> Tensor:
+    """(B, S, H, W[, D]) with zeros at the ends of its axes, up to ``sides``."""
+    missing: list[int] = []
+    for axis in range(len(sides) - 1, -1, -1):
+        missing += [0, sides[axis] - image.shape[2 + axis]]
+    return F.pad(image, missing)
+
+
+def cut_back(logits: Tensor, image: Tensor) -> Tensor:
+    """Logits (B, C, ...) of a padded image without what lies beyond ``image``."""
+    for axis in range(2, image.ndim):
+        logits = logits.narrow(axis, 0, image.shape[axis])
+    return logits
+
+
+def _check_sizes(sides: Sequence[int], boxes: str, margin: float, size: int) -> None:
     problems = [] if math.isfinite(margin) and margin >= 0 else [f"crop_margin: got {margin}; a number from 0 on"]
     problems += [] if size >= 1 else [f"crop_size: got {size}; at least 1 pixel"]
+    if len(sides) not in (2, 3) or min(sides) < 1:
+        problems.append(f"image_size: got {list(sides)}; one side of a square, or three of a patch, at least 1")
+    elif len(sides) == 3 and boxes != "none":
+        problems.append(f"boxes: got {boxes!r}, but a three-dimensional net takes none")
     raise_all(problems, ConfigError, "the segmenter cannot be built")
 
 

@@ -48,6 +48,10 @@ STRATEGIES = {
     "unet_plus_plus": "U-Net++, no SAM", "vnet": "V-Net, no SAM", "attention_unet": "Attention U-Net, no SAM",
     "unetr": "UNETR, no SAM", "swin_unetr": "Swin UNETR, no SAM", "segresnet": "SegResNet, no SAM",
     "dynunet": "DynUNet (nnU-Net's network), no SAM",
+    "unet_3d": "3-D U-Net, no SAM", "unet_plus_plus_3d": "3-D U-Net++, no SAM", "vnet_3d": "3-D V-Net, no SAM",
+    "attention_unet_3d": "3-D Attention U-Net, no SAM", "unetr_3d": "3-D UNETR, no SAM",
+    "swin_unetr_3d": "3-D Swin UNETR, no SAM", "segresnet_3d": "3-D SegResNet, no SAM",
+    "dynunet_3d": "3-D DynUNet (nnU-Net's network), no SAM",
     "unet_box": "U-Net with box channel, no SAM", "unet_crop": "U-Net on the crop, no SAM",
     "ellipse": "Fitted ellipse (no network)",
 }  # fmt: skip

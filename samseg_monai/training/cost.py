@@ -41,8 +41,8 @@ class RandomVolume(Transform):
 
     Args:
         scans, classes: how many.
-        size: height and width in pixels, or in mm of 1 mm pixels.
-        depth: slices.
+        size: height and width in pixels, or in mm of 1 mm pixels; a third side is the number of slices.
+        depth: slices, where ``size`` does not tell.
         scale: as ``SamSegmenter`` calls it: zscore, unit or sam.
     Shape: {"case": name} to image (S, H, W, D), float32, and label (1, H, W, D), uint8, of 0 to ``classes``.
     """
@@ -54,10 +54,11 @@ class RandomVolume(Transform):
     scale: str = "zscore"
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        height, width = (max(2 * self.classes, round(side)) for side in self.size)
+        height, width = (max(2 * self.classes, round(side)) for side in self.size[:2])
+        depth = int([*self.size, self.depth][2])
         rng = np.random.default_rng(zlib.crc32(str(data["case"]).encode()))
-        image = SCALES[self.scale](rng, (self.scans, height, width, self.depth)).astype(np.float32)
-        label = np.zeros((1, height, width, self.depth), np.uint8)
+        image = SCALES[self.scale](rng, (self.scans, height, width, depth)).astype(np.float32)
+        label = np.zeros((1, height, width, depth), np.uint8)
         edges = np.linspace(width // 8, width - width // 8, self.classes + 1).round().astype(int)
         for number, (left, right) in enumerate(itertools.pairwise(edges), start=1):
             label[:, height // 4 : height - height // 4, left:right] = number
@@ -172,17 +173,18 @@ def _predicted(network: nn.Module, inferer: Any, volume: RandomVolume, device: t
     """Seconds of a slice; a second prediction counts where the first one was quick, or has stored embeddings."""
     drawn = volume({"case": "predicted"})
     image: Tensor = drawn["image"][None].to(device)
-    prompt = {"prompt": (drawn["label"][None] > 0).to(device, torch.float32)} if inferer.prompted else {}
+    prompted = getattr(inferer, "prompted", False)  # MONAI's for patches is not, and stores nothing
+    prompt = {"prompt": (drawn["label"][None] > 0).to(device, torch.float32)} if prompted else {}
     clock = _Clock(device)
     network.eval()
     with torch.no_grad():
         clock.read()
         inferer(image, network, **prompt)
         clock.read()
-        if inferer.embedding_dir is not None or clock.readings[1][1] - clock.readings[0][1] < QUICK:
+        if getattr(inferer, "embedding_dir", None) is not None or clock.readings[1][1] - clock.readings[0][1] < QUICK:
             inferer(image, network, **prompt)
             clock.read()
-    return clock.medians("slice", skip=len(clock.readings) - 2, of=volume.depth)
+    return clock.medians("slice", skip=len(clock.readings) - 2, of=image.shape[-1])
 
 
 def count_slices(
@@ -206,13 +208,13 @@ def count_slices(
     Returns: what was written: ``training`` and ``validation`` with ``cases``, ``sample`` (how many were read),
         ``slices`` per case and ``seconds_per_case`` to read one; of validation ``whole``, slices per case where none
         are picked; ``size``, height and width of a slice in pixels, and ``slice_mb``, what one takes in memory, in
-        10^6 bytes.
+        10^6 bytes. A three-dimensional network has patches for training slices, and ``size`` all sides of a volume.
     """
     began = time.perf_counter()
     dataset = training()
     seconds = time.perf_counter() - began
-    looked = [dataset[index] for index in spread(range(len(dataset)))]  # slices, or slabs of them
-    sizes = [(item[0] if isinstance(item, list) else item)["image"].shape[-2:] for item in looked]
+    looked = [dataset[index] for index in spread(range(len(dataset)))]  # slices, or slabs of them, or volumes
+    sizes = [(item[0] if isinstance(item, list) else item)["image"].shape[1:] for item in looked]
     found: dict[str, Any] = {
         "size": [int(statistics.median(side)) for side in zip(*sizes, strict=True)],
         "slice_mb": dataset.cache_bytes() / len(dataset) / 1e6,

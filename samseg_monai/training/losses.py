@@ -69,7 +69,7 @@ class SegmentationLoss(nn.Module):
             weight of its pixels in CE and Focal; Dice and Boundary have one class then and nothing to weigh.
         settings: more of ``DiceCELoss``, such as ``batch``, ``squared_pred`` or ``smooth_nr``.
     Shape: logits (B, C, h, w) with C = K + 1, or 1 for a single class; label (B, 1, h, w) of 0 to K, or 255, which may
-        stay on the CPU, where looking for 255 makes no GPU wait; to a scalar.
+        stay on the CPU, where looking for 255 makes no GPU wait; to a scalar. Patches of volumes have a third axis, d.
     Raises: ConfigError listing everything that is out of range or unknown.
     """
 
@@ -159,8 +159,8 @@ class SegmentationLoss(nn.Module):
             masks, probabilities = one_hot(label, logits.shape[1])[:, 1:], logits.softmax(1)[:, 1:]
         # on the CPU, where the distances are computed: one transfer instead of four per image and class
         distances = self.boundary.compute_distance_map(masks.cpu()).to(logits.device)
-        losses = probabilities * distances / max(logits.shape[-2:])
-        means = losses.mean((0, 2, 3)) if judged is None else (losses * judged).sum((0, 2, 3)) / judged.sum()  # (K,)
+        losses, others = probabilities * distances / max(logits.shape[2:]), (0, *range(2, logits.ndim))
+        means = losses.mean(others) if judged is None else (losses * judged).sum(others) / judged.sum()  # (K,)
         if self.weight is None or not self.multiclass:
             return means.mean()
         return (means * self.weight[1:]).sum() / self.weight[1:].sum()

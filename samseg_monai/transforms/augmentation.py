@@ -36,11 +36,12 @@ def named_transforms(presets: Mapping[str, Mapping[str, Transform | None]], name
 
 
 class RandShiftedAffined(RandAffined):
-    """MONAI's ``RandAffined`` with shifts as a fraction of each slice's own sides, whatever its size.
+    """MONAI's ``RandAffined`` with shifts as a fraction of each slice's own sides, whatever its size, or of those of a
+    volume's slices, all of which are shifted alike.
 
     Args:
         keys, settings: as of ``RandAffined``, but ``translate_range``.
-        shift: largest shift along each axis, as a fraction of the side, 0 to 1.
+        shift: largest shift along each axis of a slice, as a fraction of the side, 0 to 1.
     Raises: ConfigError for another ``shift``.
     """
 
@@ -51,7 +52,7 @@ class RandShiftedAffined(RandAffined):
         self.shift = float(shift)
 
     def __call__(self, data: Mapping[Hashable, Any], lazy: bool | None = None) -> dict[Hashable, Any]:
-        size = data[self.first_key(dict(data))].shape[1:]
+        size = data[self.first_key(dict(data))].shape[1:3]
         self.rand_affine.rand_affine_grid.translate_range = tuple(self.shift * side for side in size)
         return dict(super().__call__(data, lazy=lazy))
 

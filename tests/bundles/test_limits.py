@@ -120,7 +120,8 @@ def test_a_network_without_values_has_the_shapes_of_the_real_one(strategy, tmp_p
             shapes = opened.network().state_dict()
     assert {n: v.shape for n, v in shapes.items()} == {n: v.shape for n, v in random.items()}
     # Swin UNETR counts its tables of positions, whole numbers, when it is built
-    assert sum(v.numel() for v in shapes.values() if v.device.type == "cpu") < 20_000
+    counted = 8 * 7**6 if strategy == "swin_unetr_3d" else 20_000
+    assert sum(v.numel() for v in shapes.values() if v.device.type == "cpu") <= counted
 
 
 def test_keys_given_twice_are_told_and_not_obeyed(mine):

@@ -122,10 +122,14 @@ def test_images_make_a_task_of_images(tmp_path, monkeypatch):
     )
     assert recipe["run"]["prompt"] == {"source": "label", "loosen": [0.0, 0.3]} and recipe["run"]["image_size"] == 256
     assert "mirrored_classes" not in recipe
-    for strategy in set(recipe_names("strategies")) - {"medsa"}:
-        compose(str(tmp_path / "discs.json"), strategy)
-    with pytest.raises(BundleError, match="depth: a 2-D image has no neighbours"):
-        compose(str(tmp_path / "discs.json"), "medsa")
+    refused = {"medsa": "depth: a 2-D image has no neighbours"}
+    refused |= {s: "2-D images are single slices" for s in recipe_names("strategies") if s.endswith("_3d")}
+    for strategy in recipe_names("strategies"):
+        if strategy in refused:
+            with pytest.raises(BundleError, match=refused[strategy]):
+                compose(str(tmp_path / "discs.json"), strategy)
+        else:
+            compose(str(tmp_path / "discs.json"), strategy)
 
 
 def test_coloured_images_keep_their_colours(tmp_path):

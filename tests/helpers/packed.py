@@ -6,11 +6,20 @@ import torch
 from monai.bundle import ConfigParser
 
 from samseg_monai.bundles import write_bundle
-from samseg_monai.bundles.build import LARGE_FILES, compose
+from samseg_monai.bundles.build import LARGE_FILES, compose, read_recipe
 from samseg_monai.checkpoints import save_model
 from samseg_monai.settings import dump_settings, merged, read_settings
 
-SMALL = {"image_size": 64, "crop_mm": None, "crop_size": None}
+SMALL = {"image_size": 64, "patch": [64, 32, 32], "crop_mm": None, "crop_size": None}
+
+
+def fits(task: str, strategy: str) -> bool:
+    """An ellipse has one class, and a box; a 2-D image has neither neighbours nor a third dimension."""
+    recipe = read_recipe("tasks", task)
+    boxed = len(recipe["classes"]) == 1 and recipe.get("run", {}).get("prompt", {}).get("source") != "none"
+    made = read_recipe("strategies", strategy)
+    deep = made.get("network", {}).get("spatial_dims") == 3 or made["method"].get("depth", 1) > 1
+    return (boxed or strategy != "ellipse") and not (deep and recipe.get("kind") == "images")
 
 
 def settings_of(task: str, strategy: str, **run):

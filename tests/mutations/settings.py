@@ -83,12 +83,14 @@ PICKER = choice(
     AllSlices=group({"name": NAME}), MaxArea=group({"name": NAME}), EveryNth=group({"name": NAME, "n": COUNT}, "n"),
     Foreground=group({"name": NAME, "min_voxels": COUNT}),
     RandomN=group({"name": NAME, "n": COUNT, "min_voxels": whole(0, 10**6)}, "n"),
+    Patches=group({"name": NAME, "n": COUNT}),
 )  # fmt: skip
 SIDES = many(number(0, 1000, above=True), 2, 2)
 COMPUTE = group({"int8": BOOL, "tf32": BOOL, "compile": BOOL, "attention": one("auto", "plain")})
 RUN: dict[str, Rule] = {
     "sam_variant": one("vit_b", "vit_l", "vit_h", "vit_t", "pico", "tiny", "tiny_t", None), "image_size": whole(16,
     2048),
+    "patch": many(whole(8, 512), 3, 3),
     "crop_mm": nothing_or(many(number(0, 10_000, above=True), 2, 2)), "crop_size": nothing_or(many(whole(1, 8192), 2,
     2)),
     "resample": BOOL, "batch_size": whole(1, 4096), "seed": SEED, "rectangular": BOOL, "checkpointing": BOOL,
@@ -252,6 +254,7 @@ def misfit(task: dict[str, Any], strategy: dict[str, Any], run: dict[str, Any]) 
         "boxes": source != "none" and run.get("low_res_training", False),
         "mask": source == "mask" and kind == "images",
         "validation": run.get("validation", {}).get("picker") is not None and kind == "images",
+        "patches": any((run.get(g, {}).get("picker") or {}).get("name") == "Patches" for g in ("slices", "validation")),
         "loosen": loosen[0] > loosen[1],
         "loss": not (loss["dice"] or loss["ce"] or loss["focal"]),
         "pairs": any(pair is not None and not pair[0] < pair[1] for pair in pairs),

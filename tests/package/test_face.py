@@ -89,8 +89,8 @@ def test_every_strategy_is_created_by_name_as_its_recipe_says(name, tmp_path):
 
 def test_the_other_recipes_have_no_sam():
     others = set(recipe_names("strategies")) - set(STRATEGIES)
-    nets = {"unet_plus_plus", "vnet", "attention_unet", "unetr", "swin_unetr", "segresnet", "dynunet"}
-    assert others == {"unet", "unet_box", "unet_crop", "ellipse", *nets}
+    nets = {"unet", "unet_plus_plus", "vnet", "attention_unet", "unetr", "swin_unetr", "segresnet", "dynunet"}
+    assert others == {"unet_box", "unet_crop", "ellipse", *nets, *(f"{name}_3d" for name in nets)}
 
 
 def test_arguments_go_to_the_strategy_and_to_the_network():

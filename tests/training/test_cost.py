@@ -144,6 +144,26 @@ def test_train_cost_tells_the_whole_training(in_this_process, phantoms, tmp_path
     assert not (bundle / "eval").exists()
 
 
+def test_a_three_dimensional_network_is_paid_by_patches(in_this_process, hippocampi, tmp_path):
+    bundle = build_bundle("hippocampus", "dynunet_3d", tmp_path)
+    small = [
+        "--patch",
+        "[16,16,16]",
+        "--network_def::net::filters",
+        "[4,4,4,4]",
+        "--epochs",
+        "2",
+        "--slices::picker::n",
+        "5",
+    ]
+    words = ["train-cost", str(bundle), "--dataset-dir", str(hippocampi), "--steps", "1"]
+    result = CliRunner().invoke(app, [*words, *small])
+    assert result.exit_code == 0, result.output
+    assert "16 x 16 x 16 voxels, batch size 2" in result.output and "8 steps" in result.output
+    assert re.search(r"training patches +15 of 3 cases", result.output) and "cases of about 9 slices" in result.output
+    assert in_this_process[1]["size"] == [21, 28, 9]  # medians
+
+
 def test_only_picked_slices_are_counted_in_a_validation(phantoms, tmp_path):
     (tmp_path / "scratch").mkdir()
     places = {"dataset_dir": str(phantoms), "validation::picker": {"_target_": "samseg_monai.data.slices.MaxArea"}}

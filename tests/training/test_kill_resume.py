@@ -36,6 +36,12 @@ LADDER = {
     "schedule": {"warmup": 2, "decay": "cosine", "power": 0.9}, "embeddings::variants": 2,
     "slices::picker": {"_target_": "samseg_monai.data.slices.EveryNth", "n": 5}, "augmentation_transforms": [SHIFT],
 }  # fmt: skip
+# patches, and the dropout of a network without SAM
+VOLUMES = {
+    "epochs": 2, "batch_size": 2, "lr": 0.01, "val_interval": 1, "patch": [16, 16, 16],
+    "network_def::net::channels": [4, 4, 8, 8], "network_def::net::dropout": 0.3, "mirrored_classes": [],
+    "augmentation": "strong",
+}  # fmt: skip
 CHAINS = {
     "lora": [
         {"at": ITERATION},
@@ -69,21 +75,28 @@ CHAINS = {
         {"at": REPLACE, "of": "card.json"},
         {"at": VOLUME},
     ],
+    "attention_unet_3d, volumes": [
+        {"at": ITERATION, "call": 5},  # in the second epoch
+        {"at": REPLACE, "of": "resume.pt", "torn": True},
+    ],
 }
 
 
 @pytest.fixture(scope="module")
-def start(phantoms, abdomen, tmp_path_factory):
+def start(phantoms, abdomen, hippocampi, tmp_path_factory):
     """Train into a folder, perhaps to be killed; gives the exit code and what was printed."""
     bundles = tmp_path_factory.mktemp("bundles")
     configs = {
-        name: build_bundle(*name, bundles) / "configs" for name in (("meningioma", "lora"), ("abdomen", "ladder"))
+        name: build_bundle(*name, bundles) / "configs"
+        for name in (("meningioma", "lora"), ("abdomen", "ladder"), ("hippocampus", "attention_unet_3d"))
     }
 
     def train(way, folder, die=None):
         if "ladder" in way:
             name, overrides = ("abdomen", "ladder"), {**LADDER, "dataset_dir": str(abdomen)}
             overrides["embeddings::cache_dir"] = str(folder / "embeddings")
+        elif "volumes" in way:
+            name, overrides = ("hippocampus", "attention_unet_3d"), {**VOLUMES, "dataset_dir": str(hippocampi)}
         else:
             name, overrides = ("meningioma", "lora"), {**LORA, "dataset_dir": str(phantoms)}
         if "workers" in way:
@@ -94,7 +107,10 @@ def start(phantoms, abdomen, tmp_path_factory):
         folder.mkdir(exist_ok=True)
         log = folder / "log"
         codes = forked().run(
-            [configs[name] / "train.json"], {**TINY, **overrides, "output_dir": str(folder)}, log, die=die
+            [configs[name] / "train.json"],
+            {**({} if "volumes" in way else TINY), **overrides, "output_dir": str(folder)},
+            log,
+            die=die,
         )
         return codes[0], log.with_name("log.0").read_text(encoding="utf-8", errors="replace")
 
@@ -102,7 +118,9 @@ def start(phantoms, abdomen, tmp_path_factory):
 
 
 # one chain each time, all of them where there is time
-@pytest.mark.parametrize("way", [pytest.param(w, marks=[pytest.mark.whole] * (w != "lora")) for w in CHAINS])
+@pytest.mark.parametrize(
+    "way", [pytest.param(w, marks=[pytest.mark.whole] * (w != "lora" and "volumes" not in w)) for w in CHAINS]
+)
 def test_a_training_killed_at_every_bad_moment_ends_like_one_that_was_left_alone(way, start, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     code, printed = start(way, whole)

@@ -6,6 +6,7 @@ from samseg_monai.data.slices.dataset import (
     EveryNth,
     Foreground,
     MaxArea,
+    Patches,
     Picker,
     RandomN,
     SliceDataset,
@@ -14,6 +15,6 @@ from samseg_monai.data.slices.kept import KeptVolumes
 from samseg_monai.data.slices.padding import SliceCollate
 
 __all__ = [
-    "DEFAULT_VARIANTS", "AllSlices", "EveryNth", "Foreground", "KeptVolumes", "MaxArea", "Picker", "RandomN",
-    "SliceCollate", "SliceDataset",
+    "DEFAULT_VARIANTS", "AllSlices", "EveryNth", "Foreground", "KeptVolumes", "MaxArea", "Patches", "Picker",
+    "RandomN", "SliceCollate", "SliceDataset",
 ]  # fmt: skip

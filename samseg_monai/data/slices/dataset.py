@@ -45,6 +45,7 @@ class Picker:
     """What every picker can do. Immutable, and its ``repr`` is all there is to know about it."""
 
     min_voxels = 0
+    units = "slice", "slices"
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -59,6 +60,10 @@ class Picker:
     def draw(self, candidates: list[int], rng: np.random.Generator) -> list[int]:
         """The candidates used in one epoch; their number depends on ``len(candidates)`` only."""
         return list(candidates)
+
+    def taken(self, volume: torch.Tensor, candidates: list[int]) -> torch.Tensor:
+        """What the cache keeps of a volume (C, H, W, D): its candidates (N, C, H, W)."""
+        return volume[..., candidates].movedim(-1, 0)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,24 @@ class RandomN(Picker):
         return [candidates[i] for i in sorted(drawn.tolist())]
 
 
+@dataclass(frozen=True)
+class Patches(Picker):
+    """No slices: each volume whole, ``n`` times (1 or more) in an epoch, for transforms that cut a patch out of it
+    at random; none where nobody has judged a voxel."""
+
+    n: int = 1
+    units = "patch", "patches"
+
+    def candidates(self, label: torch.Tensor) -> list[int]:
+        return [0] if (label != IGNORE).any() else []
+
+    def draw(self, candidates: list[int], rng: np.random.Generator) -> list[int]:
+        return candidates * self.n
+
+    def taken(self, volume: torch.Tensor, candidates: list[int]) -> torch.Tensor:
+        return volume[None].expand(len(candidates), *volume.shape)
+
+
 def _areas(label: torch.Tensor) -> torch.Tensor:
     return ((label > 0) & (label != IGNORE)).any(dim=0).sum(dim=(0, 1))  # (C, H, W, D) -> (D,)
 
@@ -126,7 +149,8 @@ class SliceDataset(Dataset):
     Args:
         data: cases of a datalist; each needs "case", the name.
         volume_transforms: MONAI dictionary transforms, or one Compose, that load a case: key -> (C, H, W, D).
-        slice_transforms: the same for a slice: key -> plain (C, H, W) tensor.
+        slice_transforms: the same for a slice: key -> plain (C, H, W) tensor. One that cuts samples out of it, and
+            answers with a list of them, is of one sample.
         picker: which slices.
         keys: volumes of which slices are kept, "label" among them; "prompt" is kept wherever the transforms make one.
         cache: "memory" or "disk" (a file per case, see ``cache``).
@@ -148,8 +172,8 @@ class SliceDataset(Dataset):
     Attributes: ``cut``: case -> voxels that the crop leaves out, and of how many (``samseg_monai.data.CUT``), where it
         leaves any out.
     Shape: an item is {key: plain tensor (C, H, W), "case": str, "slice": int, and whatever the transforms add};
-        "label" and "prompt" enter ``slice_transforms`` as uint8, all else as float32. "embedding" is (V, C, gh, gw),
-        bf16; V is what the network makes of one image: its scans, or 1.
+        with ``Patches`` (C, H, W, D) and slice 0. "label" and "prompt" enter ``slice_transforms`` as uint8, all else as
+        float32. "embedding" is (V, C, gh, gw), bf16; V is what the network makes of one image: its scans, or 1.
     Raises: ConfigError for bad settings; DataError naming every case that cannot be prepared, or if no slice is picked.
     """
 
@@ -329,7 +353,8 @@ class SliceDataset(Dataset):
             item = {key: torch.from_numpy(array[row].copy()) for key, array in slices.items()}
         item |= {"case": str(self.data[position]["case"]), "slice": held[row], **extra}
         self.slice_transforms.set_random_state(seed=seed_of(*seeds))
-        item = self.slice_transforms(item)
+        made = self.slice_transforms(item)
+        item = made[0] if isinstance(made, list) else made
         # history and metadata of a single slice are of no use later on, but cost time in every collate
         return {k: v.as_subclass(torch.Tensor) if isinstance(v, torch.Tensor) else v for k, v in item.items()}
 
@@ -410,14 +435,18 @@ class SliceDataset(Dataset):
         last = volume["label"].shape[-1] - 1
         held = sorted({min(max(number + offset, 0), last) for number in numbers for offset in self._offsets})
         cut = torch.as_tensor(volume.get("cut", [0] * len(CUT)), dtype=torch.int64)
-        return numbers, held, {key: _pick(volume[key], held, key) for key in kept}, cut
+        return numbers, held, {key: _pick(self.picker, volume[key], held, key) for key in kept}, cut
 
     def _report(self) -> None:
         empty = [str(item["case"]) for item, numbers in zip(self.data, self._numbers, strict=True) if not numbers]
         if not self._index:
-            raise DataError(f"{self.picker} picks no slice in any of {len(self.data)} cases; are the labels empty?")
+            raise DataError(
+                f"{self.picker} picks no {self.picker.units[0]} in any of {len(self.data)} cases; are the labels empty?"
+            )
         if empty:
-            logger.warning("%s picks no slice in %d cases: %s", self.picker, len(empty), ", ".join(empty))
+            logger.warning(
+                "%s picks no %s in %d cases: %s", self.picker, self.picker.units[0], len(empty), ", ".join(empty)
+            )
         for name, what in (("image", "the images' foreground"), ("label", "the labels")):
             rows = [counts for counts in self.cut.values() if counts[name]]
             if rows:
@@ -425,15 +454,16 @@ class SliceDataset(Dataset):
                 logger.warning("the crop cuts %s in %d of %d cases, at most %.2g %%; set crop_mm to a larger one", what,
                                len(rows), len(self.data), most)  # fmt: skip
         megabytes = self.cache_bytes() / 1e6
-        logger.info("%d slices of %d cases, %.1f MB in memory", len(self), len(self.data) - len(empty), megabytes)
+        cases = len(self.data) - len(empty)
+        logger.info("%d %s of %d cases, %.1f MB in memory", len(self), self.picker.units[1], cases, megabytes)
 
 
-def _pick(volume: torch.Tensor, numbers: list[int], key: str) -> np.ndarray:
-    """Copies of slices (N, C, H, W) of a volume (C, H, W, D), uint8 of a mask and float32 else, which may be freed.
+def _pick(picker: Picker, volume: torch.Tensor, numbers: list[int], key: str) -> np.ndarray:
+    """Copies of what is taken of a volume (C, H, W, D), uint8 of a mask and float32 else, which may be freed.
 
     Raises: DataError if a mask holds anything but whole numbers 0 to 255, which uint8 would alter.
     """
-    picked = torch.as_tensor(volume).as_subclass(torch.Tensor).cpu()[..., numbers].movedim(-1, 0).numpy()
+    picked = picker.taken(torch.as_tensor(volume).as_subclass(torch.Tensor).cpu(), numbers).numpy()
     with np.errstate(invalid="ignore"):  # of NaN in a mask, told below
         array = picked.astype(np.uint8 if key in MASK_KEYS else np.float32, order="C")
     if key in MASK_KEYS and not np.array_equal(array, picked):
