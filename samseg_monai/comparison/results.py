@@ -76,7 +76,9 @@ def write_comparison(
             commands=_commands(output, its, command),
             notes={**notes, **({"Slices": f"Not shown: {why}."} if why else {})},
             base=base,
-            shares={name: its["rank_shares"] for name, its in entry["rows"].items() if its.get("rank_shares")},
+            shares={
+                name: its["rank_shares"] for name, its in entry["rows"].items() if any(its.get("rank_shares") or ())
+            },
             figures_dir=None if figures_dir is None else figures_dir / (task if len(names) > 1 else ""),
         )
     write_json(output / "comparison.json", whole)

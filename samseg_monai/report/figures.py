@@ -12,7 +12,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from itertools import pairwise
@@ -194,7 +194,7 @@ def curves(runs: Sequence[RunResult]) -> list[Drawn]:
 
 def _curve_figure(runs: Sequence[RunResult], trained: Sequence[RunResult], key: str, title: str, unit: str) -> Drawn:
     names = [run.name for run in runs]
-    figure = Figure(figsize=(5.2, 3.4 + 0.24 * len(trained)), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.4 + _room([run.title for run in trained])), layout="constrained")
     axes = figure.subplots()
     for run in trained:
         look, best = looks(names)[run.name], _dice_curve(run.history)
@@ -216,6 +216,11 @@ def _curve_figure(runs: Sequence[RunResult], trained: Sequence[RunResult], key: 
         "Ring: the epoch whose weights are kept, chosen on the validation cases."
     )  # fmt: skip
     return Drawn(key, f"{title} by epoch", figure, caption, names)
+
+
+def _room(labels: Iterable[str]) -> float:
+    """Height of the legend's lines in inches; what a curve's label adds to its name is counted as more of a line."""
+    return sum(0.19 * math.ceil((len(label) + 18) / _LABEL) + 0.04 for label in labels)
 
 
 def _legend(figure: Figure) -> None:
@@ -344,7 +349,7 @@ def _scatter(
 def _by_size(runs: Sequence[RunResult]) -> Iterator[Drawn]:
     """Dice over the size of the reference, on a logarithmic scale."""
     names, points = [run.name for run in runs], Points()
-    figure = Figure(figsize=(7.2, 3.8 + 0.24 * len(runs)), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.8 + _room([run.title for run in runs])), layout="constrained")
     axes = figure.subplots()
     kept = {*drawn_cases([dice_of_cases(run) for run in runs])}
     unit = sizes_of_cases(runs[0])[0]
@@ -375,21 +380,23 @@ def _agreement(runs: Sequence[RunResult]) -> Iterator[Drawn]:
     found = [one for one in found if one[1] == unit and len(one[2]) > 1]
     if not found:
         return
-    across = min(len(found), 3)
+    across = min(len(found), 3 if len(found) < 7 else 5)
     down = math.ceil(len(found) / across)
-    figure = Figure(figsize=(3.4 * across, 2.9 * down + 0.3), layout="constrained")
+    figure = Figure(figsize=(10.5, (2.9 if across < 5 else 2.5) * down + 0.3), layout="constrained")
     panels = np.ravel(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False))
     kept = {*drawn_cases([dice_of_cases(run) for run in runs])}
     for number, (axes, (run, _, sizes)) in enumerate(zip(panels, found, strict=False)):
         gaps = [ours - true for ours, true in sizes.values()]
         bias, spread = mean_of(gaps), 1.96 * float(np.std(gaps, ddof=1))
+        places = 0 if spread >= 100 else 2
         for height, dash in ((bias, "solid"), (bias - spread, (0, (4, 2))), (bias + spread, (0, (4, 2)))):
             axes.axhline(height, color=INK, lw=1, ls=dash)
         at = {case: ((ours + true) / 2, ours - true) for case, (ours, true) in sizes.items() if case in kept}
         texts = [f"{case}: {x:.4g} {unit}, difference {y:+.3g} {unit}" for case, (x, y) in at.items()]
         points |= _scatter(axes, f"points{number}", at, looks(names)[run.name], texts)
-        title = textwrap.fill(run.title.split(" (")[0], 30)
-        axes.set_title(f"{title}\nbias {bias:+.3g}, limits \u00b1 {spread:.3g}", fontsize=10, weight="normal")
+        title = "\n".join(textwrap.wrap(run.title.split(" (")[0], 84 // across, max_lines=2, placeholder=" ..."))
+        told = f"{title}\nbias {bias:+,.{places}f}, limits \u00b1 {spread:,.{places}f}"
+        axes.set_title(told, fontsize=10 if across < 5 else 8, weight="normal")
         axes.grid()
     for axes in panels[len(found) :]:
         axes.set_visible(False)
@@ -436,7 +443,7 @@ def _few_shot(runs: Sequence[RunResult]) -> Iterator[Drawn]:
     if not any(len(its) > 1 for its in kinds.values()):
         return
     names = [run.name for run in runs]
-    figure = Figure(figsize=(7.2, 3.8 + 0.24 * len(kinds)), layout="constrained")
+    figure = Figure(figsize=(7.2, 3.8 + _room(kinds)), layout="constrained")
     axes = figure.subplots()
     for kind, its in kinds.items():
         counts = sorted(its)

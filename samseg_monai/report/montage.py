@@ -297,7 +297,9 @@ def _classed(case: str, label: np.ndarray, recode: RecodeLabeld | None) -> np.nd
 
 
 def predicted(run: RunResult, case: str) -> Path | None:
-    """File of a case's prediction in one of the run's folders."""
+    """File of a case's prediction in one of the run's folders; the box ellipse has none of its own."""
+    if not run.has_network:
+        return None
     places = (folder / "predictions" / f"{case}_seg" for folder in run.folders)
     return next(
         (path for place in places for path in map(Path, (f"{place}.nii.gz", f"{place}.png")) if path.is_file()), None

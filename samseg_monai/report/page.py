@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import resources
@@ -178,6 +179,7 @@ def _numbers(runs: Sequence[RunResult], base: str) -> dict[str, Any]:
         "cases": _cases(runs),
         "hidden": _hidden(runs),
         "facts": facts(runs),
+        "facts_short": lambda text: re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28,}", r"\1", text),
         "cards": [(run.title, json.dumps(_shortened(run.card), indent=2, default=str)) for run in runs],
         "lines": [line for line in lines if line.klass == tables.MEAN_OF_CLASSES or len(line.run.classes) == 1],
         "of_class": {(line.run.name, line.klass): line for line in lines},

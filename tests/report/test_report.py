@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import statistics
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,11 +21,20 @@ from PIL import Image, ImageColor
 from samseg_monai.errors import BundleError, DataError
 from samseg_monai.metrics import paired_difference, write_rows
 from samseg_monai.pictures import as_seen
+from samseg_monai.report.facts import facts
 from samseg_monai.report.figures import all_figures, curves, drawn_cases, looks
 from samseg_monai.report.montage import OverlayCase, outline, overlay_cases, pick_cases
 from samseg_monai.report.page import write_report
 from samseg_monai.report.runs import RunResult, prompt_text
-from samseg_monai.report.tables import dice_of_cases, differences, measures, results_json, table_text
+from samseg_monai.report.summary import in_short
+from samseg_monai.report.tables import (
+    dice_of_cases,
+    differences,
+    measures,
+    results_json,
+    sizes_of_cases,
+    table_text,
+)
 
 CASES = [f"case{i:02d}" for i in range(9)]
 DICE = {"zero_shot": 0.60, "lora": 0.75, "box_ellipse": 0.60}
@@ -429,10 +439,8 @@ def test_letters_are_those_of_the_patient_however_the_file_is_stored(directions,
     items = [
         {"case": c, "image": str(tmp_path / "image.nii.gz"), "label": str(tmp_path / "label.nii.gz")} for c in CASES
     ]
-    for other in CASES:
-        shutil.copy(
-            run.folder / "predictions" / f"{case}_seg.nii.gz", run.folder / "predictions" / f"{other}_seg.nii.gz"
-        ) if other != case else None
+    for other in {*CASES} - {case}:
+        shutil.copy(*(run.folder / "predictions" / f"{name}_seg.nii.gz" for name in (case, other)))
     montage = overlay_cases(run, [run], items, window=(0, 100))
     page = write_report(tmp_path / "page.html", title="t", runs=[run], montage=montage).read_text(encoding="utf-8")
     viewer = _viewers(page)[0]
@@ -453,6 +461,76 @@ def test_best_median_and_worst_are_ranked_by_dice_without_excluded_cases(runs):
 def test_overlay_of_unequal_shapes_is_refused():
     with pytest.raises(DataError, match=r"prediction of lora: shape \(1, 2, 2\)"):
         OverlayCase("c", np.zeros((1, 4, 4)), np.zeros((1, 4, 4)), {"lora": np.zeros((1, 2, 2))}, [[]], {}, (0, 1))
+
+
+def test_figures_are_files_too_and_long_names_are_not_cut(runs, tmp_path):
+    long = [
+        replace(run, label=f"{run.title} with a name that is longer than any line of a legend could be") for run in runs
+    ]
+    shares = {"zero_shot": [0.25, 0.75, 0], "lora": [0.75, 0.25, 0], "box_ellipse": [0, 0, 1]}
+    write_report(tmp_path / "p.html", title="t", runs=long, shares=shares, figures_dir=tmp_path / "f")
+    names = {"cases", "ranks", "size", "agreement", "loss", "dice"}
+    assert {path.name for path in (tmp_path / "f").iterdir()} == {f"{n}.{s}" for n in names for s in ("svg", "png")}
+    for name in names:
+        assert np.asarray(Image.open(tmp_path / "f" / f"{name}.png")).std() > 5
+        assert "var(--" not in (tmp_path / "f" / f"{name}.svg").read_text()
+    figure = next(one for one in all_figures(long) if one.name == "size").figure
+    figure.canvas.draw()
+    width = figure.bbox.width
+    assert all(text.get_window_extent().x1 <= width for text in figure.legends[0].get_texts())
+
+
+def test_few_shot_curves_join_the_runs_of_a_strategy_by_their_training_cases(made, tmp_path):
+    few = [
+        replace(
+            _altered(made["lora"], tmp_path / str(n), cases={"training": [f"{i:016x}" for i in range(n)]}),
+            name=f"lora{n}",
+        )
+        for n in (1, 5, 20)
+    ]
+    assert "few_shot" not in {one.name for one in all_figures(few[:1])}
+    [line] = next(one for one in all_figures(few) if one.name == "few_shot").figure.axes[0].lines
+    assert line.get_xdata().tolist() == [1, 5, 20]
+    assert line.get_ydata() == pytest.approx([results_json([run])[run.name]["dice_mean"] for run in few])
+
+
+def test_sizes_are_volumes_or_areas_and_their_agreement_is_that_of_bland_and_altman(made, tmp_path):
+    rows = [{**row, "prediction_ml": 2.0 + i, "reference_ml": 2.0} for i, row in enumerate(_rows([0.5] * len(CASES)))]
+    run = RunResult.load(_write_run(tmp_path / "run", rows, strategy="lora"))
+    unit, sizes = sizes_of_cases(run)
+    assert unit == "mL" and sizes == {case: (2.0 + i, 2.0) for i, case in enumerate(CASES[:-1])}
+    drawn = next(one for one in all_figures([run]) if one.name == "agreement")
+    heights = [line.get_ydata()[0] for line in drawn.figure.axes[0].lines]
+    spread = 1.96 * statistics.stdev(range(8))
+    assert heights == pytest.approx([3.5, 3.5 - spread, 3.5 + spread])
+    assert "case03: 3.5 mL, difference +3 mL" in drawn.svg()
+    image = _altered(run.folder, tmp_path / "image", label_values={"0": "background"})
+    assert sizes_of_cases(image)[0] == "mm\u00b2" and sizes_of_cases(image)[1]["case00"] == (2000.0, 2000.0)
+
+
+def test_summary_names_the_best_and_what_cannot_be_told_from_it(runs):
+    told = in_short(runs)
+    assert any(line.startswith("LoRA, rank 4 has the highest mean Dice, 0.7") for line in told)
+    assert any("Lower by more than chance" in line and "Zero-shot: 0." in line and "ellipse" in line for line in told)
+    assert any("GT boxes on GT slices" in line and "made from the answer" in line for line in told)
+    assert any("Not distinguishable from it on these cases: Box ellipse" in line for line in in_short(runs[:2])) or any(
+        "Not distinguishable from it on these cases: Zero-shot" in line for line in in_short(runs[:2])
+    )
+
+
+def test_a_tolerance_below_the_voxel_is_said(runs, tmp_path):
+    assert not any("tolerance" in line for line in in_short(runs, [_overlay()]))
+    thick = in_short(runs, [_overlay(spacing_mm=(1.5, 1.5))])
+    assert "NSD within 1 mm: the tolerance lies below the voxel of 1.5 mm." in thick
+    rows = [{**row, "nsd_2mm": row["nsd_1mm"]} for row in _rows([0.5] * len(CASES))]
+    same = in_short([RunResult.load(_write_run(tmp_path / "run", rows, strategy="lora"))])
+    assert any("these tolerances lie below the voxel" in line for line in same)
+
+
+def test_settings_left_to_their_default_show_its_value(made, tmp_path):
+    arguments = {"rank": 4, "alpha": None, "blocks": None}
+    run = _altered(made["lora"], tmp_path / "run", strategy={"name": "lora", "arguments": arguments})
+    assert dict(facts([run]))["strategy"] == ["name lora, arguments rank 4, alpha 4, blocks all"]
 
 
 def _luminance(colour: str) -> float:
