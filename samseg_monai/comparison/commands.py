@@ -89,6 +89,8 @@ def report_commands(runs: Sequence[RunResult], dataset_dir: Path | None) -> list
         settings = run.fact("settings") or {}
         asked = {key: settings[key] for key in _ASKED if settings.get(key) is not None}
         found.append(shell_command([configs / "inference.json", configs / "evaluate.json"], {**given, **asked}))
-    page = [shlex.join(["samseg", "report", *map(str, folders), "--output", "again/report.html"])] if folders else []
+    words = ["samseg", "report", *map(str, folders), "--output", "again/report.html"]
+    words += [] if dataset_dir is None else ["--dataset-dir", str(dataset_dir)]
+    page = [shlex.join(words)] if folders else []
     here = f"{Path.cwd()}{os.sep}"
     return [line.replace(here, "") for line in dict.fromkeys([*found, *page])]
