@@ -18,16 +18,15 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_dilation, maximum_filter, minimum_filter
 
 Colour = tuple[int, int, int]
-Window = tuple[int, int, int, int]  # top, bottom, left, right, in pixels of the slice as seen
 
 REFERENCE, PREDICTION, BOTH = (86, 180, 233), (230, 159, 0), (255, 255, 255)
-BOX, FRAME = (185, 196, 255), (227, 230, 234)
+BOX = (185, 196, 255)
 SIDE = 384  # pixels of a picture's longer side at least; a slice with more pixels keeps them
 _BRIGHTEST = 230  # of 255: white is for outlines
 _FONT, _MARGIN, _DASH = 13, 6, 5
 _EDGES = ((0.0, 0.5, "lm"), (1.0, 0.5, "rm"), (0.5, 0.0, "mt"), (0.5, 1.0, "mb"))  # left, right, top, bottom
 _SIDES = ("RL", "AP", "SI")  # of the patient, as seen from left to right or from top to bottom
-_BARS_MM = (1, 2, 5, 10, 20, 50, 100, 200)
+BARS_MM = (1, 2, 5, 10, 20, 50, 100, 200)
 
 
 def axial_axis(affine: np.ndarray) -> int:
@@ -96,8 +95,6 @@ def draw(
     aspect: float = 1.0,
     side: int = SIDE,
     line: int = 2,
-    window: Window | None = None,
-    frame: Window | None = None,
     boxes: Sequence[Sequence[float]] = (),
 ) -> np.ndarray:
     """The picture, without words.
@@ -110,15 +107,12 @@ def draw(
         aspect: height of a pixel by its width, in mm.
         side: pixels of the picture's longer side at least.
         line: pixels of an outline's width.
-        window: what is shown of the slice; all when None.
-        frame: drawn as a thin frame.
         boxes: left, top, right, bottom edge of each, drawn dashed.
     Returns: (H, W, 3) uint8.
     """
-    top, bottom, left, right = window or (0, image.shape[0], 0, image.shape[1])
-    height, width = (bottom - top) * aspect, float(right - left)
-    scale = max(side / max(height, width), 1.0, (bottom - top) / height)
-    rows, columns = _places(top, bottom, round(height * scale)), _places(left, right, round(width * scale))
+    height, width = image.shape[0] * aspect, float(image.shape[1])
+    scale = max(side / max(height, width), 1.0, image.shape[0] / height)
+    rows, columns = _places(image.shape[0], round(height * scale)), _places(image.shape[1], round(width * scale))
     picture = np.repeat(_grey(image)[rows][:, columns, None], 3, axis=2)
     shown = [labels[rows][:, columns] for labels, _ in outlines]
     lines = [outline_of(labels, line) for labels in shown]
@@ -130,12 +124,10 @@ def draw(
         picture[where] = colours[(labels[where].astype(np.int64) - 1) % len(colours)]
     if both is not None:  # organs that were exchanged have the same outlines, too
         picture[lines[0] & lines[1] & (shown[0] == shown[1])] = both
-    edges = [] if frame is None else [(frame[2], frame[0], frame[3], frame[1])]
-    for number, (x0, y0, x1, y1) in enumerate([*edges, *boxes]):
-        x0, x1 = (round((x - left) * scale) for x in (x0, x1))
-        y0, y1 = (round((y - top) * aspect * scale) for y in (y0, y1))
-        dashed = number >= len(edges)
-        _rectangle(picture, (x0, y0, x1, y1), BOX if dashed else FRAME, dashed=dashed)
+    for x0, y0, x1, y1 in boxes:
+        x0, x1 = (round(x * scale) for x in (x0, x1))
+        y0, y1 = (round(y * aspect * scale) for y in (y0, y1))
+        _rectangle(picture, (x0, y0, x1, y1))
     return picture
 
 
@@ -172,7 +164,7 @@ def measured(picture: np.ndarray, width_mm: float) -> np.ndarray:
     """The picture, which is ``width_mm`` wide, with a bar of a round length in its lower left corner."""
     canvas = Image.fromarray(picture)
     per_mm = canvas.width / width_mm
-    length = max((bar for bar in _BARS_MM if bar * per_mm <= canvas.width / 4), default=_BARS_MM[0])
+    length = max((bar for bar in BARS_MM if bar * per_mm <= canvas.width / 4), default=BARS_MM[0])
     pen, font, low = ImageDraw.Draw(canvas), _font(), canvas.height - _MARGIN
     pen.rectangle((_MARGIN - 1, low - 4, _MARGIN + round(length * per_mm) + 1, low + 1), fill=BOTH, outline=0)
     pen.text((_MARGIN, low - _MARGIN), f"{length} mm", fill=BOTH, font=font, anchor="lb", stroke_width=1, stroke_fill=0)
@@ -208,38 +200,46 @@ def outline_of(labels: np.ndarray, width: int) -> np.ndarray:
     return (lowest != highest) & (labels > 0)
 
 
-def _places(start: int, stop: int, wanted: int) -> np.ndarray:
-    """Index of the source pixel, from ``start`` to before ``stop``, for each of ``wanted`` pixels."""
-    return start + ((np.arange(wanted) + 0.5) * (stop - start) / wanted).astype(np.int64)
+def _places(count: int, wanted: int) -> np.ndarray:
+    """Index of the source pixel, of ``count``, for each of ``wanted`` pixels."""
+    return ((np.arange(wanted) + 0.5) * count / wanted).astype(np.int64)
 
 
-def _grey(image: np.ndarray) -> np.ndarray:
-    """Black and white at the 1st and 99.5th percentile, the background left out: a value that a tenth of it has.
+def window_of(image: np.ndarray) -> tuple[float, float]:
+    """Intensities to be shown as black and as white: the 1st and 99.5th percentile, the background left out, which is a
+    value that a tenth of the image has.
 
     The network's images have it anywhere: a z-score over the brain leaves it in the middle of the greys.
     """
+    inside = image[np.isfinite(image) & (image != _background(image))]
+    low, high = (float(end) for end in np.percentile(inside, (1, 99.5))) if inside.size else (0.0, 1.0)
+    return (low, high) if high > low else (high - 1, high)
+
+
+def _background(image: np.ndarray) -> float:
     known = image[np.isfinite(image)]
     values, counts = np.unique(known, return_counts=True)
-    common = values[counts.argmax()] if counts.size and counts.max() > 0.1 * known.size else np.nan
-    inside = known[known != common]
-    low, high = np.percentile(inside, (1, 99.5)) if inside.size else (0.0, 1.0)
-    if high <= low:
-        low = high - 1
-    level = (np.where(np.isfinite(image) & (image != common), image, low) - low) / (high - low)
+    return float(values[counts.argmax()]) if counts.size and counts.max() > 0.1 * known.size else np.nan
+
+
+def _grey(image: np.ndarray) -> np.ndarray:
+    """Black and white as `window_of` says; the background is black."""
+    low, high = window_of(image)
+    level = (np.where(np.isfinite(image) & (image != _background(image)), image, low) - low) / (high - low)
     return (_BRIGHTEST * np.clip(level, 0, 1)).astype(np.uint8)
 
 
-def _rectangle(picture: np.ndarray, edges: Window, colour: Colour, *, dashed: bool) -> None:
-    """Draw into the picture: a line of two pixels inside of left, top, right, bottom, with a dark rim."""
+def _rectangle(picture: np.ndarray, edges: tuple[int, int, int, int]) -> None:
+    """Draw a box into the picture: a dashed line of two pixels inside of left, top, right, bottom, with a dark rim."""
     ring = np.zeros(picture.shape[:2], dtype=bool)
     left, top, right, bottom = (max(edge, 0) for edge in edges)
     ring[top:bottom, left:right] = True
     ring[top + 2 : max(bottom - 2, 0), left + 2 : max(right - 2, 0)] = False
     picture[binary_dilation(ring) & ~ring] //= 2
     rows, columns = np.nonzero(ring)
-    drawn = (rows + columns) // _DASH % 3 > 0 if dashed else np.ones(len(rows), dtype=bool)
+    drawn = (rows + columns) // _DASH % 3 > 0
     picture[rows, columns] //= 2
-    picture[rows[drawn], columns[drawn]] = colour
+    picture[rows[drawn], columns[drawn]] = BOX
 
 
 def _font(size: int = _FONT) -> ImageFont.FreeTypeFont:

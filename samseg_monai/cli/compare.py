@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from samseg_monai.cli.costs import measured
-from samseg_monai.cli.outputs import folder_to_write
+from samseg_monai.cli.outputs import FIGURES, folder_to_write
 from samseg_monai.cli.train_cost import LIMIT, duration, whole_training
 from samseg_monai.errors import ConfigError
 
@@ -31,6 +32,7 @@ def compare(
     shard: Annotated[str, typer.Option(help="I/N: every N-th run from the I-th on; for several jobs")] = "0/1",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and measure what each will cost.")] = False,
     limit: LIMIT = 600,
+    figures: FIGURES = None,
 ) -> None:
     """Run everything that PLAN names, tasks x rows x backbones x seeds x folds, and compare it.
 
@@ -52,7 +54,10 @@ def compare(
     outcomes = perform(
         runs, output, shard=part, workers=workers, ray_address=ray, tell=lambda line: typer.echo(line, err=True)
     )
-    typer.echo(write_comparison(output, asked, outcomes))
+    command = f"samseg compare {shlex.quote(plan)} --output {shlex.quote(str(output))}"
+    command += "" if dataset_dir is None else f" --dataset-dir {shlex.quote(str(dataset_dir))}"
+    command += "" if rows is None else f" --rows {shlex.quote(rows)}"
+    typer.echo(write_comparison(output, asked, outcomes, command=command, figures_dir=figures))
     typer.echo(f"tables and pages: {output}")
     raise_failed(outcomes)
 

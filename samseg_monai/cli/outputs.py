@@ -7,6 +7,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from samseg_monai.errors import ConfigError
 from samseg_monai.faults import output_problem
@@ -27,6 +30,12 @@ def _checked(path: Path | None, *, folder: bool) -> Path | None:
     if problem:
         raise ConfigError(f"output: {problem}")
     return path
+
+
+FIGURES = Annotated[
+    Path | None,
+    typer.Option("--figures", callback=folder_to_write, help="folder that also gets every figure as SVG and PNG"),
+]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from samseg_monai.cli.outputs import file_to_write
+from samseg_monai.cli.outputs import FIGURES, file_to_write
 from samseg_monai.cli.places import check_places
 from samseg_monai.errors import BundleError, ConfigError, DataError, raise_all
 from samseg_monai.workflow import run_workflow
@@ -37,6 +37,7 @@ def report(
     sam_checkpoint: Annotated[
         str | None, typer.Option(help="base weights for a run not evaluated yet, if not found by name")
     ] = None,
+    figures: FIGURES = None,
 ) -> None:
     """Make one page with table, figures and provenance of evaluated runs, and print the table.
 
@@ -49,7 +50,6 @@ def report(
         {**{f"run {number}": run for number, run in enumerate(runs, start=1)}, "--dataset-dir": dataset_dir},
         "; give the output_dir of a training, or a folder with run_card.json, metrics.json and cases.csv",
     )
-    from samseg_monai.report.page import write_report
     from samseg_monai.report.runs import RunResult, by_folder, by_seed
     from samseg_monai.report.tables import table_text, write_results
 
@@ -65,11 +65,30 @@ def report(
         ],
         runs,
     )
-    write_report(output, title=title, runs=results)
+    _write(output, title, results, dataset_dir, figures)
     numbers = output.with_name(f"{output.stem}_results.json")
     write_results(numbers, results)
     typer.echo(table_text(results))
     typer.echo(f"report: {output}   numbers: {numbers}, {numbers.with_suffix('.csv').name}")
+
+
+def _write(output: Path, title: str, results: list[Any], dataset_dir: Path | None, figures: Path | None) -> None:
+    """The page, with slices where predictions and data are there."""
+    from samseg_monai.comparison.commands import data_folder, report_commands
+    from samseg_monai.report.montage import cases_of_data
+    from samseg_monai.report.page import write_report
+
+    data = dataset_dir or data_folder(results[0])
+    montage, why = cases_of_data(results, [data / "datalist.json"], data)
+    write_report(
+        output,
+        title=title,
+        runs=results,
+        montage=montage,
+        commands=report_commands(results, dataset_dir),
+        notes={"Slices": f"Not shown: {why}."} if why else None,
+        figures_dir=figures,
+    )
 
 
 def _names(given: list[str], runs: list[Path]) -> dict[Path, str]:

@@ -74,7 +74,8 @@ def pooled(name: str, title: str | None, runs: Mapping[tuple[int, int | None], R
     if len(by_seed) > 1:
         card["seed"] = ", ".join(map(str, by_seed))
     training = {**first.training, **({"seconds": mean_of(seconds)} if seconds else {})}
-    result = replace(first, name=name, label=title, rows=merged, card=card, training=training)
+    others = [run.folder for run in results if run is not first]
+    result = replace(first, name=name, label=title, rows=merged, card=card, training=training, others=others)
     if len(by_seed) > 1:
         result = replace(result, label=f"{result.title}, mean of {len(by_seed)} seeds")
     return Pooled(

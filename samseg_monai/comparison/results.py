@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from samseg_monai import __version__
+from samseg_monai.comparison.commands import prepare_lines
 from samseg_monai.comparison.performing import EVALUATION, Outcome
 from samseg_monai.comparison.plan import Plan, Run
 from samseg_monai.comparison.pooling import DRAWS, Pooled, pooled, rank_shares
 from samseg_monai.files import write_json, write_text
 from samseg_monai.metrics.rows import spelt_out, write_table
 from samseg_monai.report import tables
+from samseg_monai.report.montage import OverlayCase, cases_of_data
 from samseg_monai.report.page import write_report
 from samseg_monai.report.runs import RunResult
 
@@ -23,8 +27,13 @@ _LATEX = {
 }  # fmt: skip
 
 
-def write_comparison(output: Path, plan: Plan, outcomes: Sequence[Outcome]) -> str:
+def write_comparison(
+    output: Path, plan: Plan, outcomes: Sequence[Outcome], *, command: str = "", figures_dir: Path | None = None
+) -> str:
     """Write all tables and pages of the runs that are there, and return the tables as text.
+
+    ``command`` is the shell line that is given for all of it, ``figures_dir`` a folder for the figures as files, of
+    several tasks each in a folder of its own.
 
     Files in ``output``: ``comparison.json`` (every number), ``comparison.csv`` (a line per row), ``comparison.tex``
     (booktabs), ``cases.csv`` (a line per run, case and class) and ``report.html``, of several tasks
@@ -56,14 +65,21 @@ def write_comparison(output: Path, plan: Plan, outcomes: Sequence[Outcome]) -> s
         latex.append(task_latex(task, rows, entry, base))
         runs = [row.result for row in rows]
         page = output / ("report.html" if len(names) == 1 else f"report_{task}.html")
-        commands = [command for one in outcomes if one.run.task_name == task for command in one.commands]
+        its = [one for one in outcomes if one.run.task_name == task]
+        montage, why = _slices(runs, [one.run for one in its if one in there])
+        notes = _notes(plan, rows, entry, base, len(missing))
         write_report(
             page,
             title=plan.title if len(names) == 1 else f"{plan.title}: {task}",
             runs=runs,
-            commands=commands,
-            notes=_notes(plan, rows, entry, base, len(missing)),
+            montage=montage,
+            commands=_commands(output, its, command),
+            notes={**notes, **({"Slices": f"Not shown: {why}."} if why else {})},
             base=base,
+            shares={
+                name: its["rank_shares"] for name, its in entry["rows"].items() if any(its.get("rank_shares") or ())
+            },
+            figures_dir=None if figures_dir is None else figures_dir / (task if len(names) > 1 else ""),
         )
     write_json(output / "comparison.json", whole)
     write_table(lines, output / "comparison.csv", list(dict.fromkeys(key for line in lines for key in line)))
@@ -212,6 +228,32 @@ def _notes(plan: Plan, rows: Sequence[Pooled], entry: Mapping[str, Any], base: s
     if missing:
         notes["Missing"] = f"{missing} runs of the plan did not come to their end: {', '.join(entry['missing'])}."
     return notes
+
+
+def _slices(results: Sequence[RunResult], runs: Sequence[Run]) -> tuple[list[OverlayCase], str]:
+    """Cases for the page's viewer; or none, and why."""
+    datalists = list(dict.fromkeys(run.datalist for run in runs))
+    given = [{**run.shared, **run.evaluation}.get("prompt::boxes") for run in runs]
+    return cases_of_data(results, datalists, runs[0].dataset_dir, boxes=next((one for one in given if one), None))
+
+
+def _commands(output: Path, outcomes: Sequence[Outcome], command: str) -> list[str]:
+    """Shell lines from the data to the page: one that makes everything, and those of every single run.
+
+    How the data were prepared is the recipe's line with the split that the datalist records; folds that a plan names
+    itself are taken as they are.
+    """
+    runs = [one.run for one in outcomes]
+    lines = prepare_lines(runs[0].settings.task.prepare, runs[0].dataset_dir, [run.datalist for run in runs])
+    builds = [
+        f"samseg bundle build --task {shlex.quote(run.task.recipe)} --strategy {shlex.quote(run.row.strategy)} "
+        f"--output {shlex.quote(str(output / 'bundles'))}"
+        for run in runs
+    ]
+    its = [line for one in outcomes for line in one.commands]
+    here = f"{Path.cwd()}{os.sep}"
+    found = [*lines, *dict.fromkeys(builds), *its, *([command] if command else [])]
+    return [line.replace(here, "") for line in found]
 
 
 def _write_cases(path: Path, results: Mapping[Run, RunResult]) -> None:

@@ -3,7 +3,8 @@
 Published rules (Chen et al. 2021, arXiv:2102.04306): Dice and HD95 of medpy on whole volumes, in voxels; an organ that
 only the prediction has scores Dice 1 and HD95 0, one that the prediction lacks Dice 0 and HD95 0; every case counts.
 Honest rules: mm; an organ that neither has is excluded; one that only one of the two has scores Dice 0 and the image's
-diagonal. Either way a mean is over the cases of an organ first, then over organs.
+diagonal. The published mean is over the cases of an organ first, then over organs; the honest one over the organs of a
+case, then over cases, as everywhere else: a run has one mean Dice.
 
 Quoted rows are of the 18/12 split: DSC in %, HD95 in voxels, as printed. Those marked 3D have metric code of their own.
 A figure without a source is left out, and so are rows of another protocol (other classes, unknown split); a dash in a
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 
 from samseg_monai.errors import BundleError, raise_all
 from samseg_monai.metrics import read_rows
-from samseg_monai.metrics.rows import mean_of
+from samseg_monai.metrics.rows import case_means, mean_of
 from samseg_monai.report.runs import RunResult, check_runs, gate_text
 from samseg_monai.report.tables import WIDTH, fixed, grid, or_none
 
@@ -34,7 +35,9 @@ RULES_TEXT = (
     "Published rules: medpy's Dice and HD95 of whole volumes, in voxels, with TransUNet's special cases (an organ "
     "missed or wholly absent scores Dice 0 and HD95 0, one found where there is none Dice 1); all cases count. "
     "Honest rules: HD95 in mm (larger of the two directed percentiles); an organ missed, or found where there is "
-    "none, scores Dice 0 and the image's diagonal; absent in both, the case is excluded. Organs: mean DSC in %."
+    "none, scores Dice 0 and the image's diagonal; absent in both, the case is excluded. The mean is over organs of "
+    "the mean over cases under the published rules, over cases of the mean over organs under the honest ones, which is "
+    "the mean Dice of all other tables. Organs: mean DSC in %."
 )
 NOT_COMPARABLE = (
     "Numbers of pico or of phantoms cannot be compared with the quoted rows: other weights or other images."
@@ -166,7 +169,8 @@ class Organ(NamedTuple):
 class OrganLine:
     """One run under one set of rules; ``organs`` in the papers' order, ``cases`` in the CSV.
 
-    ``dice`` (in %) and ``hd95`` (in the unit of the rules) are means over the organs where a case counts.
+    ``dice`` (in %) and ``hd95`` (in the unit of the rules) are means over the organs where a case counts: of cases and
+    then organs under the published rules, of organs and then cases under the honest ones.
     """
 
     run: RunResult
@@ -303,12 +307,24 @@ def _problems(run: RunResult, published: Sequence[Mapping[str, Any]]) -> list[st
 
 
 def _line(run: RunResult, rules: Rules, rows: Sequence[Mapping[str, Any]]) -> OrganLine:
+    # a score that is no number must not turn a whole table into dashes: it is left out, and n says so
+    counted = [
+        row
+        for row in rows
+        if row["class"] in ORGANS
+        and not row["excluded"]
+        and math.isfinite(row[rules.dice])
+        and math.isfinite(row[rules.hd95])
+    ]
     organs = {}
     for name in ORGANS:
-        counted = [row for row in rows if row["class"] == name and not row["excluded"]]
-        # a score that is no number must not turn a whole table into dashes: it is left out, and n says so
-        pairs = [pair for row in counted if all(map(math.isfinite, pair := (row[rules.dice], row[rules.hd95])))]
-        dice, hd95 = (mean_of([pair[i] for pair in pairs]) for i in (0, 1))
-        organs[name] = Organ(100 * dice, hd95, len(pairs))
-    means = (mean_of([organ[i] for organ in organs.values() if organ.n]) for i in (0, 1))
+        its = [row for row in counted if row["class"] == name]
+        dice, hd95 = (mean_of([row[column] for row in its]) for column in (rules.dice, rules.hd95))
+        organs[name] = Organ(100 * dice, hd95, len(its))
+    if rules is HONEST_RULES:  # as everywhere but in the papers
+        dice, hd95 = (mean_of([*case_means(counted, column).values()]) for column in (rules.dice, rules.hd95))
+        means = (100 * dice, hd95)
+    else:
+        dice, hd95 = (mean_of([organ[i] for organ in organs.values() if organ.n]) for i in (0, 1))
+        means = (dice, hd95)
     return OrganLine(run, rules, organs, len({row["case"] for row in rows}), *means)

@@ -1,12 +1,17 @@
-"""One self-contained HTML page of a few runs: what was run, table, curves, cases, overlays, how to reproduce it.
+"""One self-contained HTML page of a few runs: what to know first, tables, figures, cases, slices, how to make it again.
 
-Nothing on the page is fetched: CSS is inline, figures are inline, fonts are the reader's own. It follows the reader's
-light or dark scheme, fits a narrow window and prints. How it is laid out is in the template.
+Nothing on the page is fetched, and its policy (CSP) lets a browser fetch nothing: CSS and the few lines of JavaScript
+are inline and known to it by their hashes, figures are inline, fonts are the reader's own. It follows the reader's
+light or dark scheme, fits a narrow window and prints. How it is laid out is in the template, ``page.css`` and
+``page.js``.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import resources
@@ -15,26 +20,20 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from samseg_monai.files import StrPath, write_text
-from samseg_monai.metrics.rows import MIN_CASES, mean_of, spelt_out
+from samseg_monai.metrics.rows import MIN_CASES, case_means, spelt_out
 from samseg_monai.report import figures, tables
 from samseg_monai.report import organs as organ_tables
 from samseg_monai.report.comparing import unequal
-from samseg_monai.report.montage import OverlayCase, image_tag, pick_cases
-from samseg_monai.report.runs import (
-    LORA,
-    NO_PROMPTS,
-    NOT_RECORDED,
-    PICO_LABEL,
-    ZERO_SHOT,
-    RunResult,
-    check_runs,
-    facts,
-    gate_text,
-)
+from samseg_monai.report.facts import facts
+from samseg_monai.report.montage import OverlayCase
+from samseg_monai.report.runs import PICO_LABEL, ZERO_SHOT, RunResult, check_runs, gate_text
+from samseg_monai.report.summary import in_short
 
 _MOST_LISTED = 200  # entries of a list or table in a card, such as the hashes of all cases that trained
+_SEEN_FIRST = 2  # outlines of rows that a viewer shows before more are switched on
 _DEFINITIONS = {
     "hd95_mm": "HD95 mm: larger of the two directed 95th percentiles of surface distances (MONAI's definition)",
     "hd95_px": "HD95 px: larger of the two directed 95th percentiles of surface distances (MONAI's definition)",
@@ -56,6 +55,8 @@ def write_report(
     notes: Mapping[str, str] | None = None,
     organs: organ_tables.OrganTable | None = None,
     base: str = ZERO_SHOT,
+    shares: Mapping[str, Sequence[float]] | None = None,
+    figures_dir: StrPath | None = None,
 ) -> Path:
     """Write the page.
 
@@ -63,49 +64,70 @@ def write_report(
         output: HTML file; its folder is made.
         title: heading of the page.
         runs: rows of the table, in this order; each with its own name.
-        montage: slices to show, best, median and worst case of the LoRA run as `pick_cases` names them.
+        montage: cases to show, best, median and worst case of a run as `pick_cases` names them.
         commands: shell lines that made the runs and this page.
         notes: heading -> sentence, shown below the table.
         organs: table of `organ_table`, shown as a section with the rows it quotes.
         base: name of the run that the others are compared with.
+        shares: name of a run -> share of the draws of a bootstrap at each rank, drawn as a figure.
+        figures_dir: folder that gets every figure as SVG and PNG.
 
     Raises:
         BundleError: no run, or two of one name.
     """
     check_runs(runs)
-    gates = "; ".join(f"{run.title}: {gate_text(run.gate)}" for run in runs if run.gate is not None)
     names = [run.name for run in runs]
-    source = resources.files("samseg_monai.report").joinpath("template.html.jinja").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(source).render(
+    drawn = figures.all_figures(runs, shares)
+    if figures_dir is not None:
+        for one in drawn:
+            one.write(Path(figures_dir))
+    schemes = {scheme: figures.css_variables(names, scheme) for scheme in ("light", "dark")}
+    style = _part("page.css", looks=figures.looks(names), schemes=schemes)
+    script = _part("page.js")
+    page = _part(
+        "template.html.jinja",
         title=title,
+        style=style,
+        script=script,
+        policy=_policy(style, script),
         banner=banner(runs),
         warnings=[*(line for run in runs for line in run.warnings), *(one.text for one in unequal(runs, base))],
-        headline=headline(runs),
-        schemes={scheme: figures.css_variables(names, scheme) for scheme in ("light", "dark")},
-        runs=runs,
-        colors={name: index for index, name in enumerate(names)},
-        tables=tables,
+        in_short=in_short(runs, montage),
         **_numbers(runs, base),
         base_title=tables.base_title(runs, base),
-        organs=organ_tables,
-        organ_table=organs,
-        curves=figures.curves_svg(runs),
-        cases=figures.dice_svg(runs),
-        hidden=_hidden(runs),
-        montage=_montage(runs, montage),
-        boxes=any(case.box is not None for case in montage),
+        **{"organs": organ_tables, "organ_table": organs},
+        figures=[one for one in drawn if one.name not in ("loss", "dice")],
+        curves=[one for one in drawn if one.name in ("loss", "dice")],
+        viewers=_viewers(runs, montage),
         commands=list(commands),
-        facts=facts(runs),
-        cards=[(run.title, json.dumps(_shortened(run.card), indent=2, default=str)) for run in runs],
-        notes={**(notes or {}), **({"Gate": gates} if gates else {})},
-        failures=tables.failures(runs),
-        least=MIN_CASES,
-        held_out=all(run.held_out for run in runs),
+        notes={**(notes or {}), **_gates(runs)},
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
     write_text(output, spelt_out(page, keep="\n\t"))
     return Path(output)
+
+
+def _gates(runs: Sequence[RunResult]) -> dict[str, str]:
+    found = "; ".join(f"{run.title}: {gate_text(run.gate)}" for run in runs if run.gate is not None)
+    return {"Gate": found} if found else {}
+
+
+def _part(name: str, **values: Any) -> Markup:
+    source = resources.files("samseg_monai.report").joinpath(name).read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return Markup(environment.from_string(source).render(**values))
+
+
+def _policy(style: str, script: str) -> str:
+    """Content-Security-Policy: nothing from anywhere, but these very CSS and JavaScript, and inline pictures."""
+
+    def known(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+    return (
+        f"default-src 'none'; img-src data:; style-src {known(style)}; script-src {known(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
 
 
 def banner(runs: Sequence[RunResult]) -> str | None:
@@ -115,21 +137,8 @@ def banner(runs: Sequence[RunResult]) -> str | None:
     return ": ".join(parts) or None
 
 
-def headline(runs: Sequence[RunResult]) -> str:
-    """What was run and what came out, in one sentence, from the files alone."""
-    dice = [tables.dice_of_cases(run) for run in runs]
-    means = [f"{run.title}: {tables.fixed(mean_of([*its.values()]))}" for run, its in zip(runs, dice, strict=True)]
-    sources = dict.fromkeys(run.prompt_source for run in runs)
-    prompts = NO_PROMPTS if list(sources) == [NO_PROMPTS] else f"prompts: {'; '.join(sources)}"
-    kind = "phantoms" if all(run.is_phantom for run in runs) else "cases"
-    kind = f"held-out {kind}" if all(run.held_out for run in runs) else kind
-    several = len(tables.classes_of(runs))
-    over = f", mean over {several} classes" if several > 1 else ""
-    return f"Mean Dice of {max(map(len, dice))} {kind}{over} ({prompts}). {'; '.join(means)}."
-
-
 def _hidden(runs: Sequence[RunResult]) -> str:
-    """Which cases the figure draws as points, where it does not draw all of them."""
+    """Which cases figures and table show, where they do not show all of them."""
     count = len({case for run in runs for case in run.cases})
     if count <= figures.MOST_DRAWN:
         return ""
@@ -157,9 +166,21 @@ def _more(count: int) -> str:
 
 
 def _numbers(runs: Sequence[RunResult], base: str) -> dict[str, Any]:
-    """What the template makes its tables of."""
+    """What the template makes its tables of; what is the same in every row gets no column."""
     lines, gaps = tables.table_lines(runs), tables.differences(runs, base=base)
+    prompts = {run.prompt_source for run in runs}
     return {
+        "tables": tables,
+        "runs": runs,
+        "colors": {run.name: index for index, run in enumerate(runs)},
+        "least": MIN_CASES,
+        "failures": tables.failures(runs),
+        "held_out": all(run.held_out for run in runs),
+        "cases": _cases(runs),
+        "hidden": _hidden(runs),
+        "facts": facts(runs),
+        "facts_short": lambda text: re.sub(r"\b([0-9a-f]{12})[0-9a-f]{28,}", r"\1", text),
+        "cards": [(run.title, json.dumps(_shortened(run.card), indent=2, default=str)) for run in runs],
         "lines": [line for line in lines if line.klass == tables.MEAN_OF_CLASSES or len(line.run.classes) == 1],
         "of_class": {(line.run.name, line.klass): line for line in lines},
         "dice": tables.MEASURES[tables.dice_column(runs[0])][0],
@@ -167,6 +188,8 @@ def _numbers(runs: Sequence[RunResult], base: str) -> dict[str, Any]:
         "definitions": _definitions(runs),
         "gaps": {run.name: {one.measure: one for one in gaps if one.run is run} for run in runs},
         "measures": list(dict.fromkeys(one.measure for one in gaps)),
+        "prompts": prompts,
+        "excluded": any(line.excluded for line in lines),
     }
 
 
@@ -179,23 +202,47 @@ def _definitions(runs: Sequence[RunResult]) -> str:
     return "; ".join(texts)
 
 
-def _montage(runs: Sequence[RunResult], montage: Sequence[OverlayCase]) -> list[dict[str, Any]]:
-    """Per case its role, its caption and its panels; strategies in the order of the table."""
-    names = [run.name for run in runs]
-    ranked = next((run for run in runs if run.name == LORA), runs[-1])
-    picked = pick_cases(ranked)
-    shown = []
+def _cases(runs: Sequence[RunResult]) -> dict[str, Any]:
+    """The table of cases: measures, and for each case its size and its scores, texts in the order of the measures for
+    each run; the case with the lowest Dice in any run first."""
+    names = tables.measures(runs)
+    scores = [{name: case_means(run.rows, name) if name in run.rows[0] else {} for name in names} for run in runs]
+    dice = [tables.dice_of_cases(run) for run in runs]
+    shown = figures.drawn_cases(dice)
+    lowest = {case: min(its[case] for its in dice if case in its) for case in shown}
+    unit, sizes = tables.sizes_of_cases(runs[0])
+    rows = [
+        {
+            "case": case,
+            "size": tables.fixed(sizes[case][1], 1) if case in sizes else "-",
+            "cells": [
+                [tables.fixed(its[name].get(case, float("nan")), tables.digits(name)) for name in names]
+                for its in scores
+            ],
+        }
+        for case in sorted(shown, key=lambda case: (lowest[case], case))
+    ]
+    measures = [(tables.MEASURES[name][0], tables.MEASURES[name][1]) for name in names]
+    return {"measures": measures, "unit": unit, "rows": rows}
+
+
+def _viewers(runs: Sequence[RunResult], montage: Sequence[OverlayCase]) -> list[dict[str, Any]]:
+    """Per case its heading, what the viewer shows, and its rows in the order of the table."""
+    found = []
     for case in montage:
-        roles = " and ".join(role for role, name in picked.items() if name == case.case)
-        role = f"{roles} of {ranked.title}" if roles else ""
-        whole = image_tag(case.picture(), f"{case.case}: whole slice with reference outline and box")
-        panels: list[dict[str, Any]] = [{"image": whole, "title": "Whole slice", "dice": None, "color": ""}]
-        for run in (run for run in runs if run.name in case.predictions):
-            picture = case.picture(run.name, names=names)
-            image = image_tag(picture, f"{case.case}: outline of {run.name} over the reference")
-            dice = tables.fixed(case.dice[run.name]) if run.name in case.dice else NOT_RECORDED
-            colour = figures.looks(names)[run.name].overlay
-            panels.append({"image": image, "title": run.title, "dice": dice, "color": colour})
-        place = "" if case.slice_index is None else f", slice {case.slice_index}"
-        shown.append({"role": role, "case": case.case, "place": place, "panels": panels})
-    return shown
+        data = case.for_page()
+        width, height = data["size"][0], data["size"][1] * data["aspect"]
+        first = list(case.predictions)[:_SEEN_FIRST]
+        rows = [run for run in runs if run.name in case.predictions]
+        found.append(
+            {
+                "heading": f"{case.role[:1].upper()}{case.role[1:]}: {case.case}" if case.role else case.case,
+                "data": data,
+                "height": round(1000 * height / width),
+                "view": f"0 0 {width:g} {height:g}",
+                "rows": [{"run": run, "dice": case.dice.get(run.name), "on": run.name in first} for run in rows],
+                "boxed": any(data["boxes"]),
+                "json": Markup(json.dumps(data).replace("<", "\\u003c")),
+            }
+        )
+    return found

@@ -131,6 +131,7 @@ class RunResult:
         rows: one mapping per case and class, as ``samseg_monai.metrics.read_rows`` gives them.
         history: curve name -> epoch -> value, finite ones; empty when nothing was trained.
         label: how the run is called on the page; made from ``name`` and the card when None.
+        others: folders of more runs that are part of this row (seeds, folds); predictions are looked for there, too.
     """
 
     folder: Path
@@ -142,6 +143,7 @@ class RunResult:
     training: Mapping[str, Any] = field(default_factory=dict)
     adapter: Mapping[str, Any] = field(default_factory=dict)
     label: str | None = None
+    others: Sequence[Path] = ()
 
     @classmethod
     def load(
@@ -236,6 +238,27 @@ class RunResult:
     def is_pico(self) -> bool:
         """Whether the numbers come from pico, the small stand-in of the demo and the tests."""
         return str(self.fact("sam_variant")).startswith("pico")
+
+    @property
+    def folders(self) -> list[Path]:
+        return [self.folder, *self.others]
+
+    @property
+    def kind(self) -> str:
+        """Strategy of the card, whatever the row is called."""
+        return _strategy_name(self.card) or self.name
+
+    @property
+    def training_cases(self) -> int | None:
+        """How many cases its weights have learnt from; None where no card tells."""
+        record = self.training.get("cases") or self.fact("cases")
+        known = record.get("training") if isinstance(record, Mapping) else None
+        return len(known) if known else None
+
+    @property
+    def is_image(self) -> bool:
+        """Whether its cases are 2-D images."""
+        return self.fact("label_values") is not None or "reference_px" in self.rows[0]
 
     @property
     def is_phantom(self) -> bool:
@@ -440,45 +463,7 @@ def _json(path: Path) -> dict[str, Any]:
     return read_json(path, BundleError, "run", "evaluate again")
 
 
-# What a card, or metrics.json, records and the page shows; and how it is called there.
-_FACTS = (
-    "status", "bundle", "bundle_version", "strategy", "sam_variant", "base_sha256", "image_size", "precision",
-    "prompt_source", "prompt_loosen", "policy", "settings.min_component_mm3", "seed", "split", "split_sizes",
-    "dataset", "data_hash",
-    "config_hash", "git_commit", "versions", "hardware", "peak_memory_mb", "started", "cases_file",
-)  # fmt: skip
-_NAMES = {
-    "sam_variant": "SAM variant",
-    "base_sha256": "SAM weights (sha256)",
-    "prompt_loosen": "boxes drawn from labels: enlarged by (fraction of a side)",
-    "policy": "empty masks (policy)",
-    "settings.min_component_mm3": "smallest component kept (mm^3)",
-    "split_sizes": "cases per split",
-    "dataset": "data",
-    "git_commit": "commit",
-    "peak_memory_mb": "peak memory (MB)",
-    "cases_file": "file of cases",
-    "best": "best validation",
-}
-# Without these nobody can repeat a run, so their absence is shown too.
-_ALWAYS = {"sam_variant", "prompt_source", "policy", "seed", "data_hash", "git_commit", "versions"}
-_OF_TRAINING = (
-    "status", "started", "seed", "data_hash", "config_hash", "git_commit", "epochs", "best", "peak_memory_mb",
-)  # fmt: skip
 _LONGEST = 300  # characters of a fact in the table; the whole card stands below it
-
-
-def facts(runs: Sequence[RunResult]) -> list[tuple[str, list[str]]]:
-    """Heading -> one text per run, in a fixed order; facts that no card records are left out, the vital ones never."""
-    found = []
-    for key in _FACTS:
-        values = [run.fact(key, f"settings.{key}") for run in runs]
-        if key in _ALWAYS or any(value is not None for value in values):
-            found.append((_NAMES.get(key, key.replace("_", " ")), [fact_text(value) for value in values]))
-    for key in _OF_TRAINING if any(run.training for run in runs) else ():
-        values = [fact_text(run.training.get(key)) if run.training else "-" for run in runs]
-        found.append((f"training: {_NAMES.get(key, key.replace('_', ' '))}", values))
-    return found
 
 
 def fact_text(value: Any) -> str:

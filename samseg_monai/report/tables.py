@@ -23,6 +23,7 @@ from samseg_monai.metrics.rows import MIN_CASES, NOT_DISTINGUISHABLE, TOO_FEW, h
 from samseg_monai.report.comparing import unequal
 from samseg_monai.report.runs import NOT_RECORDED, ZERO_SHOT, RunResult, check_runs, gate_text
 
+SIZES = (("prediction_ml", "reference_ml"), ("prediction_px", "reference_px"))  # columns of the CSV of cases
 MEAN_OF_CLASSES = "mean of classes"
 WIDTH = 130  # of a table for a terminal
 OVER_CASES, ONE_SEED, SEEDS = "Student t over cases", "one training seed", "means over training seeds"
@@ -130,6 +131,24 @@ def dice_column(run: RunResult) -> str:
 def dice_of_cases(run: RunResult) -> dict[str, float]:
     """Case -> Dice, the mean over its classes; excluded cases are not there."""
     return case_means(run.rows, dice_column(run))
+
+
+def sizes_of_cases(run: RunResult) -> tuple[str, dict[str, tuple[float, float]]]:
+    """Unit (mL, mm² or px), and case -> predicted and true size, sums over its classes; excluded cases are left out.
+
+    A 2-D image with a known pixel size is scored as a slice of 1 mm: its mL are 1,000 mm².
+    """
+    columns = next((pair for pair in SIZES if pair[0] in run.rows[0]), None)
+    sizes: dict[str, tuple[float, float]] = {}
+    if columns is None:
+        return "", sizes
+    areas = run.is_image and columns[0].endswith("_ml")
+    scale, unit = (1000.0, "mm²") if areas else (1.0, "mL" if columns[0].endswith("_ml") else "px")
+    for row in run.rows:
+        if not row["excluded"]:
+            before = sizes.get(str(row["case"]), (0.0, 0.0))
+            sizes[str(row["case"])] = (before[0] + scale * row[columns[0]], before[1] + scale * row[columns[1]])
+    return unit, sizes
 
 
 def table_lines(runs: Sequence[RunResult]) -> list[Line]:

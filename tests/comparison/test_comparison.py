@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import html
 import itertools
 import json
 import math
+import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -300,11 +303,37 @@ def test_real_runs_are_compared(where, phantoms, tmp_path):
     plan, output = read_plan(plan_file), tmp_path / "out"
     outcomes = perform(plan.runs(), output, workers=2, ray_address="local" if where == "ray" else None)
     assert [(one.status, one.error) for one in outcomes] == [("done", "")] * 2
-    write_comparison(output, plan, outcomes)
+    write_comparison(output, plan, outcomes, figures_dir=tmp_path / "figures")
     found = json.loads((output / "comparison.json").read_text(encoding="utf-8"))["tasks"]["meningioma"]["rows"]
     assert found["lora"]["n"] == 2 and found["lora"]["minus_zero_shot"]["dice"]["verdict"] == "too few cases"
     assert Path(output, "report.html").stat().st_size > 10_000
+    assert {path.name for path in (tmp_path / "figures").iterdir()} >= {"cases.svg", "ranks.png", "agreement.svg"}
     assert [one.status for one in perform(plan.runs(), output)] == ["kept", "kept"]
+
+
+@pytest.mark.whole
+def test_the_lines_of_a_page_make_it_again_from_the_data_on(phantoms, tmp_path):
+    data, plan_file, output = shutil.copytree(phantoms, tmp_path / "data"), tmp_path / "plan.json", tmp_path / "out"
+    words = ["prepare", "brats-men", "--src", data, "--output", data / "datalist.json", "--fractions", "0.5,0.25,0.25"]
+    app([str(word) for word in [*words, "--seed", "4"]], standalone_mode=False)
+    row = {"name": "lora", "strategy": "lora", "shared": {"strategy::rank": 2}, "training": {"epochs": 1}}
+    plan = {"tasks": [{"recipe": "meningioma", "dataset_dir": str(data)}], "backbones": ["tiny"], "rows": [row]}
+    plan |= {"weights": {"tiny": "random"}, "shared": {"image_size": 64, "crop_size": [32, 36]}}
+    plan_file.write_text(json.dumps({**plan, "evaluation": {"save_predictions": True}}))
+    app(["compare", str(plan_file), "--output", str(output)], standalone_mode=False)
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert page.count('<div class="viewer">') == 2
+    lines = [html.unescape(line) for line in re.findall(r"<code>(.*?)</code>", page) if not line.startswith("#")]
+    told = [" ".join(line.split()[:2]) for line in lines]
+    assert told == ["samseg prepare", "samseg bundle", "python -m", "python -m", "samseg compare"]
+    datalist, results = (data / "datalist.json").read_bytes(), (output / "cases.csv").read_bytes()
+    (data / "datalist.json").unlink()
+    shutil.rmtree(output)
+    for line in lines:
+        words = [sys.executable, "-m", "samseg_monai"] if line.startswith("samseg") else [sys.executable]
+        subprocess.run([*words, *shlex.split(line)[1:]], check=True, capture_output=True)
+    assert (data / "datalist.json").read_bytes() == datalist
+    assert (output / "cases.csv").read_bytes() == results
 
 
 def test_rows_that_a_table_cannot_tell_apart_are_refused(data):

@@ -15,8 +15,9 @@ from samseg_monai.cli import app
 from samseg_monai.errors import BundleError
 from samseg_monai.metrics import write_rows
 from samseg_monai.report.comparing import what_differs
-from samseg_monai.report.page import headline, write_report
+from samseg_monai.report.page import write_report
 from samseg_monai.report.runs import RunResult
+from samseg_monai.report.summary import in_short
 from samseg_monai.report.tables import differences, results_json, table_text, write_results
 
 CASES = [f"case{i:02d}" for i in range(9)]
@@ -146,7 +147,7 @@ def test_below_six_cases_there_is_no_interval(tmp_path):
     assert [one.verdict for one in differences(runs)] == ["too few cases"]
     assert table_text(runs).count("too few cases") == 3
     page = write_report(tmp_path / "page.html", title="t", runs=runs).read_text(encoding="utf-8")
-    assert page.count("(too few cases)") == 2 and "better" not in page
+    assert page.count(">too few cases</span>") == 3 and ">better" not in page and "5 cases are too few" in page
     entry = results_json(runs)["lora"]
     assert entry["dice_ci95"] == [None, None] and entry["interval"] == "too few cases"
 
@@ -180,10 +181,10 @@ def test_cases_that_were_trained_on_are_an_alert(where, base, tmp_path):
     assert chosen == "LoRA: 1 of 9 evaluated cases chose the epoch (validation): case01"
     page = write_report(tmp_path / "page.html", title="t", runs=[base, run]).read_text(encoding="utf-8")
     assert f'<p class="banner" role="alert">{trained}</p>' in page and f"! {trained}." in table_text([base, run])
-    assert "held-out" not in headline([base, run]) and "took no part in that choice" not in page
+    assert "held-out" not in in_short([base, run])[0] and "took no part in that choice" not in page
     assert results_json([base, run])["lora"]["alerts"] == [trained, chosen]
     assert differences([base, run]) == []
-    assert "held-out" in headline([base])
+    assert "held-out" in in_short([base])[0]
 
 
 def test_sections_that_weights_have_met_are_not_held_out(tmp_path):
@@ -196,7 +197,7 @@ def test_sections_that_weights_have_met_are_not_held_out(tmp_path):
     assert lora.warnings == [
         "LoRA: 9 of 9 evaluated cases were trained on: case00, case01, case02, case03, case04 and 4 more"
     ]
-    assert zero.warnings == [] and "held-out" not in headline([zero])
+    assert zero.warnings == [] and "held-out" not in in_short([zero])[0]
     assert differences([zero, lora]) == []
     assert "chose the epoch" in of["validation"][1].warnings[0] and differences(of["validation"])
 

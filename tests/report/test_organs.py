@@ -13,8 +13,9 @@ from samseg_monai.errors import BundleError
 from samseg_monai.metrics import write_rows
 from samseg_monai.report.montage import OverlayCase
 from samseg_monai.report.organs import PUBLISHED, organ_table, organs_json, organs_text
-from samseg_monai.report.page import headline, write_report
+from samseg_monai.report.page import write_report
 from samseg_monai.report.runs import RunResult
+from samseg_monai.report.summary import in_short
 from samseg_monai.report.tables import results_json, table_text
 
 CLASSES = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
@@ -115,10 +116,11 @@ def test_means_are_over_cases_and_then_over_organs_under_both_rules(tmp_path):
     assert published.dice == pytest.approx((6 * 50 + 80 + 15) / 8)
     # in voxels: six of 10, liver (2 + 6) / 2, spleen (14 + 0) / 2
     assert published.hd95 == pytest.approx((6 * 10 + 4 + 7) / 8)
-    # honest: the absent spleen is excluded; means per case first would give 52.68
+    # honest: the absent spleen is excluded; a run has one mean Dice, that of its cases' means
     assert honest.organs["spleen"].dice == pytest.approx(30)
-    assert honest.dice == pytest.approx((6 * 50 + 80 + 30) / 8)
-    assert honest.hd95 == pytest.approx((6 * 5 + 2 + 7) / 8)
+    assert honest.dice == pytest.approx(((6 * 50 + 90 + 30) / 8 + (6 * 50 + 70) / 7) / 2)
+    assert honest.dice == pytest.approx(100 * results_json([run])["ladder"]["dice_mean"])
+    assert honest.hd95 == pytest.approx(((6 * 5 + 1 + 7) / 8 + (6 * 5 + 3) / 7) / 2)
     assert (published.organs["spleen"].n, honest.organs["spleen"].n) == (2, 1)
 
 
@@ -260,8 +262,13 @@ def test_strategies_have_titles_for_people(runs, tmp_path):
     assert narrow.title == "Ladder (ResNet18, width 32 beside SAM)"
 
 
-def test_headline_says_that_there_were_no_prompts(runs):
-    assert headline(runs).startswith("Mean Dice of 12 held-out phantoms, mean over 8 classes (no prompts). ")
+def test_summary_says_over_what_the_mean_is_and_that_there_were_no_prompts(runs):
+    told = in_short(runs)
+    assert told[0] == (
+        "6 methods are measured on 12 held-out phantoms. Mean Dice, on this whole page: over the 8 classes of a case, "
+        "then over cases."
+    )
+    assert any(line.startswith("No boxes or other prompts were given") for line in told)
 
 
 def test_page_has_a_row_for_each_run_and_one_for_each_class(runs, page):
@@ -289,7 +296,8 @@ def test_legend_speaks_of_boxes_only_where_there_are_some(runs, tmp_path):
     mask = np.zeros((24, 24), bool)
     mask[5:12, 6:14] = True
     for box, told in ((None, False), ((6, 5, 14, 12), True)):
-        case = OverlayCase("case0000", image, mask, {"ladder": mask}, box, {})
+        boxes = [[] if box is None else [box]]
+        case = OverlayCase("case0000", image[None], mask[None], {"ladder": mask[None]}, boxes, {}, (80.0, 120.0))
         page = write_report(tmp_path / "p.html", title="t", runs=runs[:1], montage=[case]).read_text(encoding="utf-8")
         assert ("box given to the network" in page) == told
 

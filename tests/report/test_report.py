@@ -13,6 +13,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image, ImageColor
@@ -20,11 +21,20 @@ from PIL import Image, ImageColor
 from samseg_monai.errors import BundleError, DataError
 from samseg_monai.metrics import paired_difference, write_rows
 from samseg_monai.pictures import as_seen
-from samseg_monai.report.figures import curves_svg, dice_svg, drawn_cases, looks
-from samseg_monai.report.montage import OverlayCase, pick_cases
+from samseg_monai.report.facts import facts
+from samseg_monai.report.figures import all_figures, curves, drawn_cases, looks
+from samseg_monai.report.montage import OverlayCase, outline, overlay_cases, pick_cases
 from samseg_monai.report.page import write_report
 from samseg_monai.report.runs import RunResult, prompt_text
-from samseg_monai.report.tables import dice_of_cases, differences, measures, results_json, table_text
+from samseg_monai.report.summary import in_short
+from samseg_monai.report.tables import (
+    dice_of_cases,
+    differences,
+    measures,
+    results_json,
+    sizes_of_cases,
+    table_text,
+)
 
 CASES = [f"case{i:02d}" for i in range(9)]
 DICE = {"zero_shot": 0.60, "lora": 0.75, "box_ellipse": 0.60}
@@ -116,13 +126,13 @@ def _altered(folder: Path, to: Path, **changes: object) -> RunResult:
 
 
 def _overlay(case: str = CASES[0], **changes: object) -> OverlayCase:
-    image = np.random.default_rng(0).normal(100, 10, (40, 50))
-    masks = {name: np.zeros((40, 50), bool) for name in ("reference", *DICE)}
+    image = np.random.default_rng(0).normal(100, 10, (2, 40, 50))
+    masks = {name: np.zeros((2, 40, 50), bool) for name in ("reference", *DICE)}
     for shift, mask in enumerate(masks.values()):
-        mask[5 + shift : 15, 30:44] = True
+        mask[0, 5 + shift : 15, 30:44] = True
     reference = masks.pop("reference")
-    arguments = {"box": (28, 3, 46, 17), "dice": dict.fromkeys(DICE, 0.5), **changes}
-    return OverlayCase(case, image, reference, masks, **arguments)
+    arguments = {"boxes": [[(28, 3, 46, 17)], []], "dice": dict.fromkeys(DICE, 0.5), "slices": (7, 8), **changes}
+    return OverlayCase(case, image, reference, masks, window=(80, 120), **arguments)
 
 
 class _Page(HTMLParser):
@@ -176,9 +186,9 @@ def results(runs: list[RunResult]) -> dict:
 
 def test_page_fetches_nothing(page):
     fetched = _Page(page).fetched
-    assert len(fetched) >= 12  # 3 cases of 4 panels with one picture each
+    assert sum(address.startswith("data:image/jpeg") for address in fetched) == 3
     assert all(address.startswith(("data:", "#")) for address in fetched)
-    assert not re.search(r"@import|url\((?!#)|<script|https?://", page)
+    assert not re.search(r"@import|url\((?!#)|<script src|https?://|style=", page)
 
 
 def test_ids_of_the_page_are_unique(page):
@@ -222,17 +232,16 @@ def test_banner_says_pico_and_phantoms_only_where_the_cards_do(page, made, tmp_p
 
 
 def test_numbers_of_the_table_are_those_of_the_csv(page, made):
-    row = next(row for row in _Page(page).tables["results"] if "LoRA" in row[0])
+    head, *rows = _Page(page).tables["results"]
+    row = dict(zip(head, next(row for row in rows if "LoRA" in row[0]), strict=True))
     with open(made["lora"] / "cases.csv", newline="") as stream:
         cases = [case for case in csv.DictReader(stream) if case["excluded"] == "False"]
     dice = [float(case["dice"]) for case in cases]
-    assert row[3] == "8"
-    assert f"{statistics.fmean(dice):.3f} ± {statistics.pstdev(dice):.3f}" in row[4]
-    assert row[5] == f"{statistics.median(dice):.3f}"
-    for cell, (column, places) in zip(row[6:9], (("hd95_mm", 2), ("nsd_1mm", 3), ("nsd_2mm", 3)), strict=True):
-        assert cell == f"{statistics.fmean(float(case[column]) for case in cases):.{places}f}"
-    assert row[9:11] == ["1", "24,576"]
-    assert row[11].startswith("99.0")
+    assert row["n"] == "8" and row["Excl."] == "1" and row["Trained values"] == "24,576" and row["Train s"] == "99.0"
+    assert (row["Dice"], row["SD"]) == (f"{statistics.fmean(dice):.3f}", f"{statistics.pstdev(dice):.3f}")
+    assert row["Median"] == f"{statistics.median(dice):.3f}"
+    for name, column, places in (("HD95 mm", "hd95_mm", 2), ("NSD 1 mm", "nsd_1mm", 3), ("NSD 2 mm", "nsd_2mm", 3)):
+        assert row[name] == f"{statistics.fmean(float(case[column]) for case in cases):.{places}f}"
 
 
 def test_interval_of_the_mean_is_over_cases(runs, results, page):
@@ -267,7 +276,7 @@ def test_verdicts_of_differences(page, runs):
     oracle = paired_difference(runs[2].rows, runs[1].rows, value="dice")
     assert found["lora", "dice"].mean == oracle["difference"]
     row = next(row for row in _Page(page).tables["differences"] if "ellipse" in row[0])
-    assert "not distinguishable" in row[3]
+    assert "not distinguishable" in row[2]
 
 
 def test_worse_is_called_worse(made):
@@ -324,31 +333,29 @@ def test_titles_and_commands_are_escaped(page):
 
 
 def test_curves_show_loss_and_mean_dice_but_no_spread(runs):
-    loss, dice = curves_svg(runs)
+    loss, dice = (one.svg() for one in curves(runs))
     assert "train loss" in loss and "validation loss" not in loss  # trainings before it was recorded
-    assert "best 0.783, epoch 6" in dice
-    assert (
-        dice.count("stroke-width: 2;") + dice.count('stroke-width: 2"') == 2
-    )  # the curve and its sample in the legend
-    assert curves_svg(runs[:2]) == []
+    assert ": 0.783 at epoch 6" in dice
+    assert dice.count('stroke-width="2"') == 2  # the curve and its sample in the legend
+    assert curves(runs[:2]) == []
 
 
 def test_losses_of_training_and_validation_share_a_panel(runs):
-    before = curves_svg(runs[2:])[0].count("<path")
+    before = curves(runs[2:])[0].svg().count("<path")
     runs[2].history["val_loss"] = {2: 0.7, 4: 0.4, 6: 0.5}
-    loss, dice = curves_svg(runs[2:])
+    loss, dice = (one.svg() for one in curves(runs[2:]))
     assert "Training and validation loss" in loss and "train loss" in loss and "validation loss" in loss
     assert loss.count("<path") > before  # a curve of its own, with its markers
-    assert "best 0.783, epoch 6" in dice  # the Dice curve is still the Dice
+    assert ": 0.783 at epoch 6" in dice  # the Dice curve is still the Dice
     assert "Validation Dice by epoch" in dice and "Training and validation loss by epoch" in loss
 
 
 def test_a_page_of_many_cases_draws_the_worst_and_says_so(made, tmp_path, monkeypatch):
     known = {"training": [f"{n:016x}" for n in range(500)], "validation": []}
     runs = [_altered(made[name], tmp_path / name, cases=known) for name in ("zero_shot", "lora")]
-    whole = dice_svg(runs)
+    whole = _svg(runs)
     monkeypatch.setattr("samseg_monai.report.figures.MOST_DRAWN", 3)
-    drawn = dice_svg(runs)
+    drawn = _svg(runs)
     counted = len(CASES) - 1  # the last one is excluded
     lowest = {case: min(dice_of_cases(run)[case] for run in runs) for case in CASES[:-1]}
     assert drawn_cases([dice_of_cases(run) for run in runs]) == sorted(sorted(lowest, key=lowest.__getitem__)[:3])
@@ -362,47 +369,49 @@ def test_a_page_of_many_cases_draws_the_worst_and_says_so(made, tmp_path, monkey
 
 def test_the_dice_of_picked_slices_is_drawn_as_that(runs):
     runs[2].history.update({"picked_val_dice": {2: 0.5, 4: 0.6, 6: 0.55}, "val_dice": {4: 0.58}})
-    assert "picked slices: best 0.600, epoch 4" in curves_svg(runs[2:])[1]
+    assert "picked slices: 0.600 at epoch 4" in curves(runs[2:])[1].svg()
 
 
 def test_box_plot_has_a_point_per_case_and_strategy(runs):
-    svg = dice_svg(runs)
+    svg = _svg(runs)
     for index in range(3):
         assert f"var(--c{index})" in svg
-    points = re.findall(r'<g id="cases-PathCollection_\d+">(.*?)</g>\s*</g>', svg, re.DOTALL)
+    points = re.findall(r'<g id="cases-points\d">(.*?)</g>\s*</g>', svg, re.DOTALL)
     assert len(points) == 3
-    assert all(group.count("<use ") == 8 for group in points)
+    assert all(group.count("<use ") == group.count("<title>") == 8 for group in points)
+    assert all(f"<title>{case}: Dice " in points[2] for case in CASES[:-1])
 
 
-def _picture(page: str, number: int) -> np.ndarray:
-    data = base64.b64decode(re.findall(r'src="data:image/png;base64,([^"]+)"', page)[number])
-    return np.asarray(Image.open(io.BytesIO(data)))
+def _svg(runs: list[RunResult], name: str = "cases") -> str:
+    return next(one for one in all_figures(runs) if one.name == name).svg()
 
 
-def test_panels_hold_a_picture_that_is_not_blank(page):
-    for number in range(12):
-        assert _picture(page, number).shape == (480, 480, 3) and _picture(page, number).std() > 5
+def _viewers(page: str) -> list[dict]:
+    return [json.loads(text) for text in re.findall(r'<script type="application/json">(.*?)</script>', page)]
 
 
-def _pixels(picture: np.ndarray, colour: str) -> int:
-    return int((picture == np.array(ImageColor.getrgb(colour))).all(axis=2).sum())
+def _picture(address: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))))
 
 
-def test_overlay_draws_reference_prediction_and_box_in_their_colours():
-    names, box, orange = list(DICE), "#b9c4ff", looks(list(DICE))["lora"].overlay
-    close, whole = _overlay().picture("lora", names=names), _overlay().picture()
-    assert all(_pixels(close, colour) > 200 for colour in (orange, "#ffffff", box))
-    assert _pixels(whole, "#ffffff") > 200 and _pixels(whole, box) > 200 and not _pixels(whole, orange)
-    edges = (close == np.array(ImageColor.getrgb(box))).all(axis=2).any(axis=1).nonzero()[0]
-    dashes = (close[edges[0]] == np.array(ImageColor.getrgb(box))).all(axis=1)
-    assert np.abs(np.diff(dashes.astype(int))).sum() > 10  # the box is dashed
-    assert not _pixels(_overlay(box=None).picture("lora", names=names), box)
+def test_viewers_hold_pictures_outlines_and_boxes(page):
+    assert len(_viewers(page)) == 3
+    for viewer in _viewers(page):
+        assert all(_picture(one).shape == (40, 50) and _picture(one).std() > 5 for one in viewer["images"])
+        assert viewer["slices"] == [7, 8] and viewer["boxes"] == ["M56 6H92V34H56z", ""] and viewer["bar"] == [10, 20]
+        assert viewer["reference"][1] == "" and set(viewer["predictions"]) == set(DICE)
+        left, top, width, height = viewer["close"]
+        assert left <= 56 and top <= 6 and left + width >= 92 and top + height >= 34
 
 
-def test_empty_prediction_is_said():
-    nothing = replace(_overlay(), predictions={"lora": np.zeros((40, 50), bool)})
-    orange = looks(["lora"])["lora"].overlay
-    assert _pixels(nothing.picture("lora", names=["lora"])[400:], orange) > 50
+def test_outlines_run_along_the_edges_of_pixels():
+    mask = np.zeros((4, 6), bool)
+    mask[1:3, 2:5] = True
+    numbers = [int(n) for n in re.findall(r"-?\d+", outline(mask))]
+    points = np.cumsum(np.reshape(numbers, (-1, 2)), axis=0)
+    # half pixels: columns 2 to 4 have their edges at 4 and 10, rows 1 and 2 at 2 and 6, corners are cut
+    assert points.min(axis=0).tolist() == [4, 2] and points.max(axis=0).tolist() == [10, 6]
+    assert outline(np.zeros((4, 6))) == "" and outline(mask).count("z") == 1
 
 
 def test_pictures_are_radiological():
@@ -412,6 +421,38 @@ def test_pictures_are_radiological():
     assert as_seen(volume)[0, 0] == 1  # top left for the viewer
 
 
+@pytest.mark.parametrize("directions", [(1, 1, 1), (-1, -1, 1), (-1, 1, -1)])
+def test_letters_are_those_of_the_patient_however_the_file_is_stored(directions, made, tmp_path):
+    """A bright block at the patient's right, front and head, in files of several orientations."""
+    world = np.zeros(
+        (12, 10, 4), np.float32
+    )  # x to the left... of RAS: from left to right, from back to front, upwards
+    world[9:11, 8:9, 3] = 100.0  # large x: right, large y: front
+    world += np.random.default_rng(0).uniform(1, 2, world.shape).astype(np.float32)
+    flipped = tuple(axis for axis, way in enumerate(directions) if way < 0)
+    affine = np.diag([*(2.0 * np.array(directions)), 1])
+    run = _altered(made["lora"], tmp_path / "run")
+    case = pick_cases(run)["best"]
+    (run.folder / "predictions").mkdir()
+    for path, array in (("image", world), ("label", world > 50), (f"run/predictions/{case}_seg", world > 50)):
+        stored = nib.Nifti1Image(np.flip(array, flipped).astype(np.float32), affine)
+        nib.save(stored, tmp_path / f"{path}.nii.gz")
+    items = [
+        {"case": c, "image": str(tmp_path / "image.nii.gz"), "label": str(tmp_path / "label.nii.gz")} for c in CASES
+    ]
+    for other in {*CASES} - {case}:
+        shutil.copy(*(run.folder / "predictions" / f"{name}_seg.nii.gz" for name in (case, other)))
+    montage = overlay_cases(run, [run], items, window=(0, 100))
+    page = write_report(tmp_path / "page.html", title="t", runs=[run], montage=montage).read_text(encoding="utf-8")
+    viewer = _viewers(page)[0]
+    picture = _picture(viewer["images"][viewer["shown"]])
+    down, across = np.unravel_index(picture.argmax(), picture.shape)
+    assert across < picture.shape[1] / 3 and down < picture.shape[0] / 3  # where R is on the left and A above
+    edge = re.search(r'<g class="edge".*?</g>', page)[0]
+    letters = {letter: (int(x), int(y)) for x, y, letter in re.findall(r'x="(\d+)" y="(\d+)">(.)<', edge)}
+    assert letters["R"][0] < letters["A"][0] < letters["L"][0] and letters["A"][1] < letters["R"][1] < letters["P"][1]
+
+
 def test_best_median_and_worst_are_ranked_by_dice_without_excluded_cases(runs):
     dice = {row["case"]: row["dice"] for row in runs[2].rows if not row["excluded"]}
     ranked = sorted(dice, key=dice.get)
@@ -419,8 +460,78 @@ def test_best_median_and_worst_are_ranked_by_dice_without_excluded_cases(runs):
 
 
 def test_overlay_of_unequal_shapes_is_refused():
-    with pytest.raises(DataError, match=r"prediction of lora: shape \(2, 2\)"):
-        OverlayCase("c", np.zeros((4, 4)), np.zeros((4, 4)), {"lora": np.zeros((2, 2))}, None, {})
+    with pytest.raises(DataError, match=r"prediction of lora: shape \(1, 2, 2\)"):
+        OverlayCase("c", np.zeros((1, 4, 4)), np.zeros((1, 4, 4)), {"lora": np.zeros((1, 2, 2))}, [[]], {}, (0, 1))
+
+
+def test_figures_are_files_too_and_long_names_are_not_cut(runs, tmp_path):
+    long = [
+        replace(run, label=f"{run.title} with a name that is longer than any line of a legend could be") for run in runs
+    ]
+    shares = {"zero_shot": [0.25, 0.75, 0], "lora": [0.75, 0.25, 0], "box_ellipse": [0, 0, 1]}
+    write_report(tmp_path / "p.html", title="t", runs=long, shares=shares, figures_dir=tmp_path / "f")
+    names = {"cases", "ranks", "size", "agreement", "loss", "dice"}
+    assert {path.name for path in (tmp_path / "f").iterdir()} == {f"{n}.{s}" for n in names for s in ("svg", "png")}
+    for name in names:
+        assert np.asarray(Image.open(tmp_path / "f" / f"{name}.png")).std() > 5
+        assert "var(--" not in (tmp_path / "f" / f"{name}.svg").read_text()
+    figure = next(one for one in all_figures(long) if one.name == "size").figure
+    figure.canvas.draw()
+    width = figure.bbox.width
+    assert all(text.get_window_extent().x1 <= width for text in figure.legends[0].get_texts())
+
+
+def test_few_shot_curves_join_the_runs_of_a_strategy_by_their_training_cases(made, tmp_path):
+    few = [
+        replace(
+            _altered(made["lora"], tmp_path / str(n), cases={"training": [f"{i:016x}" for i in range(n)]}),
+            name=f"lora{n}",
+        )
+        for n in (1, 5, 20)
+    ]
+    assert "few_shot" not in {one.name for one in all_figures(few[:1])}
+    [line] = next(one for one in all_figures(few) if one.name == "few_shot").figure.axes[0].lines
+    assert line.get_xdata().tolist() == [1, 5, 20]
+    assert line.get_ydata() == pytest.approx([results_json([run])[run.name]["dice_mean"] for run in few])
+
+
+def test_sizes_are_volumes_or_areas_and_their_agreement_is_that_of_bland_and_altman(made, tmp_path):
+    rows = [{**row, "prediction_ml": 2.0 + i, "reference_ml": 2.0} for i, row in enumerate(_rows([0.5] * len(CASES)))]
+    run = RunResult.load(_write_run(tmp_path / "run", rows, strategy="lora"))
+    unit, sizes = sizes_of_cases(run)
+    assert unit == "mL" and sizes == {case: (2.0 + i, 2.0) for i, case in enumerate(CASES[:-1])}
+    drawn = next(one for one in all_figures([run]) if one.name == "agreement")
+    heights = [line.get_ydata()[0] for line in drawn.figure.axes[0].lines]
+    spread = 1.96 * statistics.stdev(range(8))
+    assert heights == pytest.approx([3.5, 3.5 - spread, 3.5 + spread])
+    assert "case03: 3.5 mL, difference +3 mL" in drawn.svg()
+    image = _altered(run.folder, tmp_path / "image", label_values={"0": "background"})
+    assert sizes_of_cases(image)[0] == "mm\u00b2" and sizes_of_cases(image)[1]["case00"] == (2000.0, 2000.0)
+
+
+def test_summary_names_the_best_and_what_cannot_be_told_from_it(runs):
+    told = in_short(runs)
+    assert any(line.startswith("LoRA, rank 4 has the highest mean Dice, 0.7") for line in told)
+    assert any("Lower by more than chance" in line and "Zero-shot: 0." in line and "ellipse" in line for line in told)
+    assert any("GT boxes on GT slices" in line and "made from the answer" in line for line in told)
+    assert any("Not distinguishable from it on these cases: Box ellipse" in line for line in in_short(runs[:2])) or any(
+        "Not distinguishable from it on these cases: Zero-shot" in line for line in in_short(runs[:2])
+    )
+
+
+def test_a_tolerance_below_the_voxel_is_said(runs, tmp_path):
+    assert not any("tolerance" in line for line in in_short(runs, [_overlay()]))
+    thick = in_short(runs, [_overlay(spacing_mm=(1.5, 1.5))])
+    assert "NSD within 1 mm: the tolerance lies below the voxel of 1.5 mm." in thick
+    rows = [{**row, "nsd_2mm": row["nsd_1mm"]} for row in _rows([0.5] * len(CASES))]
+    same = in_short([RunResult.load(_write_run(tmp_path / "run", rows, strategy="lora"))])
+    assert any("these tolerances lie below the voxel" in line for line in same)
+
+
+def test_settings_left_to_their_default_show_its_value(made, tmp_path):
+    arguments = {"rank": 4, "alpha": None, "blocks": None}
+    run = _altered(made["lora"], tmp_path / "run", strategy={"name": "lora", "arguments": arguments})
+    assert dict(facts([run]))["strategy"] == ["name lora, arguments rank 4, alpha 4, blocks all"]
 
 
 def _luminance(colour: str) -> float:
