@@ -224,6 +224,10 @@ class Prompt(Model):
     seed: Seed = 0
     per_component: bool = False
     """A box for each connected component."""
+    mask_values: Annotated[list[Annotated[int, Field(ge=1, le=65535)]], Field(min_length=1, max_length=256)] | None = (
+        None
+    )
+    """Values of a coarse mask that are prompts (volumes); null: all above 0."""
 
 
 class Intensity(Model):

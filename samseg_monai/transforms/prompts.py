@@ -194,17 +194,25 @@ class GivenPromptd(EachKeyd):
             empty list is a case without prompts. The list is taken out of the case: it would not collate, and "boxes"
             names the slices' boxes later. "mask": a file under "prompt", on the image's grid. "image": the whole of
             each slice. Anything else leaves the case as it is.
+        values: of a mask those that are the prompt; None: all above 0.
     Raises: PromptError naming the case and every bad box at once; DataError for a mask on another grid.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, values: Sequence[int] | None = None) -> None:
         super().__init__("image")
-        self.source = source
+        self.source, self.values = source, values
         self.load = Compose([LoadImaged("prompt", ensure_channel_first=True), CheckSameGridd("prompt")])
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         if self.source == "mask":
-            return dict(self.load(data))
+            if not data.get("prompt"):
+                raise PromptError(f"{name_of(data)}: no coarse mask; give those of all cases (--prompts FOLDER)")
+            d = dict(self.load(data))
+            if self.values is not None:
+                d["prompt"] = on_grid_of(
+                    d["prompt"], torch.isin(d["prompt"], torch.as_tensor(self.values)).to(torch.uint8)
+                )
+            return d
         return super().__call__(data) if self.source in ("json", "image") else dict(data)
 
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
@@ -279,9 +287,13 @@ class FinalBoxesd(MapTransform):
 def boxes_on_image(d: Mapping[Hashable, Any]) -> torch.Tensor:
     """The list of boxes in a case, (N, 4), on the image as it is now, whose file's affine is its ``original_affine``.
 
+    An empty list says that another network found nothing: one row of NaN, which is no box.
+
     Raises: PromptError, naming the case: no boxes, no numbers, or a box that lies wholly outside.
     """
     given, image = d.get("boxes"), d["image"]
+    if given == []:
+        return torch.full((1, 4), torch.nan)
     try:
         boxes = torch.as_tensor(given, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):

@@ -99,7 +99,7 @@ RUN: dict[str, Rule] = {
     "prompt": group({
         "source": one("label", "json", "mask", "image", "none"), "loosen": many(number(0, 10), 2, 2),
         "tight": number(0, 1), "shift": number(0, 0.5), "shrink": number(0, 0.5, below=True), "seed": SEED,
-        "per_component": BOOL}),
+        "per_component": BOOL, "mask_values": nothing_or(many(whole(1, 65535), 1, 256))}),
     "embeddings": group({"variants": nothing_or(whole(1, 1000))}), "epochs": whole(1, 100_000),
     "lr": number(0, 100, above=True), "val_interval": whole(0, 100_000), "keep_last": BOOL,
     "val_batch_size": whole(1, 4096), "early_stop": nothing_or(whole(1, 100_000)), "accumulation_steps": whole(1, 4096),
