@@ -145,8 +145,8 @@ class RunSettings(Model):
     """SAM's single mask, or the best rated of its three."""
     store_size: Annotated[int, Field(ge=16, le=1024)] | None = None
     """Side in pixels that slices are stored at before they are enlarged; null: none."""
-    scan_mode: Literal["mean_logits", "channels"] = "mean_logits"
-    """Each scan through SAM as grey image, or three scans as the colour channels."""
+    scan_mode: Literal["mean_logits", "mean_probabilities", "majority", "union", "channels"] = "mean_logits"
+    """Each scan through SAM as grey image, and how they are put together; or three scans as the colour channels."""
     input_scale: Literal["zscore", "unit", "sam"] = "zscore"
     """Intensities as z-scores, from 0 to 1, or from 0 to 255 with SAM's own normalisation."""
     min_component_mm3: Annotated[float, Field(gt=0, le=1e9)] | None = None
