@@ -6,11 +6,13 @@ MONAI's ``SliceInferer`` drops further inputs of the network, and prompts are su
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
@@ -19,6 +21,7 @@ from monai.transforms import Compose, MapTransform, Resized
 from monai.transforms.traits import RandomizableTrait
 from monai.transforms.utils import allow_missing_keys_mode, convert_applied_interp_mode
 
+from samseg_monai.data.files.boxes import rectangles
 from samseg_monai.data.slices.cache import VolumeEmbeddings, describe
 from samseg_monai.errors import ConfigError, PromptError, raise_all
 from samseg_monai.networks import EMPTY_LOGIT
@@ -63,6 +66,11 @@ class SliceVolumeInferer(Inferer):
         direct: take logits back by one bilinear resize to the slice's own size, not step by step; for transforms that
             only resize, which then need not be invertible.
         labels: return class numbers, the channel of the largest logit in the grid of the volume, instead of logits.
+        propagate: slices to which a mask is carried at most, each way: the box around what was found in a slice,
+            loosened, is the next one's box (one per component with ``per_component`` or where a slice was given
+            several), until nothing is found, or less than ``carried_stop``, or another prompt is nearer; 0: none.
+        carried_loosen: each side of a carried box is moved outwards by this fraction of its length, a pixel at least.
+        carried_stop: the last slice is the one with less than this fraction of what was found in the first.
     A validation that looks at some slices only gives ``slices``, bool (B, D): the others are as those without a box.
 
     Shape: inputs (B, S, H, W, D), prompt (B, N, H, W, D) with a channel for each box of a slice, or boxes (B, N, 4) in
@@ -86,10 +94,18 @@ class SliceVolumeInferer(Inferer):
     embedding_dir: str | Path | None = None
     direct: bool = False
     labels: bool = False
+    propagate: int = 0
+    carried_loosen: float = 0.1
+    carried_stop: float = 0.1
 
     def __post_init__(self) -> None:
         if not isinstance(self.slice_transforms, Compose):
             self.slice_transforms = Compose(self.slice_transforms)
+        if self.propagate < 0 or self.carried_loosen < 0 or not 0 <= self.carried_stop <= 1:
+            raise ConfigError(
+                "propagate and carried_loosen must not be negative, and carried_stop be 0 to 1, got "
+                f"{self.propagate}, {self.carried_loosen} and {self.carried_stop}"
+            )
         if self.batch_size < 1 or self.max_boxes < 1:
             wrong = f"{self.batch_size} and {self.max_boxes}"
             raise ConfigError(f"batch_size and max_boxes must be at least 1, got {wrong}")
@@ -126,8 +142,16 @@ class SliceVolumeInferer(Inferer):
             prompts = self._checked(prompt, images) if boxes is None else _checked_boxes(boxes, prompt, images)
         if slices is not None and tuple(slices.shape) != (len(images), images.shape[-1]):
             raise ConfigError(f"slices must have shape {(len(images), images.shape[-1])}, got {tuple(slices.shape)}")
+        if slices is not None and self.propagate:
+            raise ConfigError("slices cannot be chosen where prompts are carried from slice to slice; leave one out")
         only: Any = [None] * len(images) if slices is None else slices.cpu()
-        logits = torch.stack([self._volume(*each, network) for each in zip(images, prompts, only, strict=True)])
+        volumes = []
+        for number, each in enumerate(zip(images, prompts, only, strict=True)):
+            volume, stops = self._volume(*each, network)
+            volumes.append(volume)
+            if stops:
+                logger.warning("%s; look for drift", _in_words(stops, inputs, number))
+        logits = torch.stack(volumes)
         return MetaTensor(logits).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else logits
 
     def _checked(self, prompt: torch.Tensor | None, images: torch.Tensor) -> torch.Tensor:
@@ -144,10 +168,11 @@ class SliceVolumeInferer(Inferer):
 
     def _volume(
         self, image: torch.Tensor, prompt: torch.Tensor | None, only: torch.Tensor | None, network: Network
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, list[Stop]]:
         """(S, H, W, D) and a prompt (N, H, W, D), or boxes (N, 4) of a single slice, to (C, H, W, D).
 
-        Of ``only``, bool (D,), the slices that are False are not run; None runs all.
+        Of ``only``, bool (D,), the slices that are False are not run; None runs all. Where prompts were carried
+        to other slices, it is told where they stopped.
         """
         size, depth = image.shape[1:3], image.shape[3]
         if prompt is None:
@@ -158,24 +183,105 @@ class SliceVolumeInferer(Inferer):
             wanted = (prompt > 0).flatten(0, 2).any(dim=0).cpu().nonzero()[:, 0].tolist()
         wanted = wanted if only is None else [z for z in wanted if only[z]]
         store = self._embeddings(image, prompt, network, wanted)
-        volume: torch.Tensor | None = None
-        for start in range(0, len(wanted), self.batch_size):
-            numbers, prepared, boxes = self._batch(image, prompt, wanted[start : start + self.batch_size])
-            if not numbers:
-                continue
-            slices = prepared.as_subclass(torch.Tensor)
-            embedding = None if store is None else store.get(numbers, slices)
-            logits = self._finished(self._undo(_run(network, slices, boxes, embedding), prepared, size))
-            if volume is None:
-                volume = self._empty(logits.shape[1], (*size, depth), logits.device)
-            volume[..., numbers] = logits.permute(1, 2, 3, 0)  # (b, C, H, W) -> (C, H, W, b)
+        volume, stops = self._fill(None, image, prompt, wanted, network, store), []
         if volume is None:
             # no slice has a box: the network is asked once, for the number of its channels only
             slices = self._prepare(image[..., :1], None)[0].as_subclass(torch.Tensor)
             boxes = slices.new_full((1, self.max_boxes, 4) if self.per_component else (1, 4), torch.nan)
             logits = self._finished(_run(network, slices, boxes))
             volume = self._empty(logits.shape[1], (*size, depth), image.device)
+        elif self.propagate and prompt is not None and prompt.ndim == 4:
+            stops = self._carry(volume, image, prompt, wanted, network, store)
+        return volume, stops
+
+    def _fill(
+        self,
+        volume: torch.Tensor | None,
+        image: torch.Tensor,
+        prompt: torch.Tensor | None,
+        wanted: list[int],
+        network: Network,
+        store: VolumeEmbeddings | None,
+        places: Sequence[int] | None = None,
+    ) -> torch.Tensor | None:
+        """Put the logits of the slices ``wanted`` of ``image`` (S, H, W, d) into ``volume``, made for the first.
+
+        With ``places`` slice k of ``image`` and ``prompt`` is slice ``places[k]`` of the volume.
+        """
+        at = range(image.shape[-1]) if places is None else places
+        for start in range(0, len(wanted), self.batch_size):
+            asked = wanted[start : start + self.batch_size]
+            numbers, prepared, boxes = self._batch(image, prompt, asked)
+            if lost := sorted({at[k] for k in asked} - {at[k] for k in numbers}):
+                logger.warning(
+                    "prompts of slices %s vanish in slice_transforms; predicted empty. Resize prompts with mode 'area'",
+                    lost,
+                )
+            if not numbers:
+                continue
+            numbers = [at[k] for k in numbers]
+            slices = prepared.as_subclass(torch.Tensor)
+            embedding = None if store is None else store.get(numbers, slices)
+            logits = self._finished(self._undo(_run(network, slices, boxes, embedding), prepared, image.shape[1:3]))
+            if volume is None:
+                volume = self._empty(logits.shape[1], (*image.shape[1:3], image.shape[3]), logits.device)
+            volume[..., numbers] = logits.permute(1, 2, 3, 0)  # (b, C, H, W) -> (C, H, W, b)
         return volume
+
+    def _carry(
+        self,
+        volume: torch.Tensor,
+        image: torch.Tensor,
+        prompt: torch.Tensor,
+        given: list[int],
+        network: Network,
+        store: VolumeEmbeddings | None,
+    ) -> list[Stop]:
+        """Carry what was found in the slices ``given`` to their neighbours in ``volume``; the stops, by slice."""
+        several, depth = self.per_component or len(prompt) > 1, image.shape[-1]
+        active, stops = [], []
+        for k, z in enumerate(given):
+            least = self.carried_stop * int(self._found(volume, z).sum())
+            below, above = given[k - 1] if k else None, given[k + 1] if k + 1 < len(given) else None
+            down = 0 if below is None else (below + z) // 2 + 1
+            up = depth - 1 if above is None else (z + above) // 2
+            active += [(z, z, -1, max(down, z - self.propagate), least), (z, z, 1, min(up, z + self.propagate), least)]
+        while active:
+            going, planes = [], []
+            for first, z, step, last, least in active:
+                mask = self._found(volume, z)
+                area = int(mask.sum())
+                if area and area >= least and z != last:
+                    planes.append(self._next_prompt(mask, several))
+                    going.append((first, z + step, step, last, least))
+                else:
+                    stops.append(Stop(first, z, self._why(area, least, abs(z - first), z in (0, depth - 1))))
+            if going:
+                places = [front[1] for front in going]
+                prompts = torch.stack(planes, dim=-1).to(image.device)
+                every = list(range(len(places)))
+                self._fill(volume, image[..., places], prompts, every, network, store, places)
+            active = going
+        return sorted(stop for stop in stops if stop.why != NEARER or stop.last != stop.first)
+
+    def _why(self, area: int, least: float, steps: int, at_end: bool) -> str:
+        """Why a prompt is carried no further than a slice."""
+        if area and area >= least:
+            return "the volume ends" if at_end else f"{steps} slices, the most" if steps == self.propagate else NEARER
+        return "little was found" if area else "nothing was found"
+
+    def _found(self, volume: torch.Tensor, z: int) -> torch.Tensor:
+        """Where slice z (C, H, W) has an object: bool (H, W), on the CPU."""
+        plane = volume[..., z]
+        return (plane[0] > 0 if len(plane) == 1 else plane[1:].amax(0) > plane[0]).cpu()
+
+    def _next_prompt(self, mask: torch.Tensor, several: bool) -> torch.Tensor:
+        """Prompt (N, H, W) of the slice beside one with this mask: a channel for each box, as volumes have it."""
+        planes = torch.zeros((self.max_boxes if several else 1, *mask.shape), dtype=torch.uint8)
+        for plane, (x0, y0, x1, y1) in zip(planes, rectangles(mask.numpy(), per_component=several), strict=False):
+            x, y = (max(1, math.ceil(self.carried_loosen * side)) for side in (x1 - x0, y1 - y0))
+            plane[max(0, y0 - y) : y1 + y, max(0, x0 - x) : x1 + x] = 1
+        return planes
 
     def _embeddings(
         self, image: torch.Tensor, prompt: torch.Tensor | None, network: Network, wanted: list[int]
@@ -215,11 +321,6 @@ class SliceVolumeInferer(Inferer):
             boxes = torch.stack([boxes_of(plane, **how) for plane in planes])
         kept = [k for k, there in enumerate((~boxes.isnan()).flatten(1).any(1).tolist()) if there]
         if len(kept) < len(wanted):
-            lost = sorted(set(wanted) - {wanted[k] for k in kept})
-            logger.warning(
-                "prompts of slices %s vanish in slice_transforms; predicted empty. Resize prompts with mode 'area'",
-                lost,
-            )
             prepared, boxes = prepared[kept], boxes[kept]
         return [wanted[k] for k in kept], prepared, boxes.to(image.device, non_blocking=True)
 
@@ -283,6 +384,39 @@ class SliceVolumeInferer(Inferer):
             return d
         with allow_missing_keys_mode(self.slice_transforms):
             return function(d)
+
+
+NEARER = "another prompt is nearer"
+
+
+class Stop(NamedTuple):
+    """Where a prompt that was given in slice ``first`` was carried to, and why no further."""
+
+    first: int
+    last: int
+    why: str
+
+
+def _in_words(stops: list[Stop], inputs: torch.Tensor, number: int) -> str:
+    """Stops in the slices of the file where it is known, as box files count them; else in those of the volume."""
+
+    def named(z: int) -> str:
+        if not isinstance(inputs, MetaTensor) or "original_affine" not in inputs.meta:
+            return f"slice {z} of the volume"
+        before = inputs.meta["original_affine"]
+        affines = [np.asarray(torch.as_tensor(a).cpu(), dtype=float) for a in (before, inputs.affine)]
+        stored, ours = (affine[number] if affine.ndim == 3 else affine for affine in affines)
+        matrix = np.linalg.solve(stored, ours)
+        axis = int(np.abs(matrix[:3, 2]).argmax())
+        index = round(float((matrix @ [(inputs.shape[2] - 1) / 2, (inputs.shape[3] - 1) / 2, z, 1])[axis]))
+        return f"slice {index}" if axis == 2 else f"slice {index} along axis {axis}"
+
+    parts = [
+        f"the prompt of {named(first)} was carried to "
+        + " and ".join(f"{named(stop.last)} ({stop.why})" for stop in stops if stop.first == first)
+        for first in dict.fromkeys(stop.first for stop in stops)
+    ]
+    return "; ".join(parts)
 
 
 def _checked_boxes(boxes: torch.Tensor, prompt: torch.Tensor | None, images: torch.Tensor) -> torch.Tensor:

@@ -41,6 +41,9 @@ PromptsClass = Annotated[
 PromptsMin = Annotated[
     float | None, typer.Option(help="with --prompts-from: smaller components of its masks are no prompts")
 ]
+Propagate = Annotated[
+    int, typer.Option(min=0, help="volumes: carry what is found to so many slices each way, as the next one's box")
+]
 Scans = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=TEXT", help="DICOM: the scan NAME has TEXT in its SeriesDescription; repeatable"),
@@ -60,6 +63,7 @@ def predict(
     prompts_from: PromptsFrom = None,
     prompts_class: PromptsClass = None,
     prompts_min_mm3: PromptsMin = None,
+    propagate: Propagate = 0,
     whole_slice: WholeSlice = False,
     no_resample: NoResample = False,
     scan: Scans = None,
@@ -106,6 +110,7 @@ def predict(
         if prompts_from is not None:
             first = predicted_prompts(prompts_from, opened, overrides, prompts_class, prompts_min_mm3, logs=verbose)
             prompted = stack.enter_context(first)
+        prompted |= {"prompt::propagate": propagate} if propagate else {}
         if opened.checkpoint is not None:  # the folder of predictions is no place to look for an adapter
             overrides["checkpoint"] = str(opened.checkpoint)
         overrides |= prompted | {key: os.path.abspath(output) for key in ("output_dir", "predictions_dir")}
@@ -152,7 +157,7 @@ def _series_overrides(opened: Opened, scans: list[str], name_by: str | None) -> 
     return {"series": {"texts": texts, "name_by": name_by}}
 
 
-def _prompt_overrides(opened: Opened, prompts: dict[str, str], sources: list[str]) -> dict[str, str]:
+def _prompt_overrides(opened: Opened, prompts: dict[str, str], sources: list[str]) -> dict[str, Any]:
     """What tells a bundle where its prompts come from; nothing for one that takes none.
 
     Args:

@@ -68,8 +68,8 @@ _HOW = (
 Curves = dict[str, dict[int, float]]
 MET = {"training": "were trained on", "validation": "chose the epoch (validation)"}  # parts that weights have met
 # By source, the settings that decide where boxes lie; what only a law of drawing uses says nothing of given boxes.
-_BOXES = {"label": ("loosen", "tight", "shift", "shrink", "per_component"), "none": ()}
-_BOXES_GIVEN = ("shrink", "per_component", "mask_values")
+_BOXES_GIVEN = ("shrink", "per_component", "mask_values", "propagate")
+_BOXES = {"label": ("loosen", "tight", "shift", "shrink", "per_component", "propagate"), "none": ()}
 _NAMED = 5  # cases in a line
 
 
@@ -112,6 +112,8 @@ def prompt_text(
         text += f", {100 * tight:.0f} % of the boxes tight" if tight else ""
     if source == "label" and shift:
         text += f", shifted by up to {100 * shift:.0f} %"
+    if reach := settings.get("propagate"):
+        text = f"{text.replace('GT boxes on GT slices', 'GT box on the largest slice')}, carried up to {reach} slices"
     if source != "none" and settings.get("shrink"):
         text += f", then each side moved inwards by {100 * settings['shrink']:.3g} %"
     return text
@@ -341,6 +343,7 @@ class RunResult:
         source, settings = self.fact("prompt_source"), self.fact("settings.prompt") or {}
         settings = {"loosen": self.fact("prompt_loosen"), **settings}
         found = {key: settings.get(key) for key in _BOXES.get(str(source), _BOXES_GIVEN)}
+        found |= {key: settings.get(key) for key in ("carried_loosen", "carried_stop") if found.get("propagate")}
         found = {key: value for key, value in found.items() if (any(value) if isinstance(value, list) else value)}
         if any(key in found for key in ("loosen", "tight", "shift")):
             found["seed"] = settings.get("seed", 0)
@@ -410,7 +413,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "cases.validation": (list,), "cases_file": (str,), "policy": (str,), "collapsed_classes": (list,),
     "base_sha256": (str,), "settings.section": (str,), "prompt_loosen": (list,), "settings.prompt.loosen": (list,),
     **{f"{name}.{n}": (int, float) for name in ("prompt_loosen", "settings.prompt.loosen") for n in ("0", "1")},
-    **{f"settings.prompt.{name}": (int, float) for name in ("tight", "shift", "shrink")},
+    **{f"settings.prompt.{name}": (int, float) for name in ("tight", "shift", "shrink", "propagate")},
     "side_arguments": (Mapping,), "trainable_parameters": (int,), "gate": (int, float), "seconds": (int, float),
 }  # fmt: skip
 

@@ -68,6 +68,7 @@ class SimulatedPromptd(_FromLabeld):
             0 <= low <= high. Shifts are rounded to pixels and clipped to the image. (0, 0) is the tight rectangle.
         seed: non-negative, see above.
         per_component: a rectangle for every connected component of the slice (rectangles that touch become one prompt).
+        one_slice: of a volume, only the slice where ``label > 0`` is largest (of equal ones the first) has a prompt.
     Raises: ConfigError for a bad ``loosen`` or ``seed``; PromptError when ``seed`` is given and the case has no name.
     """
 
@@ -78,8 +79,10 @@ class SimulatedPromptd(_FromLabeld):
         loosen: Sequence[float] = (0.0, 0.0),
         seed: int | None = None,
         per_component: bool = False,
+        one_slice: bool = False,
     ) -> None:
         super().__init__(source, loosen, seed, per_component, [])
+        self.one_slice = one_slice
 
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
         mask = foreground(d[key]).any(dim=0).cpu()  # (C, H, W[, D]) -> (H, W[, D])
@@ -87,7 +90,9 @@ class SimulatedPromptd(_FromLabeld):
         if mask.ndim == 2:
             self._fill(prompt, mask, self.R)
         else:
-            for z in mask.flatten(0, 1).any(dim=0).nonzero()[:, 0].tolist():
+            areas = mask.flatten(0, 1).sum(dim=0)
+            largest = [int(areas.argmax())] if areas.any() else []
+            for z in largest if self.one_slice else areas.nonzero()[:, 0].tolist():
                 self._fill(prompt[..., z], mask[..., z], self._random(d, z))
         d["prompt"] = on_grid_of(d[key], prompt[None])
 
