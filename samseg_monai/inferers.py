@@ -6,7 +6,6 @@ MONAI's ``SliceInferer`` drops further inputs of the network, and prompts are su
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -69,8 +68,9 @@ class SliceVolumeInferer(Inferer):
         propagate: slices to which a mask is carried at most, each way: the box around what was found in a slice,
             loosened, is the next one's box (one per component with ``per_component`` or where a slice was given
             several), until nothing is found, or less than ``carried_stop``, or another prompt is nearer; 0: none.
-        carried_loosen: each side of a carried box is moved outwards by this fraction of its length, a pixel at least.
-        carried_stop: the last slice is the one with less than this fraction of what was found in the first.
+        carried_loosen: each side of a carried box is moved outwards by this fraction of its length, whole pixels.
+        carried_stop, carried_most: it ends with a slice of less than this fraction of what was found in the first, and
+            before one of more than this multiple, which is left empty: the mask has leaked.
     A validation that looks at some slices only gives ``slices``, bool (B, D): the others are as those without a box.
 
     Shape: inputs (B, S, H, W, D), prompt (B, N, H, W, D) with a channel for each box of a slice, or boxes (B, N, 4) in
@@ -95,16 +95,17 @@ class SliceVolumeInferer(Inferer):
     direct: bool = False
     labels: bool = False
     propagate: int = 0
-    carried_loosen: float = 0.1
+    carried_loosen: float = 0.0
     carried_stop: float = 0.1
+    carried_most: float = 1.5
 
     def __post_init__(self) -> None:
         if not isinstance(self.slice_transforms, Compose):
             self.slice_transforms = Compose(self.slice_transforms)
-        if self.propagate < 0 or self.carried_loosen < 0 or not 0 <= self.carried_stop <= 1:
+        if min(self.propagate, self.carried_loosen) < 0 or not 0 <= self.carried_stop <= 1 <= self.carried_most:
             raise ConfigError(
-                "propagate and carried_loosen must not be negative, and carried_stop be 0 to 1, got "
-                f"{self.propagate}, {self.carried_loosen} and {self.carried_stop}"
+                "propagate and carried_loosen must not be negative, carried_stop be 0 to 1, carried_most at least 1; "
+                f"got {self.propagate}, {self.carried_loosen}, {self.carried_stop} and {self.carried_most}"
             )
         if self.batch_size < 1 or self.max_boxes < 1:
             wrong = f"{self.batch_size} and {self.max_boxes}"
@@ -241,21 +242,31 @@ class SliceVolumeInferer(Inferer):
         several, depth = self.per_component or len(prompt) > 1, image.shape[-1]
         active, stops = [], []
         for k, z in enumerate(given):
-            least = self.carried_stop * int(self._found(volume, z).sum())
+            area = int(self._found(volume, z).sum())
+            limits = (self.carried_stop * area, self.carried_most * area)
             below, above = given[k - 1] if k else None, given[k + 1] if k + 1 < len(given) else None
             down = 0 if below is None else (below + z) // 2 + 1
             up = depth - 1 if above is None else (z + above) // 2
-            active += [(z, z, -1, max(down, z - self.propagate), least), (z, z, 1, min(up, z + self.propagate), least)]
+            ends = ((-1, max(down, z - self.propagate)), (1, min(up, z + self.propagate)))
+            active += [(z, z, step, last, limits) for step, last in ends]
         while active:
             going, planes = [], []
-            for first, z, step, last, least in active:
+            for first, z, step, last, (least, most) in active:
                 mask = self._found(volume, z)
                 area = int(mask.sum())
-                if area and area >= least and z != last:
-                    planes.append(self._next_prompt(mask, several))
-                    going.append((first, z + step, step, last, least))
+                if not area or area < least:
+                    stops.append(Stop(first, z, "little was found" if area else "nothing was found"))
+                elif area > most:  # it has leaked into what lies beside
+                    volume[..., z] = self._empty(len(volume), (*mask.shape, 1), volume.device)[..., 0]
+                    stops.append(
+                        Stop(first, z - step, f"a leak, {area / most * self.carried_most:.1f} times the first")
+                    )
+                elif z == last:
+                    far = f"{abs(z - first)} slices, the most" if abs(z - first) == self.propagate else NEARER
+                    stops.append(Stop(first, z, "the volume ends" if z in (0, depth - 1) else far))
                 else:
-                    stops.append(Stop(first, z, self._why(area, least, abs(z - first), z in (0, depth - 1))))
+                    planes.append(self._next_prompt(mask, several))
+                    going.append((first, z + step, step, last, (least, most)))
             if going:
                 places = [front[1] for front in going]
                 prompts = torch.stack(planes, dim=-1).to(image.device)
@@ -263,12 +274,6 @@ class SliceVolumeInferer(Inferer):
                 self._fill(volume, image[..., places], prompts, every, network, store, places)
             active = going
         return sorted(stop for stop in stops if stop.why != NEARER or stop.last != stop.first)
-
-    def _why(self, area: int, least: float, steps: int, at_end: bool) -> str:
-        """Why a prompt is carried no further than a slice."""
-        if area and area >= least:
-            return "the volume ends" if at_end else f"{steps} slices, the most" if steps == self.propagate else NEARER
-        return "little was found" if area else "nothing was found"
 
     def _found(self, volume: torch.Tensor, z: int) -> torch.Tensor:
         """Where slice z (C, H, W) has an object: bool (H, W), on the CPU."""
@@ -279,7 +284,7 @@ class SliceVolumeInferer(Inferer):
         """Prompt (N, H, W) of the slice beside one with this mask: a channel for each box, as volumes have it."""
         planes = torch.zeros((self.max_boxes if several else 1, *mask.shape), dtype=torch.uint8)
         for plane, (x0, y0, x1, y1) in zip(planes, rectangles(mask.numpy(), per_component=several), strict=False):
-            x, y = (max(1, math.ceil(self.carried_loosen * side)) for side in (x1 - x0, y1 - y0))
+            x, y = (round(self.carried_loosen * side) for side in (x1 - x0, y1 - y0))
             plane[max(0, y0 - y) : y1 + y, max(0, x0 - x) : x1 + x] = 1
         return planes
 

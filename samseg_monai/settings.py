@@ -324,7 +324,7 @@ def _misfits(settings: BundleSettings) -> Iterator[str]:
         yield f"run::masks: 'best' is for one class, there are {len(task.classes)}; use 'single'"
     if run.prompt.source != "none" and not settings.takes_boxes:
         yield f"run::prompt::source: got {run.prompt.source!r}, but this network takes no boxes; use 'none'"
-    if run.prompt.propagate and (run.prompt.source == "none" or task.kind == "images" or run.validation.picker):
+    if run.prompt.propagate and (run.prompt.source == "none" or task.kind == "images"):
         yield "run::prompt::propagate: boxes are carried in whole volumes, by networks that take them; set it to 0"
     if run.prompt.source == "mask" and task.kind == "images":
         yield "run::prompt::source: 'mask' is for volumes; 2-D images take label, json, image or none"

@@ -104,16 +104,16 @@ def predict(
     with nullcontext() if verbose else briefly(), open_bundle(bundle, trust=trust) as opened, ExitStack() as stack:
         opened.check()
         typer.echo(f"{opened.name}: {input} -> {output}")
+        carried = {"prompt::propagate": propagate} if propagate else {}
         prompted = _prompt_overrides(opened, given, sources)
         overrides |= _off(opened, resample=no_resample, pictures=no_pictures)
         overrides |= _series_overrides(opened, scan or [], name_by) | (opened.int8() if int8 else {})
         if prompts_from is not None:
             first = predicted_prompts(prompts_from, opened, overrides, prompts_class, prompts_min_mm3, logs=verbose)
             prompted = stack.enter_context(first)
-        prompted |= {"prompt::propagate": propagate} if propagate else {}
         if opened.checkpoint is not None:  # the folder of predictions is no place to look for an adapter
             overrides["checkpoint"] = str(opened.checkpoint)
-        overrides |= prompted | {key: os.path.abspath(output) for key in ("output_dir", "predictions_dir")}
+        overrides |= prompted | carried | {key: os.path.abspath(output) for key in ("output_dir", "predictions_dir")}
         run_workflow([opened.config("inference")], overrides, echo=False, logs=verbose)
     typer.echo(f"segmentations: {overrides['predictions_dir']}")
 

@@ -342,8 +342,8 @@ class RunResult:
         """What decides where its boxes lie: source, file or law; settings that are off are left out."""
         source, settings = self.fact("prompt_source"), self.fact("settings.prompt") or {}
         settings = {"loosen": self.fact("prompt_loosen"), **settings}
-        found = {key: settings.get(key) for key in _BOXES.get(str(source), _BOXES_GIVEN)}
-        found |= {key: settings.get(key) for key in ("carried_loosen", "carried_stop") if found.get("propagate")}
+        carried = [key for key in settings if key.startswith("carried_") and settings.get("propagate")]
+        found = {key: settings.get(key) for key in (*_BOXES.get(str(source), _BOXES_GIVEN), *carried)}
         found = {key: value for key, value in found.items() if (any(value) if isinstance(value, list) else value)}
         if any(key in found for key in ("loosen", "tight", "shift")):
             found["seed"] = settings.get("seed", 0)
