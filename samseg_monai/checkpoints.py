@@ -28,6 +28,7 @@ from samseg_monai.networks.common import tensor_differences
 from samseg_monai.networks.compute import hold_updates
 from samseg_monai.networks.foreign import load_foreign
 from samseg_monai.networks.peft import is_peft, load_peft
+from samseg_monai.networks.scans import TOGETHER
 from samseg_monai.sam.weights import KNOWN, RANDOM, find_weights, name_of, sha256_of
 from samseg_monai.sam.weights.load import copy_tensors
 from samseg_monai.sam.weights.read import is_plain, read_content
@@ -70,6 +71,9 @@ def card_differences(card: Mapping[str, Any], network: Network) -> list[str]:
     ignored = () if network.strategy is None else network.strategy.training_only
     facts = card_facts(network)
     theirs, ours = _flat(card, ignored), _flat(facts, ignored)
+    if _each_alone(card) and _each_alone(facts):  # how scans are put together, and which, is no matter of the weights
+        theirs["scan_mode"] = ours["scan_mode"]
+        theirs["scans"] = ours["scans"] if _among(card, network) else theirs["scans"]
     return [
         f"{key}: adapter {theirs.get(key)!r}, network {ours.get(key)!r}"
         + (_other_base(card, facts) if key == "base_sha256" else "")
@@ -83,7 +87,20 @@ def scan_differences(card: Mapping[str, Any], network: Any) -> list[str]:
     theirs, ours = card.get("scan_names"), getattr(network, "scan_names", None)
     if theirs is None or ours is None or theirs == ours:
         return []
+    if _each_alone(card) and getattr(network, "scan_mode", None) in TOGETHER and _among(card, network):
+        return []
     return [f"scans: adapter of {', '.join(theirs)}, network of {', '.join(ours)}"]
+
+
+def _each_alone(facts: Mapping[str, Any]) -> bool:
+    """Whether each scan goes through the network by itself."""
+    return facts.get("scan_mode") in TOGETHER
+
+
+def _among(card: Mapping[str, Any], network: Any) -> bool:
+    """Whether a network's scans are some of those that an adapter was trained on."""
+    ours = getattr(network, "scan_names", None) or ()
+    return bool(ours) and set(ours) <= set(card.get("scan_names") or ())
 
 
 def _flat(facts: Mapping[str, Any], ignored: tuple[str, ...]) -> dict[str, Any]:

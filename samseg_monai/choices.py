@@ -241,6 +241,19 @@ class Prompt(Model):
     seed: Seed = 0
     per_component: bool = False
     """A box for each connected component."""
+    propagate: Annotated[int, Field(ge=0, le=8192)] = 0
+    """Slices that what was found is carried to at most, each way, as the next slice's box; 0: none (volumes).
+    Evaluation then draws one box, where the label is largest; training and its validations go on with all boxes."""
+    carried_loosen: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Outward shift of each side of a carried box, as a fraction of the side."""
+    carried_stop: Fraction = 0.1
+    """A box is carried no further from a slice with less than this fraction of what the first one held."""
+    carried_most: Annotated[float, Field(ge=1, le=1000)] = 1.5
+    """A slice with more than this multiple of it is left empty, and a box carried no further: the mask has leaked."""
+    mask_values: Annotated[list[Annotated[int, Field(ge=1, le=65535)]], Field(min_length=1, max_length=256)] | None = (
+        None
+    )
+    """Values of a coarse mask that are prompts (volumes); null: all above 0."""
 
 
 class Intensity(Model):

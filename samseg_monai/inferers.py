@@ -9,8 +9,9 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
@@ -19,6 +20,7 @@ from monai.transforms import Compose, MapTransform, Resized
 from monai.transforms.traits import RandomizableTrait
 from monai.transforms.utils import allow_missing_keys_mode, convert_applied_interp_mode
 
+from samseg_monai.data.files.boxes import rectangles
 from samseg_monai.data.slices.cache import VolumeEmbeddings, describe
 from samseg_monai.errors import ConfigError, PromptError, raise_all
 from samseg_monai.files import unwrap
@@ -70,6 +72,12 @@ class SliceVolumeInferer(Inferer):
         direct: take logits back by one bilinear resize to the slice's own size, not step by step; for transforms that
             only resize, which then need not be invertible.
         labels: return class numbers, the channel of the largest logit in the grid of the volume, instead of logits.
+        propagate: slices to which a mask is carried at most, each way: the box around what was found in a slice,
+            loosened, is the next one's box (one per component with ``per_component`` or where a slice was given
+            several), until nothing is found, or less than ``carried_stop``, or another prompt is nearer; 0: none.
+        carried_loosen: each side of a carried box is moved outwards by this fraction of its length, whole pixels.
+        carried_stop, carried_most: it ends with a slice of less than this fraction of what was found in the first, and
+            before one of more than this multiple, which is left empty: the mask has leaked.
     A validation that looks at some slices only gives ``slices``, bool (B, D): the others are as those without a box.
 
     Shape: inputs (B, S, H, W, D), prompt (B, N, H, W, D) with a channel for each box of a slice, or boxes (B, N, 4) in
@@ -93,10 +101,19 @@ class SliceVolumeInferer(Inferer):
     embedding_dir: str | Path | None = None
     direct: bool = False
     labels: bool = False
+    propagate: int = 0
+    carried_loosen: float = 0.0
+    carried_stop: float = 0.1
+    carried_most: float = 1.5
 
     def __post_init__(self) -> None:
         if not isinstance(self.slice_transforms, Compose):
             self.slice_transforms = Compose(self.slice_transforms)
+        if min(self.propagate, self.carried_loosen) < 0 or not 0 <= self.carried_stop <= 1 <= self.carried_most:
+            raise ConfigError(
+                "propagate and carried_loosen must not be negative, carried_stop be 0 to 1, carried_most at least 1; "
+                f"got {self.propagate}, {self.carried_loosen}, {self.carried_stop} and {self.carried_most}"
+            )
         if self.batch_size < 1 or self.max_boxes < 1:
             wrong = f"{self.batch_size} and {self.max_boxes}"
             raise ConfigError(f"batch_size and max_boxes must be at least 1, got {wrong}")
@@ -133,8 +150,16 @@ class SliceVolumeInferer(Inferer):
             prompts = self._checked(prompt, images) if boxes is None else _checked_boxes(boxes, prompt, images)
         if slices is not None and tuple(slices.shape) != (len(images), images.shape[-1]):
             raise ConfigError(f"slices must have shape {(len(images), images.shape[-1])}, got {tuple(slices.shape)}")
+        if slices is not None and self.propagate:
+            raise ConfigError("slices cannot be chosen where prompts are carried from slice to slice; leave one out")
         only: Any = [None] * len(images) if slices is None else slices.cpu()
-        logits = torch.stack([self._volume(*each, network) for each in zip(images, prompts, only, strict=True)])
+        volumes = []
+        for number, each in enumerate(zip(images, prompts, only, strict=True)):
+            volume, stops = self._volume(*each, network)
+            volumes.append(volume)
+            if stops:
+                logger.warning("%s; look for drift", _in_words(stops, inputs, number))
+        logits = torch.stack(volumes)
         return MetaTensor(logits).copy_meta_from(inputs) if isinstance(inputs, MetaTensor) else logits
 
     def _checked(self, prompt: torch.Tensor | None, images: torch.Tensor) -> torch.Tensor:
@@ -151,10 +176,11 @@ class SliceVolumeInferer(Inferer):
 
     def _volume(
         self, image: torch.Tensor, prompt: torch.Tensor | None, only: torch.Tensor | None, network: Network
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, list[Stop]]:
         """(S, H, W, D) and a prompt (N, H, W, D), or boxes (N, 4) of a single slice, to (C, H, W, D).
 
-        Of ``only``, bool (D,), the slices that are False are not run; None runs all.
+        Of ``only``, bool (D,), the slices that are False are not run; None runs all. Where prompts were carried
+        to other slices, it is told where they stopped.
         """
         size, depth = image.shape[1:3], image.shape[3]
         if prompt is None:
@@ -165,32 +191,110 @@ class SliceVolumeInferer(Inferer):
             wanted = (prompt > 0).flatten(0, 2).any(dim=0).cpu().nonzero()[:, 0].tolist()
         wanted = wanted if only is None else [z for z in wanted if only[z]]
         store = self._embeddings(image, prompt, network, wanted)
-        slab = int(getattr(unwrap(network), "depth", 1))  # type: ignore[arg-type]
-        if slab > 1 and depth == 1:
-            raise ConfigError(
-                f"got a single slice, but this network is for volumes: it looks at slabs of {slab} slices"
-            )
-        volume: torch.Tensor | None = None
-        for seen, new in _calls(wanted, depth, slab, self.batch_size):
-            numbers, prepared, boxes = self._batch(image, prompt, seen, whole=slab > 1)
-            if not numbers:
-                continue
-            slices = prepared.as_subclass(torch.Tensor)
-            embedding = None if store is None else store.get(numbers, slices)
-            logits = _run(network, slices, boxes, embedding)
-            if slab > 1:
-                numbers, logits = [seen[k] for k in new], logits[new]
-            logits = self._finished(self._undo(logits, prepared, size))
-            if volume is None:
-                volume = self._empty(logits.shape[1], (*size, depth), logits.device)
-            volume[..., numbers] = logits.permute(1, 2, 3, 0)  # (b, C, H, W) -> (C, H, W, b)
+        slab = _slab(network)
+        if slab > 1 and (depth == 1 or self.propagate):
+            what = f"got {'a single slice' if depth == 1 else 'propagate'}"
+            raise ConfigError(f"{what}, but this network is for volumes: it looks at slabs of {slab} slices")
+        volume, stops = self._fill(None, image, prompt, wanted, network, store), []
         if volume is None:
             # no slice has a box: the network is asked once, for the number of its channels only
             slices = self._prepare(image[..., [0] * slab], None)[0].as_subclass(torch.Tensor)
             boxes = slices.new_full((slab, self.max_boxes, 4) if self.per_component else (slab, 4), torch.nan)
             logits = self._finished(_run(network, slices, boxes))
             volume = self._empty(logits.shape[1], (*size, depth), image.device)
+        elif self.propagate and prompt is not None and prompt.ndim == 4:
+            stops = self._carry(volume, image, prompt, wanted, network, store)
+        return volume, stops
+
+    def _fill(
+        self,
+        volume: torch.Tensor | None,
+        image: torch.Tensor,
+        prompt: torch.Tensor | None,
+        wanted: list[int],
+        network: Network,
+        store: VolumeEmbeddings | None,
+        places: Sequence[int] | None = None,
+    ) -> torch.Tensor | None:
+        """Put the logits of the slices ``wanted`` of ``image`` (S, H, W, d) into ``volume``, made for the first.
+
+        With ``places`` slice k of ``image`` and ``prompt`` is slice ``places[k]`` of the volume.
+        """
+        at, slab = range(image.shape[-1]) if places is None else places, _slab(network)
+        for seen, new in _calls(wanted, image.shape[-1], slab, self.batch_size):
+            numbers, prepared, boxes = self._batch(image, prompt, seen, at, whole=slab > 1)
+            if not numbers:
+                continue
+            slices = prepared.as_subclass(torch.Tensor)
+            numbers = [at[k] for k in numbers]
+            embedding = None if store is None else store.get(numbers, slices)
+            logits = _run(network, slices, boxes, embedding)
+            if slab > 1:
+                numbers, logits = [numbers[k] for k in new], logits[new]
+            logits = self._finished(self._undo(logits, prepared, image.shape[1:3]))
+            if volume is None:
+                volume = self._empty(logits.shape[1], (*image.shape[1:3], image.shape[3]), logits.device)
+            volume[..., numbers] = logits.permute(1, 2, 3, 0)  # (b, C, H, W) -> (C, H, W, b)
         return volume
+
+    def _carry(
+        self,
+        volume: torch.Tensor,
+        image: torch.Tensor,
+        prompt: torch.Tensor,
+        given: list[int],
+        network: Network,
+        store: VolumeEmbeddings | None,
+    ) -> list[Stop]:
+        """Carry what was found in the slices ``given`` to their neighbours in ``volume``; the stops, by slice."""
+        several, depth = self.per_component or len(prompt) > 1, image.shape[-1]
+        active, stops = [], []
+        for k, z in enumerate(given):
+            area = int(self._found(volume, z).sum())
+            limits = (self.carried_stop * area, self.carried_most * area)
+            below, above = given[k - 1] if k else None, given[k + 1] if k + 1 < len(given) else None
+            down = 0 if below is None else (below + z) // 2 + 1
+            up = depth - 1 if above is None else (z + above) // 2
+            ends = ((-1, max(down, z - self.propagate)), (1, min(up, z + self.propagate)))
+            active += [(z, z, step, last, limits) for step, last in ends]
+        while active:
+            going, planes = [], []
+            for first, z, step, last, (least, most) in active:
+                mask = self._found(volume, z)
+                area = int(mask.sum())
+                if not area or area < least:
+                    stops.append(Stop(first, z, "little was found" if area else "nothing was found"))
+                elif area > most:  # it has leaked into what lies beside
+                    volume[..., z] = self._empty(len(volume), (*mask.shape, 1), volume.device)[..., 0]
+                    stops.append(
+                        Stop(first, z - step, f"a leak, {area / most * self.carried_most:.1f} times the first")
+                    )
+                elif z == last:
+                    far = f"{abs(z - first)} slices, the most" if abs(z - first) == self.propagate else NEARER
+                    stops.append(Stop(first, z, "the volume ends" if z in (0, depth - 1) else far))
+                else:
+                    planes.append(self._next_prompt(mask, several))
+                    going.append((first, z + step, step, last, (least, most)))
+            if going:
+                places = [front[1] for front in going]
+                prompts = torch.stack(planes, dim=-1).to(image.device)
+                every = list(range(len(places)))
+                self._fill(volume, image[..., places], prompts, every, network, store, places)
+            active = going
+        return sorted(stop for stop in stops if stop.why != NEARER or stop.last != stop.first)
+
+    def _found(self, volume: torch.Tensor, z: int) -> torch.Tensor:
+        """Where slice z (C, H, W) has an object: bool (H, W), on the CPU."""
+        plane = volume[..., z]
+        return (plane[0] > 0 if len(plane) == 1 else plane[1:].amax(0) > plane[0]).cpu()
+
+    def _next_prompt(self, mask: torch.Tensor, several: bool) -> torch.Tensor:
+        """Prompt (N, H, W) of the slice beside one with this mask: a channel for each box, as volumes have it."""
+        planes = torch.zeros((self.max_boxes if several else 1, *mask.shape), dtype=torch.uint8)
+        for plane, (x0, y0, x1, y1) in zip(planes, rectangles(mask.numpy(), per_component=several), strict=False):
+            x, y = (round(self.carried_loosen * side) for side in (x1 - x0, y1 - y0))
+            plane[max(0, y0 - y) : y1 + y, max(0, x0 - x) : x1 + x] = 1
+        return planes
 
     def _embeddings(
         self, image: torch.Tensor, prompt: torch.Tensor | None, network: Network, wanted: list[int]
@@ -209,11 +313,11 @@ class SliceVolumeInferer(Inferer):
         return VolumeEmbeddings(self.embedding_dir, network, self._settings, image)
 
     def _batch(
-        self, image: torch.Tensor, prompt: torch.Tensor | None, wanted: list[int], *, whole: bool
+        self, image: torch.Tensor, prompt: torch.Tensor | None, wanted: list[int], at: Sequence[int], *, whole: bool
     ) -> tuple[list[int], MetaTensor, torch.Tensor | None]:
         """Numbers of the slices that the network has to see, what it sees of them, (b, S, h, w), and their boxes.
 
-        ``whole``: it has to see all that are ``wanted``, with or without a box.
+        ``whole``: it has to see all that are ``wanted``, with or without a box. ``at``: their numbers in the volume.
         """
         masks = prompt if prompt is not None and prompt.ndim == 4 else None
         groups = [wanted] if self._channelwise else [[z] for z in wanted]
@@ -234,7 +338,7 @@ class SliceVolumeInferer(Inferer):
         kept = [k for k, there in enumerate((~boxes.isnan()).flatten(1).any(1).tolist()) if there]
         if len(kept) < len(wanted):
             without = set(wanted) - {wanted[k] for k in kept}
-            lost = sorted(z for z in without if masks is None or not whole or (masks[..., z] > 0).any())
+            lost = sorted({at[k] for k in without if masks is None or not whole or (masks[..., k] > 0).any()})
             if lost:
                 logger.warning(
                     "prompts of slices %s vanish in slice_transforms; predicted empty. Resize prompts with mode 'area'",
@@ -306,6 +410,10 @@ class SliceVolumeInferer(Inferer):
             return function(d)
 
 
+def _slab(network: Network) -> int:
+    return int(getattr(unwrap(network), "depth", 1))  # type: ignore[arg-type]
+
+
 def _calls(wanted: list[int], depth: int, slab: int, batch_size: int) -> Iterator[tuple[list[int], list[int]]]:
     """For each call of the network the numbers of the slices that it sees, of ``depth``, and the places among them of
     those that are ``wanted`` and not in a slab before."""
@@ -325,6 +433,39 @@ def _calls(wanted: list[int], depth: int, slab: int, batch_size: int) -> Iterato
             places += [len(numbers) + z - start for z in new[start] if z in asked]
             numbers += [min(z, depth - 1) for z in range(start, start + slab)]
         yield numbers, places
+
+
+NEARER = "another prompt is nearer"
+
+
+class Stop(NamedTuple):
+    """Where a prompt that was given in slice ``first`` was carried to, and why no further."""
+
+    first: int
+    last: int
+    why: str
+
+
+def _in_words(stops: list[Stop], inputs: torch.Tensor, number: int) -> str:
+    """Stops in the slices of the file where it is known, as box files count them; else in those of the volume."""
+
+    def named(z: int) -> str:
+        if not isinstance(inputs, MetaTensor) or "original_affine" not in inputs.meta:
+            return f"slice {z} of the volume"
+        before = inputs.meta["original_affine"]
+        affines = [np.asarray(torch.as_tensor(a).cpu(), dtype=float) for a in (before, inputs.affine)]
+        stored, ours = (affine[number] if affine.ndim == 3 else affine for affine in affines)
+        matrix = np.linalg.solve(stored, ours)
+        axis = int(np.abs(matrix[:3, 2]).argmax())
+        index = round(float((matrix @ [(inputs.shape[2] - 1) / 2, (inputs.shape[3] - 1) / 2, z, 1])[axis]))
+        return f"slice {index}" if axis == 2 else f"slice {index} along axis {axis}"
+
+    parts = [
+        f"the prompt of {named(first)} was carried to "
+        + " and ".join(f"{named(stop.last)} ({stop.why})" for stop in stops if stop.first == first)
+        for first in dict.fromkeys(stop.first for stop in stops)
+    ]
+    return "; ".join(parts)
 
 
 def _checked_boxes(boxes: torch.Tensor, prompt: torch.Tensor | None, images: torch.Tensor) -> torch.Tensor:

@@ -149,9 +149,11 @@ class RunSettings(Model):
     """SAM's single mask, or the best rated of its three."""
     store_size: Annotated[int, Field(ge=16, le=1024)] | None = None
     """Side in pixels that slices are stored at before they are enlarged; null: none."""
-    scan_mode: Literal["mean_logits", "channels", "neighbours"] = "mean_logits"
-    """Each scan through SAM as grey image; three scans as the colour channels; or each slice of one scan between its
-    neighbours as these."""
+    scan_mode: Literal["mean_logits", "mean_probabilities", "majority", "union", "channels", "neighbours"] = (
+        "mean_logits"
+    )
+    """Each scan through SAM as grey image, and how they are put together; three scans as the colour channels; or each
+    slice of one scan between its neighbours as these."""
     input_scale: Literal["zscore", "unit", "sam"] = "zscore"
     """Intensities as z-scores, from 0 to 1, or from 0 to 255 with SAM's own normalisation."""
     min_component_mm3: Annotated[float, Field(gt=0, le=1e9)] | None = None
@@ -338,12 +340,16 @@ def _misfits(settings: BundleSettings) -> Iterator[str]:
         yield f"run::masks: 'best' is for one class, there are {len(task.classes)}; use 'single'"
     if run.prompt.source != "none" and not settings.takes_boxes:
         yield f"run::prompt::source: got {run.prompt.source!r}, but this network takes no boxes; use 'none'"
+    if run.prompt.propagate and (run.prompt.source == "none" or task.kind == "images"):
+        yield "run::prompt::propagate: boxes are carried in whole volumes, by networks that take them; set it to 0"
     if run.prompt.source == "mask" and task.kind == "images":
         yield "run::prompt::source: 'mask' is for volumes; 2-D images take label, json, image or none"
     if run.validation.picker is not None and task.kind == "images":
         yield "run::validation::picker: a 2-D image is one slice, and all are validated; use null"
     if getattr(strategy.method, "depth", 1) > 1 and task.kind == "images":
         yield "strategy::method::depth: a 2-D image has no neighbours to attend to; use 1"
+    if getattr(strategy.method, "depth", 1) > 1 and run.prompt.propagate:
+        yield "run::prompt::propagate: boxes are carried slice by slice; set it to 0, or depth to 1"
     if run.prompt.loosen[0] > run.prompt.loosen[1]:
         yield f"run::prompt::loosen: got {run.prompt.loosen}; the smaller number comes first"
     if strategy.network is not None and strategy.network.name == "BoxEllipse" and several:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ PARTS = "parts.json"  # in place of settings: what this version wrote, and ids o
 LOCAL = {
     "_meta_", "bundle_root", "checkpoint", "datalist", "dataset_dir", "device", "finalize", "imports", "initialize",
     "is_rank0", "mlflow", "network", "output_dir", "predictions_dir", "results_dir", "run", "sam_checkpoint", "boxes",
-    "prompts",
+    "prompts", "prompts_from",
 }  # fmt: skip
 PUBLIC = {*KEYS, *TASK_KEYS, "strategy"}
 UNAIDED = ("ZeroShot", "LoRA", "Adapter", "SSF", "Selective")  # with SAM alone, which is made for prompts
@@ -143,6 +144,8 @@ def facts(datalist: str, *, seen: Mapping[str, list[str]] | None = None) -> dict
         known["prompt_loosen"] = prompt.get("loosen")
         if prompt.get("boxes") and Path(prompt["boxes"]).is_file():
             known["boxes_sha256"] = sha256_of(Path(prompt["boxes"]))
+        if found.config.get("prompts"):
+            known |= _of_masks(Path(found.config["prompts"]))
     content = read_json(datalist, BundleError, "datalist")
     known["dataset"] = content.get("name")
     known["phantoms"] = bool(content.get("phantoms", False))
@@ -158,6 +161,15 @@ def facts(datalist: str, *, seen: Mapping[str, list[str]] | None = None) -> dict
             logger.warning("%s", text)
     known["split_sizes"] = {s: len(content[s]) for s in ("training", "validation", "testing") if s in content}
     return known
+
+
+def _of_masks(place: Path) -> dict[str, Any]:
+    """What tells the masks of an evaluation from others, and which bundle has predicted them where its run says so."""
+    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+    lines = "".join(f"{path.relative_to(place)} {sha256_of(path)}\n" for path in files)
+    card = place.parent / "run_card.json"
+    made_by = read_json(card, BundleError, "run card").get("bundle") if card.is_file() else None
+    return {"boxes_sha256": hashlib.sha256(lines.encode()).hexdigest(), "prompts_from": made_by}
 
 
 def _doubts(found: Running) -> list[str]:

@@ -354,6 +354,9 @@ def _wrong_places(found: Running) -> list[str]:
             continue
         elif value is not None and not isinstance(value, str):
             problems.append(f"{name}: got {value!r}, a {type(value).__name__}; a path is text: write ./{value}")
+    prompt = found.config.get("prompt")
+    if isinstance(prompt, dict) and found.config.get("prompts") is not None and prompt.get("source") != "mask":
+        problems.append(f"prompts: masks are given, but prompt::source is {prompt.get('source')!r}; set it to 'mask'")
     return problems + ([*_absent(found), *_wrong_outputs(found)] if not problems else []) + _wrong_device(found)
 
 

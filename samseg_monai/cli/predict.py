@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from samseg_monai.cli.cascade import predicted_prompts
 from samseg_monai.cli.outputs import briefly
 from samseg_monai.cli.places import check_places, scans_given
 from samseg_monai.errors import BundleError, ConfigError, PromptError
@@ -25,6 +26,24 @@ Modality = Annotated[
 ]
 WholeSlice = Annotated[bool, typer.Option("--whole-slice", help="Take the whole slice as the prompt, on purpose.")]
 Int8 = Annotated[bool, typer.Option("--int8", help="8-bit numbers in SAM's image encoder: faster on CPUs with VNNI")]
+Input = Annotated[
+    Path, typer.Option(help="case folder, folder of cases, of volumes or of 2-D images, a file, DICOM, or a ZIP of it")
+]
+NoResample = Annotated[
+    bool, typer.Option("--no-resample", help="Keep the in-plane spacing, though another was trained on.")
+]
+PromptsFrom = Annotated[
+    Path | None, typer.Option(help="bundle without prompts whose masks of the same cases are the prompts")
+]
+PromptsClass = Annotated[
+    list[str] | None, typer.Option(help="with --prompts-from: its class that is the structure; repeatable")
+]
+PromptsMin = Annotated[
+    float | None, typer.Option(help="with --prompts-from: smaller components of its masks are no prompts")
+]
+Propagate = Annotated[
+    int, typer.Option(min=0, help="volumes: carry what is found to so many slices each way, as the next one's box")
+]
 Scans = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=TEXT", help="DICOM: the scan NAME has TEXT in its SeriesDescription; repeatable"),
@@ -37,17 +56,16 @@ BaseWeights = Annotated[str | None, typer.Option(help="base weights, if not foun
 
 def predict(
     bundle: Annotated[Path, typer.Argument(help="folder or ZIP of a bundle")],
-    input: Annotated[
-        Path,
-        typer.Option(help="case folder, folder of cases, of volumes or of 2-D images, a file, DICOM, or a ZIP of it"),
-    ],
+    input: Input,
     output: Annotated[Path, typer.Option("--output", "--out", help="folder for the segmentations")],
     boxes: Annotated[Path | None, typer.Option(help="JSON of boxes per case")] = None,
     prompts: Annotated[Path | None, typer.Option(help="coarse mask, or folder of <case>.nii.gz")] = None,
+    prompts_from: PromptsFrom = None,
+    prompts_class: PromptsClass = None,
+    prompts_min_mm3: PromptsMin = None,
+    propagate: Propagate = 0,
     whole_slice: WholeSlice = False,
-    no_resample: Annotated[
-        bool, typer.Option("--no-resample", help="Keep the in-plane spacing, though another was trained on.")
-    ] = False,
+    no_resample: NoResample = False,
     scan: Scans = None,
     name_by: NameBy = None,
     sam_checkpoint: Annotated[str | None, typer.Option(help="base weights, if the bundle holds none")] = None,
@@ -68,32 +86,48 @@ def predict(
     DICOM may lie in folders of any depth: series are told apart by their tags, and mapped to the bundle's scans by
     their descriptions, where these leave no doubt, or by --scan. Series that are no scan are passed over by name.
 
-    Prompts of a bundle that takes boxes: --boxes, --prompts, or --whole-slice. Cases whose in-plane spacing is not one
-    that the bundle was trained on are resampled to it, and the masks come back on the images' own grids. Bad cases are
-    named and left out; the exit code is then 1. An image that is not of the bundle's modality is bad, too (by DICOM, or
-    by values: a CT has Hounsfield units), unless --allow-modality says that it is right.
+    Prompts of a bundle that takes boxes: --boxes, --prompts, --prompts-from, or --whole-slice. Cases whose in-plane
+    spacing is not one that the bundle was trained on are resampled to it, and the masks come back on the images' own
+    grids. Bad cases are named and left out; the exit code is then 1. An image that is not of the bundle's modality is
+    bad, too (by DICOM, or by values: a CT has Hounsfield units), unless --allow-modality says that it is right.
     """
-    asked = (("boxes", boxes), ("prompts", prompts), ("whole-slice", whole_slice))
-    sources = [f"--{key}" for key, value in asked if value]
-    check_places("predict", {"BUNDLE": bundle, "--input": input, "--boxes": boxes, "--prompts": prompts})
+    asked = {"--boxes": boxes, "--prompts": prompts, "--prompts-from": prompts_from}
+    check_places("predict", {"BUNDLE": bundle, "--input": input, **asked})
+    sources = [key for key, value in {**asked, "--whole-slice": whole_slice}.items() if value]
+    _only_with(prompts_from, {"--prompts-class": prompts_class, "--prompts-min-mm3": prompts_min_mm3})
     from samseg_monai.bundles.door import open_bundle
 
     given = {key: os.path.abspath(value) for key, value in {"boxes": boxes, "prompts": prompts}.items() if value}
-    places = {"dataset_dir": input, "output_dir": output, "predictions_dir": output}
-    overrides: dict[str, Any] = {key: os.path.abspath(place) for key, place in places.items()}
     how = {"sam_checkpoint": sam_checkpoint, "allow_modality": allow_modality or None, "device": _device(device)}
-    overrides |= {key: value for key, value in how.items() if value is not None}
-    with nullcontext() if verbose else briefly(), open_bundle(bundle, trust=trust) as opened:
+    how["dataset_dir"] = os.path.abspath(input)
+    overrides: dict[str, Any] = {key: value for key, value in how.items() if value is not None}
+    with nullcontext() if verbose else briefly(), open_bundle(bundle, trust=trust) as opened, ExitStack() as stack:
         opened.check()
         typer.echo(f"{opened.name}: {input} -> {output}")
-        overrides |= _prompt_overrides(opened, given, sources) | (opened.int8() if int8 else {})
-        off = {"resample": no_resample, "pictures": no_pictures}
-        overrides |= {key: False for key, wanted in off.items() if wanted and key in opened.parser().get()}
-        overrides |= _series_overrides(opened, scan or [], name_by)
+        carried = {"prompt::propagate": propagate} if propagate else {}
+        prompted = _prompt_overrides(opened, given, sources)
+        overrides |= _off(opened, resample=no_resample, pictures=no_pictures)
+        overrides |= _series_overrides(opened, scan or [], name_by) | (opened.int8() if int8 else {})
+        if prompts_from is not None:
+            first = predicted_prompts(prompts_from, opened, overrides, prompts_class, prompts_min_mm3, logs=verbose)
+            prompted = stack.enter_context(first)
         if opened.checkpoint is not None:  # the folder of predictions is no place to look for an adapter
             overrides["checkpoint"] = str(opened.checkpoint)
+        overrides |= prompted | carried | {key: os.path.abspath(output) for key in ("output_dir", "predictions_dir")}
         run_workflow([opened.config("inference")], overrides, echo=False, logs=verbose)
     typer.echo(f"segmentations: {overrides['predictions_dir']}")
+
+
+def _only_with(prompts_from: Path | None, given: dict[str, Any]) -> None:
+    """Raise ConfigError for options that say something of another bundle's masks where there are none."""
+    lost = [name for name, value in given.items() if value]
+    if lost and prompts_from is None:
+        raise ConfigError(f"predict: {' and '.join(lost)}: of no use without --prompts-from")
+
+
+def _off(opened: Opened, **unwanted: bool) -> dict[str, bool]:
+    """Switches of a bundle that are to be off, of those that it has."""
+    return {key: False for key, wanted in unwanted.items() if wanted and key in opened.parser().get()}
 
 
 def _device(name: str | None) -> str | None:
@@ -123,7 +157,7 @@ def _series_overrides(opened: Opened, scans: list[str], name_by: str | None) -> 
     return {"series": {"texts": texts, "name_by": name_by}}
 
 
-def _prompt_overrides(opened: Opened, prompts: dict[str, str], sources: list[str]) -> dict[str, str]:
+def _prompt_overrides(opened: Opened, prompts: dict[str, str], sources: list[str]) -> dict[str, Any]:
     """What tells a bundle where its prompts come from; nothing for one that takes none.
 
     Args:
@@ -140,10 +174,10 @@ def _prompt_overrides(opened: Opened, prompts: dict[str, str], sources: list[str
         from samseg_monai.data.files.cases import NO_PROMPTS
 
         raise PromptError(f"predict: {NO_PROMPTS}")
-    if opened.prompted:
+    if opened.prompted and sources != ["--prompts-from"]:
         source = {"boxes": "json", "prompts": "mask"}.get(next(iter(prompts), ""), "image")
         return {**prompts, "prompt::source": source}
-    if sources:
+    if sources and not opened.prompted:
         raise BundleError(
             f"predict: this bundle takes no prompts, but got {sources[0]}; leave it out, whole slices are segmented"
         )

@@ -16,6 +16,7 @@ from samseg_monai.files import write_json
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.networks.foreign import SAMED_HEADS, samed_values
 from samseg_monai.networks.peft import PEFT_CONFIG, PEFT_TENSORS, peft_name, scaling_of
+from samseg_monai.networks.scans import TOGETHER
 from samseg_monai.products import Linear
 from samseg_monai.sam.vit import ViTSpec
 from samseg_monai.sam.weights.load import copy_tensors
@@ -200,6 +201,8 @@ def use_elsewhere(network: SamSegmenter, fmt: str) -> list[str]:
                 f"trained at {size} pixels, while SamModel works at {native}: its logits are others. To get the "
                 f"network's own, give the folder as checkpoint at image_size {size}"
             )
-    if network.scan_mode == "mean_logits":
-        steps.append("every scan is a grey image: three equal channels; average the logits of several scans")
+    if network.scan_mode in TOGETHER:
+        steps.append(
+            f"every scan is a grey image: three equal channels; of several scans {TOGETHER[network.scan_mode]}"
+        )
     return steps

@@ -15,6 +15,7 @@ from samseg_monai.checkpoints import Network
 from samseg_monai.errors import BundleError, raise_all
 from samseg_monai.export.parts import Call, Part, parts_of, run_parts
 from samseg_monai.networks import EMPTY_LOGIT, SamSegmenter
+from samseg_monai.networks.scans import TOGETHER
 
 # as a part of the largest value: float32 itself rounds at 6e-8 of a value
 TOLERANCE = {"pth": 1e-4, "torch": 1e-5, "onnx": 1e-4, "samed": 1e-5, "peft": 1e-5}
@@ -106,7 +107,7 @@ def compare_predictor(network: SamSegmenter, sam: Sam, allowed: float) -> Differ
     tensors = trials(network, parts_of(network))[0]
     image, boxes = tensors["image"], tensors.get("boxes")
     predictor, maps = SamPredictor(sam), []
-    for view in image if network.scan_mode != "mean_logits" else image.flatten(0, 1)[:, None].expand(-1, 3, -1, -1):
+    for view in image if network.scan_mode not in TOGETHER else image.flatten(0, 1)[:, None].expand(-1, 3, -1, -1):
         if network.input_scale != "sam":  # the predictor normalises what it gets
             view = view * sam.pixel_std + sam.pixel_mean
         predictor.set_torch_image(view[None], image.shape[-2:])

@@ -46,6 +46,7 @@ from samseg_monai.faults import output_problem
 from samseg_monai.files import read_json, write_json, write_tensors
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.networks.peft import PEFT_CONFIG, PEFT_TENSORS
+from samseg_monai.networks.scans import TOGETHER
 from samseg_monai.sam.weights import load_sam_weights, sha256_of
 from samseg_monai.training.owned import owned_state
 
@@ -109,6 +110,8 @@ def export_network(source: Source, fmt: str, output: str | Path, *, size: tuple[
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output) as temporary:
         folder = Path(temporary)
         if isinstance(network, SamSegmenter) and fmt == "pth":
+            if network.scan_mode in TOGETHER:  # predictors enlarge each scan's map: the mean alone may be taken behind
+                network.scan_mode = "mean_logits"
             described, differences = _write_pth(source, network, folder)
         elif isinstance(network, SamSegmenter) and fmt in ("samed", "peft"):
             described, differences = _write_foreign(network, fmt, folder)
@@ -259,8 +262,9 @@ def _preprocessing(source: Source) -> list[str]:
         "`transforms` are MONAI's, in order: on the volume, but Resized and SplineResized on each slice",
         f"intensities: {SCALES[network.input_scale]}",
     ]
-    if network.scan_mode == "mean_logits" and network.scans > 1:
-        steps.append("each scan goes through SAM as a grey image with the same box; the logits are averaged")
+    if network.scan_mode in TOGETHER and network.scans > 1:
+        how = TOGETHER[network.scan_mode]
+        steps.append(f"each scan goes through SAM as a grey image with the same box; {how}")
     if network.scan_mode == "neighbours":
         steps.append(
             "three channels: the slice before, the slice, the slice behind; at the volume's ends the last again"
@@ -291,8 +295,10 @@ def _use_of_pth(source: Source) -> list[str]:
         steps[0] += "; with MobileSAM's mobile_sam, since segment_anything has no vit_t"
     if network.input_scale != "sam":
         steps.append("SamPredictor normalises: give set_torch_image() the slice * sam.pixel_std + sam.pixel_mean")
-    if network.scan_mode == "mean_logits":
-        steps.append("every scan is a grey image: three equal channels; average the logits of several scans")
+    if network.scan_mode in TOGETHER:
+        steps.append(
+            f"every scan is a grey image: three equal channels; of several scans {TOGETHER[network.scan_mode]}"
+        )
     steps.append("predict_torch(..., multimask_output=False): only the first mask was trained")
     if size != native:
         steps.append(

@@ -40,8 +40,8 @@ class PredictionTable:
     - ``case``; for each class ``<class>_ml``, of 2-D images ``<class>_px`` and, where the size of pixels is known,
       ``<class>_mm2``;
     - of volumes ``slices`` with anything found, as the network cuts them, and ``prompted_slices``;
-    - ``prompt``: boxes, mask, whole slice or none; ``spacing_mm`` along the axes of the file; ``resampled``: whether
-      the case was brought to the spacing that was trained on;
+    - ``prompt``: boxes or mask (and by which bundle), whole slice or none; ``spacing_mm`` along the axes of the file;
+      ``resampled``: whether the case was brought to the spacing that was trained on;
     - ``precision`` that SAM's image encoder computed in: float32, tf32, bf16, int8;
     - ``seconds`` from reading the case to its files; ``warnings``, as they were told; ``problem``.
 
@@ -50,6 +50,7 @@ class PredictionTable:
         output_dir: folder, made if need be.
         classes: names of the values 1, 2, ... of predictions.
         prompt_source: json, mask, image or none.
+        prompts_from: bundle that has predicted the prompts.
         images: cases are 2-D images.
         precision: of the network, if it tells one.
     Shape: a decollated item has "case", "image" as the network saw it, "pred" (1, X, Y, Z) on the file's grid, and
@@ -63,12 +64,13 @@ class PredictionTable:
         *,
         classes: Sequence[str],
         prompt_source: str,
+        prompts_from: str | None = None,
         images: bool = False,
         precision: str | None = None,
     ) -> None:
         self.precision = precision
         self.cases, self.path, self.classes, self.images = cases, Path(output_dir) / TABLE, list(classes), images
-        self.prompt = PROMPTS.get(prompt_source, prompt_source)
+        self.prompt = PROMPTS.get(prompt_source, prompt_source) + (f" by {prompts_from}" if prompts_from else "")
         self.rows: dict[str, dict[str, Any]] = {}
         self._told: set[str] | None = None  # cases of which the file has the row as it is; None: it has to be written
         units = ("px", "mm2") if images else ("ml",)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from samseg_monai.errors import ConfigError, in_turn, raise_all
+from samseg_monai.networks.scans import TOGETHER
 
 if TYPE_CHECKING:
     from samseg_monai.networks.plain import PlainSegmenter
@@ -21,7 +22,7 @@ EMPTY_LOGIT = -20.0  # of a class where there is nothing to predict: sigmoid(-20
 UNSCRIPTED = "boxes would be no input of the result; use samseg export --format torch or onnx, where they are"
 
 OPTIONS: dict[str, tuple[str | None, ...]] = {
-    "scan_mode": ("mean_logits", "channels", "neighbours"),
+    "scan_mode": (*TOGETHER, "channels", "neighbours"),
     "input_scale": ("zscore", "unit", "sam"),
     "prompt": ("box", "none"),
     "autocast": (None, "bf16", "bf16_all"),

@@ -29,6 +29,7 @@ from samseg_monai.networks.common import (
     where_boxes_are,
 )
 from samseg_monai.networks.compute import NO_TRAINING, apply_compute, compute_problems
+from samseg_monai.networks.scans import TOGETHER, combined
 from samseg_monai.sam.backbone import SamSpec
 from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.weights import MASK_HEAD, RANDOM, LoadReport, find_weights, load_sam_weights, plain_names
@@ -52,8 +53,9 @@ class SamSegmenter(Segmenter):
         image_size: side in pixels of the square that SAM sees, a multiple of 16; None means the variant's own.
         num_classes: 1 gives one map, SAM's single mask. K > 1 gives K + 1 maps, channel 0 is the background.
         scans: number of channels of the input, S, or their names, which an adapter's card keeps.
-        scan_mode: "mean_logits": each scan goes through SAM as a grey image with the same box, and the logits are
-            averaged. "channels": three scans are the three colour channels. "neighbours": a slice of one scan and its
+        scan_mode: each scan goes through SAM as a grey image with the same box, and its logits, one per 4 x 4 pixels,
+            are put together as ``scans.combined`` says: "mean_logits", "mean_probabilities", "majority", "union".
+            "channels": three scans are the three colour channels. "neighbours": a slice of one scan and its
             neighbours are (``transforms.NeighbourSlicesd``): S is 3, or there is one name.
         input_scale: "sam": the input is 0-255 and SAM's own mean and standard deviation are applied. "zscore",
             "unit": the input is used as it is; the name says how it was prepared.
@@ -87,7 +89,9 @@ class SamSegmenter(Segmenter):
         image_size: int | None = None,
         num_classes: int = 1,
         scans: int | Sequence[str] = 1,
-        scan_mode: Literal["mean_logits", "channels", "neighbours"] = "mean_logits",
+        scan_mode: Literal[
+            "mean_logits", "mean_probabilities", "majority", "union", "channels", "neighbours"
+        ] = "mean_logits",
         input_scale: Literal["zscore", "unit", "sam"] = "zscore",
         prompt: Literal["box", "none"] = "box",
         rectangular: bool = False,
@@ -293,7 +297,7 @@ class SamSegmenter(Segmenter):
         with torch.autocast(embedding.device.type, dtype=torch.bfloat16, enabled=self.autocast == "bf16_all"):
             low, quality = self.sam.decode(embedding, boxes=boxes, multimask=multimask)
         low = best_mask(low, quality, self.views) if multimask else low
-        return low.float().unflatten(0, (-1, self.views)).mean(1)  # resizing is linear: the mean may be taken first
+        return combined(low.float().unflatten(0, (-1, self.views)), self.scan_mode)
 
     def enlarge(self, low: Tensor) -> Tensor:
         """Logits of the decoder to those of the padded slice, one per pixel, in float32."""
@@ -311,7 +315,7 @@ class SamSegmenter(Segmenter):
 
     def _prepare(self, image: Tensor) -> Tensor:
         """(B, S, H, W) to (B * V, 3, h, w) as SAM's encoder takes it: normalised, then padded with zeros."""
-        if self.scan_mode == "mean_logits":
+        if self.scan_mode in TOGETHER:
             image = image.flatten(0, 1)[:, None].expand(-1, 3, -1, -1)
         if self.input_scale == "sam":
             image = (image - self.sam.pixel_mean) / self.sam.pixel_std
@@ -320,7 +324,7 @@ class SamSegmenter(Segmenter):
     @property
     def views(self) -> int:
         """Passes through SAM per image."""
-        return self.scans if self.scan_mode == "mean_logits" else 1
+        return self.scans if self.scan_mode in TOGETHER else 1
 
     def _encoder_precision(self, image: Tensor) -> AbstractContextManager[object]:
         return nullcontext() if self.autocast is None else torch.autocast(image.device.type, dtype=torch.bfloat16)

@@ -73,8 +73,8 @@ _HOW = (
 Curves = dict[str, dict[int, float]]
 MET = {"training": "were trained on", "validation": "chose the epoch (validation)"}  # parts that weights have met
 # By source, the settings that decide where boxes lie; what only a law of drawing uses says nothing of given boxes.
-_BOXES = {"label": ("loosen", "tight", "shift", "shrink", "per_component"), "none": ()}
-_BOXES_GIVEN = ("shrink", "per_component")
+_BOXES_GIVEN = ("shrink", "per_component", "mask_values", "propagate")
+_BOXES = {"label": ("loosen", "tight", "shift", "shrink", "per_component", "propagate"), "none": ()}
 _NAMED = 5  # cases in a line
 
 
@@ -94,23 +94,31 @@ def gate_text(gate: float) -> str:
     return f"gate g = {gate:.2f} (1 = SAM alone, 0 = CNN alone)"
 
 
-def prompt_text(source: str, settings: Mapping[str, Any], boxes_sha256: str | None = None) -> str:
+def prompt_text(
+    source: str, settings: Mapping[str, Any], boxes_sha256: str | None = None, made_by: str | None = None
+) -> str:
     """Where boxes came from, for readers: a law of drawing is named only where they were drawn from labels by it.
 
     Args:
         source: label, json, mask, image or none.
         settings: ``prompt`` of the card's settings: loosen, tight, shift, shrink and boxes, those of them there are.
-        boxes_sha256: of the file of boxes; two files of one name are two sources.
+        boxes_sha256: of the file of boxes, or of the masks; two files of one name are two sources.
+        made_by: bundle that has predicted the masks.
     """
     text = PROMPTS.get(source, source)
     if source == "json" and settings.get("boxes"):
         text += f" ({settings['boxes']}{f', file {boxes_sha256[:8]}' if boxes_sha256 else ''})"
+    if source == "mask" and (made_by or boxes_sha256):
+        text = f"boxes of masks by {made_by}" if made_by else text
+        text += f" (masks {boxes_sha256[:8]})" if boxes_sha256 else ""
     loosen, tight, shift = (settings.get(key) for key in ("loosen", "tight", "shift"))
     if source == "label" and loosen is not None and _two_numbers(loosen) and max(loosen) > 0:
         text += f", sides enlarged {100 * loosen[0]:.0f} to {100 * loosen[1]:.0f} %"
         text += f", {100 * tight:.0f} % of the boxes tight" if tight else ""
     if source == "label" and shift:
         text += f", shifted by up to {100 * shift:.0f} %"
+    if reach := settings.get("propagate"):
+        text = f"{text.replace('GT boxes on GT slices', 'GT box on the largest slice')}, carried up to {reach} slices"
     if source != "none" and settings.get("shrink"):
         text += f", then each side moved inwards by {100 * settings['shrink']:.3g} %"
     return text
@@ -293,7 +301,7 @@ class RunResult:
         if source is None:
             return NOT_RECORDED
         settings = {"loosen": self.fact("prompt_loosen"), **(self.fact("settings.prompt") or {})}
-        return prompt_text(str(source), settings, self.fact("boxes_sha256"))
+        return prompt_text(str(source), settings, self.fact("boxes_sha256"), self.fact("prompts_from"))
 
     @property
     def trainable(self) -> int | None:
@@ -362,11 +370,12 @@ class RunResult:
         """What decides where its boxes lie: source, file or law; settings that are off are left out."""
         source, settings = self.fact("prompt_source"), self.fact("settings.prompt") or {}
         settings = {"loosen": self.fact("prompt_loosen"), **settings}
-        found = {key: settings.get(key) for key in _BOXES.get(str(source), _BOXES_GIVEN)}
+        carried = [key for key in settings if key.startswith("carried_") and settings.get("propagate")]
+        found = {key: settings.get(key) for key in (*_BOXES.get(str(source), _BOXES_GIVEN), *carried)}
         found = {key: value for key, value in found.items() if (any(value) if isinstance(value, list) else value)}
         if any(key in found for key in ("loosen", "tight", "shift")):
             found["seed"] = settings.get("seed", 0)
-        if source == "json":
+        if source in ("json", "mask"):
             found["file"] = self.fact("boxes_sha256") or settings.get("boxes")
         return {"source": source, **found}
 
@@ -432,7 +441,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "cases.validation": (list,), "cases_file": (str,), "policy": (str,), "collapsed_classes": (list,),
     "base_sha256": (str,), "settings.section": (str,), "prompt_loosen": (list,), "settings.prompt.loosen": (list,),
     **{f"{name}.{n}": (int, float) for name in ("prompt_loosen", "settings.prompt.loosen") for n in ("0", "1")},
-    **{f"settings.prompt.{name}": (int, float) for name in ("tight", "shift", "shrink")},
+    **{f"settings.prompt.{name}": (int, float) for name in ("tight", "shift", "shrink", "propagate")},
     "side_arguments": (Mapping,), "trainable_parameters": (int,), "gate": (int, float), "seconds": (int, float),
 }  # fmt: skip
 

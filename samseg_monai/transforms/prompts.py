@@ -68,6 +68,7 @@ class SimulatedPromptd(_FromLabeld):
             0 <= low <= high. Shifts are rounded to pixels and clipped to the image. (0, 0) is the tight rectangle.
         seed: non-negative, see above.
         per_component: a rectangle for every connected component of the slice (rectangles that touch become one prompt).
+        one_slice: of a volume, only the slice where ``label > 0`` is largest (of equal ones the first) has a prompt.
     Raises: ConfigError for a bad ``loosen`` or ``seed``; PromptError when ``seed`` is given and the case has no name.
     """
 
@@ -78,8 +79,10 @@ class SimulatedPromptd(_FromLabeld):
         loosen: Sequence[float] = (0.0, 0.0),
         seed: int | None = None,
         per_component: bool = False,
+        one_slice: bool = False,
     ) -> None:
         super().__init__(source, loosen, seed, per_component, [])
+        self.one_slice = one_slice
 
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
         mask = foreground(d[key]).any(dim=0).cpu()  # (C, H, W[, D]) -> (H, W[, D])
@@ -87,7 +90,9 @@ class SimulatedPromptd(_FromLabeld):
         if mask.ndim == 2:
             self._fill(prompt, mask, self.R)
         else:
-            for z in mask.flatten(0, 1).any(dim=0).nonzero()[:, 0].tolist():
+            areas = mask.flatten(0, 1).sum(dim=0)
+            largest = [int(areas.argmax())] if areas.any() else []
+            for z in largest if self.one_slice else areas.nonzero()[:, 0].tolist():
                 self._fill(prompt[..., z], mask[..., z], self._random(d, z))
         d["prompt"] = on_grid_of(d[key], prompt[None])
 
@@ -194,17 +199,25 @@ class GivenPromptd(EachKeyd):
             empty list is a case without prompts. The list is taken out of the case: it would not collate, and "boxes"
             names the slices' boxes later. "mask": a file under "prompt", on the image's grid. "image": the whole of
             each slice. Anything else leaves the case as it is.
+        values: of a mask those that are the prompt; None: all above 0.
     Raises: PromptError naming the case and every bad box at once; DataError for a mask on another grid.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, values: Sequence[int] | None = None) -> None:
         super().__init__("image")
-        self.source = source
+        self.source, self.values = source, values
         self.load = Compose([LoadImaged("prompt", ensure_channel_first=True), CheckSameGridd("prompt")])
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         if self.source == "mask":
-            return dict(self.load(data))
+            if not data.get("prompt"):
+                raise PromptError(f"{name_of(data)}: no coarse mask; give those of all cases (--prompts FOLDER)")
+            d = dict(self.load(data))
+            if self.values is not None:
+                d["prompt"] = on_grid_of(
+                    d["prompt"], torch.isin(d["prompt"], torch.as_tensor(self.values)).to(torch.uint8)
+                )
+            return d
         return super().__call__(data) if self.source in ("json", "image") else dict(data)
 
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
@@ -279,9 +292,13 @@ class FinalBoxesd(MapTransform):
 def boxes_on_image(d: Mapping[Hashable, Any]) -> torch.Tensor:
     """The list of boxes in a case, (N, 4), on the image as it is now, whose file's affine is its ``original_affine``.
 
+    An empty list says that another network found nothing: one row of NaN, which is no box.
+
     Raises: PromptError, naming the case: no boxes, no numbers, or a box that lies wholly outside.
     """
     given, image = d.get("boxes"), d["image"]
+    if given == []:
+        return torch.full((1, 4), torch.nan)
     try:
         boxes = torch.as_tensor(given, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):

@@ -240,7 +240,7 @@ def test_checkpointing_gives_the_same_gradients(image, boxes):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"scan_mode": "sum"}, "scan_mode: got 'sum'; choose one of 'mean_logits', 'channels'"),
+        ({"scan_mode": "sum"}, "scan_mode: got 'sum'; choose one of 'mean_logits', 'mean_prob"),
         ({"input_scale": "255"}, "input_scale: got '255'"),
         ({"prompt": "point"}, "prompt: got 'point'"),
         ({"autocast": "fp16"}, "autocast: got 'fp16'; choose one of None, 'bf16', 'bf16_all'"),

@@ -24,6 +24,7 @@ from samseg_monai.data import IMAGES
 from samseg_monai.data.datalists.label_maps import CODINGS, VALUE, labels_in
 from samseg_monai.data.datalists.splits import SECTIONS, in_two_sections
 from samseg_monai.data.files.boxes import is_number, read_boxes
+from samseg_monai.data.files.coarse_masks import CoarseMasks
 from samseg_monai.data.files.dicom import holds_series, is_dicom, read_any_grid
 from samseg_monai.data.files.volumes import (
     IMAGE_SUFFIXES,
@@ -33,7 +34,7 @@ from samseg_monai.data.files.volumes import (
     spacing_in_plane,
     stem_of,
 )
-from samseg_monai.errors import DataError, raise_all
+from samseg_monai.errors import DataError, PromptError, raise_all
 from samseg_monai.files import read_json, write_json
 
 LOG = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def load_datalist(
     *,
     scans: Sequence[str] | None = None,
     boxes: str | Path | None = None,
+    prompts: str | Path | None = None,
 ) -> list[dict[str, Any]]:
     """Items of one section with absolute paths, ready for ``LoadImaged``.
 
@@ -122,6 +124,7 @@ def load_datalist(
         section: ``training``, ``validation`` or ``testing``.
         scans: names of the scans wanted, in this order; None takes all as they are listed.
         boxes: box file of images (see ``boxes``): every item gets its ``boxes``, a list of lists of four floats.
+        prompts: masks of volumes (see ``CoarseMasks``): every item gets its ``prompt``, a file.
 
     Returns: items as they stand in the datalist, with absolute paths and, where the datalist has a hash of the case,
         "recorded": {"sha256", "files": name -> path}, which ``LoadCased`` compares when it reads these files.
@@ -130,7 +133,7 @@ def load_datalist(
         DataError: unknown or empty section, scans that the datalist does not have, no such folder; all at once, files
             that are missing, are no images or would have another file read in their place; all cases of the section
             without a box; or as ``read_datalist``.
-        PromptError: as ``boxes.read_boxes``.
+        PromptError: as ``boxes.read_boxes``; all cases without a mask.
     """
     if section not in SECTIONS:
         raise DataError(f"unknown datalist section {section!r}; choose one of {', '.join(SECTIONS)}")
@@ -160,6 +163,8 @@ def load_datalist(
         items.append(item)
     heading = f"{path}: files of section {section!r} are missing or refused; is dataset_dir right"
     raise_all(problems, DataError, heading, cases=len(items))
+    if prompts is not None:
+        _add_masks(items, CoarseMasks(prompts))
     return items if boxes is None else _with_boxes(items, datalist, Path(boxes), name=str(path))
 
 
@@ -263,6 +268,16 @@ def too_few_to_choose(datalist: Mapping[str, Any]) -> list[str]:
     what = "one case" if len(items) == 1 else f"{len(items)} cases of one patient" if len(owners) == 1 else ""
     advice = "its chance decides which epoch is kept; validate on more, or keep the last epoch (val_interval 0)"
     return [f"validation has {what}: {advice}"] if what else []
+
+
+def _add_masks(items: list[dict[str, Any]], masks: CoarseMasks) -> None:
+    problems = []
+    for item in items:
+        try:
+            item["prompt"] = os.path.abspath(masks.of(item["case"]))
+        except PromptError as error:
+            problems.append(f"{item['case']}: {error}")
+    raise_all(problems, PromptError, f"prompts {masks.place}: not every case has a mask", cases=len(items))
 
 
 def _with_boxes(

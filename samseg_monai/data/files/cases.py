@@ -18,11 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from samseg_monai.data import BRATS_OLD, BRATS_SCANS, IMAGES
 from samseg_monai.data.files.boxes import IMAGE_BOXES, VOLUME_BOXES, as_floats, box_problems, read_table, volume_boxes
 from samseg_monai.data.files.case_list import SHOWN, CaseList, noted
+from samseg_monai.data.files.coarse_masks import CoarseMasks
 from samseg_monai.data.files.dicom import holds_series, is_dicom, read_any
 from samseg_monai.data.files.images import GREY, case_of, read_image
 from samseg_monai.data.files.pacs import Rules, Sorter, rules_of
@@ -34,9 +33,7 @@ from samseg_monai.data.files.volumes import (
     is_dead_link,
     modality_doubt,
     modality_problem,
-    read_volume,
     stem_of,
-    stored_like,
     value_problem,
 )
 from samseg_monai.errors import ConfigError, DataError, PromptError, raise_all, reason_of
@@ -44,8 +41,9 @@ from samseg_monai.errors import ConfigError, DataError, PromptError, raise_all, 
 VOLUMES = "volumes"
 NO_PROMPTS = (
     "this bundle was trained with a box around each object and got none, so that it could find anything: give boxes "
-    "(--boxes FILE) or coarse masks (--prompts FOLDER), or take the whole slice as the prompt on purpose (samseg "
-    "predict --whole-slice, monai.bundle --prompt::source image, whole_slice=True in Python)"
+    "(--boxes FILE), coarse masks (--prompts FOLDER) or another bundle that finds it (--prompts-from BUNDLE), or take "
+    "the whole slice as the prompt on purpose (samseg predict --whole-slice, monai.bundle --prompt::source image, "
+    "whole_slice=True in Python)"
 )
 MASK_ENDINGS = ("_mask", "-mask", "_seg", "-seg")
 # ends of names that every reader takes for a mask: P01.seg.nrrd, P01-label.nrrd, P01_GTV2.nii.gz, labelsTr
@@ -68,6 +66,8 @@ def find_cases(
     scans: Sequence[str] = BRATS_SCANS,
     boxes: str | Path | None = None,
     prompts: str | Path | None = None,
+    prompt_values: Sequence[int] | None = None,
+    prompts_from: str | None = None,
     kind: str = VOLUMES,
     modality: str = "",
     allow_modality: bool = False,
@@ -82,8 +82,9 @@ def find_cases(
             case; with several, files are ``<case>-<scan>``, or ``<case>/<scan>``, as are folders of DICOM series, or
             hold that many channels on a fourth axis. BraTS's names of 2012 to 2022 (t1, t1ce, t2, flair) do, too.
         boxes: JSON file as of ``boxes``, which also says what voxel indices are in a DICOM series.
-        prompts: coarse masks on the image's grid: one file (for one case), or a folder with ``<case>.nii.gz`` or
-            ``<case>_seg.nii.gz``, also in a sub-folder ``<case>/``.
+        prompts, prompt_values: coarse masks on the image's grid, and their values that count; see ``CoarseMasks``.
+        prompts_from: bundle that has predicted the masks, or of images the boxes: where it found nothing, nothing is
+            looked for.
         kind: ``volumes``, or ``images``: each 2-D image file is a case (but masks and overlays), boxes are those of
             ``boxes.read_boxes``, and there are no masks as prompts.
         modality: of the images that the network was trained on (CT, MR ...); empty where nobody knows. Cases whose
@@ -103,12 +104,14 @@ def find_cases(
     rules = rules_of(series, scans, modality=modality, allow_modality=allow_modality)
     cases = _group_images(sources) if kind == IMAGES else _group_files(sources, rules, masks)
     fits = partial(_check_modality, kind=kind, modality=modality, allowed=allow_modality)
-    mask_of = None if masks is None else partial(_mask_of, masks, _masks_in(masks))
+    coarse = None if masks is None else CoarseMasks(masks, values=prompt_values, made_by=prompts_from)
 
     def check(case: str) -> dict[str, Any] | str:
         if kind == IMAGES:
-            return _checked(cases, case, partial(_check_image, case, cases.files[case][0], scans, table, fits))
-        return _checked(cases, case, partial(_check_volumes, case, cases.files[case], scans, table, mask_of, fits))
+            return _checked(
+                cases, case, partial(_check_image, case, cases.files[case][0], scans, table, fits, prompts_from)
+            )
+        return _checked(cases, case, partial(_check_volumes, case, cases.files[case], scans, table, coarse, fits))
 
     for case in sorted({*(table or {})} - {*cases.files, *cases.bad}):
         LOG.warning("boxes are given for %s, but there is no such case", case)
@@ -166,7 +169,7 @@ def _check_volumes(
     paths: list[Path],
     scans: Sequence[str],
     boxes: Mapping[str, Any] | None,
-    mask_of: Callable[[str, Volume], Path] | None,
+    coarse: CoarseMasks | None,
     fits: Callable[[Volume, str], None],
 ) -> dict[str, Any]:
     """Item of a case, its files read one at a time: four scans of many cases side by side would fill the memory."""
@@ -197,8 +200,8 @@ def _check_volumes(
         if not isinstance(item["boxes"], list) or not item["boxes"]:
             raise PromptError("no boxes are given for this case; add a list of them under its name")
         volume_boxes(item["boxes"], shape[:3], f"bad boxes for a volume of {tuple(shape[:3])} voxels")
-    if mask_of is not None:
-        item["prompt"] = os.path.abspath(mask_of(case, first))
+    if coarse is not None:
+        item["prompt"] = os.path.abspath(coarse.checked(case, first))
     return item
 
 
@@ -208,34 +211,6 @@ def _same_grid(volume: Volume, image: Volume, what: str) -> str:
     if note:
         LOG.warning("%s: %s", what, note)
     return difference
-
-
-def _masks_in(folder: Path) -> dict[str, Path]:
-    """Stem -> the first file of that name in a folder; none in what is no folder."""
-    files = sorted(path for path in folder.iterdir() if not path.is_dir()) if folder.is_dir() else []
-    return {stem: path for path in reversed(files) if (stem := stem_of(path)) is not None}
-
-
-def _mask_of(prompts: Path, masks: Mapping[str, Path], case: str, image: Volume) -> Path:
-    """File of the coarse mask, on the image's grid and not empty; ``masks`` are those in ``prompts`` itself."""
-    path: Path | None = prompts
-    if prompts.is_dir():
-        wanted = (case, f"{case}_seg", f"{case}-seg")
-        found = [places[stem] for places in (masks, _masks_in(prompts / case)) for stem in wanted if stem in places]
-        path = min(found, key=lambda match: (match.parent != prompts, match), default=None)
-    if path is None:
-        raise PromptError(f"no coarse mask in {prompts}; expected {case}{SUFFIXES[0]} or {case}_seg{SUFFIXES[0]}")
-    first_scan = Volume(image.array[..., 0] if image.array.ndim == 4 else image.array, image.affine, image.sha256)
-    mask, note = stored_like(read_volume(path), first_scan)
-    if note:
-        LOG.warning("%s: prompt %s: %s", case, path.name, note)
-    if difference := _same_grid(mask, first_scan, f"{case}: prompt {path.name}"):
-        raise PromptError(f"prompt {path.name}: {difference} of the image; resample it to the image's grid")
-    if bad := int(np.count_nonzero(~np.isfinite(mask.array))):
-        raise PromptError(f"prompt {path.name}: {bad} voxels are NaN or infinite; save 0 and 1")
-    if not (mask.array > 0).any():
-        raise PromptError(f"prompt {path.name}: the mask is empty, so there is nothing to look for")
-    return path
 
 
 def _group_files(sources: Sequence[Path], rules: Rules, prompts: Path | None) -> CaseList:
@@ -471,7 +446,12 @@ def list_images(folder: Path) -> tuple[list[tuple[str, Path]], list[str], list[s
 
 
 def _check_image(
-    case: str, path: Path, scans: Sequence[str], boxes: Mapping[str, Any] | None, fits: Callable[[Volume, str], None]
+    case: str,
+    path: Path,
+    scans: Sequence[str],
+    boxes: Mapping[str, Any] | None,
+    fits: Callable[[Volume, str], None],
+    made_by: str | None,
 ) -> dict[str, Any]:
     """Item of one image; ``scans`` are one for grey, three for RGB, ``boxes`` the content of a box file."""
     picture = read_image(path)
@@ -492,6 +472,11 @@ def _check_image(
     item: dict[str, Any] = {"case": case, "image": os.path.abspath(path)}
     if boxes is None:
         return item
+    if boxes.get(case) == [] and made_by is not None:
+        LOG.warning("%s: %s found nothing, so that there was no box and nothing was looked for", case, made_by)
+        return {**item, "boxes": []}
+    if case not in boxes and made_by is not None:
+        raise PromptError(f"{made_by}, whose boxes are the prompts, did not predict it; why is told above")
     if case not in boxes:
         raise PromptError(f"no boxes are given for this image; add a list of them under the name {case!r}")
     rows, columns = picture.array.shape[:2]

@@ -1,0 +1,174 @@
+"""A bundle's masks as the prompts of another: in one command, by hand, and in an evaluation."""
+
+import csv
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from samseg_monai.bundles import write_bundle
+from samseg_monai.bundles.build import compose
+from samseg_monai.data.files.boxes import rectangles
+from samseg_monai.handlers.predictions import TABLE
+from samseg_monai.report.runs import RunResult
+from samseg_monai.settings import dump_settings, merged, read_settings
+from samseg_monai.workflow import run_workflow
+from tests.helpers.commands import samseg
+
+TINY = {"sam_variant": "tiny", "image_size": 32}
+
+
+def built(place, of_task, of_strategy, **changes):
+    changes = {"run": {**TINY, **changes.pop("run", {})}, **changes}
+    settings = read_settings(merged(dump_settings(compose(of_task, of_strategy)), changes), "test")
+    return write_bundle(settings, place / settings.name)
+
+
+@pytest.fixture(scope="module")
+def organs(tmp_path_factory):
+    """Finds eight organs without prompts; of random weights, as only the way matters."""
+    noise = {"method": {"name": "zero_shot", "random_masks": True}}
+    return built(tmp_path_factory.mktemp("first"), "abdomen", "zero_shot", strategy=noise)
+
+
+@pytest.fixture(scope="module")
+def spleen(tmp_path_factory):
+    """Segments one organ in a box."""
+    task = {"classes": ["spleen"], "title": "Spleen on CT", "text": "The spleen.", "mirrored_classes": []}
+    named = {"name": "spleen_segmentation", "task": task, "run": {"prompt": {"source": "label"}}}
+    return built(tmp_path_factory.mktemp("then"), "abdomen", "zero_shot", **named)
+
+
+def predict(monkeypatch, *words):
+    return samseg(monkeypatch, "predict", *words, "--sam-checkpoint", "random", "--no-pictures")
+
+
+def volumes(folder):
+    return {path.name: np.asarray(nib.load(path).dataobj) for path in sorted(folder.glob("*_seg.nii.gz"))}
+
+
+def table(folder):
+    with (folder / TABLE).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_command_gives_what_two_give(organs, spleen, abdomen, tmp_path, monkeypatch, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in sorted(abdomen.rglob("img*.nii.gz"))[:2]:
+        (images / path.name).symlink_to(path)
+    assert predict(monkeypatch, organs, "--input", images, "--output", tmp_path / "first") == 0
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in (tmp_path / "first").glob("*_seg.nii.gz"):
+        image = nib.load(path)
+        value = compose("abdomen", "zero_shot").task.classes.index("spleen") + 1
+        mask = np.asarray(image.dataobj) == value
+        assert mask.any()
+        nib.save(nib.Nifti1Image(mask.astype(np.uint8), image.affine), masks / path.name)
+    asked = (spleen, "--input", images)
+    assert predict(monkeypatch, *asked, "--output", tmp_path / "hand", "--prompts", masks) == 0
+    # the class that both have is the structure
+    assert predict(monkeypatch, *asked, "--output", tmp_path / "out", "--prompts-from", organs) == 0
+    made, by_hand = volumes(tmp_path / "out"), volumes(tmp_path / "hand")
+    assert len(made) == 2 and all(np.array_equal(made[name], by_hand[name]) for name in by_hand)
+    assert {row["prompt"] for row in table(tmp_path / "out")} == {"mask by abdomen_segmentation_zero_shot"}
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*made, TABLE])
+
+    liver = ("--prompts-from", organs, "--prompts-class", "liver")
+    assert predict(monkeypatch, *asked, "--output", tmp_path / "liver", *liver) == 0
+    assert any(not np.array_equal(made[name], found) for name, found in volumes(tmp_path / "liver").items())
+    capsys.readouterr()
+    nothing = ("--prompts-from", organs, "--prompts-min-mm3", "1e8")
+    assert predict(monkeypatch, *asked, "--output", tmp_path / "nothing", *nothing) == 0
+    assert not any(found.any() for found in volumes(tmp_path / "nothing").values())
+    assert all("found nothing, so that there was no prompt" in row["warnings"] for row in table(tmp_path / "nothing"))
+
+
+def test_a_case_that_the_first_cannot_predict_costs_itself_alone(organs, spleen, abdomen, tmp_path, monkeypatch):
+    for path, name in zip(sorted(abdomen.rglob("img*.nii.gz"))[:2], "ab", strict=True):
+        (tmp_path / f"{name}.nii.gz").symlink_to(path)
+    run = "samseg_monai.transforms.SaveVolumed.__call__"
+    whole = __import__("samseg_monai.transforms", fromlist=["x"]).SaveVolumed.__call__
+    calls = []
+
+    def fail_once(self, d):
+        calls.append(d["case"])
+        if len(calls) == 1:
+            raise ZeroDivisionError("an odd case")
+        return whole(self, d)
+
+    monkeypatch.setattr(run, fail_once)
+    words = (spleen, "--input", tmp_path, "--output", tmp_path / "out", "--prompts-from", organs)
+    assert predict(monkeypatch, *words) == 1
+    assert list(volumes(tmp_path / "out")) == ["b_seg.nii.gz"] and calls == ["a", "b", "b"]
+    assert "did not predict it" in table(tmp_path / "out")[0]["problem"]
+
+
+@pytest.mark.parametrize(
+    ("swapped", "words", "message"),
+    [
+        (True, (), "takes no prompts"),
+        (False, ("--prompts-class", "heart"), "heart: no class of abdomen_segmentation_zero_shot; choose among"),
+        (False, ("--whole-slice",), "got both --prompts-from and --whole-slice"),
+    ],
+)
+def test_what_does_not_go_together_is_told(
+    swapped, words, message, organs, spleen, abdomen, tmp_path, monkeypatch, capsys
+):
+    first, then = (spleen, organs) if swapped else (organs, spleen)
+    words = (then, "--input", abdomen, "--output", tmp_path / "out", "--prompts-from", first, *words)
+    assert predict(monkeypatch, *words) == 1
+    told = capsys.readouterr().err
+    assert message in told and "Traceback" not in told and not (tmp_path / "out").exists()
+
+
+def test_a_cascade_is_evaluated_by_the_masks_that_an_evaluation_leaves(organs, spleen, abdomen, tmp_path):
+    places = {"dataset_dir": str(abdomen), "sam_checkpoint": "random"}
+    run_workflow(
+        [organs / "configs" / "evaluate.json"],
+        {**places, "output_dir": str(tmp_path / "a"), "save_predictions": True},
+        echo=False,
+    )
+    first = tmp_path / "a" / "evaluation"
+    value = compose("abdomen", "zero_shot").task.classes.index("spleen") + 1
+    given = {"prompt::source": "mask", "prompts": str(first / "predictions"), "prompt::mask_values": [value]}
+    results = {}
+    for name, extra in {"cascade": given, "boxes": {}}.items():
+        run = {**places, "output_dir": str(tmp_path / name), "save_predictions": True, **extra}
+        run_workflow([spleen / "configs" / "evaluate.json"], run, echo=False)
+        results[name] = RunResult.load(tmp_path / name / "evaluation")
+    card = json.loads((tmp_path / "cascade" / "evaluation" / "run_card.json").read_text())
+    assert card["prompts_from"] == "abdomen_segmentation_zero_shot" and len(card["boxes_sha256"]) == 64
+    assert results["cascade"].prompt_source.startswith("boxes of masks by abdomen_segmentation_zero_shot (masks ")
+    assert results["cascade"].boxes != results["boxes"].boxes and results["cascade"].boxes["file"]
+    assert len(results["cascade"].rows) == len(results["boxes"].rows) == 2
+    # slices that the first marked were asked for, and no others
+    for path in (tmp_path / "cascade" / "evaluation" / "predictions").glob("*_seg.nii.gz"):
+        asked = np.asarray(nib.load(first / "predictions" / path.name).dataobj) == value
+        found = np.asarray(nib.load(path).dataobj) > 0
+        assert found.any() and not (found.any((0, 1)) & ~asked.any((0, 1))).any()
+
+
+def test_boxes_of_images_are_made_of_the_first_s_masks(pictures, tmp_path, monkeypatch):
+    none = {"input_scale": "unit", "prompt": {"source": "none"}}
+    first = built(tmp_path, "brain_tumour_t1c", "zero_shot", name="first", run=none)
+    then = built(tmp_path, "brain_tumour_t1c", "zero_shot", run={"prompt": {"source": "label"}, "input_scale": "unit"})
+    images = pictures / "images"
+    assert predict(monkeypatch, first, "--input", images, "--output", tmp_path / "masks") == 0
+    boxes = {}
+    for path in (tmp_path / "masks").glob("*_seg.png"):
+        found = rectangles(np.asarray(Image.open(path)) > 0)
+        boxes[path.name.removesuffix("_seg.png")] = [list(map(float, box)) for box in found]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    asked = (then, "--input", images)
+    assert predict(monkeypatch, *asked, "--output", tmp_path / "out", "--prompts-from", first) == 0
+    empty = sorted(case for case, found in boxes.items() if not found)
+    assert predict(monkeypatch, *asked, "--output", tmp_path / "hand", "--boxes", tmp_path / "boxes.json") == bool(
+        empty
+    )
+    for path in (tmp_path / "hand").glob("*_seg.png"):
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    assert {row["prompt"] for row in table(tmp_path / "out")} == {"boxes by first"}
