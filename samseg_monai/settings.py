@@ -17,6 +17,7 @@ from samseg_monai.choices import (
     IGNORE_NAMES,
     Cases,
     Compute,
+    Count,
     EmbeddingSettings,
     Intensity,
     Label,
@@ -156,6 +157,11 @@ class RunSettings(Model):
     epochs: Annotated[int, Field(ge=1, le=100_000)] = Field(default=50, examples=[20])
     lr: Annotated[float, Field(gt=0, le=100)] = Field(default=1e-4, examples=[0.001])
     """Learning rate."""
+    steps_per_epoch: Count | None = Field(default=None, examples=[100])
+    """Batches of an epoch, whatever the number of slices is: all of them in an order drawn anew, again and again, cut
+    into epochs; null: an epoch is one pass over all slices."""
+    training_cases: Count | None = Field(default=None, examples=[10])
+    """Train on so many cases, the first of an order that the seed draws: 1 is among 5, 5 are among 10; null: all."""
     val_interval: Annotated[int, Field(ge=0, le=100_000)] = 2
     """Epochs between validations; 0: none, the last epoch is kept."""
     keep_last: bool = False

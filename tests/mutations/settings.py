@@ -101,6 +101,7 @@ RUN: dict[str, Rule] = {
         "tight": number(0, 1), "shift": number(0, 0.5), "shrink": number(0, 0.5, below=True), "seed": SEED,
         "per_component": BOOL}),
     "embeddings": group({"variants": nothing_or(whole(1, 1000))}), "epochs": whole(1, 100_000),
+    "steps_per_epoch": nothing_or(COUNT), "training_cases": nothing_or(COUNT),
     "lr": number(0, 100, above=True), "val_interval": whole(0, 100_000), "keep_last": BOOL,
     "val_batch_size": whole(1, 4096), "early_stop": nothing_or(whole(1, 100_000)), "accumulation_steps": whole(1, 4096),
     "clip_norm": nothing_or(number(0, 1e6, above=True)), "ema": nothing_or(number(0, 1, below=True)),

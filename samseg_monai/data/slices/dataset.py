@@ -120,6 +120,9 @@ class SliceDataset(Dataset):
     With ``variants`` draws come from (seed, variant, slice) instead: a slice has that many looks and no more, and an
     epoch shows one of them, all in turn, in an order drawn anew for every slice and cycle of ``variants`` epochs. Items
     then have "variant", from 0, before ``slice_transforms`` run, so that a transform may enumerate instead of drawing.
+    With ``length`` an epoch is that many items, however many slices there are: one pass after the other over all of
+    them, each in an order drawn from (seed, pass), is cut into epochs, and what a picker draws and which look is shown
+    change with the pass instead of the epoch.
     ``fill`` computes what a frozen encoder makes of every look; from then on items have "embedding".
 
     Args:
@@ -138,6 +141,7 @@ class SliceDataset(Dataset):
         epochs: how many epochs there will be, at least 1: looks that none of them shows are not computed.
         epoch_transforms: run behind ``slice_transforms`` on every access and draw from (seed, epoch, item), whatever
             the look is: for boxes, which are no part of an embedding. They must leave the image as it is.
+        length: items of an epoch, at least 1; None: as many as one pass has.
         embedding_dir: folder of the embeddings; None keeps none. Per slice and variant 2 bytes per number of the
             encoder's output, which is 512 kB for SAM at 512 pixels and 2 MB at 1024.
     Attributes: ``cut``: case -> voxels that the crop leaves out, and of how many (``samseg_monai.data.CUT``), where it
@@ -164,15 +168,16 @@ class SliceDataset(Dataset):
         variants: int | None = None,
         epochs: int | None = None,
         epoch_transforms: Transforms = None,
+        length: int | None = None,
         embedding_dir: str | Path | None = None,
     ) -> None:
-        _check(data, cache, cache_dir, seed=seed, num_threads=num_threads, variants=variants, epochs=epochs)
+        at_least = {"num_threads": num_threads, "variants": variants, "epochs": epochs, "length": length}
+        _check(data, cache, cache_dir, seed=seed, **at_least)
         self.data = [dict(item) for item in data]
         # copies: what is drawn here stays here, so that others who use these transforms find the same cache
         self.volume_transforms, self.slice_transforms = composed(volume_transforms), composed(slice_transforms)
         self.epoch_transforms = composed(epoch_transforms)
         self.picker, self.keys, self.seed = picker, tuple(keys), seed
-        self.variants = variants or (1 if embedding_dir is None else min(DEFAULT_VARIANTS, epochs or DEFAULT_VARIANTS))
         self._endless = variants is None and embedding_dir is None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         made_by = {"volume_transforms": describe(self.volume_transforms), "picker": repr(picker), "keys": self.keys}
@@ -184,6 +189,10 @@ class SliceDataset(Dataset):
         self._first = np.cumsum([0, *(len(numbers) for numbers in self._numbers)]).tolist()  # row of each case
         rng = np.random.default_rng(0)
         self._index = [(i, k) for i, z in enumerate(self._numbers) for k in range(len(picker.draw(z, rng)))]
+        self._length, self._order = length, (-1, np.arange(0))  # the pass whose order was drawn last
+        passes = epochs and length and -(-epochs * length // max(1, len(self._index)))
+        most = min(DEFAULT_VARIANTS, passes or epochs or DEFAULT_VARIANTS)
+        self.variants = variants or (1 if embedding_dir is None else most)
         self._embedding_dir = embedding_dir
         self._embeddings: list[CachedCase] = []
         self._filled: list[int] | None = None  # height and width of every slice, where embeddings need them to be one
@@ -193,31 +202,41 @@ class SliceDataset(Dataset):
         self._report()
 
     def __len__(self) -> int:
-        return len(self._index)
+        return self._length or len(self._index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]  # negative indices, and IndexError at the end
         epoch = int(self._epoch)
-        position, rank = self._index[index]
+        turn, place = self._place(epoch, index)
+        position, rank = self._index[place]
         numbers = self._numbers[position]
-        number = self.picker.draw(numbers, np.random.default_rng((self.seed, epoch, position)))[rank]
+        number = self.picker.draw(numbers, np.random.default_rng((self.seed, turn, position)))[rank]
         candidate = numbers.index(number)
         if self._endless:
             item = self._transformed(position, candidate, (self.seed, epoch, index))
         else:
-            variant = self.variant(self._first[position] + candidate, epoch)
+            variant = self.variant(self._first[position] + candidate, turn)
             item = self._look(position, candidate, variant)
             if self._embeddings:
                 item["embedding"] = self._embeddings[position].read(candidate * self.variants + variant)["embedding"]
         self.epoch_transforms.set_random_state(seed=seed_of(self.seed, epoch, index, 1))
         return dict(self.epoch_transforms(item))
 
+    def _place(self, epoch: int, index: int) -> tuple[int, int]:
+        """Which pass over all slices an item belongs to, and which slice of it that is."""
+        if self._length is None:
+            return epoch, index
+        turn, place = divmod(epoch * self._length + index, len(self._index))
+        if self._order[0] != turn:
+            self._order = turn, np.random.default_rng((self.seed, turn, 2)).permutation(len(self._index))
+        return turn, int(self._order[1][place])
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (0, 1, ...) whose random draws the next items get."""
         self._epoch.fill_(epoch)
 
     def variant(self, row: int, epoch: int) -> int:
-        """Which look of a slice an epoch shows; ``row`` counts all candidates of all cases."""
+        """Which look of a slice an epoch (with ``length``: a pass) shows; ``row`` counts all candidates."""
         cycle, step = divmod(epoch, self.variants)
         return int(np.random.default_rng((self.seed, row, cycle)).permutation(self.variants)[step])
 
@@ -394,7 +413,9 @@ class SliceDataset(Dataset):
                 logger.warning("the crop cuts %s in %d of %d cases, at most %.2g %%; set crop_mm to a larger one", what,
                                len(rows), len(self.data), most)  # fmt: skip
         megabytes = self.cache_bytes() / 1e6
-        logger.info("%d slices of %d cases, %.1f MB in memory", len(self), len(self.data) - len(empty), megabytes)
+        logger.info(
+            "%d slices of %d cases, %.1f MB in memory", len(self._index), len(self.data) - len(empty), megabytes
+        )
 
 
 def _pick(volume: torch.Tensor, numbers: list[int], key: str) -> np.ndarray:
