@@ -140,8 +140,9 @@ class RunSettings(Model):
     """Recompute activations instead of keeping them: less memory, more time."""
     autocast: Literal["bf16", "bf16_all"] | None = None
     compute: Compute = Compute()
-    low_res_training: bool = False
-    """Compare the decoder's own logits with the label, one per 4 x 4 pixels (without prompts only)."""
+    low_res_training: bool | Literal["corners"] = False
+    """Compare the decoder's own logits with the label, one per 4 x 4 pixels (without prompts only); "corners": with the
+    pixels of it that SAMed's and SAM-LST's code takes."""
     masks: Literal["single", "best"] = "single"
     """SAM's single mask, or the best rated of its three."""
     store_size: Annotated[int, Field(ge=16, le=1024)] | None = None
