@@ -194,6 +194,8 @@ class RunSettings(Model):
     """Unions of classes that are scored: WT, TC, ET of BraTS, or name -> classes."""
     lesion_wise: bool = False
     lesions: Lesions = Lesions()
+    calibration: bool = False
+    """Score the probability of the foreground, too: ECE and Brier score around reference and prediction."""
     save_predictions: bool = False
     num_workers: Workers = 0
 

@@ -127,7 +127,7 @@ RUN: dict[str, Rule] = {
         CLASS(k) and many(CLASS, 1, 10**6)(x) for k, x in v.items())),
     "lesion_wise": BOOL, "lesions": group({"dilation": whole(1, 20), "ignored_mm3": number(0, 1e6),
                                            "penalty_mm": number(0, 1e5, above=True)}),
-    "save_predictions": BOOL, "num_workers": whole(0, 64),
+    "calibration": BOOL, "save_predictions": BOOL, "num_workers": whole(0, 64),
 }  # fmt: skip
 TASK: dict[str, Rule] = {
     "name": NAME, "kind": one("volumes", "images"), "dataset": NAME, "scans": many(NAME, 1, 16),
