@@ -17,6 +17,7 @@ from samseg_monai.choices import (
     IGNORE_NAMES,
     Cases,
     Compute,
+    Count,
     EmbeddingSettings,
     Intensity,
     Label,
@@ -143,8 +144,9 @@ class RunSettings(Model):
     """Recompute activations instead of keeping them: less memory, more time."""
     autocast: Literal["bf16", "bf16_all"] | None = None
     compute: Compute = Compute()
-    low_res_training: bool = False
-    """Compare the decoder's own logits with the label, one per 4 x 4 pixels (without prompts only)."""
+    low_res_training: bool | Literal["corners"] = False
+    """Compare the decoder's own logits with the label, one per 4 x 4 pixels (without prompts only); "corners": with the
+    pixels of it that SAMed's and SAM-LST's code takes."""
     masks: Literal["single", "best"] = "single"
     """SAM's single mask, or the best rated of its three."""
     store_size: Annotated[int, Field(ge=16, le=1024)] | None = None
@@ -163,6 +165,11 @@ class RunSettings(Model):
     epochs: Annotated[int, Field(ge=1, le=100_000)] = Field(default=50, examples=[20])
     lr: Annotated[float, Field(gt=0, le=100)] = Field(default=1e-4, examples=[0.001])
     """Learning rate."""
+    steps_per_epoch: Count | None = Field(default=None, examples=[100])
+    """Batches of an epoch, whatever the number of slices is: all of them in an order drawn anew, again and again, cut
+    into epochs; null: an epoch is one pass over all slices."""
+    training_cases: Count | None = Field(default=None, examples=[10])
+    """Train on so many cases, the first of an order that the seed draws: 1 is among 5, 5 are among 10; null: all."""
     val_interval: Annotated[int, Field(ge=0, le=100_000)] = 2
     """Epochs between validations; 0: none, the last epoch is kept."""
     keep_last: bool = False
@@ -194,6 +201,8 @@ class RunSettings(Model):
     """Unions of classes that are scored: WT, TC, ET of BraTS, or name -> classes."""
     lesion_wise: bool = False
     lesions: Lesions = Lesions()
+    calibration: bool = False
+    """Score the probability of the foreground, too: ECE and Brier score around reference and prediction."""
     save_predictions: bool = False
     num_workers: Workers = 0
 

@@ -32,7 +32,7 @@ TINY = {
 SLOW = {
     "audit_classes", "audit_geometry", "augmentation", "banked_slices", "broken_runs", "bundles", "contributing",
     "cost", "demo_abdomen", "demo_mobile", "docs", "door", "experiment", "export", "foreign_layouts", "kill_resume",
-    "own_data", "pico", "planar", "processes", "realdata", "reproduce", "reproduce_sam_lst", "sam_parity", "site",
+    "own_data", "pico", "planar", "processes", "published_plans", "realdata", "sam_parity", "site",
     "strategy_laws", "tracking", "travel", "tutorial", "zoo",
 }  # fmt: skip
 

@@ -291,6 +291,8 @@ def _no_such_key(name: str, known: Mapping[str, Any]) -> str:
     group = name.split("::")[0]
     if group in RunSettings.model_fields and group not in known:
         return f"{name}: no such key (other bundles have {group!r}, this one has no use for it)"
+    if name in known:
+        return f"{name}: of another config of this bundle; this one has no such key"
     close = difflib.get_close_matches(name, known, n=1)
     return f"{name}" + (f" (did you mean {close[0]}?)" if close else "") + ": no such key"
 

@@ -24,7 +24,6 @@ from samseg_monai.cli.find_lr import find_lr
 from samseg_monai.cli.info import info
 from samseg_monai.cli.predict import predict
 from samseg_monai.cli.report import report
-from samseg_monai.cli.reproduce import reproduce_app
 from samseg_monai.cli.task import task_app
 from samseg_monai.cli.train_cost import train_cost
 from samseg_monai.demo.command import demo
@@ -54,7 +53,6 @@ overridable = {"allow_extra_args": True, "ignore_unknown_options": True}  # --KE
 app.command(name="find-lr", context_settings=overridable)(find_lr)
 app.command(name="train-cost", context_settings=overridable)(train_cost)
 app.command(name="bench", context_settings=overridable)(bench)
-app.add_typer(reproduce_app, name="reproduce")
 app.command(name="info")(info)
 
 

@@ -11,7 +11,7 @@ import typer
 
 from samseg_monai.cli.costs import measured
 from samseg_monai.cli.outputs import FIGURES, folder_to_write
-from samseg_monai.cli.train_cost import LIMIT, duration, whole_training
+from samseg_monai.cli.train_cost import LIMIT, MINUTES, duration, whole_training
 from samseg_monai.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def compare(
     ] = None,
     shard: Annotated[str, typer.Option(help="I/N: every N-th run from the I-th on; for several jobs")] = "0/1",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, and measure what each will cost.")] = False,
+    minutes: MINUTES = None,
     limit: LIMIT = 600,
     figures: FIGURES = None,
 ) -> None:
@@ -49,7 +50,7 @@ def compare(
     here = runs[part[0] :: part[1]]
     typer.echo(f"{asked.title}: {len(runs)} runs" + (f", {len(here)} of them here" if part[1] > 1 else ""))
     if dry_run:
-        typer.echo(_forecast(here, output, workers, limit))
+        typer.echo(_forecast(here, output, workers, limit, minutes))
         return
     outcomes = perform(
         runs, output, shard=part, workers=workers, ray_address=ray, tell=lambda line: typer.echo(line, err=True)
@@ -62,8 +63,9 @@ def compare(
     raise_failed(outcomes)
 
 
-def _forecast(runs: Sequence[Run], output: Path, workers: int, limit: float) -> str:
-    """A table of the runs: whether they are there, minutes of their training and GB, by a measurement of each row.
+def _forecast(runs: Sequence[Run], output: Path, workers: int, limit: float, within: float | None) -> str:
+    """A table of the runs: whether they are there, minutes of their training, seconds of a step and GB, by a
+    measurement of each row; and how many epochs there are in ``within`` minutes, if asked for.
 
     Seeds and folds of a row cost the same. What is predicted in the end is not in the minutes.
     """
@@ -73,33 +75,44 @@ def _forecast(runs: Sequence[Run], output: Path, workers: int, limit: float) -> 
     known: dict[str, dict[str, Any]] = {}
     body, whole = [], 0.0
     for run, job in zip(runs, jobs(runs, output), strict=True):
-        given = run.overrides(Path(job.folder), "train")
+        given = job.overrides.get("train", {})
         given = {key: value for key, value in given.items() if key not in ("output_dir", "seed", "sam_checkpoint")}
         bundle = output / "bundles" / run.settings.name
         overlay = ["demo.json"] if run.plan.demo and run.settings.demo is not None else []
         same = repr((bundle, {k: v for k, v in given.items() if k != "datalist"}))
         there, trains = done(Path(job.folder), job.identity), "train" in job.commands
         if trains and not there and same not in known:
-            known[same] = _cost({"bundle": str(bundle), "overlay": overlay, "steps": 2}, given, limit)
+            known[same] = _cost({"bundle": str(bundle), "overlay": overlay, "steps": 2}, given, limit, within)
         cost = known.get(same, {}) if trains and not there else {}
         minutes = cost.get("minutes", {}).get("whole")
         whole += minutes or 0.0
         what = "kept" if there else cost.get("failed") or ", ".join(job.commands)
-        memory = f"{cost['peak_gb']:.1f}" if "peak_gb" in cost else "-"
-        body.append([job.name, what, duration(minutes) if minutes else "-", memory])
-    table = grid(["run", "to do", "training", "GB"], body, left=2)
+        measured_here = [f"{cost[key]:.3g}" if key in cost else "-" for key in ("seconds_per_step", "peak_gb")]
+        body.append([job.name, what, duration(minutes) if minutes else "-", *measured_here])
+        body[-1] += [] if within is None else [str(cost.get("epochs_within", "-"))]
+    head = [
+        "run",
+        "to do",
+        "training",
+        "s a step",
+        "GB",
+        *([] if within is None else [f"epochs in {duration(within)}"]),
+    ]
+    table = grid(head, body, left=2)
     told = f"all trainings: about {duration(whole / workers)}, {workers} at a time; evaluations come on top"
     return f"{table}\n{told}"
 
 
-def _cost(job: dict[str, Any], given: dict[str, Any], limit: float) -> dict[str, Any]:
+def _cost(job: dict[str, Any], given: dict[str, Any], limit: float, within: float | None) -> dict[str, Any]:
     """What a training costs, or "failed": why that cannot be told."""
     data = measured({**job, "count": True, "overrides": given}, limit=limit)
     if "failed" in data:
         return {"failed": f"not measured: {data['told']}"}
     plain = {key: value for key, value in given.items() if key not in ("dataset_dir", "datalist")}
     cost = measured({**job, "size": data["size"], "overrides": plain}, limit=limit)
-    return {"failed": f"not measured: {cost['told']}"} if "failed" in cost else {**cost, **whole_training(cost, data)}
+    if "failed" in cost:
+        return {"failed": f"not measured: {cost['told']}"}
+    return {**cost, **whole_training(cost, data, within)}
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -31,7 +31,7 @@ NO_TIME, NO_MEMORY, WRONG = "time", "memory", "wrong"
 LOG, ADVICE, ANSWER = "log", "advice.txt", "answer.json"  # files of the process
 HANDLERS = ("accumulation", "non_finite", "clip")  # of a training's: those that its steps need
 FACTS = ("sam_variant", "image_size", "patch", "batch_size", "val_batch_size", "accumulation_steps", "epochs",
-         "val_interval", "scans", "checkpointing", "autocast", "rectangular")  # fmt: skip
+         "val_interval", "steps_per_epoch", "scans", "checkpointing", "autocast", "rectangular")  # fmt: skip
 
 
 def measured(job: Mapping[str, Any], *, limit: float) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def _counting(raw: Mapping[str, Any], report: Path) -> dict[str, Any]:
     some = {"_target_": f"{COST}.spread"}
     plain: dict[str, Any] = {
         "cache": "memory",
-        **dict.fromkeys(("slice_transforms", "epoch_transforms", "embedding_dir")),
+        **dict.fromkeys(("slice_transforms", "epoch_transforms", "embedding_dir", "length")),
     }
     count: dict[str, Any] = {
         "_target_": f"{COST}.count_slices",

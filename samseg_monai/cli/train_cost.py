@@ -17,6 +17,9 @@ from samseg_monai.cli.predict import Trust
 from samseg_monai.errors import SamsegError
 from samseg_monai.faults import free_memory
 
+MINUTES = Annotated[
+    float | None, typer.Option(help="tell how many epochs so many minutes of training have room for", min=0.01)
+]
 LIMIT = Annotated[float, typer.Option(help="seconds that a measurement may take", min=1)]
 
 
@@ -32,6 +35,7 @@ def train_cost(
         list[str] | None, typer.Option(help="further config of the bundle whose values count, such as demo.json")
     ] = None,
     steps: Annotated[int, typer.Option(help="steps that count; the first is left out", min=1, max=1000)] = 3,
+    minutes: MINUTES = None,
     limit: LIMIT = 600,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     trust: Trust = False,
@@ -56,7 +60,7 @@ def train_cost(
     typer.echo("taking a few steps in a process of its own ...", err=True)
     free = free_memory() / 1e9
     cost = _found({**job, "overrides": given}, limit)
-    cost |= whole_training(cost, data) if data else {}
+    cost |= whole_training(cost, data, minutes) if data else {}
     if as_json:
         typer.echo(
             json.dumps({**cost, "data": data or None, "free_gb": free if math.isfinite(free) else None}, indent=2)
@@ -83,15 +87,15 @@ def _found(job: Mapping[str, Any], limit: float) -> dict[str, Any]:
     raise getattr(errors, f"{kind}Error", SamsegError)(text)
 
 
-def whole_training(cost: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Minutes of an epoch, of a validation and of the whole training.
+def whole_training(cost: Mapping[str, Any], data: Mapping[str, Any], within: float | None = None) -> dict[str, Any]:
+    """Minutes of an epoch, of a validation and of the whole training; ``epochs_within`` so many minutes, if asked for.
 
     Args:
         cost: what ``cost.measure`` tells, by which ``data``, what ``cost.count_slices`` tells, is multiplied.
     """
     training, validation = data["training"], data["validation"] if cost["val_interval"] else None
     slices = training["cases"] * training["slices"]
-    steps = math.ceil(slices / cost["batch_size"])
+    steps = cost.get("steps_per_epoch") or math.ceil(slices / cost["batch_size"])
     minutes = {
         "epoch": steps * cost["seconds_per_step"] / 60,
         "reading": training["cases"] * training["seconds_per_case"] / 60,
@@ -108,10 +112,12 @@ def whole_training(cost: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str
         if validation["whole"] > validation["slices"]:  # some are picked: whole volumes are validated at the end
             unpicked = validation["cases"] * validation["whole"]
             minutes["last validation"] = (reading + unpicked * cost["seconds_per_slice"]) / 60
-    whole = cost["epochs"] * minutes["epoch"] + validations * minutes.get("validation", 0.0)
-    whole += minutes.get("last validation", 0.0)
-    whole += minutes["reading"] + minutes.get("embeddings", 0.0)
+    once = sum(minutes.get(part, 0.0) for part in ("last validation", "reading", "embeddings"))
+    whole = cost["epochs"] * minutes["epoch"] + validations * minutes.get("validation", 0.0) + once
+    an_epoch = minutes["epoch"] + minutes.get("validation", 0.0) / (cost["val_interval"] or 1)
+    fits = {} if within is None else {"epochs_within": max(0, int((within - once) / an_epoch))}
     return {
+        **fits,
         "slices": round(slices), "steps_per_epoch": steps, "validations": validations,
         "minutes": {**minutes, "whole": whole}, "slices_gb": slices * data["slice_mb"] / 1000,
     }  # fmt: skip
@@ -168,6 +174,8 @@ def _rows(cost: Mapping[str, Any], data: Mapping[str, Any], free: float) -> Iter
         "the whole training",
         (f"about {duration(minutes['whole'])}: {cost['epochs']} epochs, {cost['validations']} validations"),
     )
+    if "epochs_within" in cost:
+        yield "epochs in the time given", f"{cost['epochs_within']:,}"
 
 
 def duration(minutes: float) -> str:

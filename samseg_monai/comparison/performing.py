@@ -41,6 +41,7 @@ class Job:
     name: str
     folder: str
     commands: dict[str, str]  # step -> shell line
+    overrides: dict[str, dict[str, Any]] = field(repr=False)  # step -> values in it
     identity: dict[str, Any] = field(repr=False)
 
 
@@ -62,25 +63,31 @@ def jobs(runs: Sequence[Run], output: Path) -> list[Job]:
     Raises:
         ConfigError: a key that a bundle does not have, or a value that it does not take; all rows at once.
     """
-    found, problems, built = [], [], set()
+    found, problems = [], []
+    built: dict[Path, dict[str, set[str]]] = {}
     for run in runs:
         bundle = output / "bundles" / run.settings.name
         if bundle not in built:
             write_bundle(run.settings, bundle)
-            built.add(bundle)
+            steps = (["train"] if run.settings.trains else []) + ["evaluate"]
+            built[bundle] = {step: _keys(bundle / "configs" / f"{step}.json") for step in steps}
         folder = _folder_of(run, output / "runs")
-        steps = (["train"] if run.settings.trains else []) + ["evaluate"]
-        commands = {}
-        for step in steps:
+        commands, overrides = {}, {}
+        for step in built[bundle]:
             files = config_files([bundle / "configs" / f"{step}.json"])
             if run.plan.demo and run.settings.demo is not None:
                 files.append(bundle / "configs" / "demo.json")
-            given = run.overrides(folder, step)
+            given = overrides[step] = run.overrides(folder, step, built[bundle])
             problems += [f"{run.row.name}: {line}" for line in problems_of_overrides(files, given)]
             commands[step] = shell_command(files, given)
-        found.append(Job(run.name, str(folder), commands, run.identity))
+        found.append(Job(run.name, str(folder), commands, overrides, run.identity))
     raise_all(list(dict.fromkeys(problems)), ConfigError, "plan: these rows cannot run as asked")
     return found
+
+
+def _keys(config: Path) -> set[str]:
+    """Keys of a config and of what it builds upon."""
+    return {key for path in config_files([config]) for key in read_json(path, ConfigError, "config")}
 
 
 def _folder_of(run: Run, within: Path) -> Path:

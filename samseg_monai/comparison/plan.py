@@ -13,7 +13,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -138,7 +138,8 @@ class Plan(Model):
 
         Raises:
             ConfigError: a row's settings are not those of its bundle; a value that no bundle takes.
-            DataError: data that are not there.
+            DataError: data that are not there; folds that test the same cases.
+        WeightsError: files of weights that are not there.
         """
         known = [row.name for row in self.rows]
         unknown = [f"{name}: no such row" for name in rows or () if name not in known]
@@ -152,6 +153,10 @@ class Plan(Model):
             for number, run in self._of_row(task, row, dataset_dir, problems)
         ]
         raise_all(list(dict.fromkeys(problems)), DataError, "plan: its data are not there")
+        lost = {run.weights for _, run in found if run.weights not in (None, RANDOM)}
+        lost_files = [f"{path}: no such file" for path in sorted(filter(None, lost)) if not os.path.isfile(path)]
+        raise_all(lost_files, WeightsError, "plan: weights that it names are not there")
+        raise_all([line for task in self.tasks for line in self._tested_twice(task)], DataError, "plan: its folds")
         places = [(run.task_name, run.group, run.seed, run.fold) for _, run in found]
         counts = Counter(places)
         twice = [
@@ -161,6 +166,15 @@ class Plan(Model):
         ]
         raise_all(list(dict.fromkeys(twice)), ConfigError, "plan: a table cannot tell these runs apart")
         return [run for _, run in sorted(found, key=lambda pair: pair[0])]
+
+    def _tested_twice(self, task: TaskPlan) -> Iterator[str]:
+        """What is wrong with folds of which each case has to be tested in one alone."""
+        section = str({**self.shared, **task.shared, **self.evaluation}.get("section", "testing"))
+        lists = [read_json(path, DataError, "datalist", "write it again") for path in task.datalists or ()]
+        cases = Counter(str(item["case"]) for one in lists for item in one.get(section, ()) if "case" in item)
+        if twice := sorted(case for case, count in cases.items() if count > 1):
+            where = f"in section {section} of several datalists"
+            yield f"task {task.called}: {len(twice)} cases are {where}, first {twice[0]}"
 
     def _of_row(
         self, task: TaskPlan, row: RowPlan, dataset_dir: Path | None, problems: list[str]
@@ -231,6 +245,10 @@ class Run:
         values = [f"{key.rpartition('::')[2]}{_word(value)}" for key, value in self.values.items()]
         return "_".join([self.row.name, *self._backbones, *values])
 
+    def without(self, key: str) -> str:
+        """``group`` without the value of one key of ``each``: what rows share that differ in it alone."""
+        return replace(self, values={k: v for k, v in self.values.items() if k != key}).group
+
     @property
     def title(self) -> str | None:
         """How the page calls its row, where the plan says so."""
@@ -297,8 +315,14 @@ class Run:
         text = json.dumps(self.identity, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def overrides(self, folder: Path, kind: str) -> dict[str, Any]:
-        """Values of a ``monai.bundle run`` of this run in ``folder``; ``kind`` is "train" or "evaluate"."""
+    def overrides(self, folder: Path, kind: str, keys: Mapping[str, set[str]]) -> dict[str, Any]:
+        """Values of a ``monai.bundle run`` of this run in ``folder``.
+
+        Args:
+            kind: "train" or "evaluate".
+            keys: kind -> those of the bundle's config. What the plan names for both and only the other one has (a
+                picker of training slices, say) is left out.
+        """
         found: dict[str, Any] = {
             "dataset_dir": os.path.abspath(self.dataset_dir),
             "datalist": os.path.abspath(self.datalist),
@@ -308,7 +332,9 @@ class Run:
         if self.weights is not None:
             found["sam_checkpoint"] = self.weights if self.weights == RANDOM else os.path.abspath(self.weights)
         more = self.training if kind == "train" else self.evaluation
-        return {**found, **{key: _ready(key, value) for key, value in {**self.shared, **more}.items()}}
+        elsewhere = set().union(*keys.values()) - keys[kind]
+        shared = {key: value for key, value in self.shared.items() if key.split("::")[0] not in elsewhere}
+        return {**found, **{key: _ready(key, value) for key, value in {**shared, **more}.items()}}
 
 
 def _ready(key: str, value: Any) -> Any:
@@ -324,7 +350,7 @@ def _ready(key: str, value: Any) -> Any:
 
 def _word(value: Any) -> str:
     """A value as part of a name."""
-    text = "-".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = "-".join(map(str, value)) if isinstance(value, list) else "all" if value is None else str(value)
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in text)[:40]
 
 
@@ -351,26 +377,30 @@ def plan_names() -> list[str]:
 
 
 def read_plan(name: str | Path) -> Plan:
-    """A plan by its path, or by the name of one that comes with the package; paths in a file are relative to it.
+    """A plan by its path, or by the name of one that comes with the package; paths in a file are relative to it, those
+    of the package's plans to the current folder.
 
     Raises:
         ConfigError: no such plan; everything that is wrong in it, at once.
     """
-    path = Path(name)
+    path, folder = Path(name), Path(name).parent
     if path.suffix != ".json" and str(name) in plan_names():
-        path = PLANS / f"{name}.json"
+        path, folder = PLANS / f"{name}.json", Path()
     if not path.is_file():
         raise ConfigError(f"no plan {str(name)!r}; give a .json file, or one of {', '.join(plan_names())}")
     value = without_comments(read_json(path, ConfigError, "plan", "correct it"))
     raise_all(problems_of(value, Plan), ConfigError, f"{path}: not a plan of a comparison")
-    return Plan.model_validate(_placed(value, path.parent))
+    return Plan.model_validate(_placed(value, folder))
 
 
 def _placed(plan: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The plan with its relative paths made those of its own folder."""
 
     def at(place: str) -> str:
-        return place if place == RANDOM else str(folder / Path(place).expanduser())
+        try:
+            return place if place == RANDOM else str(folder / Path(place).expanduser())
+        except RuntimeError as error:
+            raise ConfigError(f"{place}: nobody of that name has a home here; give the path in full") from error
 
     def recipe(name: str) -> str:
         return at(name) if name.endswith(".json") else name

@@ -22,6 +22,7 @@ from samseg_monai.report.runs import RunResult
 from samseg_monai.report.tables import dice_column
 
 DRAWS = 2000
+RISE, FALL = 0.005, 0.05  # of validation Dice, and of the loss as a part of it, that count as learning still
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Pooled:
         validation: mean of the runs' best validation scores; None where nothing was chosen.
         minutes: mean minutes of a training; None where nothing was trained.
         memory: largest peak of a training or else an evaluation, in MB; None where no card tells it.
+        training_cases: how many cases a training learnt from (of several folds the median); None where no card tells.
+        ends: how each training ended, see `last_third`.
     """
 
     result: RunResult
@@ -42,6 +45,13 @@ class Pooled:
     validation: float | None
     minutes: float | None
     memory: float | None
+    training_cases: int | None
+    ends: Sequence[Mapping[str, Any]]
+
+    @property
+    def converged(self) -> list[bool]:
+        """Of each training that tells enough, whether it had stopped learning."""
+        return [one["converged"] for one in self.ends if one["converged"] is not None]
 
     @property
     def means(self) -> dict[int, float]:
@@ -85,7 +95,70 @@ def pooled(name: str, title: str | None, runs: Mapping[tuple[int, int | None], R
         validation=_best(results),
         minutes=mean_of(seconds) / 60 if seconds else None,
         memory=_memory(results),
+        training_cases=_learnt_from(results),
+        ends=[last_third(run.history) for run in results if run.history],
     )
+
+
+def last_third(history: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+    """How a training ended: what a straight line through the last third of its epochs says.
+
+    Args:
+        history: name of a curve -> epoch -> value.
+
+    Returns:
+        ``dice``: change of the validation Dice over that third; ``loss``: that of the training loss as a part of its
+        mean there; None where the third has fewer than three points. ``converged``: the Dice rises by no more than
+        0.005 or twice its standard error, whichever is more; without enough validations the loss falls by no more than
+        5 % or twice that.
+    """
+    dice = next((history[name] for name in ("picked_val_dice", "val_dice") if name in history), {})
+    loss = history.get("train_loss", {})
+    begin = 2 / 3 * max([0, *dice, *loss])
+    found: dict[str, Any] = {"dice": None, "loss": None, "converged": None}
+    for name, curve, least in (("loss", loss, FALL), ("dice", dice, RISE)):  # the Dice has the last word
+        points = np.array([[epoch, value] for epoch, value in sorted(curve.items()) if epoch > begin])
+        if len(points) < 3:
+            continue
+        x, y = points.T
+        slope = np.cov(x, y)[0, 1] / x.var(ddof=1)
+        scatter = y - y.mean() - slope * (x - x.mean())
+        error = math.sqrt(scatter @ scatter / (len(x) - 2) / ((x - x.mean()) ** 2).sum())
+        scale = (x[-1] - x[0]) / (abs(y.mean()) or 1.0 if name == "loss" else 1.0)
+        change, unsure = float(slope * scale), 2 * error * scale
+        found[name] = change
+        found["converged"] = bool((change if name == "dice" else -change) <= max(least, unsure))
+    return found
+
+
+def few_shot(rows: Sequence[tuple[str, Pooled]]) -> list[dict[str, Any]]:
+    """Dice over the number of training cases, of rows that were trained on several numbers of them.
+
+    Args:
+        rows: name that rows of one strategy share, and a row.
+
+    Returns:
+        {"row", "n": training cases, "mean": of the seeds' mean Dice, "sd": sample, None of one seed}, by row and n.
+    """
+    known = [(name, row) for name, row in rows if row.training_cases is not None]
+    several = {name for name, row in known if len({r.training_cases for n, r in known if n == name}) > 1}
+    found = [
+        {
+            "row": name,
+            "n": row.training_cases,
+            "mean": mean_of([*row.means.values()]),
+            "sd": None if math.isnan(row.spread) else row.spread,
+        }
+        for name, row in known
+        if name in several
+    ]
+    return sorted(found, key=lambda one: (str(one["row"]), one["n"]))
+
+
+def _learnt_from(runs: Sequence[RunResult]) -> int | None:
+    records = [run.training.get("cases") for run in runs]
+    known = [len(one["training"]) for one in records if isinstance(one, Mapping) and one.get("training")]
+    return int(statistics.median(known)) if known and len(known) == len(runs) else None
 
 
 def _joined(name: str, folds: Sequence[RunResult]) -> list[Mapping[str, Any]]:

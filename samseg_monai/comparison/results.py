@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,23 @@ from samseg_monai import __version__
 from samseg_monai.comparison.commands import prepare_lines
 from samseg_monai.comparison.performing import EVALUATION, Outcome
 from samseg_monai.comparison.plan import Plan, Run
-from samseg_monai.comparison.pooling import DRAWS, Pooled, pooled, rank_shares
+from samseg_monai.comparison.pooling import DRAWS, Pooled, few_shot, pooled, rank_shares
 from samseg_monai.files import write_json, write_text
-from samseg_monai.metrics.rows import spelt_out, write_table
+from samseg_monai.metrics.rows import mean_of, spelt_out, write_table
 from samseg_monai.report import tables
 from samseg_monai.report.montage import OverlayCase, cases_of_data
+from samseg_monai.report.organs import ORGANS, OrganTable, organ_table, organs_json, organs_text
 from samseg_monai.report.page import write_report
 from samseg_monai.report.runs import RunResult
 
+CONVERGED = (
+    "converged: by a line through the last third of the epochs validation Dice rises by no more than 0.005, or than "
+    "twice the line's standard error; without three validations there, the training loss falls by no more than 5 %."
+)
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", '"': "''",
 }  # fmt: skip
 
 
@@ -57,11 +64,16 @@ def write_comparison(
         base = _baseline(plan, rows, [one.run for one in there if one.run.task_name == task])
         entry = task_json(rows, base)
         entry["missing"] = {one.folder.name: one.error for one in missing}
+        kinds = {one.run.group: one.run.without("training_cases") for one in there}
+        entry["curve"] = few_shot([(kinds[row.result.name], row) for row in rows])
         whole["tasks"][task] = entry
         for name, its in entry["rows"].items():
             plain = {key: value for key, value in its.items() if key != "classes"}
             lines.append({"task": task, "row": name, **tables.flat(plain)})
+        organs = _organs({run: result for run, result in results.items() if run.task_name == task})
+        entry["organs"] = organs and organs_json(organs)
         texts.append(task_text(task, rows, entry, base, len(missing)))
+        texts += [organs_text(organs)] if organs else []
         latex.append(task_latex(task, rows, entry, base))
         runs = [row.result for row in rows]
         page = output / ("report.html" if len(names) == 1 else f"report_{task}.html")
@@ -80,6 +92,7 @@ def write_comparison(
                 name: its["rank_shares"] for name, its in entry["rows"].items() if any(its.get("rank_shares") or ())
             },
             figures_dir=None if figures_dir is None else figures_dir / (task if len(names) > 1 else ""),
+            organs=organs,
         )
     write_json(output / "comparison.json", whole)
     write_table(lines, output / "comparison.csv", list(dict.fromkeys(key for line in lines for key in line)))
@@ -111,6 +124,22 @@ def rows_of(results: Mapping[Run, RunResult]) -> list[Pooled]:
     return found
 
 
+def _organs(results: Mapping[Run, RunResult]) -> OrganTable | None:
+    """The table of Synapse's eight organs beside what papers publish: each run a row of it, where all can be tabulated;
+    None where the task is another."""
+    of_network = {run: result for run, result in results.items() if result.has_network}
+    if not of_network or not all(set(ORGANS) <= set(result.classes) for result in of_network.values()):
+        return None
+    seeds = {run.seed for run in of_network if run.settings.trains}
+    folds = {run.fold for run in of_network}
+    named = []
+    for run, result in of_network.items():
+        more = [f"seed {run.seed}"] * (len(seeds) > 1 and run.settings.trains) + [f"fold {run.fold}"] * (len(folds) > 1)
+        label = ", ".join([replace(result, label=run.title).title, *more])
+        named.append(replace(result, name="_".join([run.group, *more]).replace(" ", ""), label=label))
+    return organ_table(named)
+
+
 def _baseline(plan: Plan, rows: Sequence[Pooled], runs: Sequence[Run]) -> str:
     """Name of the row that the others are compared with: of the plan's baseline the first, else the first of all."""
     wanted = plan.baseline or plan.rows[0].name
@@ -131,7 +160,8 @@ def task_json(rows: Sequence[Pooled], base: str) -> dict[str, Any]:
         entry["dice_of_seeds"] = {str(seed): value for seed, value in row.means.items()}
         entry["dice_sd_of_seeds"] = tables.or_none(row.spread)
         entry["validation"], entry["minutes_training"] = row.validation, row.minutes
-        entry["peak_mb"] = row.memory
+        entry["peak_mb"], entry["training_cases"] = row.memory, row.training_cases
+        entry["ends"] = list(row.ends)
         if row.result.name in shares:
             entry["rank_shares"] = [tables.or_none(share) for share in shares[row.result.name]]
     chosen = [row for row in rows if row.validation is not None]
@@ -141,7 +171,8 @@ def task_json(rows: Sequence[Pooled], base: str) -> dict[str, Any]:
 
 def task_text(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base: str, missing: int) -> str:
     """The table of one task for a terminal: what `tables.table_text` gives, then seeds, ranks and cost."""
-    head = ["row", "seeds", "folds", "validation", "SD of seeds", "first of all", "min training", "GB peak"]
+    head = ["row", "seeds", "folds", "validation", "SD of seeds", "first of all", "converged", "min training"]
+    head += ["GB peak", "cases"]
     body = []
     for row in rows:
         its = entry["rows"][row.result.name]
@@ -150,7 +181,8 @@ def task_text(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base:
             [
                 tables.named(row.result), str(len(row.seeds)), str(row.folds), _number(row.validation),
                 tables.fixed(row.spread), "-" if first is None or math.isnan(first) else f"{100 * first:.0f} %",
-                _number(row.minutes, 1), _number(row.memory and row.memory / 1024, 1),
+                _ended(row), _number(row.minutes, 1), _number(row.memory and row.memory / 1024, 1),
+                str(row.training_cases or "-"),
             ]
         )  # fmt: skip
     chosen = entry["chosen_on_validation"]
@@ -160,6 +192,7 @@ def task_text(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base:
         tables.grid(head, body),
         f"first of all: share of {DRAWS:,} draws of cases and seeds in which the row's mean Dice is the best.",
     ]
+    lines += [CONVERGED] if any(row.ends for row in rows) else []
     lines += [f"best on validation: {chosen}"] if chosen else []
     lines += [f"! {missing} runs are missing"] if missing else []
     return "\n".join(lines)
@@ -179,9 +212,7 @@ def task_latex(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base
             _number(its[f"{column}_mean"]),
             "--" if low is None else f"{low:.3f} to {high:.3f}",
             "--" if gap is None else f"${gap['mean']:+.3f}$",
-            "--"
-            if gap is None or gap["p_holm"] is None
-            else _escaped(tables.p_text(gap["p_holm"])).replace("<", "$<$"),
+            "--" if gap is None or gap["p_holm"] is None else _escaped(tables.p_text(gap["p_holm"])),
             _number(its["dice_sd_of_seeds"]).replace("-", "--"),
             f"{row.result.trainable:,}".replace(",", r"\,") if row.result.trainable is not None else "--",
             _number(row.minutes, 1).replace("-", "--"),
@@ -225,6 +256,8 @@ def _notes(plan: Plan, rows: Sequence[Pooled], entry: Mapping[str, Any], base: s
     if chosen := entry["chosen_on_validation"]:
         title = next(row.result.title for row in rows if row.result.name == chosen)
         notes["Chosen on validation"] = f"{title} has the best validation score; test cases had no part in that choice."
+    if ends := [f"{row.result.title}: {_ended(row)}" for row in rows if row.converged]:
+        notes["Converged"] = f"{'; '.join(ends)}. That is, {CONVERGED.partition(': ')[2]}"
     if missing:
         notes["Missing"] = f"{missing} runs of the plan did not come to their end: {', '.join(entry['missing'])}."
     return notes
@@ -254,6 +287,17 @@ def _commands(output: Path, outcomes: Sequence[Outcome], command: str) -> list[s
     here = f"{Path.cwd()}{os.sep}"
     found = [*lines, *dict.fromkeys(builds), *its, *([command] if command else [])]
     return [line.replace(here, "") for line in found]
+
+
+def _ended(row: Pooled) -> str:
+    """Whether its trainings had stopped learning, and what validation Dice or else loss did in the last third."""
+    if not row.converged:
+        return "-"
+    count = len(row.converged)
+    told = {0: "no", count: "yes"}.get(sum(row.converged), f"{sum(row.converged)} of {count}")
+    dice = [one["dice"] for one in row.ends if one["dice"] is not None]
+    loss = [one["loss"] for one in row.ends if one["loss"] is not None]
+    return f"{told}, {mean_of(dice):+.3f}" if dice else f"{told}, loss {100 * mean_of(loss):+.0f} %"
 
 
 def _write_cases(path: Path, results: Mapping[Run, RunResult]) -> None:

@@ -1,4 +1,4 @@
-"""What demos and published experiments share: steps told in their order, finished trainings kept, results written."""
+"""What demos share: steps told in their order, results written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from samseg_monai.workflow import run_workflow, shell_command
+from samseg_monai.workflow import run_workflow
 
 if TYPE_CHECKING:
     from samseg_monai.report.montage import OverlayCase
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Story:
-    """Steps of a demo or an experiment, told on stderr as they begin; ``commands`` are shell lines that do the same."""
+    """Steps of a demo, told on stderr as they begin; ``commands`` are shell lines that do the same."""
 
     def __init__(self) -> None:
         self.commands: list[str] = []
@@ -38,18 +38,6 @@ class Story:
         """Tell and run a workflow of a bundle; raises as ``run_workflow``."""
         typer.echo(f"\n== {len(self.commands) + 1}. {what}", err=True)
         self.commands.append(run_workflow(configs, overrides))
-
-    def train(self, what: str, configs: Sequence[Path], overrides: dict[str, Any]) -> None:
-        """``run`` for a training, which is passed over where ``output_dir`` holds it already, finished.
-
-        An experiment of days goes on after an interruption when its command is given again; anything but the very
-        same training in that folder stays an error of the training itself.
-        """
-        if not is_trained(overrides):
-            self.run(what, configs, overrides)
-            return
-        self.step(what, shell_command(configs, overrides))
-        typer.echo(f"{overrides['output_dir']} holds this training, finished: kept", err=True)
 
     def evaluate_demo(self, what: str, configs: Path, overrides: dict[str, Any]) -> None:
         """Evaluate with a bundle's demo settings, predictions saved."""
@@ -74,31 +62,6 @@ class Story:
         command = f"samseg predict {archive} --input {cases}{prompts} --output {output}"
         self.step("predict the unlabelled case with the packed bundle", command)
         predict(archive, input=cases, output=output, boxes=boxes)
-
-
-def is_trained(overrides: Mapping[str, Any]) -> bool:
-    """Tell whether ``output_dir`` holds a completed training with these settings, base weights and datalist.
-
-    Args:
-        overrides: of the training's config, among them "output_dir", "datalist", "epochs" and "sam_checkpoint".
-    """
-    from monai.bundle import ConfigParser
-
-    from samseg_monai.handlers.provenance import file_hash, plain, read_json
-    from samseg_monai.sam.weights import RANDOM, sha256_of
-
-    run, weights = Path(overrides["output_dir"]), str(overrides["sam_checkpoint"])
-    card = read_json(run / "run_card.json")
-    if card.get("status") != "completed" or not (run / "adapter.safetensors").is_file():
-        return False
-    if card.get("epochs") != overrides["epochs"] or card.get("data_hash") != file_hash(overrides["datalist"]):
-        return False
-    if weights != RANDOM and not Path(weights).is_file():
-        return False  # the training says what is wrong with them
-    if card.get("base_sha256") != (RANDOM if weights == RANDOM else sha256_of(weights)):
-        return False
-    settings = ConfigParser(card.get("settings", {}))  # places and wiring are none: what is absent does not count
-    return all(settings.get(key, plain(value)) == plain(value) for key, value in overrides.items())
 
 
 def write_results(

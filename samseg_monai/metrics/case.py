@@ -15,6 +15,7 @@ Where nobody knows how large its pixels are, distances are in pixels (``px``), a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,8 @@ from samseg_monai.errors import ConfigError, DataError
 POLICIES = ("honest", "transunet")
 UNITS = ("mm", "px")
 PERCENTILE = 95
+CALIBRATION = ("ece", "brier")
+BINS, MARGIN = 15, 10.0  # of the ECE; mm, or pixels, around reference and prediction
 NSD_TOLERANCES = (1.0, 2.0)  # in the unit of the distances; the names of the scores hold both
 # Headers hold spacing in float32 and norms of affine columns add noise (1.0000001). Unrounded, neighbours one voxel
 # apart would fall just outside a 1 mm tolerance and NSD would collapse.
@@ -128,6 +131,40 @@ def _scores(pred: torch.Tensor, ref: torch.Tensor, spacing: np.ndarray, *, polic
     return [dice, *hd95, *_surface_dice(pred, ref, spacing)]
 
 
+def score_calibration(
+    probability: Mask, prediction: Mask, reference: Mask, *, counts: Mask, spacing: Sequence[float]
+) -> dict[str, float]:
+    """How well a probability of the foreground fits what is there, near reference and prediction.
+
+    A whole volume is background by far, and easily right. So only voxels count within the box around both masks, 10 mm
+    (or pixels) wider on each side.
+
+    Args:
+        probability: (H, W, D), 0 to 1.
+        prediction, reference: (H, W, D), True where any class is.
+        counts: (H, W, D), False for voxels that nobody has judged.
+        spacing: distance of neighbouring voxels along each axis.
+
+    Returns:
+        ``ece``: expected calibration error in 15 bins of equal width (Guo et al. 2017, arXiv:1706.04599, equation 3,
+        of the probability of the foreground): mean distance of probability and share of foreground, each bin by its
+        number of voxels. ``brier``: mean squared distance of probability and truth (Brier 1950). 0 to 1, 0 the best;
+        NaN where both masks are empty.
+    """
+    p, found, truth, judged = (
+        np.asarray(torch.as_tensor(one).cpu()) for one in (probability, prediction, reference, counts)
+    )
+    margins = [math.ceil(MARGIN / side) for side in spacing]
+    box = box_around((found | truth) & judged, margins)
+    kept = judged[box]
+    p, y = p[box][kept].astype(np.float64), truth[box][kept]
+    if not p.size:
+        return dict.fromkeys(CALIBRATION, math.nan)
+    bins = np.minimum((p * BINS).astype(int), BINS - 1)
+    gaps = np.bincount(bins, p - y)
+    return dict(zip(CALIBRATION, (float(np.abs(gaps).sum() / p.size), float(((p - y) ** 2).mean())), strict=True))
+
+
 def checked_masks(prediction: Mask, reference: Mask) -> tuple[torch.Tensor, torch.Tensor]:
     """Both masks as boolean CPU tensors of one shape (H, W, D); raises DataError as ``score_case`` says."""
     found = []
@@ -160,10 +197,16 @@ def checked_spacing(spacing_mm: Sequence[float]) -> np.ndarray:
     return spacing
 
 
-def box_around(mask: np.ndarray, margin: int) -> tuple[slice, ...]:
-    """Box of all that is True, ``margin`` voxels wider where the image allows; empty where nothing is."""
-    (box,) = find_objects(mask.view(np.uint8)) or [(slice(0, 0),) * mask.ndim]
-    return tuple(slice(max(side.start - margin, 0), side.stop + margin) for side in box)
+def box_around(mask: np.ndarray, margin: int | Sequence[int]) -> tuple[slice, ...]:
+    """Box of all that is True, ``margin`` voxels wider (one for all axes, or for each) where the image allows; empty
+    where nothing is."""
+    margins = [margin] * mask.ndim if isinstance(margin, int) else margin
+    found = find_objects(mask.view(np.uint8))
+    if not found:
+        return (slice(0, 0),) * mask.ndim
+    return tuple(
+        slice(max(side.start - more, 0), side.stop + more) for side, more in zip(found[0], margins, strict=True)
+    )
 
 
 def _edge_distances(pred: torch.Tensor, ref: torch.Tensor, spacing: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

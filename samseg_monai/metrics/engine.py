@@ -20,7 +20,7 @@ from monai.data import MetaTensor
 
 from samseg_monai.choices import IGNORE
 from samseg_monai.errors import ConfigError, DataError, raise_all
-from samseg_monai.metrics.case import dice_of, score_case, score_columns
+from samseg_monai.metrics.case import CALIBRATION, dice_of, score_calibration, score_case, score_columns
 from samseg_monai.metrics.lesions import LESION_SCORES, lesion_rules, score_lesions
 from samseg_monai.metrics.rows import Row, aggregate, mean_of
 
@@ -49,6 +49,8 @@ class CaseScores(Metric):
 
     Args:
         pred_key, reference_key, case_key: where an item, the engine's output completed by its batch, holds them.
+        probability_key: where an item holds the foreground's probability (1, H, W, D): every row has the case's
+            ``score_calibration``, too.
         classes: one name per channel.
         policy, surface, unit: as of ``score_case``.
         value: score that ``compute`` returns, one of ``columns``; ``dice`` is the policy's own Dice.
@@ -70,6 +72,7 @@ class CaseScores(Metric):
         pred_key: str = "pred",
         reference_key: str = "reference",
         case_key: str = "case",
+        probability_key: str | None = None,
         classes: Sequence[str] = ("tumour",),
         policy: str = "honest",
         value: str = "dice",
@@ -86,6 +89,7 @@ class CaseScores(Metric):
             if unit != "mm":
                 raise ConfigError(f"lesion-wise scores need sizes in mm, not in {unit}; set lesion_wise to false")
             self.columns += LESION_SCORES if surface else LESION_SCORES[:1]
+        self.columns += CALIBRATION if probability_key else ()
         self.value = self.columns[0] if value == "dice" else value
         if self.value not in self.columns:
             raise ConfigError(f"value {value!r} is not computed here; choose one of {', '.join(self.columns)}")
@@ -94,6 +98,7 @@ class CaseScores(Metric):
             raise ConfigError(f"classes must be one distinct name per channel, got {list(self.classes)}")
         self.regions = regions_of(self.classes, regions)
         self.pred_key, self.reference_key, self.case_key = pred_key, reference_key, case_key
+        self.probability_key = probability_key
         self.policy, self.prefix, self.surface, self.unit = policy, prefix, surface, unit
         self.rows: list[dict[str, Any]] = []
         super().__init__(output_transform=output_transform)
@@ -147,7 +152,8 @@ class CaseScores(Metric):
 
     def _score(self, item: Mapping[str, Any]) -> list[dict[str, Any]]:
         keys = (self.case_key, self.pred_key, self.reference_key)
-        absent = [f"no {key!r}; there are {sorted(map(str, item))}" for key in keys if key not in item]
+        more_keys = [self.probability_key] if self.probability_key else []
+        absent = [f"no {key!r}; there are {sorted(map(str, item))}" for key in (*keys, *more_keys) if key not in item]
         raise_all(absent, DataError, "an item cannot be scored")
         case, pred, reference = (item[key] for key in keys)
         if isinstance(pred, torch.Tensor) and isinstance(reference, torch.Tensor):
@@ -163,6 +169,7 @@ class CaseScores(Metric):
         ignored = ignored_in(reference)
         voxel_ml = float(np.prod(how["spacing_mm"])) / 1000
         left_out = {} if ignored is None else {"ignored_ml": float(ignored.sum()) * voxel_ml}
+        left_out |= self._calibration(item, pred, reference, ignored)
         for name, parts in self.regions.items():
             masks = [_judged(mask_of(v, parts, len(self.classes)), ignored) for v in (pred, reference)]
             try:
@@ -172,6 +179,19 @@ class CaseScores(Metric):
                 raise DataError(f"case {case}, class {name}: {error}") from error
             rows.append({"case": case, "class": name, **scores, **more, **left_out})
         return rows
+
+    def _calibration(
+        self, item: Mapping[str, Any], pred: torch.Tensor, reference: MetaTensor, ignored: torch.Tensor | None
+    ) -> dict[str, float]:
+        """Of all classes together, the same in each one's row."""
+        if self.probability_key is None:
+            return {}
+        everything = range(len(self.classes))
+        masks = [mask_of(volume, everything, len(self.classes)) > 0 for volume in (pred, reference)]
+        counts = torch.ones_like(masks[1]) if ignored is None else ~ignored
+        spacing = [1.0] * 3 if self.unit == "px" else reference.pixdim.tolist()
+        probability = torch.as_tensor(item[self.probability_key]).as_subclass(torch.Tensor)[0]
+        return score_calibration(probability, *masks, counts=counts, spacing=spacing)
 
     def _shape_problems(self, key: str, volume: torch.Tensor) -> list[str]:
         """What is wrong with a volume; a channel of logits, too, would be scored as labels, as almost empty."""

@@ -42,6 +42,8 @@ _DEFINITIONS = {
     "lesion_hd95_mm": "Lesion Dice and HD95: BraTS 2023's means over the lesions found, missed and false of a case, "
     "missed and false ones with Dice 0 and a fixed HD95; HD95 is weighted by surface area, and excluded cases "
     "count, too",
+    "ece": "ECE and Brier: of the probability of the foreground (any class) within the box around reference and "
+    "prediction, 10 mm (or pixels) wider; ECE in 15 bins of equal width; 0 is best",
 }
 
 

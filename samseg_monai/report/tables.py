@@ -40,6 +40,8 @@ MEASURES = {
     "nsd_2px": ("NSD 2 px", True),
     "lesion_dice": ("Lesion Dice", True),
     "lesion_hd95_mm": ("Lesion HD95 mm", False),
+    "ece": ("ECE", False),
+    "brier": ("Brier", False),
 }
 
 

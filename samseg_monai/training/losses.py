@@ -26,24 +26,34 @@ class OnLogitGrid(nn.Module):
     """Compare on the grid of the logits: a finer label is thinned out by nearest neighbour first.
 
     SAMed (Zhang and Liu 2023) and SAM-LST (Chai et al. 2023) compare SAM's quarter-resolution logits with a thinned
-    label, too; their grid meets the label's at the corners, ours at the pixels' centres, as that of the logits does (up
-    to 2 of 512 pixels apart). Labels that are on the logits' grid already pass unchanged.
+    label, too; the grid of their code meets the label's at the corners (``scipy.ndimage.zoom`` of order 0), ours at the
+    pixels' centres, as that of the logits does (up to 2 of 512 pixels apart). Labels that are on the logits' grid
+    already pass unchanged.
 
     Args:
         loss: called with logits (B, C, h, w) and label (B, 1, h, w).
+        corners: thin labels as the published code does.
     Shape: logits (B, C, h, w), label (B, 1, H, W) to what ``loss`` returns.
     """
 
-    def __init__(self, loss: nn.Module) -> None:
+    def __init__(self, loss: nn.Module, *, corners: bool = False) -> None:
         super().__init__()
-        self.loss = loss
+        self.loss, self.corners = loss, corners
 
     def forward(self, logits: Tensor, label: Tensor) -> Tensor:
         if label.shape[-2:] != logits.shape[-2:]:
             plain = label.as_subclass(torch.Tensor)
+            if self.corners:
+                rows, columns = map(_from_corner_to_corner, label.shape[-2:], logits.shape[-2:])
+                return self.loss(logits, plain[..., rows, :][..., columns])
             # torch picks pixels of few kinds of integers only; float32 holds every class number exactly
             label = F.interpolate(plain.float(), logits.shape[-2:], mode="nearest-exact").to(plain.dtype)
         return self.loss(logits, label)
+
+
+def _from_corner_to_corner(pixels: int, points: int) -> list[int]:
+    """The pixels nearest to ``points`` at equal distances from the first pixel to the last one."""
+    return [math.floor(i * (pixels - 1) / max(1, points - 1) + 0.5) for i in range(points)]
 
 
 class SegmentationLoss(nn.Module):

@@ -19,7 +19,7 @@ from samseg_monai.transforms.augmentation import (
 from samseg_monai.transforms.boxes import boxes_of, clip_boxes, move_boxes
 from samseg_monai.transforms.crop import CropInPlaned, ResampleInPlaned, for_training
 from samseg_monai.transforms.grids import CheckSameGridd
-from samseg_monai.transforms.labels import RecodeLabeld, RemoveSmallComponentsd
+from samseg_monai.transforms.labels import ForegroundProbabilityd, RecodeLabeld, RemoveSmallComponentsd
 from samseg_monai.transforms.loading import LoadCased
 from samseg_monai.transforms.pixels import (
     NeighbourSlicesd,
@@ -44,7 +44,8 @@ from samseg_monai.transforms.saving import NameAfterCased, SaveImagePngd, SaveOv
 
 __all__ = [
     "BoxFromPromptd", "CarriedPromptd", "CheckSameGridd", "CropInPlaned", "EllipseFromBoxesd", "EllipseFromPromptd",
-    "FinalBoxesd", "GivenPromptd", "LoadCased", "NameAfterCased", "NeighbourSlicesd", "RandBiasFromMinimumd",
+    "FinalBoxesd", "ForegroundProbabilityd", "GivenPromptd", "LoadCased", "NameAfterCased", "NeighbourSlicesd",
+    "RandBiasFromMinimumd",
     "RandMirroredd", "RandShiftedAffined", "RecodeLabeld", "RemoveSmallComponentsd", "RequestedPromptd",
     "ResampleInPlaned", "SaveImagePngd", "SaveOverlayd", "SaveVolumed", "ScaleGreysd", "ScaleInputd", "SimulatedBoxesd",
     "SimulatedPromptd", "SplineResized", "UnpromptedIgnoredd", "boxes_of", "clip_boxes", "for_training",

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
+from monai.transforms import MapTransform
 from scipy.ndimage import find_objects, generate_binary_structure, label
 
 from samseg_monai.choices import IGNORE
@@ -124,6 +125,29 @@ def _check_classes(classes: Sequence[str], names: Mapping[int, str]) -> None:
     problems += [f"{name}: voxels of this name are left out, no class is" for name in classes if is_ignored(name)]
     problems += [f"{name}: named twice" for name in sorted(set(classes)) if list(classes).count(name) > 1]
     raise_all(problems, ConfigError, f"classes do not fit the labels of the datalist ({', '.join(known)})")
+
+
+class ForegroundProbabilityd(MapTransform):
+    """The probability of any class, out of logits, beside them: sigmoid of one channel, of several 1 minus the softmax
+    of the first, the background.
+
+    Args:
+        keys: logits (C, ...). Those of several channels become the number of the largest one, (1, ...), float32.
+        probability_key: where the probability goes, (1, ...), float32, 0 to 1.
+    """
+
+    def __init__(self, keys: KeysCollection, probability_key: str) -> None:
+        super().__init__(keys)
+        self.probability_key = probability_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        found = dict(data)
+        for key in self.key_iterator(found):
+            logits = found[key].float()
+            several = len(logits) > 1
+            found[self.probability_key] = 1 - logits.softmax(0)[:1] if several else logits.sigmoid()
+            found[key] = logits.argmax(0, keepdim=True).float() if several else logits
+        return found
 
 
 class RemoveSmallComponentsd(EachKeyd):

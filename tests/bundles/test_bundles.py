@@ -679,5 +679,9 @@ def test_hippocampus_trains_evaluates_and_predicts_without_sam(hippocampi, tmp_p
     run_workflow([configs / "evaluate.json"], shared)
     card = read_json(tmp_path / "evaluation" / "run_card.json")
     assert (card["sam_variant"], card["strategy"]["name"]) == ("no SAM", "unet")
+    run_workflow([configs / "evaluate.json"], {**shared, "results_dir": str(tmp_path / "again"), "calibration": True})
+    plain, more = (read_rows(tmp_path / folder / "cases.csv") for folder in ("evaluation", "again"))
+    assert plain == [{key: value for key, value in row.items() if key not in ("ece", "brier")} for row in more]
+    assert all(0 < row["brier"] < 1 and 0 <= row["ece"] <= 1 for row in more)
     run_workflow([configs / "inference.json"], {**shared, "dataset_dir": str(hippocampi / "images")})
     assert len(list((tmp_path / "predictions").glob("*_seg.nii.gz"))) == 6

@@ -141,7 +141,9 @@ def test_a_box_file_reaches_the_network_times_the_ratio_of_sizes(pictures, tmp_p
 def test_shrunk_boxes_reach_the_network(pictures, tmp_path, monkeypatch):
     calls = seen_by_network(monkeypatch)
     settings = {"prompt::source": "json", "prompt::boxes": box_file(tmp_path, BOXES), "prompt::shrink": 0.1}
-    evaluate(pictures, tmp_path, **settings)
+    results = evaluate(pictures, tmp_path, **settings, calibration=True)
+    assert all(0 <= float(row["ece"]) <= 1 and 0 < float(row["brier"]) < 1 for row in rows(results / "cases.csv"))
+    assert "ece" not in rows(results / "ellipse_cases.csv")[0]
     np.testing.assert_allclose(calls[1][0], np.array([[4.45, 10.3, 20.05, 28.7]]) * SCALE, rtol=0, atol=1e-4)
 
 

@@ -7,12 +7,16 @@ import html
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +27,9 @@ from samseg_monai.cli import app
 from samseg_monai.cli.compare import _shard
 from samseg_monai.comparison import perform, performing, plan_names, pooled, read_plan, write_comparison
 from samseg_monai.comparison.plan import PLANS
-from samseg_monai.comparison.pooling import rank_shares
-from samseg_monai.errors import BundleError, ConfigError, DataError
+from samseg_monai.comparison.pooling import last_third, rank_shares
+from samseg_monai.comparison.results import _escaped
+from samseg_monai.errors import BundleError, ConfigError, DataError, WeightsError
 from samseg_monai.metrics import write_rows
 from samseg_monai.report.runs import RunResult
 
@@ -85,9 +90,12 @@ class Runner:
         if step == "train":
             (folder / "adapter.safetensors").write_bytes(b"")
             best = {"metric": 0.7 + 0.01 * seed, "epoch": 1}
+            card["cases"] = {"training": ["x"] * int(told.get("--training_cases", "20").replace("'$None'", "20"))}
             card |= {"seconds": 60.0 * (1 + seed), "best": best, "peak_memory_mb": {"ram": 2048.0}}
             (folder / "run_card.json").write_text(json.dumps(card))
-            (folder / "history.csv").write_text("epoch,iteration,name,value\n1,1,train_loss,0.5\n")
+            points = [f"{epoch},{epoch},train_loss,{1 / epoch}" for epoch in range(1, 10)]
+            points += [f"{epoch},{epoch},val_dice,{0.1 * epoch}" for epoch in range(1, 10 if seed else 2)]
+            (folder / "history.csv").write_text("\n".join(["epoch,iteration,name,value", *points, ""]))
             return 0
         half = [CASES["test"][:4], CASES["test"][4:]]
         datalist = Path(told["--datalist"]).name
@@ -142,6 +150,15 @@ def test_a_run_is_known_by_what_its_numbers_depend_on_and_not_by_its_name(data):
     assert not set(keys()) & set(same)
 
 
+def test_what_is_named_for_both_goes_to_the_config_that_has_it(data):
+    rows = [{"name": "a", "strategy": "lora", "each": {"schedule::warmup": [1]}, "shared": {"lesions::dilation": 2}}]
+    [job, _] = performing.jobs(read_plan(plan_of(data, rows=rows)).runs(), data.parent / "out")
+    train, evaluate = job.commands["train"], job.commands["evaluate"]
+    assert "schedule::warmup 1" in train and "schedule::warmup" not in evaluate
+    assert "lesions::dilation 2" in evaluate and "lesions::dilation" not in train
+    assert "--image_size 64" in train and "--image_size 64" in evaluate
+
+
 def test_everything_wrong_in_a_plan_is_told_before_anything_runs(data, runner):
     with pytest.raises(ConfigError) as told:
         read_plan(plan_of(data, rows=[{"name": "a", "strategy": "lora", "trainig": {}}], seeds=[], nothing=1))
@@ -158,15 +175,28 @@ def test_everything_wrong_in_a_plan_is_told_before_anything_runs(data, runner):
     ]
     with pytest.raises(ConfigError, match=r"a: epohcs \(did you mean epochs\?\)[\s\S]*b: image_size: got 'large'"):
         perform(read_plan(plan_of(data, rows=wrong)).runs(), data.parent / "out")
+    with pytest.raises(ConfigError, match=r"a: schedule::warmup: of another config of this bundle"):
+        plan = plan_of(data, rows=[{"name": "a", "strategy": "lora", "evaluation": {"schedule::warmup": 3}}])
+        perform(read_plan(plan).runs(), data.parent / "out")
     each = [{"name": "a", "strategy": "lora", "each": {"lr": [0.1, 0.2]}}]
     with pytest.raises(ConfigError, match=r"each: lr is set elsewhere in the plan"):
         read_plan(plan_of(data, rows=each, training={"lr": 0.3}))
     assert not runner.commands
     with pytest.raises(DataError, match=r"no such folder"):
         read_plan(plan_of(data, tasks=[{"recipe": "meningioma", "dataset_dir": "nowhere"}])).runs()
+    for name in ("fold0", "fold1"):
+        (data / f"{name}.json").write_text(json.dumps({"testing": [{"case": "a"}, {"case": name}]}))
+    folds = [str(data / "fold0.json"), str(data / "fold1.json")]
+    tasks = [{"recipe": "meningioma", "dataset_dir": "data", "datalists": folds}]
+    with pytest.raises(DataError, match="1 cases are in section testing of several datalists, first a"):
+        read_plan(plan_of(data, tasks=tasks)).runs()
+    with pytest.raises(WeightsError, match=r"nowhere\.pth: no such file"):
+        read_plan(plan_of(data, weights={"tiny": "nowhere.pth"})).runs()
+    with pytest.raises(ConfigError, match="~no_such_user/x: nobody of that name"):
+        read_plan(plan_of(data, tasks=[{"recipe": "meningioma", "dataset_dir": "~no_such_user/x"}]))
     with pytest.raises(DataError, match="give --dataset-dir"):
         read_plan(plan_of(data, tasks=[{"recipe": "meningioma"}])).runs()
-    with pytest.raises(ConfigError, match=r"no plan 'honour'; give a \.json file, or one of honours"):
+    with pytest.raises(ConfigError, match=r"no plan 'honour'; give a \.json file, or one of costs, few_shot, honours"):
         read_plan("honour")
     with pytest.raises(ConfigError, match="loRa: no such row"):
         read_plan(plan_of(data)).runs(rows=["loRa"])
@@ -240,6 +270,40 @@ def test_numbers_of_a_row_are_means_over_seeds_paired_by_case(data, runner, monk
     assert latex.count(r"\\") == 4 and r"\toprule" in latex and "LoRA, rank 2, mean of 2 seeds & 8 &" in latex
 
 
+def test_the_end_of_a_training_is_judged_by_a_line(data, runner):
+    rng = np.random.default_rng(0)
+    epochs = list(range(1, 31))
+    rising = {epoch: 0.7 + 0.01 * epoch + 0.001 * rng.normal() for epoch in epochs}
+    third = np.array(epochs[20:])
+    slope, _ = np.polyfit(third, [rising[epoch] for epoch in third], 1)
+    found = last_third({"val_dice": rising, "train_loss": dict.fromkeys(epochs, 0.5)})
+    assert found["dice"] == pytest.approx(9 * slope) and found["loss"] == 0 and found["converged"] is False
+    noisy = {epoch: 0.7 + 0.1 * rng.normal() for epoch in epochs}
+    assert last_third({"val_dice": noisy})["converged"] is True
+    falling = {"train_loss": {epoch: 0.5 - 0.01 * epoch for epoch in epochs}, "val_dice": {30: 0.5}}
+    found = last_third(falling)
+    assert found["loss"] == pytest.approx(-0.09 / np.mean([0.5 - 0.01 * epoch for epoch in third]))
+    assert (found["dice"], found["converged"]) == (None, False)
+    nothing = {"dice": None, "loss": None, "converged": None}
+    assert last_third({"train_loss": {1: 0.5, 2: 0.4}}) == last_third({}) == nothing
+
+
+def test_rows_of_several_numbers_of_training_cases_are_a_curve(data, runner):
+    rows = [
+        {"name": "zero_shot", "strategy": "zero_shot"},
+        {"name": "lora", "strategy": "lora", "each": {"training_cases": [1, 5, None], "strategy::rank": [2]}},
+    ]
+    plan, output = read_plan(plan_of(data, rows=rows)), data.parent / "out"
+    text = write_comparison(output, plan, perform(plan.runs(), output))
+    found = json.loads((output / "comparison.json").read_text(encoding="utf-8"))["tasks"]["meningioma"]
+    assert [(one["row"], one["n"]) for one in found["curve"]] == [("lora_rank2", n) for n in (1, 5, 20)]
+    row = found["rows"]["lora_training_casesall_rank2"]
+    assert found["curve"][2]["mean"] == pytest.approx(statistics.mean(row["dice_of_seeds"].values()))
+    assert found["curve"][2]["sd"] == row["dice_sd_of_seeds"] and row["training_cases"] == 20
+    assert [one["converged"] for one in row["ends"]] == [False, False]
+    assert row["ends"][1]["dice"] == pytest.approx(0.2) and "no, +0.200" in text
+
+
 def test_folds_may_share_no_case(data, runner):
     plan, output = read_plan(plan_of(data)), data.parent / "out"
     outcomes = perform(plan.runs(), output)
@@ -269,7 +333,9 @@ def test_plans_of_the_package_can_be_run_as_they_are(name, data, tmp_path):
     assert name in plan_names()
     plan = read_plan(name)
     found = performing.jobs(plan.runs(dataset_dir=data), tmp_path / "out")
-    assert found and plan.text and all("--seed 0" in one.commands["evaluate"] for one in found)
+    assert found and plan.text and all(f"--seed {plan.seeds[0]}" in one.commands["evaluate"] for one in found[:1])
+    places = [value for run in plan.runs(dataset_dir=data) for key, value in run.training.items() if "dir" in key]
+    assert set(places) <= {"embeddings"}  # of the current folder, not of the package
 
 
 def test_the_command_lists_and_performs(data, runner):
@@ -353,6 +419,43 @@ def test_a_row_that_is_called_otherwise_is_not_run_again(data, runner):
     rows = [{"name": "ladders", "strategy": "lora", "each": {"strategy::rank": [2, 4]}}]
     outcomes = perform(read_plan(plan_of(data, rows=rows)).runs(), output)
     assert {one.status for one in outcomes} == {"kept"} and len(runner.commands) == count
+
+
+def interrupted(folder: Path, found: list[performing.Job]) -> None:
+    """A command of a group of its own, with two long trainings at a time."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    performing.jobs = lambda runs, output: found
+    performing._gpus = list
+    with pytest.raises(KeyboardInterrupt):
+        performing.perform([None] * len(found), folder, workers=2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a command")
+def test_an_interrupted_command_leaves_no_process_and_folders_that_go_on(tmp_path):
+    sleep = "python -c 'import time; print(1, flush=True); time.sleep(60)'"
+    found = [performing.Job(n, str(tmp_path / n), {"train": sleep}, {}, {"n": n}) for n in ("a", "b", "c")]
+    command = multiprocessing.get_context("fork").Process(target=interrupted, args=(tmp_path, found))
+    command.start()
+    logs = [tmp_path / name / "log.txt" for name in ("a", "b")]
+    deadline = time.monotonic() + 60
+    while not all(log.is_file() and "\n1" in log.read_text(encoding="utf-8") for log in logs):
+        assert command.is_alive() and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(command.pid, signal.SIGINT)  # the command alone: it has to end the others
+    command.join(30)
+    assert command.exitcode == 0
+    with pytest.raises(ProcessLookupError):
+        os.killpg(command.pid, 0)  # nobody of its group is left
+    assert not (tmp_path / "c").exists()  # has not begun
+    for log in logs:
+        assert not (log.parent / "done.json").exists()
+        with performing._locked(log.parent) as lock:
+            assert lock is not None
+
+
+def test_latex_knows_its_own_signs():
+    assert _escaped('<a> "b" 5 %_|') == r"\textless{}a\textgreater{} ''b'' 5 \%\_\textbar{}"
 
 
 def test_a_process_that_outlives_the_command_keeps_its_folder(tmp_path):

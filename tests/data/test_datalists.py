@@ -11,6 +11,7 @@ import SimpleITK as sitk
 
 from samseg_monai.data.datalists import (
     check_datalist,
+    first_cases,
     load_datalist,
     patient_of,
     read_datalist,
@@ -148,6 +149,20 @@ def test_scans_are_picked_by_name_and_in_order(tmp_path):
     assert [Path(file).name for file in found["image"]] == ["c", "a"]
     with pytest.raises(DataError, match="t4"):
         load_datalist(path, tmp_path, "training", scans=["t3", "t4"])
+
+
+def test_the_first_cases_of_an_order_that_the_seed_draws_are_nested():
+    items = [{"case": f"case{number}"} for number in range(8)]
+
+    def drawn(order, seed, count):
+        return [one["case"] for one in first_cases(order, count, seed=seed)]
+
+    sets = [set(drawn(items, 0, count)) for count in (1, 3, 5, None)]
+    assert [len(one) for one in sets] == [1, 3, 5, 8] and sets[0] < sets[1] < sets[2] < sets[3]
+    assert set(drawn(items[::-1], 0, 3)) == sets[1] and drawn(items, 0, 3) == sorted(sets[1])
+    assert len({frozenset(drawn(items, seed, 3)) for seed in range(9)}) > 3
+    with pytest.raises(DataError, match="there are 8 training cases, not the 9 asked for"):
+        drawn(items, 0, 9)
 
 
 def test_trained_spacing_is_that_of_the_plane_after_reorientation(tmp_path):

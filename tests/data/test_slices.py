@@ -328,6 +328,30 @@ def test_disk_cache_of_other_settings_or_files_is_another_cache(cases, tmp_path)
     assert count(items=changed) == 13
 
 
+@pytest.mark.parametrize("picker", [Foreground(), RandomN(2)])
+def test_epochs_of_a_length_are_cut_out_of_passes_over_all_slices(cases, picker):
+    one_pass = len(dataset_of(cases, picker=picker))
+    data = dataset_of(cases, augment(), picker=picker, length=5, seed=3)
+    seen = []
+    for epoch in range(2 * one_pass):
+        data.set_epoch(epoch)
+        seen += [(item["case"], item["slice"]) for item in data]
+    assert len(data) == 5 and len(seen) == 10 * one_pass
+    passes = [seen[start : start + one_pass] for start in range(0, len(seen), one_pass)]
+    assert all(len(set(its)) == one_pass for its in passes) and len({tuple(its) for its in passes}) == 10
+    if isinstance(picker, RandomN):  # draws other slices in every pass
+        assert len({frozenset(its) for its in passes}) > 1
+    data.set_epoch(7)
+    again = dataset_of(cases, augment(), picker=picker, length=5, seed=3)
+    again.set_epoch(7)
+    assert_same(contents(data[i] for i in range(5)), contents(again[i] for i in range(4, -1, -1))[::-1])
+    few = dataset_of(cases[:1], augment(), picker=MaxArea(), length=3)
+    images = [item["image"] for item in few]
+    assert len(images) == 3 and not torch.equal(images[0], images[1])  # one slice, drawn otherwise every time
+    with pytest.raises(ConfigError, match="length must be at least 1, got 0"):
+        dataset_of(cases, length=0)
+
+
 def test_changed_file_is_another_case(tmp_path):
     file = tmp_path / "label.nii.gz"
     file.write_bytes(b"1")

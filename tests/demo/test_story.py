@@ -1,62 +1,16 @@
-"""Experiments of days: a finished training is kept, and nothing else is taken for it; overlays show label maps."""
-
-import json
+"""Overlays of demos show label maps."""
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from samseg_monai.demo.story import is_trained
 from samseg_monai.errors import DataError
-from samseg_monai.handlers.provenance import file_hash
 from samseg_monai.pictures import as_seen
 from samseg_monai.report.montage import outline, overlay_cases
 from samseg_monai.report.runs import RunResult
-from samseg_monai.sam.weights import sha256_of
 
 LABELS = {"0": "background", "4": "liver", "7": "spleen", "9": "vein"}
 CLASSES = ["spleen", "liver"]
-
-
-@pytest.fixture
-def finished(tmp_path):
-    """Overrides of a training, and the folder it has left behind."""
-    (tmp_path / "datalist.json").write_text("{}")
-    (tmp_path / "sam.pth").write_bytes(b"weights")
-    (tmp_path / "adapter.safetensors").touch()
-    card = {
-        "status": "completed", "epochs": 3, "data_hash": file_hash(tmp_path / "datalist.json"),
-        "base_sha256": sha256_of(tmp_path / "sam.pth"),
-        "settings": {"seed": 5, "batch_size": 2, "strategy": {"rank": 4, "side_weights": "resnet.pth"}},
-    }  # fmt: skip
-    (tmp_path / "run_card.json").write_text(json.dumps(card))
-    return {
-        "output_dir": str(tmp_path), "datalist": str(tmp_path / "datalist.json"), "epochs": 3, "seed": 5,
-        "sam_checkpoint": str(tmp_path / "sam.pth"), "strategy::rank": 4, "strategy::side_weights": "/a/b/resnet.pth",
-        "dataset_dir": "/data",
-    }  # fmt: skip
-
-
-def test_finished_training_is_recognised(finished):
-    assert is_trained(finished)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"epochs": 4}, {"seed": 6}, {"batch_size": 3}, {"strategy::rank": 8}, {"sam_checkpoint": "random"}]
-    + [{"strategy::side_weights": "random"}, {"sam_checkpoint": "nowhere.pth"}, {"datalist": "nowhere.json"}],
-    ids=lambda change: "=".join(map(str, *change.items())),
-)
-def test_another_training_is_not_taken_for_it(change, finished):
-    assert not is_trained({**finished, **change})
-
-
-def test_interrupted_training_and_empty_folder_are_not_finished(finished, tmp_path):
-    card = json.loads((tmp_path / "run_card.json").read_text(encoding="utf-8"))
-    (tmp_path / "run_card.json").write_text(json.dumps({**card, "status": "interrupted"}))
-    assert not is_trained(finished)
-    (tmp_path / "run_card.json").unlink()
-    assert not is_trained(finished)
 
 
 @pytest.fixture

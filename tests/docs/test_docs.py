@@ -25,7 +25,6 @@ NAMES = ("index", "your_own_data", "from_the_clinic", "strategies", "bundles", "
 GUIDES = [ROOT / "docs" / f"{name}.md" for name in NAMES]
 # not run here: the file that does, or why none can
 ELSEWHERE = {
-    "samseg reproduce": "studies/test_reproduce.py",
     "samseg bench": "training/test_cost.py",
     "samseg compare": "comparison/test_comparison.py",
     "#SBATCH": "a line for a cluster's scheduler",

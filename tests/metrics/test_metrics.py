@@ -15,6 +15,7 @@ from surface_distance import compute_surface_dice_at_tolerance, compute_surface_
 
 from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.metrics import CaseScores, score_case, score_columns
+from samseg_monai.metrics.case import score_calibration
 
 SPACINGS = [(1.0, 1.0, 1.0), (0.8, 0.5, 3.0)]
 
@@ -42,6 +43,51 @@ def lines() -> tuple[np.ndarray, np.ndarray]:
     reference[1, 5:105] = True
     prediction[1, 5:115] = True
     return prediction, reference
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (2.5, 4.0, 12.0)])
+def test_calibration_is_that_of_its_definition(spacing):
+    prediction, reference = blobs(1, (40, 44, 9))
+    prediction[:26] = reference[:26] = False
+    rng = np.random.default_rng(0)
+    probability = rng.beta(0.4, 0.6, prediction.shape)
+    probability[30, 30, 4], probability[31, 30, 4] = 1.0, 0.0
+    judged = rng.random(prediction.shape) > 0.1
+    places = np.argwhere((prediction | reference) & judged)
+    low, high = places.min(0) - np.ceil(10 / np.array(spacing)), places.max(0) + np.ceil(10 / np.array(spacing))
+    bins, squares = {}, []
+    for place in np.ndindex(*prediction.shape):
+        if judged[place] and all(low <= place) and all(place <= high):
+            p, y = probability[place], float(reference[place])
+            bins.setdefault(min(int(p * 15), 14), []).append((p, y))
+            squares.append((p - y) ** 2)
+    ece = sum(len(its) / len(squares) * abs(np.mean([p - y for p, y in its])) for its in bins.values())
+    found = score_calibration(probability, prediction, reference, counts=judged, spacing=spacing)
+    assert found == pytest.approx({"ece": ece, "brier": np.mean(squares)}, abs=1e-12) and len(squares) < judged.sum()
+    nothing = np.zeros_like(reference)
+    found = score_calibration(probability, nothing, nothing, counts=judged, spacing=spacing)
+    assert all(math.isnan(value) for value in found.values())
+    truth = reference.astype(float)
+    assert score_calibration(truth, prediction, reference, counts=judged, spacing=spacing) == {"ece": 0, "brier": 0}
+
+
+def test_calibration_is_of_all_classes_together_and_stands_in_every_row():
+    prediction, reference = blobs(2)
+    label = torch.as_tensor(reference.astype(np.float32) * (1 + (np.arange(28) > 13))[None, :, None])[None]
+    label[0, 0, 0, :3] = 255
+    probability = torch.rand((1, *reference.shape), generator=torch.Generator().manual_seed(0))
+    item = {"case": "a", "pred": torch.as_tensor(prediction)[None].float(), "probability": probability,
+            "reference": MetaTensor(label, affine=torch.eye(4))}  # fmt: skip
+    metric = CaseScores(classes=("one", "two"), surface=False, probability_key="probability")
+    metric.update([item])
+    metric.compute()
+    counts = np.ones_like(reference)
+    counts[0, 0, :3] = False
+    truth = reference & counts
+    expected = score_calibration(probability[0], prediction, truth, counts=counts, spacing=(1, 1, 1))
+    assert [(row["ece"], row["brier"]) for row in metric.rows] == [(expected["ece"], expected["brier"])] * 2
+    with pytest.raises(DataError, match="no 'probability'"):
+        metric.update([{key: value for key, value in item.items() if key != "probability"}])
 
 
 @pytest.mark.parametrize("seed", range(3))

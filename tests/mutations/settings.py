@@ -94,7 +94,8 @@ RUN: dict[str, Rule] = {
     "crop_mm": nothing_or(many(number(0, 10_000, above=True), 2, 2)), "crop_size": nothing_or(many(whole(1, 8192), 2,
     2)),
     "resample": BOOL, "batch_size": whole(1, 4096), "seed": SEED, "rectangular": BOOL, "checkpointing": BOOL,
-    "autocast": one("bf16", "bf16_all", None), "low_res_training": BOOL, "masks": one("single", "best"),
+    "autocast": one("bf16", "bf16_all", None), "low_res_training": one(True, False, "corners"),
+    "masks": one("single", "best"),
     "compute": lambda v: COMPUTE(v) and not (v.get("int8") and v.get("compile")),
     "store_size": nothing_or(whole(16, 1024)),
     "scan_mode": one("mean_logits", "mean_probabilities", "majority", "union", "channels", "neighbours"),
@@ -106,6 +107,7 @@ RUN: dict[str, Rule] = {
         "carried_stop": number(0, 1), "carried_most": number(1, 1000),
         "mask_values": nothing_or(many(whole(1, 65535), 1, 256))}),
     "embeddings": group({"variants": nothing_or(whole(1, 1000))}), "epochs": whole(1, 100_000),
+    "steps_per_epoch": nothing_or(COUNT), "training_cases": nothing_or(COUNT),
     "lr": number(0, 100, above=True), "val_interval": whole(0, 100_000), "keep_last": BOOL,
     "val_batch_size": whole(1, 4096), "early_stop": nothing_or(whole(1, 100_000)), "accumulation_steps": whole(1, 4096),
     "clip_norm": nothing_or(number(0, 1e6, above=True)), "ema": nothing_or(number(0, 1, below=True)),
@@ -130,7 +132,7 @@ RUN: dict[str, Rule] = {
         CLASS(k) and many(CLASS, 1, 10**6)(x) for k, x in v.items())),
     "lesion_wise": BOOL, "lesions": group({"dilation": whole(1, 20), "ignored_mm3": number(0, 1e6),
                                            "penalty_mm": number(0, 1e5, above=True)}),
-    "save_predictions": BOOL, "num_workers": whole(0, 64),
+    "calibration": BOOL, "save_predictions": BOOL, "num_workers": whole(0, 64),
 }  # fmt: skip
 TASK: dict[str, Rule] = {
     "name": NAME, "kind": one("volumes", "images"), "dataset": NAME, "scans": many(NAME, 1, 16),

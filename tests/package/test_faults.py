@@ -261,7 +261,7 @@ LATE = {
     "bbox": ["bbox", "{absent}", "--output", "{file}/box.json"],
     "boxes": ["boxes", "from-mask", "{absent}", "--output", "{folder}"],
     "task": ["task", "new", "mine", "--datalist", "{absent}", "--out", "{file}"],
-    "reproduce": ["reproduce", "honours", "--brats", "{absent}", "--weights", "random", "--output", "{file}"],
+    "compare": ["compare", "honours", "--dataset-dir", "{absent}", "--output", "{file}"],
 }  # fmt: skip
 
 

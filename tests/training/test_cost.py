@@ -119,7 +119,9 @@ def test_networks_without_sam_and_predictions_are_measured(tmp_path):
 def test_train_cost_tells_the_whole_training(in_this_process, phantoms, tmp_path):
     bundle = build_bundle("meningioma", "lora", tmp_path)
     words = ["train-cost", str(bundle), *WORDS, "--strategy::rank=2", "--batch_size=3", "--epochs=5", "--steps", "1"]
-    done = CliRunner().invoke(app, [*words, "--json", "--dataset_dir", str(phantoms)], catch_exceptions=False)
+    done = CliRunner().invoke(
+        app, [*words, "--json", "--minutes", "9", "--dataset_dir", str(phantoms)], catch_exceptions=False
+    )
     found = json.loads(done.stdout)
     assert in_this_process[0]["count"] and in_this_process[1]["size"] == [32, 36]
     data = found["data"]
@@ -134,6 +136,7 @@ def test_train_cost_tells_the_whole_training(in_this_process, phantoms, tmp_path
     each = data["validation"]["seconds_per_case"] + sum(boxed) / 2 * found["seconds_per_slice"]
     assert minutes["validation"] == pytest.approx(2 * each / 60)
     assert minutes["whole"] == pytest.approx(5 * minutes["epoch"] + 2 * minutes["validation"] + minutes["reading"])
+    assert found["epochs_within"] >= 5
     assert found["slices_gb"] == pytest.approx(4 * (4 * 4 + 1) * 32 * 36 / 1e9)
     told = (
         CliRunner().invoke(app, [*words, "--datalist", str(phantoms / "datalist.json")], catch_exceptions=False).stdout
@@ -201,6 +204,11 @@ def test_stored_embeddings_are_paid_once():
     assert found["minutes"]["whole"] == pytest.approx(minutes["whole"] + 1)
     found = TRAIN.whole_training({**cost, "val_interval": 0, "stored": False}, data)
     assert found["validations"] == 0 and found["minutes"].keys() == {"epoch", "reading", "whole"}
+    budget = {**cost, "stored": False, "steps_per_epoch": 30}
+    found = TRAIN.whole_training(budget, data, 20.0)
+    assert found["steps_per_epoch"] == 30 and found["minutes"]["epoch"] == 1
+    assert found["epochs_within"] == int((20 - 1 - 0.5) / (1 + 0.5 / 3))  # whole volumes, reading; a third validation
+    assert TRAIN.whole_training(budget, data, 1.0)["epochs_within"] == 0
 
 
 def test_durations_are_told_as_people_do():

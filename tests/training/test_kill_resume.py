@@ -101,7 +101,8 @@ def start(phantoms, abdomen, hippocampi, tmp_path_factory):
             name, overrides = ("meningioma", "lora"), {**LORA, "dataset_dir": str(phantoms)}
         if "workers" in way:
             cache = {"slices::cache": "disk", "slices::cache_dir": str(folder / "slices")}
-            overrides |= {"epochs": 3, "slices::num_workers": 2, **cache}
+            budget = {"epochs": 3, "steps_per_epoch": 3, "training_cases": 3}
+            overrides |= {**budget, "slices::num_workers": 2, **cache}
         if "picked" in way:
             overrides |= {"epochs": 3, "validation::picker": {"_target_": "samseg_monai.data.slices.MaxArea"}}
         folder.mkdir(exist_ok=True)

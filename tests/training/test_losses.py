@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.losses import DiceCELoss
+from scipy.ndimage import zoom
 from torch import nn
 
 from samseg_monai.bundles import build_bundle
@@ -41,12 +42,12 @@ def case(seed: int, *, batch=3, grid=16, factor=4):
     return logits, label
 
 
-def published(logits: torch.Tensor, label: torch.Tensor) -> float:
+def published(logits: torch.Tensor, label: torch.Tensor | np.ndarray) -> float:
     """0.2 CE + 0.8 Dice, in numpy and float64: sums over the whole batch, mean over all classes."""
     z = logits.detach().double().numpy()
     p = np.exp(z - z.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
-    y = label.numpy()[:, 0]
+    y = np.asarray(label)[:, 0]
     ce = -np.log(np.take_along_axis(p, y[:, None], axis=1)).mean()
     dice = 0.0
     for k in range(CLASSES):
@@ -60,8 +61,8 @@ def published(logits: torch.Tensor, label: torch.Tensor) -> float:
 def test_the_bundles_loss_is_the_published_one(parser, seed):
     logits, label = case(seed)
     loss = value(parser, "train::criterion")
-    # 4 x 4 pixels to one: of their four rows the third is the nearest one's, and so with the columns
-    expected = published(logits, label[..., 2::4, 2::4])
+    # 4 x 4 pixels to one, from the first row to the last one and so with the columns
+    expected = published(logits, zoom(label, (1, 1, 0.25, 0.25), order=0))
     assert float(loss(logits, label)) == pytest.approx(expected, abs=1e-6)
     assert float(loss(logits, label.to(torch.uint8))) == pytest.approx(expected, abs=1e-6)
     assert abs(expected - published(logits, label[..., ::4, ::4])) > 1e-4  # the choice of the pixel can be seen
@@ -78,7 +79,7 @@ def test_the_loss_is_taken_over_the_batch_as_a_whole(parser):
 
 def test_perfect_logits_cost_nothing_and_gradients_are_those_of_the_formula(parser):
     logits, label = case(1)
-    coarse = label[..., 2::4, 2::4]
+    coarse = torch.from_numpy(zoom(label, (1, 1, 0.25, 0.25), order=0))
     perfect = 50.0 * F.one_hot(coarse[:, 0], CLASSES).movedim(-1, 1)
     # the class that is nowhere has 1e-5 / 1e-5: no cost for what is rightly left out
     assert float(value(parser, "train::criterion")(perfect, label)) == pytest.approx(0.0, abs=1e-6)
@@ -102,6 +103,16 @@ def test_finer_labels_are_thinned_out_to_the_pixel_under_the_centre(size):
     assert (seen[0] is label) == (size == (16, 12))  # equal grids: handed on as it is
 
 
+@pytest.mark.parametrize(("size", "points"), [((512, 512), (128, 128)), ((512, 448), (128, 112)), ((50, 36), (16, 12))])
+def test_published_code_takes_the_pixels_between_the_corners(size, points):
+    seen = []
+    label = np.random.default_rng(0).integers(0, 9, size)
+    spy = OnLogitGrid(lambda logits, label: seen.append(label) or logits.sum(), corners=True)
+    spy(torch.zeros(1, 9, *points), torch.from_numpy(label)[None, None])
+    published = zoom(label, [new / old for new, old in zip(points, size, strict=True)], order=0)
+    assert np.array_equal(seen[0][0, 0].numpy(), published)
+
+
 @pytest.mark.parametrize("fine", [True, False])
 def test_labels_with_metadata_give_the_same_loss_and_leave_none_in_it(fine):
     logits, label = case(2, factor=4 if fine else 1)
@@ -117,7 +128,7 @@ def test_numbers_of_the_protocol(parser):
     wanted = {
         "epochs": 200, "lr": 0.001, "batch_size": 24, "seed": 1234, "store_size": 224, "image_size": 512,
         "accumulation_steps": 1, "clip_norm": None, "val_interval": 0, "input_scale": "unit", "sam_variant": "vit_b",
-        "low_res_training": True, "multiclass": True, "prompted": False, "crop_size": None,
+        "low_res_training": "corners", "multiclass": True, "prompted": False, "crop_size": None,
     }  # fmt: skip
     assert {key: value(parser, key) for key in wanted} == wanted
     assert parser["schedule"] == {"warmup": 250, "decay": "poly", "power": 0.9, "epochs": None}

@@ -168,6 +168,22 @@ def load_datalist(
     return items if boxes is None else _with_boxes(items, datalist, Path(boxes), name=str(path))
 
 
+def first_cases(items: list[dict[str, Any]], count: int | None, *, seed: int) -> list[dict[str, Any]]:
+    """The first ``count`` (1 or more) items of an order of their cases that the seed draws, whatever their own is:
+    of one seed the first case is among the first five. They stay in their own order; None: all.
+
+    Raises:
+        DataError: there are fewer.
+    """
+    if count is None:
+        return items
+    if count > len(items):
+        raise DataError(f"training_cases: there are {len(items)} training cases, not the {count} asked for")
+    by_draw = {hashlib.sha256(f"{seed} {item['case']}".encode()).digest(): item["case"] for item in items}
+    wanted = {by_draw[key] for key in sorted(by_draw)[:count]}
+    return [item for item in items if item["case"] in wanted]
+
+
 def case_hashes(hashes: Mapping[str, str]) -> list[str]:
     """The sha256 of a case, from those of its files by name: of the lines ``<name> <sha256>``, in their order.
 

@@ -13,7 +13,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,10 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from samseg_monai.choices import IGNORE
 from samseg_monai.data import CUT
 from samseg_monai.data.slices.cache import CachedCase, describe, describe_item, encode, frozen_encoder
 from samseg_monai.data.slices.padding import fill_up
+from samseg_monai.data.slices.pickers import Picker
 from samseg_monai.errors import CacheError, ConfigError, DataError, raise_all, reason_of
 
 logger = logging.getLogger(__name__)
@@ -38,98 +37,6 @@ Slices = dict[str, np.ndarray]  # arrays, since torch would send every tensor to
 
 DEFAULT_VARIANTS = 8  # as many as a square has rotations and reflections
 MASK_KEYS = ("label", "prompt")
-
-
-@dataclass(frozen=True)
-class Picker:
-    """What every picker can do. Immutable, and its ``repr`` is all there is to know about it."""
-
-    min_voxels = 0
-    units = "slice", "slices"
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least = 0 if isinstance(self, RandomN) and name == "min_voxels" else 1
-            if value < least:
-                raise ConfigError(f"{type(self).__name__}: {name} must be at least {least}, got {value}")
-
-    def candidates(self, label: torch.Tensor) -> list[int]:
-        """Slices (indices of the last axis, ascending) of ``label`` (C, H, W, D) that are kept in the cache."""
-        return (_areas(label) >= self.min_voxels).nonzero()[:, 0].tolist()
-
-    def draw(self, candidates: list[int], rng: np.random.Generator) -> list[int]:
-        """The candidates used in one epoch; their number depends on ``len(candidates)`` only."""
-        return list(candidates)
-
-    def taken(self, volume: torch.Tensor, candidates: list[int]) -> torch.Tensor:
-        """What the cache keeps of a volume (C, H, W, D): its candidates (N, C, H, W)."""
-        return volume[..., candidates].movedim(-1, 0)
-
-
-@dataclass(frozen=True)
-class AllSlices(Picker):
-    """Every slice, with or without foreground."""
-
-
-@dataclass(frozen=True)
-class EveryNth(Picker):
-    """Slices 0, n, 2 n, ... with or without foreground; ``n`` is at least 1."""
-
-    n: int
-
-    def candidates(self, label: torch.Tensor) -> list[int]:
-        return list(range(0, label.shape[-1], self.n))
-
-
-@dataclass(frozen=True)
-class MaxArea(Picker):
-    """The one slice with most foreground voxels, the first of equals; none for an empty label."""
-
-    def candidates(self, label: torch.Tensor) -> list[int]:
-        areas = _areas(label)
-        return [int(areas.argmax())] if areas.max() > 0 else []
-
-
-@dataclass(frozen=True)
-class Foreground(Picker):
-    """Every slice with at least ``min_voxels`` (1 or more) foreground voxels."""
-
-    min_voxels: int = 1
-
-
-@dataclass(frozen=True)
-class RandomN(Picker):
-    """``n`` (1 or more) slices with at least ``min_voxels`` foreground voxels (0: any slice) per case, other ones in
-    every epoch; all of them where the case has fewer."""
-
-    n: int
-    min_voxels: int = 1
-
-    def draw(self, candidates: list[int], rng: np.random.Generator) -> list[int]:
-        drawn = rng.choice(len(candidates), size=min(self.n, len(candidates)), replace=False)
-        return [candidates[i] for i in sorted(drawn.tolist())]
-
-
-@dataclass(frozen=True)
-class Patches(Picker):
-    """No slices: each volume whole, ``n`` times (1 or more) in an epoch, for transforms that cut a patch out of it
-    at random; none where nobody has judged a voxel."""
-
-    n: int = 1
-    units = "patch", "patches"
-
-    def candidates(self, label: torch.Tensor) -> list[int]:
-        return [0] if (label != IGNORE).any() else []
-
-    def draw(self, candidates: list[int], rng: np.random.Generator) -> list[int]:
-        return candidates * self.n
-
-    def taken(self, volume: torch.Tensor, candidates: list[int]) -> torch.Tensor:
-        return volume[None].expand(len(candidates), *volume.shape)
-
-
-def _areas(label: torch.Tensor) -> torch.Tensor:
-    return ((label > 0) & (label != IGNORE)).any(dim=0).sum(dim=(0, 1))  # (C, H, W, D) -> (D,)
 
 
 class SliceDataset(Dataset):
@@ -144,6 +51,9 @@ class SliceDataset(Dataset):
     With ``variants`` draws come from (seed, variant, slice) instead: a slice has that many looks and no more, and an
     epoch shows one of them, all in turn, in an order drawn anew for every slice and cycle of ``variants`` epochs. Items
     then have "variant", from 0, before ``slice_transforms`` run, so that a transform may enumerate instead of drawing.
+    With ``length`` an epoch is that many items, however many slices there are: one pass after the other over all of
+    them, each in an order drawn from (seed, pass), is cut into epochs, and what a picker draws and which look is shown
+    change with the pass instead of the epoch.
     ``fill`` computes what a frozen encoder makes of every look; from then on items have "embedding".
 
     Args:
@@ -167,6 +77,7 @@ class SliceDataset(Dataset):
             which (depth - 1) // 2 lie before the picked one; beyond the volume its first or last one is repeated. All
             go through the transforms with the same draws. ``SliceCollate`` lays the slabs of a batch one behind the
             other, and every slice counts in the loss: a volume's are predicted from all places in a slab.
+        length: items of an epoch, at least 1; None: as many as one pass has.
         embedding_dir: folder of the embeddings; None keeps none. Per slice and variant 2 bytes per number of the
             encoder's output, which is 512 kB for SAM at 512 pixels and 2 MB at 1024.
     Attributes: ``cut``: case -> voxels that the crop leaves out, and of how many (``samseg_monai.data.CUT``), where it
@@ -194,16 +105,17 @@ class SliceDataset(Dataset):
         epochs: int | None = None,
         epoch_transforms: Transforms = None,
         depth: int = 1,
+        length: int | None = None,
         embedding_dir: str | Path | None = None,
     ) -> None:
         at_least = {"num_threads": num_threads, "variants": variants, "epochs": epochs, "depth": depth}
+        at_least["length"] = length
         _check(data, cache, cache_dir, seed=seed, **at_least)
         self.data = [dict(item) for item in data]
         # copies: what is drawn here stays here, so that others who use these transforms find the same cache
         self.volume_transforms, self.slice_transforms = composed(volume_transforms), composed(slice_transforms)
         self.epoch_transforms = composed(epoch_transforms)
         self.picker, self.keys, self.seed, self.depth = picker, tuple(keys), seed, depth
-        self.variants = variants or (1 if embedding_dir is None else min(DEFAULT_VARIANTS, epochs or DEFAULT_VARIANTS))
         self._endless = variants is None and embedding_dir is None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         made_by = {"volume_transforms": describe(self.volume_transforms), "picker": repr(picker), "keys": self.keys}
@@ -217,6 +129,10 @@ class SliceDataset(Dataset):
         self._first = np.cumsum([0, *(len(numbers) for numbers in self._numbers)]).tolist()  # row of each case
         rng = np.random.default_rng(0)
         self._index = [(i, k) for i, z in enumerate(self._numbers) for k in range(len(picker.draw(z, rng)))]
+        self._length, self._order = length, (-1, np.arange(0))  # the pass whose order was drawn last
+        passes = epochs and length and -(-epochs * length // max(1, len(self._index)))
+        most = min(DEFAULT_VARIANTS, passes or epochs or DEFAULT_VARIANTS)
+        self.variants = variants or (1 if embedding_dir is None else most)
         self._embedding_dir = embedding_dir
         self._embeddings: list[CachedCase] = []
         self._filled: list[int] | None = None  # height and width of every slice, where embeddings need them to be one
@@ -226,21 +142,22 @@ class SliceDataset(Dataset):
         self._report()
 
     def __len__(self) -> int:
-        return len(self._index)
+        return self._length or len(self._index)
 
     def __getitem__(self, index: int) -> Any:
         index = range(len(self))[index]  # negative indices, and IndexError at the end
         epoch = int(self._epoch)
-        position, rank = self._index[index]
+        turn, place = self._place(epoch, index)
+        position, rank = self._index[place]
         numbers = self._numbers[position]
-        number = self.picker.draw(numbers, np.random.default_rng((self.seed, epoch, position)))[rank]
+        number = self.picker.draw(numbers, np.random.default_rng((self.seed, turn, position)))[rank]
         candidate = numbers.index(number)
         items = []
         for offset in self._offsets:
             if self._endless:
                 item = self._transformed(position, candidate, (self.seed, epoch, index), offset)
             else:
-                variant = self.variant(self._first[position] + candidate, epoch)
+                variant = self.variant(self._first[position] + candidate, turn)
                 item = self._look(position, candidate, variant, offset)
                 if self._embeddings:
                     row = candidate * self.variants + variant
@@ -254,12 +171,21 @@ class SliceDataset(Dataset):
         """Where the slices of a slab lie, seen from the picked one."""
         return range(-((self.depth - 1) // 2), self.depth // 2 + 1)
 
+    def _place(self, epoch: int, index: int) -> tuple[int, int]:
+        """Which pass over all slices an item belongs to, and which slice of it that is."""
+        if self._length is None:
+            return epoch, index
+        turn, place = divmod(epoch * self._length + index, len(self._index))
+        if self._order[0] != turn:
+            self._order = turn, np.random.default_rng((self.seed, turn, 2)).permutation(len(self._index))
+        return turn, int(self._order[1][place])
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (0, 1, ...) whose random draws the next items get."""
         self._epoch.fill_(epoch)
 
     def variant(self, row: int, epoch: int) -> int:
-        """Which look of a slice an epoch shows; ``row`` counts all candidates of all cases."""
+        """Which look of a slice an epoch (with ``length``: a pass) shows; ``row`` counts all candidates."""
         cycle, step = divmod(epoch, self.variants)
         return int(np.random.default_rng((self.seed, row, cycle)).permutation(self.variants)[step])
 
@@ -454,8 +380,8 @@ class SliceDataset(Dataset):
                 logger.warning("the crop cuts %s in %d of %d cases, at most %.2g %%; set crop_mm to a larger one", what,
                                len(rows), len(self.data), most)  # fmt: skip
         megabytes = self.cache_bytes() / 1e6
-        cases = len(self.data) - len(empty)
-        logger.info("%d %s of %d cases, %.1f MB in memory", len(self), self.picker.units[1], cases, megabytes)
+        cases, passed = len(self.data) - len(empty), len(self._index)
+        logger.info("%d %s of %d cases, %.1f MB in memory", passed, self.picker.units[1], cases, megabytes)
 
 
 def _pick(picker: Picker, volume: torch.Tensor, numbers: list[int], key: str) -> np.ndarray:

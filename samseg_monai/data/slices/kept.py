@@ -17,7 +17,8 @@ from monai.transforms.traits import RandomizableTrait
 from torch.utils.data import get_worker_info
 
 from samseg_monai.choices import IGNORE
-from samseg_monai.data.slices.dataset import Picker, Transforms
+from samseg_monai.data.slices.dataset import Transforms
+from samseg_monai.data.slices.pickers import Picker
 from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.pictures import axial_axis
 
