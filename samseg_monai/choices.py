@@ -84,6 +84,7 @@ class ZeroShot(_Way):
 Target = Literal["q", "k", "v", "proj", "lin1", "lin2"]
 Blocks = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, max_length=256)]
 Last = Annotated[float, Field(gt=0, le=1)]
+Decoder = bool | Literal["hierarchical"]
 
 
 def _chosen_once(way: Any) -> Any:
@@ -106,9 +107,9 @@ class LoRA(_Way):
     """In place of blocks: this fraction of those with attention, from the end."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rank_stabilised: bool = False
-    decoder: bool | Literal["lora", "samed"] = False
+    decoder: bool | Literal["lora", "samed", "hierarchical"] = False
     """Train the mask decoder, too; "lora": only low-rank updates in q and v of its attention; "samed": the decoder and
-    the prompt encoder's no_mask_embed."""
+    the prompt encoder's no_mask_embed; "hierarchical": those and a second decoder, without prompts."""
     dora: bool = False
     """Learn the length of each adapted row beside its direction."""
     _fit = model_validator(mode="after")(_chosen_once)
@@ -128,8 +129,8 @@ class Adapter(_Way):
     """Encoder blocks with adapters, from 0; null: all."""
     last: Last | None = None
     """In place of blocks: this fraction of those with attention, from the end."""
-    decoder: bool = False
-    """Train the mask decoder, too."""
+    decoder: Decoder = False
+    """Train the mask decoder, too; "hierarchical": with a second one behind it, without prompts."""
     _fit = model_validator(mode="after")(_chosen_once)
 
 
@@ -137,8 +138,8 @@ class SSF(_Way):
     """A scale and a shift behind every layer of SAM's image encoder (SSF)."""
 
     name: Literal["ssf"]
-    decoder: bool = False
-    """Train the mask decoder, too."""
+    decoder: Decoder = False
+    """Train the mask decoder, too; "hierarchical": with a second one behind it, without prompts."""
 
 
 class Ladder(_Way):

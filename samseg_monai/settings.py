@@ -169,7 +169,7 @@ class RunSettings(Model):
     ema: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Decay of the average of the weights; null: no average."""
     augmentation: Name = "none"
-    """Name of a list of random transforms: none, light, strong, published (samed and ladder_paper only)."""
+    """Name of a list of random transforms: none, light, strong, published (samed, h_sam and ladder_paper only)."""
     learning_rates: LearningRates = LearningRates()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
@@ -285,7 +285,9 @@ class BundleSettings(Model):
     def takes_boxes(self) -> bool:
         """The network can be given boxes."""
         net = self.strategy.network
-        return not self.run.low_res_training if net is None else getattr(net, "boxes", "given") != "none"
+        if net is not None:
+            return getattr(net, "boxes", "given") != "none"
+        return not self.run.low_res_training and getattr(self.strategy.method, "decoder", None) != "hierarchical"
 
     @property
     def frozen_encoder(self) -> bool:

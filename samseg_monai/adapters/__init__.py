@@ -6,6 +6,7 @@ Layers only: they know torch and nothing of SAM, strategies or files.
 from __future__ import annotations
 
 from samseg_monai.adapters.bottleneck import BottleneckLinear
+from samseg_monai.adapters.hierarchical import HierarchicalDecoder
 from samseg_monai.adapters.ladder import FeatureMap, GatedSide, ResNetSide
 from samseg_monai.adapters.lora import DoRALinear, LoRALinear
 from samseg_monai.adapters.merging import ADAPTERS, merge_all
@@ -17,6 +18,7 @@ __all__ = [
     "DoRALinear",
     "FeatureMap",
     "GatedSide",
+    "HierarchicalDecoder",
     "LoRALinear",
     "ResNetSide",
     "ScaleShift",

@@ -130,4 +130,6 @@ def _decoder(choice: bool | str, kind: str = "") -> str:
         return f"has {kind} in q and v of its attention"
     if choice == "samed":
         return "learns, too, and so does the prompt encoder's no_mask_embed"
+    if choice == "hierarchical":
+        return "learns, too, with the prompt encoder's no_mask_embed and a second decoder behind it"
     return "learns, too" if choice else "stays as it is"

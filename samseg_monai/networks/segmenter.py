@@ -68,6 +68,7 @@ class SamSegmenter(Segmenter):
         compute: values of ``choices.Compute``: int8, tf32, compile, attention.
 
     Attributes: those of ``Segmenter``, and
+        second: None, or a decoder behind SAM's (``adapters.HierarchicalDecoder``), whose logits are averaged with its.
         side: None, or a callable ``side(image, embedding, taps) -> embedding`` that may change the embedding;
             ``side.taps`` (a sequence of block numbers) says which block outputs it wants to see.
 
@@ -77,6 +78,7 @@ class SamSegmenter(Segmenter):
     """
 
     side: Side | None
+    second: nn.Module | None
 
     def __init__(
         self,
@@ -117,7 +119,7 @@ class SamSegmenter(Segmenter):
         self.input_scale, self.prompt, self.autocast = input_scale, prompt, autocast
         self.low_res_training, self.masks = low_res_training, masks
         self._encoder_hash: tuple[Any, str] | None = None
-        self.side = None
+        self.side = self.second = None
         self.adopt(ZeroShot() if strategy is None else strategy)
         apply_compute(self, self.compute)
         self.eval()
@@ -198,8 +200,9 @@ class SamSegmenter(Segmenter):
         Raises:
             AdapterError: there is a side network or a bottleneck, which no layer of SAM can take in.
         """
-        if self.side is not None:
-            raise AdapterError("merge: got a network with a side network; SAM alone cannot replace it, use save_model")
+        if self.side is not None or self.second is not None:
+            what = "a side network" if self.second is None else "a second decoder"
+            raise AdapterError(f"merge: got a network with {what}; SAM alone cannot replace it, use save_model")
         merged = merge_all(self)
         self.strategy, self.owned, self.unused, self.fixed, self.base_sha256 = None, [], [], [], None
         keep_only(self, self.owned)
@@ -215,8 +218,9 @@ class SamSegmenter(Segmenter):
                 scans are channels), which is then not run.
         Returns:
             Logits (B, C, H, W), float32, C = ``channels_out``; (B, C, H/4, W/4) in training mode with
-            ``low_res_training``. Several boxes of one image are joined by their largest logit (background: smallest).
-            An image whose boxes are all NaN gets -20 (background: +20).
+            ``low_res_training``. With a second decoder training mode returns both, those and its own (B, C, H, W).
+            Several boxes of one image are joined by their largest logit (background: smallest). An image whose boxes
+            are all NaN gets -20 (background: +20).
         Raises:
             ConfigError: naming the shape that was got and the one expected.
         """
@@ -225,6 +229,10 @@ class SamSegmenter(Segmenter):
             raise ConfigError(
                 "masks: got 'best' in training, but the masks that it chooses from would not learn; train with "
                 "'single' and evaluate with either"
+            )
+        if self.second is not None and boxes is not None:
+            raise ConfigError(
+                "boxes: got some, but a second decoder takes none; leave them out, or use another decoder"
             )
         if embedding is not None:
             embedding = embedding.flatten(0, 1) if embedding.ndim == 5 else embedding
@@ -241,17 +249,20 @@ class SamSegmenter(Segmenter):
 
     def _segment(
         self, image: Tensor, embedding: Tensor | None, boxes: Tensor | None = None, counts: Sequence[int] = ()
-    ) -> Tensor:
+    ) -> Any:
         """Logits of B images; with boxes (R, 4) of the R boxes, ``counts[i]`` of them on image i."""
         embedding = self.mix(image, embedding)  # (B * V, C, gh, gw)
         if set(counts) - {1}:
             rows = torch.tensor(counts, device=image.device)
             embedding = embedding.unflatten(0, (-1, self.views)).repeat_interleave(rows, 0, output_size=sum(counts))
             embedding = embedding.flatten(0, 1)
-        low = self.decode(embedding, boxes)
-        if self.low_res_training and self.training:
-            return low[..., : -(-image.shape[-2] // LOW_RES), : -(-image.shape[-1] // LOW_RES)]
-        return self.enlarge(low)[..., : image.shape[-2], : image.shape[-1]]
+        maps, (height, width) = self.decode(embedding, boxes), image.shape[-2:]
+        if not self.training or not (self.low_res_training or self.second):
+            return self.enlarge(maps)[..., :height, :width]
+        first = maps[0][..., : -(-height // LOW_RES), : -(-width // LOW_RES)]
+        if not self.low_res_training:
+            first = self.enlarge(maps[:1])[..., :height, :width]
+        return first if self.second is None else [first, maps[1][..., :height, :width]]
 
     def encode(self, image: Tensor) -> Tensor:
         """Normalise, pad and encode (B, S, H, W) to the (B * S, C, gh, gw) that ``forward`` takes (channels: B)."""
@@ -269,23 +280,27 @@ class SamSegmenter(Segmenter):
         with self._encoder_precision(image):
             return self.side(prepared, embedding, taps).float()
 
-    def decode(self, embedding: Tensor, boxes: Tensor | None) -> Tensor:
+    def decode(self, embedding: Tensor, boxes: Tensor | None) -> list[Tensor]:
         """Embeddings (R * V, C, gh, gw), and boxes (R, 4) if any, to logits (R, K, 4 gh, 4 gw), float32, over V views.
 
-        They have the wanted precision, whatever that of the surroundings is.
+        A second decoder adds its own, (R, K, 16 gh, 16 gw). They have the wanted precision, whatever that of the
+        surroundings is.
         """
         boxes = None if boxes is None else boxes.float().repeat_interleave(self.views, 0)
         multimask = self.masks == "best" if self.num_classes == 1 else None
         with torch.autocast(embedding.device.type, dtype=torch.bfloat16, enabled=self.autocast == "bf16_all"):
-            low, quality = self.sam.decode(embedding, boxes=boxes, multimask=multimask)
+            low, quality, *more = self.sam.decode(embedding, boxes=boxes, multimask=multimask, second=self.second)
         low = best_mask(low, quality, self.views) if multimask else low
-        return low.float().unflatten(0, (-1, self.views)).mean(1)  # resizing is linear: the mean may be taken first
+        # resizing is linear: the mean may be taken first
+        return [maps.float().unflatten(0, (-1, self.views)).mean(1) for maps in (low, *more)]
 
-    def enlarge(self, low: Tensor) -> Tensor:
-        """Logits of the decoder to those of the padded slice, one per pixel, in float32."""
+    def enlarge(self, maps: Sequence[Tensor]) -> Tensor:
+        """Logits of the decoders to those of the padded slice, one per pixel, in float32: the mean of two decoders."""
+        low, *more = maps
         size = [side * self.spec.patch_size // LOW_RES for side in low.shape[-2:]]
         with torch.autocast(low.device.type, enabled=False):
-            return F.interpolate(low, size, mode="bilinear", align_corners=False)
+            found = F.interpolate(low, size, mode="bilinear", align_corners=False)
+            return (found + more[0]) / 2 if more else found
 
     def _encode(self, image: Tensor) -> Tensor:
         return self._run_encoder(self._prepare(image), ())[0].float()

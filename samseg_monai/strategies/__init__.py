@@ -20,6 +20,7 @@ STRATEGIES: dict[str, tuple[type[Strategy], dict[str, Any]]] = {
     "lora_late_25": (LoRA, {"last": 0.25}),
     "lora_late_8": (LoRA, {"last": 0.08}),
     "samed": (LoRA, {"decoder": "samed"}),
+    "h_sam": (LoRA, {"rank": 5, "decoder": "hierarchical"}),
     "adapter": (Adapter, {}),
     "adaptformer": (Adapter, {"place": "parallel", "scale": 0.1}),
     "ssf": (SSF, {}),

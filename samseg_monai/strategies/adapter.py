@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import nn
 
@@ -28,7 +29,7 @@ class Adapter(OnEncoder):
         scale: factor of what a bottleneck adds, above 0.
         blocks: encoder blocks with adapters, 0-based; None means all that have attention.
         last: this fraction of the blocks with attention has them, from the end; in place of ``blocks``.
-        decoder: also train what the task uses of the mask decoder.
+        decoder: also train what the task uses of the mask decoder; "hierarchical" with a second one behind it.
     Raises:
         AdapterError: listing what is wrong with the arguments; on installing also when they do not fit the encoder.
     """
@@ -41,17 +42,19 @@ class Adapter(OnEncoder):
         scale: float = 1.0,
         blocks: Sequence[int] | None = None,
         last: float | None = None,
-        decoder: bool = False,
+        decoder: bool | Literal["hierarchical"] = False,
     ) -> None:
         self.width, self.place, self.scale, self.last, self.decoder = width, place, scale, last, decoder
         self.blocks = None if blocks is None else tuple(blocks)
         self.name = "adapter" if place == "serial" else "adaptformer"
         problems = [] if place in PLACES else [f"place must be one of {', '.join(map(repr, PLACES))}, got {place!r}"]
-        raise_all(problems + block_problems(self.blocks, last), AdapterError, "Adapter cannot be built")
+        problems += block_problems(self.blocks, last) + self.decoder_problems()
+        raise_all(problems, AdapterError, "Adapter cannot be built")
 
     def install(self, segmenter: Segmenter) -> list[str]:
         """Put the bottlenecks in; owned are their parameters, and with ``decoder`` the mask decoder."""
         encoder, (targets, _) = segmenter.sam.image_encoder, PLACES[self.place]
+        second = self.second_decoder(segmenter)
         layers: dict[tuple[nn.Module, str], nn.Module] = {}
         for block in chosen_blocks(encoder, targets, self.blocks, self.last, "Adapter"):
             paths = [encoder.targets(block)[target].layer for target in targets]
@@ -62,8 +65,7 @@ class Adapter(OnEncoder):
         for (parent, name), layer in layers.items():  # only now: an error above leaves the network as it was
             setattr(parent, name, layer)
         owned = added_names(segmenter, BottleneckLinear, own=("weight", "bias"))
-        if self.decoder:
-            owned |= self.whole_decoder(segmenter)
+        owned |= self.learnt_decoder(segmenter, second)
         return [name for name in segmenter.state_dict() if name in owned]
 
     def _layers(self, first: nn.Linear, last: nn.Linear) -> Sequence[nn.Module]:

@@ -145,7 +145,8 @@ LORA = group({
     "name": one("lora"), "rank": whole(1, 1024), "alpha": nothing_or(number(0, 1e6, above=True)),
     "targets": many(one("q", "k", "v", "proj", "lin1", "lin2"), 1, 6), "blocks": nothing_or(many(whole(0, 255), 1,
     256)),
-    "dropout": number(0, 1, below=True), "rank_stabilised": BOOL, "decoder": one(True, False, "lora"),
+    "dropout": number(0, 1, below=True), "rank_stabilised": BOOL,
+    "decoder": one(True, False, "lora", "samed", "hierarchical"),
     "dora": BOOL, "last": nothing_or(number(0, 1, above=True))})  # fmt: skip
 LADDER = group({
     "name": one("ladder"), "side": nothing_or(group({"name": one("resnet"), "width": whole(1, 512)})),
