@@ -35,7 +35,7 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Voxels = Annotated[int, Field(ge=1, le=8192)]
 Workers = Annotated[int, Field(ge=0, le=64)]
 Side = Annotated[int, Field(ge=16, le=2048)]  # twice SAM's own
-Variant = Literal["vit_b", "vit_l", "vit_h", "vit_t", "pico", "tiny", "tiny_t"]  # of SAM
+Variant = Literal["vit_b", "vit_l", "vit_h", "vit_t", "medsam", "pico", "tiny", "tiny_t"]  # of SAM
 
 
 def is_label(text: str) -> bool:

@@ -135,6 +135,8 @@ class RunSettings(Model):
     seed: Seed = 0
     rectangular: bool = False
     """Pad slices to whole patches instead of to the square."""
+    stretch: bool = False
+    """Stretch slices to the square instead of padding them (MedSAM); boxes and predictions follow."""
     checkpointing: bool = False
     """Recompute activations instead of keeping them: less memory, more time."""
     autocast: Literal["bf16", "bf16_all"] | None = None
@@ -147,8 +149,9 @@ class RunSettings(Model):
     """Side in pixels that slices are stored at before they are enlarged; null: none."""
     scan_mode: Literal["mean_logits", "channels"] = "mean_logits"
     """Each scan through SAM as grey image, or three scans as the colour channels."""
-    input_scale: Literal["zscore", "unit", "sam"] = "zscore"
-    """Intensities as z-scores, from 0 to 1, or from 0 to 255 with SAM's own normalisation."""
+    input_scale: Literal["zscore", "unit", "slice", "sam"] = "zscore"
+    """Intensities as z-scores, from 0 to 1, the same in each slice by itself, or from 0 to 255 with SAM's own
+    normalisation."""
     min_component_mm3: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Predicted components of a smaller volume are removed; null: none."""
     prompt: Prompt = Prompt()
@@ -324,6 +327,8 @@ def _misfits(settings: BundleSettings) -> Iterator[str]:
         yield f"run::scan_mode: 'channels' needs three scans, there are {len(task.scans)}; use 'mean_logits'"
     if run.masks == "best" and several:
         yield f"run::masks: 'best' is for one class, there are {len(task.classes)}; use 'single'"
+    if run.stretch and (run.store_size is not None or not settings.has_sam):
+        yield "run::stretch: for SAM, and without store_size, which keeps the sides as they are; use false"
     if run.prompt.source != "none" and not settings.takes_boxes:
         yield f"run::prompt::source: got {run.prompt.source!r}, but this network takes no boxes; use 'none'"
     if run.prompt.source == "mask" and task.kind == "images":

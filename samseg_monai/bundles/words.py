@@ -8,7 +8,7 @@ from typing import Any
 from samseg_monai.choices import SSF, Adapter, Ladder, LoRA, Selective, ZeroShot
 from samseg_monai.settings import BundleSettings
 
-SCALES = {"zscore": "z-scores", "unit": "0 to 1", "sam": "0 to 255"}
+SCALES = {"zscore": "z-scores", "unit": "0 to 1", "slice": "0 to 1 within each slice", "sam": "0 to 255"}
 
 
 def words(settings: BundleSettings) -> dict[str, Any]:

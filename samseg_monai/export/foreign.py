@@ -192,7 +192,9 @@ def use_elsewhere(network: SamSegmenter, fmt: str) -> list[str]:
             )
     else:
         steps = ["PeftModel.from_pretrained(SamModel.from_pretrained(BASE), FOLDER)"]
-        given = "less SAM's mean, by its standard deviation" if network.input_scale == "sam" else "as they are"
+        given = {"sam": "less SAM's mean, by its standard deviation", "slice": "0 to 1 in each slice"}.get(
+            network.input_scale, "as they are"
+        )
         steps.append(f"pixel_values: intensities {given}, then padded with zeros to the square")
         steps.append("multimask_output=False: only the first mask was trained")
         if size != native:

@@ -56,6 +56,7 @@ SUFFIX = {"torch": "pt2", "onnx": "onnx"}
 SCALES = {
     "zscore": "z-scores of the volume, as `transforms` make them",
     "unit": "0 to 1, as `transforms` make them",
+    "slice": "0 to 1, as `transforms` make them; minimum and maximum of each slice become 0 and 1 inside",
     "sam": "0 to 255, as `transforms` make them; SAM's own mean and standard deviation are applied inside",
 }
 MEANING = {
@@ -285,6 +286,8 @@ def _use_of_pth(source: Source) -> list[str]:
     steps = [f"sam = sam_model_registry['{network.spec.name}'](checkpoint=FILE)"] if native == 1024 else []
     if network.spec.name == "vit_t":
         steps[0] += "; with MobileSAM's mobile_sam, since segment_anything has no vit_t"
+    if network.input_scale == "slice":
+        steps.append("first bring each slice to 0 to 1, its minimum and maximum")
     if network.input_scale != "sam":
         steps.append("SamPredictor normalises: give set_torch_image() the slice * sam.pixel_std + sam.pixel_mean")
     if network.scan_mode == "mean_logits":

@@ -21,7 +21,7 @@ UNSCRIPTED = "boxes would be no input of the result; use samseg export --format 
 
 OPTIONS: dict[str, tuple[str | None, ...]] = {
     "scan_mode": ("mean_logits", "channels"),
-    "input_scale": ("zscore", "unit", "sam"),
+    "input_scale": ("zscore", "unit", "slice", "sam"),
     "prompt": ("box", "none"),
     "autocast": (None, "bf16", "bf16_all"),
     "masks": ("single", "best"),

@@ -47,7 +47,7 @@ class SamSegmenter(Segmenter):
     Built in evaluation mode with random weights and without reading a file; ``load_base`` loads SAM's weights.
 
     Args:
-        sam_variant: vit_b, vit_l, vit_h, vit_t (MobileSAM), pico, tiny or tiny_t (tests); or a ``SamSpec``.
+        sam_variant: vit_b, vit_l, vit_h, vit_t (MobileSAM), medsam, pico, tiny or tiny_t (tests); or a ``SamSpec``.
         strategy: how SAM learns; None means zero-shot (nothing learns).
         image_size: side in pixels of the square that SAM sees, a multiple of 16; None means the variant's own.
         num_classes: 1 gives one map, SAM's single mask. K > 1 gives K + 1 maps, channel 0 is the background.
@@ -55,7 +55,8 @@ class SamSegmenter(Segmenter):
         scan_mode: "mean_logits": each scan goes through SAM as a grey image with the same box, and the logits are
             averaged. "channels": three scans are the three colour channels.
         input_scale: "sam": the input is 0-255 and SAM's own mean and standard deviation are applied. "zscore",
-            "unit": the input is used as it is; the name says how it was prepared.
+            "unit": the input is used as it is; the name says how it was prepared. "slice": each slice is brought to 0
+            to 1, its minimum and its maximum, as MedSAM wants it.
         prompt: "box": boxes may be given. "none": there are none, and giving one is an error.
         rectangular: pad to full patches only, not to the square; faster for oblong images.
         checkpointing: recompute activations of encoder and ResNet ladder in the backward pass to save memory.
@@ -89,7 +90,7 @@ class SamSegmenter(Segmenter):
         num_classes: int = 1,
         scans: int | Sequence[str] = 1,
         scan_mode: Literal["mean_logits", "channels"] = "mean_logits",
-        input_scale: Literal["zscore", "unit", "sam"] = "zscore",
+        input_scale: Literal["zscore", "unit", "slice", "sam"] = "zscore",
         prompt: Literal["box", "none"] = "box",
         rectangular: bool = False,
         checkpointing: bool = False,
@@ -316,6 +317,9 @@ class SamSegmenter(Segmenter):
             image = image.flatten(0, 1)[:, None].expand(-1, 3, -1, -1)
         if self.input_scale == "sam":
             image = (image - self.sam.pixel_mean) / self.sam.pixel_std
+        if self.input_scale == "slice":
+            low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
+            image = (image - low) / (high - low).clamp_min(1e-8)
         return self.sam.pad(image)
 
     @property

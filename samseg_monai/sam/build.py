@@ -241,7 +241,7 @@ def build_sam(
     """Build SAM with random weights, in evaluation mode.
 
     Args:
-        variant: name of a spec (vit_b, vit_l, vit_h, vit_t, pico, tiny, tiny_t) or a spec.
+        variant: name of a spec (vit_b, vit_l, vit_h, vit_t, medsam, pico, tiny, tiny_t) or a spec.
         image_size: side of the square input, in pixels; default: the variant's own.
         num_masks: masks behind the single one; 3 in SAM, the number of classes for a semantic decoder.
         rectangular: pad input to full patches only; faster for oblong images. False is what SAM does.
