@@ -142,6 +142,24 @@ class SSF(_Way):
     """Train the mask decoder, too; "hierarchical": with a second one behind it, without prompts."""
 
 
+class FacT(_Way):
+    """Low-rank updates of common factors in SAM's image encoder (FacT-TT)."""
+
+    name: Literal["fact"]
+    rank: Annotated[int, Field(ge=1, le=1024)] = Field(default=16, examples=[16])
+    scale: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Factor of the updates."""
+    targets: Annotated[list[Target], Field(min_length=1, max_length=6)] = ["q", "k", "v", "proj"]
+    blocks: Blocks | None = None
+    """Encoder blocks that are adapted, from 0; null: all."""
+    last: Last | None = None
+    """In place of blocks: this fraction of those with attention, from the end."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    decoder: Decoder = False
+    """Train the mask decoder, too; "hierarchical": with a second one behind it, without prompts."""
+    _fit = model_validator(mode="after")(_chosen_once)
+
+
 class Ladder(_Way):
     """A network beside SAM's frozen encoder (SAM-LST), with its ablations."""
 
@@ -179,7 +197,7 @@ class Scratch(_Way):
     """How tables call it."""
 
 
-Method = Annotated[ZeroShot | LoRA | Adapter | SSF | Ladder | Selective | Scratch, Field(discriminator="name")]
+Method = Annotated[ZeroShot | LoRA | Adapter | SSF | FacT | Ladder | Selective | Scratch, Field(discriminator="name")]
 
 
 class AllSlices(Model):

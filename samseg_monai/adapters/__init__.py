@@ -8,7 +8,7 @@ from __future__ import annotations
 from samseg_monai.adapters.bottleneck import BottleneckLinear
 from samseg_monai.adapters.hierarchical import HierarchicalDecoder
 from samseg_monai.adapters.ladder import FeatureMap, GatedSide, ResNetSide
-from samseg_monai.adapters.lora import DoRALinear, LoRALinear
+from samseg_monai.adapters.lora import DoRALinear, FacTLinear, Factors, LoRALinear
 from samseg_monai.adapters.merging import ADAPTERS, merge_all
 from samseg_monai.adapters.scale_shift import ScaleShift
 
@@ -16,6 +16,8 @@ __all__ = [
     "ADAPTERS",
     "BottleneckLinear",
     "DoRALinear",
+    "FacTLinear",
+    "Factors",
     "FeatureMap",
     "GatedSide",
     "HierarchicalDecoder",

@@ -345,6 +345,8 @@ def _against_pth(network: Network) -> list[str]:
     if not isinstance(network, SamSegmenter):
         return _no_sam(network)
     reasons = _against_best(network)
+    if network.second is not None:
+        reasons.append("a second decoder behind SAM's: the layout has room for one")
     if network.side is not None:
         side = type(getattr(network.side, "net", network.side)).__name__
         reasons.append(f"side network {side}: no layer of SAM can take in what it adds to SAM's embedding")

@@ -6,6 +6,7 @@ from typing import Any
 
 from samseg_monai.strategies.adapter import Adapter
 from samseg_monai.strategies.base import Scratch, Segmenter, Strategy, ZeroShot
+from samseg_monai.strategies.fact import FacT
 from samseg_monai.strategies.ladder import Ladder
 from samseg_monai.strategies.lora import LoRA
 from samseg_monai.strategies.selective import Selective
@@ -24,6 +25,7 @@ STRATEGIES: dict[str, tuple[type[Strategy], dict[str, Any]]] = {
     "adapter": (Adapter, {}),
     "adaptformer": (Adapter, {"place": "parallel", "scale": 0.1}),
     "ssf": (SSF, {}),
+    "fact": (FacT, {}),
     "ladder": (Ladder, {}),
     "ladder_paper": (Ladder, {"decoder": "upscaling", "masks": "random"}),
     "cnn_only": (Ladder, {"mix": "side", "decoder": "upscaling", "masks": "random"}),
@@ -39,6 +41,7 @@ __all__ = [
     "SSF",
     "STRATEGIES",
     "Adapter",
+    "FacT",
     "Ladder",
     "LoRA",
     "Scratch",

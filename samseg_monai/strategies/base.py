@@ -42,6 +42,7 @@ class Segmenter(nn.Module):
     sam: SamModel
     num_classes: int
     second: nn.Module | None
+    factors: nn.Module
     strategy: Strategy | None = None
     owned: list[str]
     unused: list[str]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from segment_anything.modeling.transformer import Attention
 from torch import nn
@@ -38,7 +38,7 @@ class LoRA(OnEncoder):
 
     name = "lora"
     training_only = ("dropout",)
-    decoders = ("lora", "samed", "hierarchical")
+    decoders: ClassVar[tuple[str, ...]] = ("lora", "samed", "hierarchical")
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from samseg_monai.adapters import HierarchicalDecoder
 from samseg_monai.adapters.hierarchical import RAREST, _deviations
 from samseg_monai.bundles.build import compose_recipes, read_recipe
 from samseg_monai.errors import AdapterError, BundleError, ConfigError
+from samseg_monai.export import obstacles
 from samseg_monai.export.parts import parts_of, run_parts, to_program
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.strategies import SSF, Adapter, LoRA
@@ -167,3 +168,11 @@ def test_a_bundle_with_boxes_is_refused():
     recipe = {**read_recipe("strategies", "h_sam"), "run": {"prompt": {"source": "label"}}}
     with pytest.raises(BundleError, match="this network takes no boxes; use 'none'"):
         compose_recipes(read_recipe("tasks", "meningioma"), recipe, "both")
+
+
+def test_neither_a_sam_file_nor_sameds_holds_a_second_decoder():
+    network = SamSegmenter("tiny", LoRA(2, decoder="hierarchical"), num_classes=2, prompt="none")
+    found = obstacles(network)
+    assert any("a second decoder" in reason for reason in found["pth"])
+    assert found["samed"] == ["decoder 'hierarchical': SAMed has one decoder, here is a second one behind it"]
+    assert found["torch"] == []

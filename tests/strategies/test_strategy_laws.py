@@ -26,7 +26,7 @@ from samseg_monai.checkpoints import load_adapter, save_adapter
 from samseg_monai.errors import AdapterError, CheckpointError
 from samseg_monai.networks import SamSegmenter, disable_adapter
 from samseg_monai.sam.build import build_sam
-from samseg_monai.strategies import SSF, Adapter, Ladder, LoRA, Scratch, Selective, Strategy, ZeroShot
+from samseg_monai.strategies import SSF, Adapter, FacT, Ladder, LoRA, Scratch, Selective, Strategy, ZeroShot
 from samseg_monai.strategies.base import head_names
 from samseg_monai.training.owned import count_trainable, owned_state
 
@@ -97,6 +97,14 @@ def decoder_lora_values(rank: int, width: int = WIDTH) -> int:
 def bottleneck_values(widths: Iterable[int], bottleneck: int, each: int) -> int:
     """2 m d + d + m for each of ``each`` bottlenecks in a block (Houlsby et al. 2019, section 2.1)."""
     return sum(each * (2 * bottleneck * width + width + bottleneck) for width in widths)
+
+
+def fact_values(network: SamSegmenter, rank: int, targets: int, *, last: bool = False) -> int:
+    """Two factors for each width, and a core for each target and block; with lin1 its outputs have a factor, too."""
+    widths = list(BLOCKS[network.spec.name].values())
+    widths = widths[-1:] if last else widths
+    outputs = sum({*widths, *(4 * width for width in widths if last)})
+    return rank * (sum(set(widths)) + outputs) + len(widths) * targets * rank * rank
 
 
 def scale_shift_values(network: SamSegmenter) -> int:
@@ -258,6 +266,12 @@ ROWS = {
     "ssf": Row(SSF, scale_shift_values),
     "ssf_decoder_classes": Row(
         lambda: SSF(decoder=True), lambda network: scale_shift_values(network) + decoder_values(network), CLASSES
+    ),
+    "fact": Row(lambda: FacT(2, scale=10.0), lambda network: fact_values(network, 2, 4)),
+    "fact_late_decoder": Row(
+        lambda: FacT(2, targets=["v", "lin1"], last=0.25, dropout=0.1, decoder=True),
+        lambda network: fact_values(network, 2, 2, last=True) + decoder_values(network),
+        CLASSES,
     ),
     "zero_shot_random_masks": Row(lambda: ZeroShot(random_masks=True), lambda network: 0, CLASSES, noise=True),
     "ladder": Row(
@@ -653,7 +667,9 @@ def test_every_strategy_has_a_row():
     found.remove(Strategy)
     found.remove(Scratch)  # is for networks without SAM: test_plain.py
     made = [row.make() for row in ROWS.values()]
-    assert {ZeroShot, LoRA, Adapter, SSF, Ladder, Selective} <= {type(strategy) for strategy in made} == set(found)
+    assert (
+        {ZeroShot, LoRA, Adapter, SSF, FacT, Ladder, Selective} <= {type(strategy) for strategy in made} == set(found)
+    )
     names = {strategy.name: type(strategy) for strategy in made}
     assert names == {"dora": LoRA} | {name: kind for name, (kind, _) in strategies.STRATEGIES.items()}
     assert all(names[strategy.name] is type(strategy) for strategy in made)
@@ -695,6 +711,8 @@ def test_vit_b_trains_the_published_number_of_values(arguments, classes, count):
         # ... SSF in a ViT-B (Lian et al. 2022: about 0.3 M, with a classifier), whose last norm SAM has not; in its
         # neck it has two
         (SSF(), 205_824 - 2 * 768 + 2 * 2 * 256),
+        # ... FacT-TT in q, k, v and proj (Jie and Deng 2023, section 3.3: 2 d r + L m r^2, here m is 4, not 12)
+        (FacT(16), 2 * 768 * 16 + 12 * 4 * 16 * 16),
         (Selective(["<attention>"]), 12 * 4 * (768 * 768 + 768)),
     ],
 )
