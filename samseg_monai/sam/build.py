@@ -223,9 +223,9 @@ class SamModel(Sam):
         if sparse.shape[0] == 1:  # no prompt: SAM's prompt encoder cannot know the batch size
             sparse = sparse.expand(embedding.shape[0], -1, -1)
         position = self.prompt_encoder.get_dense_pe(grid)
-        found = self.mask_decoder.look(embedding, position, sparse, dense, multimask)
         if second is None:
-            return found.logits, found.quality
+            return self.mask_decoder(embedding, position, sparse, dense, multimask)
+        found = self.mask_decoder.look(embedding, position, sparse, dense, multimask)
         first = (found.logits, found.tokens, found.grid, found.upscaled)
         return found.logits, found.quality, second(embedding, dense, position, first)
 
