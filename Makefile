@@ -70,6 +70,8 @@ bundles: setup
 	$(BIN)/samseg bundle build --task meningioma --strategy lora --output bundles
 	$(BIN)/samseg bundle build --task abdomen --strategy ladder --output bundles
 	$(BIN)/samseg bundle build --task abdomen --strategy ladder_paper --output bundles
+	$(BIN)/samseg bundle build --task abdomen --strategy samed --output bundles
+	$(BIN)/samseg bundle build --task abdomen --strategy h_sam --output bundles
 
 bench: dev
 	for script in $(filter-out benchmarks/measuring.py benchmarks/hippocampus.py,$(wildcard benchmarks/*.py)); do \

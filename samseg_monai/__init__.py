@@ -17,7 +17,7 @@ __version__ = "0.2.0"
 # module -> names of the face; the block below is the same for editors, mypy and the API page
 _FACE = {
     "face": ("create", "list_strategies"),
-    "strategies": ("Strategy", "ZeroShot", "LoRA", "Adapter", "SSF", "Ladder", "Selective", "Scratch"),
+    "strategies": ("Strategy", "ZeroShot", "LoRA", "Adapter", "SSF", "FacT", "Ladder", "Selective", "Scratch"),
     "networks": ("SamSegmenter", "PlainSegmenter", "BoxEllipse", "disable_adapter"),
     "adapters": (
         "LoRALinear", "DoRALinear", "BottleneckLinear", "ScaleShift", "GatedSide", "ResNetSide", "FeatureMap",
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from samseg_monai.inferers import SliceVolumeInferer
     from samseg_monai.metrics import CaseScores, LesionRules, score_case, score_lesions
     from samseg_monai.networks import BoxEllipse, PlainSegmenter, SamSegmenter, disable_adapter
-    from samseg_monai.strategies import SSF, Adapter, Ladder, LoRA, Scratch, Selective, Strategy, ZeroShot
+    from samseg_monai.strategies import SSF, Adapter, FacT, Ladder, LoRA, Scratch, Selective, Strategy, ZeroShot
     from samseg_monai.training import OnLogitGrid, SegmentationLoss
 
 

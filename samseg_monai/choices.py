@@ -36,7 +36,7 @@ Voxels = Annotated[int, Field(ge=1, le=8192)]
 Workers = Annotated[int, Field(ge=0, le=64)]
 Side = Annotated[int, Field(ge=16, le=2048)]  # twice SAM's own
 Patch = Annotated[list[Annotated[int, Field(ge=8, le=512)]], Field(min_length=3, max_length=3)]
-Variant = Literal["vit_b", "vit_l", "vit_h", "vit_t", "pico", "tiny", "tiny_t"]  # of SAM
+Variant = Literal["vit_b", "vit_l", "vit_h", "vit_t", "medsam", "pico", "tiny", "tiny_t"]  # of SAM
 
 
 def is_label(text: str) -> bool:
@@ -85,6 +85,7 @@ class ZeroShot(_Way):
 Target = Literal["q", "k", "v", "proj", "lin1", "lin2"]
 Blocks = Annotated[list[Annotated[int, Field(ge=0, le=255)]], Field(min_length=1, max_length=256)]
 Last = Annotated[float, Field(gt=0, le=1)]
+Decoder = bool | Literal["hierarchical"]
 
 
 def _chosen_once(way: Any) -> Any:
@@ -107,9 +108,9 @@ class LoRA(_Way):
     """In place of blocks: this fraction of those with attention, from the end."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rank_stabilised: bool = False
-    decoder: bool | Literal["lora", "samed"] = False
+    decoder: bool | Literal["lora", "samed", "hierarchical"] = False
     """Train the mask decoder, too; "lora": only low-rank updates in q and v of its attention; "samed": the decoder and
-    the prompt encoder's no_mask_embed."""
+    the prompt encoder's no_mask_embed; "hierarchical": those and a second decoder, without prompts."""
     dora: bool = False
     """Learn the length of each adapted row beside its direction."""
     _fit = model_validator(mode="after")(_chosen_once)
@@ -129,8 +130,8 @@ class Adapter(_Way):
     """Encoder blocks with adapters, from 0; null: all."""
     last: Last | None = None
     """In place of blocks: this fraction of those with attention, from the end."""
-    decoder: bool = False
-    """Train the mask decoder, too."""
+    decoder: Decoder = False
+    """Train the mask decoder, too; "hierarchical": with a second one behind it, without prompts."""
     depth: Annotated[int, Field(ge=1, le=32)] = 1
     """Slices of a slab, in which each attends to its neighbours; 1: each is alone. More with "both" alone."""
     _fit = model_validator(mode="after")(_chosen_once)
@@ -146,8 +147,26 @@ class SSF(_Way):
     """A scale and a shift behind every layer of SAM's image encoder (SSF)."""
 
     name: Literal["ssf"]
-    decoder: bool = False
-    """Train the mask decoder, too."""
+    decoder: Decoder = False
+    """Train the mask decoder, too; "hierarchical": with a second one behind it, without prompts."""
+
+
+class FacT(_Way):
+    """Low-rank updates of common factors in SAM's image encoder (FacT-TT)."""
+
+    name: Literal["fact"]
+    rank: Annotated[int, Field(ge=1, le=1024)] = Field(default=16, examples=[16])
+    scale: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Factor of the updates."""
+    targets: Annotated[list[Target], Field(min_length=1, max_length=6)] = ["q", "k", "v", "proj"]
+    blocks: Blocks | None = None
+    """Encoder blocks that are adapted, from 0; null: all."""
+    last: Last | None = None
+    """In place of blocks: this fraction of those with attention, from the end."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    decoder: Decoder = False
+    """Train the mask decoder, too; "hierarchical": with a second one behind it, without prompts."""
+    _fit = model_validator(mode="after")(_chosen_once)
 
 
 class Ladder(_Way):
@@ -187,7 +206,7 @@ class Scratch(_Way):
     """How tables call it."""
 
 
-Method = Annotated[ZeroShot | LoRA | Adapter | SSF | Ladder | Selective | Scratch, Field(discriminator="name")]
+Method = Annotated[ZeroShot | LoRA | Adapter | SSF | FacT | Ladder | Selective | Scratch, Field(discriminator="name")]
 
 
 class AllSlices(Model):

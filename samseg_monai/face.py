@@ -26,7 +26,8 @@ def create(strategy: str | Strategy, backbone: str = "vit_b", **arguments: Any) 
 
     Args:
         strategy: one of ``list_strategies()``, or a strategy that was built already.
-        backbone: which SAM: vit_b, vit_l, vit_h (official), vit_t (MobileSAM) or pico (a toy, comes with the package).
+        backbone: which SAM: vit_b, vit_l, vit_h (official), vit_t (MobileSAM), medsam or pico (a toy that comes
+            with the package).
         arguments: of the strategy's class (``rank``, ``targets``, ...) and of ``SamSegmenter`` (``image_size``,
             ``num_classes``, ...). What both know (``masks``) is the strategy's.
     Raises:

@@ -140,6 +140,8 @@ class RunSettings(Model):
     seed: Seed = 0
     rectangular: bool = False
     """Pad slices to whole patches instead of to the square."""
+    stretch: bool = False
+    """Stretch slices to the square instead of padding them (MedSAM); boxes and predictions follow."""
     checkpointing: bool = False
     """Recompute activations instead of keeping them: less memory, more time."""
     autocast: Literal["bf16", "bf16_all"] | None = None
@@ -156,8 +158,9 @@ class RunSettings(Model):
     )
     """Each scan through SAM as grey image, and how they are put together; three scans as the colour channels; or each
     slice of one scan between its neighbours as these."""
-    input_scale: Literal["zscore", "unit", "sam"] = "zscore"
-    """Intensities as z-scores, from 0 to 1, or from 0 to 255 with SAM's own normalisation."""
+    input_scale: Literal["zscore", "unit", "slice", "sam"] = "zscore"
+    """Intensities as z-scores, from 0 to 1, the same in each slice by itself, or from 0 to 255 with SAM's own
+    normalisation."""
     min_component_mm3: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Predicted components of a smaller volume are removed; null: none."""
     prompt: Prompt = Prompt()
@@ -183,7 +186,7 @@ class RunSettings(Model):
     ema: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Decay of the average of the weights; null: no average."""
     augmentation: Name = "none"
-    """Name of a list of random transforms: none, light, strong, published (samed and ladder_paper only)."""
+    """Name of a list of random transforms: none, light, strong, published (samed, h_sam and ladder_paper only)."""
     learning_rates: LearningRates = LearningRates()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
@@ -301,7 +304,9 @@ class BundleSettings(Model):
     def takes_boxes(self) -> bool:
         """The network can be given boxes."""
         net = self.strategy.network
-        return not self.run.low_res_training if net is None else getattr(net, "boxes", "given") != "none"
+        if net is not None:
+            return getattr(net, "boxes", "given") != "none"
+        return not self.run.low_res_training and getattr(self.strategy.method, "decoder", None) != "hierarchical"
 
     @property
     def sees_volumes(self) -> bool:
@@ -347,6 +352,8 @@ def _misfits(settings: BundleSettings) -> Iterator[str]:
         yield f"run::scan_mode: 'neighbours' is for slices of one scan as SAM's channels; {found}; use 'mean_logits'"
     if run.masks == "best" and several:
         yield f"run::masks: 'best' is for one class, there are {len(task.classes)}; use 'single'"
+    if run.stretch and (run.store_size is not None or not settings.has_sam):
+        yield "run::stretch: for SAM, and without store_size, which keeps the sides as they are; use false"
     if run.prompt.source != "none" and not settings.takes_boxes:
         yield f"run::prompt::source: got {run.prompt.source!r}, but this network takes no boxes; use 'none'"
     if run.prompt.propagate and (run.prompt.source == "none" or task.kind == "images"):

@@ -6,8 +6,9 @@ Layers only: they know torch and nothing of SAM, strategies or files.
 from __future__ import annotations
 
 from samseg_monai.adapters.bottleneck import BottleneckLinear
+from samseg_monai.adapters.hierarchical import HierarchicalDecoder
 from samseg_monai.adapters.ladder import FeatureMap, GatedSide, ResNetSide
-from samseg_monai.adapters.lora import DoRALinear, LoRALinear
+from samseg_monai.adapters.lora import DoRALinear, FacTLinear, Factors, LoRALinear
 from samseg_monai.adapters.merging import ADAPTERS, merge_all
 from samseg_monai.adapters.scale_shift import ScaleShift
 
@@ -15,8 +16,11 @@ __all__ = [
     "ADAPTERS",
     "BottleneckLinear",
     "DoRALinear",
+    "FacTLinear",
+    "Factors",
     "FeatureMap",
     "GatedSide",
+    "HierarchicalDecoder",
     "LoRALinear",
     "ResNetSide",
     "ScaleShift",

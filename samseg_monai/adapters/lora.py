@@ -1,4 +1,4 @@
-"""Low-rank adaptation of linear layers (Hu et al. 2021, arXiv:2106.09685), and its weight-decomposed form.
+"""Low-rank adaptation of linear layers (Hu et al. 2021, arXiv:2106.09685), weight-decomposed, or of common factors.
 
 A frozen ``y = W x + b`` becomes ``y = W x + b + s B A x`` with ``A (r, d_in)`` and ``B (d_out, r)`` learned.
 ``s = alpha / r``, or ``alpha / sqrt(r)`` when rank-stabilised (Kalajdzievski 2023, arXiv:2312.03732).
@@ -7,7 +7,7 @@ A frozen ``y = W x + b`` becomes ``y = W x + b + s B A x`` with ``A (r, d_in)`` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -39,10 +39,13 @@ class LoRALinear(SharedLinear):
         rank_stabilised: scale by ``alpha / sqrt(rank)`` instead of ``alpha / rank``.
     Attributes:
         enabled: False makes it compute what its base computes, bit for bit.
+        shared: modules outside of the layer that its updates are made of, too.
     Shape: ``(..., in_features)`` to ``(..., out_features)``.
     Raises:
         AdapterError: listing everything that is wrong with the arguments.
     """
+
+    shared: tuple[nn.Module, ...] = ()
 
     def __init__(
         self,
@@ -91,10 +94,14 @@ class LoRALinear(SharedLinear):
 
         ``B`` has that of each part in its rows and in the columns of its own ``A``, and zeros elsewhere.
         """
-        width = self.out_features // self.num_parts
-        none = self.weight.new_zeros(width, 0)
-        of_parts = [self.lora_b[str(part)] if part in self.parts else none for part in range(self.num_parts)]
-        return torch.cat([self.lora_a[str(p)] for p in self.parts]), self._in_order(torch.block_diag(*of_parts))
+        pairs = {part: self._pair(part) for part in self.parts}
+        none = self.weight.new_zeros(self.out_features // self.num_parts, 0)
+        of_parts = [pairs[part][1] if part in pairs else none for part in range(self.num_parts)]
+        return torch.cat([a for a, _ in pairs.values()]), self._in_order(torch.block_diag(*of_parts))
+
+    def _pair(self, part: int) -> tuple[Tensor, Tensor]:
+        """A (rank, in_features) and B (out_features / num_parts, rank) of one part."""
+        return self.lora_a[str(part)], self.lora_b[str(part)]
 
     def _in_order(self, rows: Tensor) -> Tensor:
         """``rows`` (out_features, ...), part after part, in the order of the layer's outputs."""
@@ -113,7 +120,8 @@ class LoRALinear(SharedLinear):
     def _merged(self, part: int) -> Tensor:
         """Weight (out_features / num_parts, in_features) of one part that computes the same, in float32."""
         # whatever the stored type is: a merge happens once and should lose nothing
-        update = self.lora_b[str(part)].float() @ self.lora_a[str(part)].float()
+        down, up = self._pair(part)
+        update = up.float() @ down.float()
         return self._grouped(self.weight)[:, part].flatten(0, 1).float() + self.scaling * update
 
     @torch.no_grad()
@@ -191,6 +199,54 @@ class DoRALinear(LoRALinear):
 
     def _merged(self, part: int) -> Tensor:
         return self._stretch(part)[:, None] * super()._merged(part)
+
+
+class Factors(nn.Module):
+    """Factors that the updates of many layers have in common (FacT, Jie and Deng 2023, arXiv:2212.03145).
+
+    ``u.<width> (rank, width)`` for each width of an input, Kaiming uniform with a = sqrt(5), and ``v.<width> (width,
+    rank)`` for each width of an output, zeros: fresh updates change nothing.
+
+    Args:
+        inputs, outputs: the widths.
+        like: a tensor whose device and type those of the parameters are.
+    """
+
+    def __init__(self, rank: int, inputs: Collection[int], outputs: Collection[int], *, like: Tensor) -> None:
+        super().__init__()
+        self.u = nn.ParameterDict({str(width): _like(like, rank, width) for width in inputs})
+        self.v = nn.ParameterDict({str(width): _like(like, width, rank) for width in outputs})
+        for u in self.u.values():
+            nn.init.kaiming_uniform_(u, a=math.sqrt(5))
+        for v in self.v.values():
+            nn.init.zeros_(v)
+
+
+class FacTLinear(LoRALinear):
+    """A ``LoRALinear`` whose factors are those of all layers but for a small core of its own: FacT-TT, equation 5.
+
+    The update of a part is ``s V C U`` with ``core.<part>`` C (rank, rank), Kaiming uniform with a = sqrt(5), learned
+    here, and U and V of the one module in ``shared``, ``Factors`` with the widths of the layer's input and of a part,
+    which has to be put there: it lies outside of the layer, and learns, too.
+
+    Args: as of ``LoRALinear``.
+    """
+
+    def __init__(self, base: nn.Linear, **arguments: Any) -> None:
+        super().__init__(base, **arguments)
+        del self.lora_a, self.lora_b
+        self.core = nn.ParameterDict({str(p): _like(base.weight, self.rank, self.rank) for p in self.parts})
+        self.reset_lora()
+
+    def reset_lora(self) -> None:
+        """Draw the cores anew; the layer equals its base as long as the factors are fresh."""
+        for core in self.core.values():
+            nn.init.kaiming_uniform_(core, a=math.sqrt(5))
+
+    def _pair(self, part: int) -> tuple[Tensor, Tensor]:
+        factors: Any = self.shared[0]
+        u, v = factors.u[str(self.in_features)], factors.v[str(self.out_features // self.num_parts)]
+        return self.core[str(part)] @ u, v
 
 
 def _like(weight: Tensor, rows: int, columns: int) -> nn.Parameter:

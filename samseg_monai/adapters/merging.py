@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from samseg_monai.adapters.bottleneck import BottleneckLinear, DepthBranch
-from samseg_monai.adapters.lora import LoRALinear
+from samseg_monai.adapters.lora import Factors, LoRALinear
 from samseg_monai.adapters.scale_shift import ScaleShift
 from samseg_monai.errors import AdapterError
 
@@ -29,6 +29,9 @@ def merge_all(module: nn.Module) -> int:
                 setattr(parent, name, child.merge())
             elif isinstance(child, ScaleShift):
                 child.merge(parent)
+            elif isinstance(child, Factors):  # of layers that are merged now
+                delattr(parent, name)
+                continue
             else:
                 continue
             merged += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from samseg_monai.choices import SSF, Adapter, Ladder, LoRA, Selective, ZeroShot
+from samseg_monai.choices import SSF, Adapter, FacT, Ladder, LoRA, Selective, ZeroShot
 from samseg_monai.settings import BundleSettings
 
 PLACES = {
@@ -14,7 +14,7 @@ PLACES = {
     "both": "behind the attention and beside the MLP",
 }
 NEIGHBOURS = ("slice before", "slice", "slice behind")
-SCALES = {"zscore": "z-scores", "unit": "0 to 1", "sam": "0 to 255"}
+SCALES = {"zscore": "z-scores", "unit": "0 to 1", "slice": "0 to 1 within each slice", "sam": "0 to 255"}
 
 
 def words(settings: BundleSettings) -> dict[str, Any]:
@@ -124,6 +124,10 @@ def _method(settings: BundleSettings) -> str:
     if isinstance(method, SSF):
         what = "A scale and a shift behind every layer of the encoder that has weight and bias"
         return f"{sam} {what}; the mask decoder {_decoder(method.decoder)}."
+    if isinstance(method, FacT):
+        where = f"{', '.join(method.targets)} of {_blocks(method)}"
+        what = f"FacT of rank {method.rank}, scaled by {method.scale:g}, in {where}"
+        return f"{sam} {what}; the mask decoder {_decoder(method.decoder)}."
     if isinstance(method, Ladder):
         width = f" of width {method.side.width}" if method.side else ""
         return f"{sam} Ladder{width}: mix {method.mix}, decoder {method.decoder}, masks {method.masks}."
@@ -132,7 +136,7 @@ def _method(settings: BundleSettings) -> str:
     return f"{sam} What learns: {', '.join(method.patterns)}{frozen}."
 
 
-def _blocks(method: LoRA | Adapter) -> str:
+def _blocks(method: LoRA | Adapter | FacT) -> str:
     if method.last is not None:
         return f"the last {method.last:.0%} of the blocks with attention"
     return "all blocks" if method.blocks is None else f"blocks {', '.join(map(str, method.blocks))}"
@@ -143,4 +147,6 @@ def _decoder(choice: bool | str, kind: str = "") -> str:
         return f"has {kind} in q and v of its attention"
     if choice == "samed":
         return "learns, too, and so does the prompt encoder's no_mask_embed"
+    if choice == "hierarchical":
+        return "learns, too, with the prompt encoder's no_mask_embed and a second decoder behind it"
     return "learns, too" if choice else "stays as it is"

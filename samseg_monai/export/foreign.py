@@ -20,7 +20,7 @@ from samseg_monai.networks.scans import TOGETHER
 from samseg_monai.products import Linear
 from samseg_monai.sam.vit import ViTSpec
 from samseg_monai.sam.weights.load import copy_tensors
-from samseg_monai.strategies import LoRA
+from samseg_monai.strategies import FacT, LoRA
 
 HUB = {"vit_b": "facebook/sam-vit-base", "vit_l": "facebook/sam-vit-large", "vit_h": "facebook/sam-vit-huge"}
 _PREFIX = "base_model.model."  # what peft wraps a model in
@@ -29,13 +29,15 @@ _PREFIX = "base_model.model."  # what peft wraps a model in
 def against_samed(network: SamSegmenter) -> list[str]:
     """Reasons why SAMed's layout cannot hold ``network``."""
     strategy = network.strategy
-    if not isinstance(strategy, LoRA):
+    if not isinstance(strategy, LoRA) or isinstance(strategy, FacT):
         return [f"{type(strategy).__name__}: SAMed's files hold low-rank updates and a mask decoder, nothing else"]
     reasons = _against_vit(network)
     if more := sorted(set(strategy.targets) - {"q", "v"}):
         reasons.append(f"targets {', '.join(more)}: SAMed adapts q and v only")
     if strategy.dora:
         reasons.append("dora: SAMed has no magnitudes")
+    if network.second is not None:
+        reasons.append(f"decoder {strategy.decoder!r}: SAMed has one decoder, here is a second one behind it")
     if network.num_classes == 1:
         reasons.append("one class: SAMed has a map of the background beside it, this network has one map")
     if network.prompt != "none":
@@ -92,7 +94,7 @@ def samed_again(network: SamSegmenter, path: Path) -> SamSegmenter:
 def against_peft(network: SamSegmenter) -> list[str]:
     """Reasons why an adapter of peft for ``SamModel`` cannot hold ``network``."""
     strategy = network.strategy
-    if not isinstance(strategy, LoRA):
+    if not isinstance(strategy, LoRA) or isinstance(strategy, FacT):
         return [
             f"{type(strategy).__name__}: an adapter of peft for SamModel holds low-rank updates; what can be is the "
             "strategy lora, with decoder false or 'lora'"
@@ -193,7 +195,9 @@ def use_elsewhere(network: SamSegmenter, fmt: str) -> list[str]:
             )
     else:
         steps = ["PeftModel.from_pretrained(SamModel.from_pretrained(BASE), FOLDER)"]
-        given = "less SAM's mean, by its standard deviation" if network.input_scale == "sam" else "as they are"
+        given = {"sam": "less SAM's mean, by its standard deviation", "slice": "0 to 1 in each slice"}.get(
+            network.input_scale, "as they are"
+        )
         steps.append(f"pixel_values: intensities {given}, then padded with zeros to the square")
         steps.append("multimask_output=False: only the first mask was trained")
         if size != native:

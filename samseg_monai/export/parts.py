@@ -127,7 +127,7 @@ class SamPart(nn.Module):
 
     def __init__(self, network: SamSegmenter, *modules: str) -> None:
         super().__init__()
-        self.network = _only(network, "sam", *modules)
+        self.network = _only(network, "sam", "second", *modules)
         self.network.sam = _only(network.sam, *modules)
         if "side" not in modules:
             self.network.side = None
@@ -150,13 +150,13 @@ class DecoderPart(SamPart):
     def forward(self, embedding: Tensor, boxes: Tensor | None = None) -> tuple[Tensor, Tensor]:
         flat = embedding.flatten(0, 1)
         if boxes is None:
-            low = self.network.decode(flat, None)
+            maps = self.network.decode(flat, None)
         else:
             absent = boxes.isnan().any(-1)[:, None]  # (B, 1)
-            low = self.network.decode(flat, torch.where(absent, torch.zeros_like(boxes), boxes))
-            empty = empty_logits(low, 1, self.network.num_classes, (1, 1))
-            low = torch.where(absent[..., None, None], empty, low)
-        return low, self.network.enlarge(low)
+            maps = self.network.decode(flat, torch.where(absent, torch.zeros_like(boxes), boxes))
+            empty = empty_logits(maps[0], 1, self.network.num_classes, (1, 1))
+            maps = [torch.where(absent[..., None, None], empty, low) for low in maps]
+        return maps[0], self.network.enlarge(maps)
 
 
 class PlainPart(nn.Module):

@@ -57,6 +57,7 @@ SUFFIX = {"torch": "pt2", "onnx": "onnx"}
 SCALES = {
     "zscore": "z-scores of the volume, as `transforms` make them",
     "unit": "0 to 1, as `transforms` make them",
+    "slice": "0 to 1, as `transforms` make them; minimum and maximum of each slice become 0 and 1 inside",
     "sam": "0 to 255, as `transforms` make them; SAM's own mean and standard deviation are applied inside",
 }
 MEANING = {
@@ -293,6 +294,8 @@ def _use_of_pth(source: Source) -> list[str]:
     steps = [f"sam = sam_model_registry['{network.spec.name}'](checkpoint=FILE)"] if native == 1024 else []
     if network.spec.name == "vit_t":
         steps[0] += "; with MobileSAM's mobile_sam, since segment_anything has no vit_t"
+    if network.input_scale == "slice":
+        steps.append("first bring each slice to 0 to 1, its minimum and maximum")
     if network.input_scale != "sam":
         steps.append("SamPredictor normalises: give set_torch_image() the slice * sam.pixel_std + sam.pixel_mean")
     if network.scan_mode in TOGETHER:
@@ -352,6 +355,8 @@ def _against_pth(network: Network) -> list[str]:
     if not isinstance(network, SamSegmenter):
         return _no_sam(network)
     reasons = _against_best(network)
+    if network.second is not None:
+        reasons.append("a second decoder behind SAM's: the layout has room for one")
     if network.side is not None:
         side = type(getattr(network.side, "net", network.side)).__name__
         reasons.append(f"side network {side}: no layer of SAM can take in what it adds to SAM's embedding")

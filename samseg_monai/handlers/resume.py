@@ -63,8 +63,9 @@ def hold_folder(folder: StrPath) -> FileLock | None:
 class EpochSeeder:
     """Seeds, at each epoch's start, everything the trainer's data loader and network draw from.
 
-    Calls ``set_epoch`` of dataset and sampler (DistributedSampler) if they have it, seeds the generators of loader and
-    sampler from (seed, epoch), and the global ones of torch (dropout), numpy and Python from (seed, epoch, rank).
+    Calls ``set_epoch`` of dataset, sampler (DistributedSampler) and loss where there is one, seeds the generators of
+    loader and sampler from (seed, epoch), and the global ones of torch (dropout), numpy and Python from (seed, epoch,
+    rank).
 
     Raises:
         ConfigError: at the start, for persistent workers with a dataset that has an epoch but is no SliceDataset
@@ -92,7 +93,7 @@ class EpochSeeder:
     def __call__(self, engine: Any) -> None:
         epoch, loader = engine.state.epoch, engine.state.dataloader
         parts: list[Any] = [getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler")]
-        for part in parts:
+        for part in (*parts, getattr(engine, "loss_function", None)):
             if hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         for part in (loader, parts[1]):

@@ -23,7 +23,7 @@ UNSCRIPTED = "boxes would be no input of the result; use samseg export --format 
 
 OPTIONS: dict[str, tuple[str | None, ...]] = {
     "scan_mode": (*TOGETHER, "channels", "neighbours"),
-    "input_scale": ("zscore", "unit", "sam"),
+    "input_scale": ("zscore", "unit", "slice", "sam"),
     "prompt": ("box", "none"),
     "autocast": (None, "bf16", "bf16_all"),
     "masks": ("single", "best"),

@@ -98,7 +98,7 @@ class Held:
         learning = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in layer.parameters())
         if layer.training or not layer.enabled or learning or torch.compiler.is_compiling():
             return type(layer).forward(layer, input)
-        versions = versions_of(layer)
+        versions = [versions_of(part) for part in (layer, *layer.shared)]
         if self.plain is None or self.versions != versions:
             with torch.inference_mode(False):  # its tensors would have no versions, and no use in a backward pass
                 self.plain, self.versions = layer.merge(), versions

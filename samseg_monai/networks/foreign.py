@@ -22,7 +22,7 @@ from samseg_monai.networks.segmenter import SamSegmenter
 from samseg_monai.sam.weights import is_sam_lst, is_samed, read_state, sha256_of
 from samseg_monai.sam.weights.load import copy_tensors
 from samseg_monai.sam.weights.read import from_sam_lst, is_samed_s, samed_tensors
-from samseg_monai.strategies import LoRA
+from samseg_monai.strategies import FacT, LoRA
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def samed_values(network: SamSegmenter, state: Mapping[str, Tensor], heading: st
 def _samed_arguments(network: SamSegmenter, rank: int) -> list[str]:
     """What is to be changed in the strategy, so that it computes what SAMed does."""
     strategy = network.strategy
-    if not isinstance(strategy, LoRA):
+    if not isinstance(strategy, LoRA) or isinstance(strategy, FacT):
         return [
             f"strategy: the file needs LoRA(rank={rank}, targets=['q', 'v'], decoder='samed'), "
             f"got {type(strategy).__name__}"

@@ -24,7 +24,7 @@ from samseg_monai.files import read_json
 from samseg_monai.networks.segmenter import SamSegmenter
 from samseg_monai.sam.weights import read_state
 from samseg_monai.sam.weights.load import copy_tensors
-from samseg_monai.strategies import LoRA
+from samseg_monai.strategies import FacT, LoRA
 
 PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # what a file computes depends on these; with other values than the first it is no plain low-rank update
@@ -184,7 +184,7 @@ def _argument_problems(network: SamSegmenter, updates: Mapping[str, Update]) -> 
         problems.append(f"num_classes: the file holds no masks of {network.num_classes} classes; it needs 1")
     rank, targets = _needs(network, updates)
     decoder = any(name.startswith("mask_decoder.") for name in updates)
-    if not isinstance(strategy, LoRA):
+    if not isinstance(strategy, LoRA) or isinstance(strategy, FacT):
         more = ", decoder='lora'" if decoder else ""
         needs = f"LoRA(rank={rank}, targets={targets or ['q', 'v']}{more})"
         return [*problems, f"strategy: the file needs {needs}, got {type(strategy).__name__}"]

@@ -68,7 +68,7 @@ class PlainSegmenter(Segmenter):
         image_size: int | Sequence[int] = 256,
         num_classes: int = 1,
         scans: int | Sequence[str] = 1,
-        input_scale: Literal["zscore", "unit", "sam"] = "zscore",
+        input_scale: Literal["zscore", "unit", "slice", "sam"] = "zscore",
         boxes: Literal["none", "channel", "crop", "given"] = "none",
         crop_margin: float = 0.5,
         crop_size: int = 128,

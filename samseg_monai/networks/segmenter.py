@@ -48,7 +48,7 @@ class SamSegmenter(Segmenter):
     Built in evaluation mode with random weights and without reading a file; ``load_base`` loads SAM's weights.
 
     Args:
-        sam_variant: vit_b, vit_l, vit_h, vit_t (MobileSAM), pico, tiny or tiny_t (tests); or a ``SamSpec``.
+        sam_variant: vit_b, vit_l, vit_h, vit_t (MobileSAM), medsam, pico, tiny or tiny_t (tests); or a ``SamSpec``.
         strategy: how SAM learns; None means zero-shot (nothing learns).
         image_size: side in pixels of the square that SAM sees, a multiple of 16; None means the variant's own.
         num_classes: 1 gives one map, SAM's single mask. K > 1 gives K + 1 maps, channel 0 is the background.
@@ -58,7 +58,8 @@ class SamSegmenter(Segmenter):
             "channels": three scans are the three colour channels. "neighbours": a slice of one scan and its
             neighbours are (``transforms.NeighbourSlicesd``): S is 3, or there is one name.
         input_scale: "sam": the input is 0-255 and SAM's own mean and standard deviation are applied. "zscore",
-            "unit": the input is used as it is; the name says how it was prepared.
+            "unit": the input is used as it is; the name says how it was prepared. "slice": each slice is brought to 0
+            to 1, its minimum and its maximum, as MedSAM wants it.
         prompt: "box": boxes may be given. "none": there are none, and giving one is an error.
         rectangular: pad to full patches only, not to the square; faster for oblong images.
         checkpointing: recompute activations of encoder and ResNet ladder in the backward pass to save memory.
@@ -71,6 +72,7 @@ class SamSegmenter(Segmenter):
         compute: values of ``choices.Compute``: int8, tf32, compile, attention.
 
     Attributes: those of ``Segmenter``, and
+        second: None, or a decoder behind SAM's (``adapters.HierarchicalDecoder``), whose logits are averaged with its.
         side: None, or a callable ``side(image, embedding, taps) -> embedding`` that may change the embedding;
             ``side.taps`` (a sequence of block numbers) says which block outputs it wants to see.
 
@@ -80,6 +82,7 @@ class SamSegmenter(Segmenter):
     """
 
     side: Side | None
+    second: nn.Module | None
 
     def __init__(
         self,
@@ -92,7 +95,7 @@ class SamSegmenter(Segmenter):
         scan_mode: Literal[
             "mean_logits", "mean_probabilities", "majority", "union", "channels", "neighbours"
         ] = "mean_logits",
-        input_scale: Literal["zscore", "unit", "sam"] = "zscore",
+        input_scale: Literal["zscore", "unit", "slice", "sam"] = "zscore",
         prompt: Literal["box", "none"] = "box",
         rectangular: bool = False,
         checkpointing: bool = False,
@@ -122,7 +125,7 @@ class SamSegmenter(Segmenter):
         self.input_scale, self.prompt, self.autocast = input_scale, prompt, autocast
         self.low_res_training, self.masks = low_res_training, masks
         self._encoder_hash: tuple[Any, str] | None = None
-        self.side = None
+        self.side = self.second = None
         self.adopt(ZeroShot() if strategy is None else strategy)
         apply_compute(self, self.compute)
         self.eval()
@@ -208,8 +211,9 @@ class SamSegmenter(Segmenter):
         Raises:
             AdapterError: there is a side network or a bottleneck, which no layer of SAM can take in.
         """
-        if self.side is not None:
-            raise AdapterError("merge: got a network with a side network; SAM alone cannot replace it, use save_model")
+        if self.side is not None or self.second is not None:
+            what = "a side network" if self.second is None else "a second decoder"
+            raise AdapterError(f"merge: got a network with {what}; SAM alone cannot replace it, use save_model")
         merged = merge_all(self)
         self.strategy, self.owned, self.unused, self.fixed, self.base_sha256 = None, [], [], [], None
         keep_only(self, self.owned)
@@ -226,8 +230,9 @@ class SamSegmenter(Segmenter):
                 scans are channels), which is then not run.
         Returns:
             Logits (B, C, H, W), float32, C = ``channels_out``; (B, C, H/4, W/4) in training mode with
-            ``low_res_training``. Several boxes of one image are joined by their largest logit (background: smallest).
-            An image whose boxes are all NaN gets -20 (background: +20).
+            ``low_res_training``. With a second decoder training mode returns both, those and its own (B, C, H, W).
+            Several boxes of one image are joined by their largest logit (background: smallest). An image whose boxes
+            are all NaN gets -20 (background: +20).
         Raises:
             ConfigError: naming the shape that was got and the one expected.
         """
@@ -241,6 +246,10 @@ class SamSegmenter(Segmenter):
             raise ConfigError(
                 "masks: got 'best' in training, but the masks that it chooses from would not learn; train with "
                 "'single' and evaluate with either"
+            )
+        if self.second is not None and boxes is not None:
+            raise ConfigError(
+                "boxes: got some, but a second decoder takes none; leave them out, or use another decoder"
             )
         if embedding is not None:
             embedding = embedding.flatten(0, 1) if embedding.ndim == 5 else embedding
@@ -259,17 +268,20 @@ class SamSegmenter(Segmenter):
 
     def _segment(
         self, image: Tensor, embedding: Tensor | None, boxes: Tensor | None = None, counts: Sequence[int] = ()
-    ) -> Tensor:
+    ) -> Any:
         """Logits of B images; with boxes (R, 4) of the R boxes, ``counts[i]`` of them on image i."""
         embedding = self.mix(image, embedding)  # (B * V, C, gh, gw)
         if set(counts) - {1}:
             rows = torch.tensor(counts, device=image.device)
             embedding = embedding.unflatten(0, (-1, self.views)).repeat_interleave(rows, 0, output_size=sum(counts))
             embedding = embedding.flatten(0, 1)
-        low = self.decode(embedding, boxes)
-        if self.low_res_training and self.training:
-            return low[..., : -(-image.shape[-2] // LOW_RES), : -(-image.shape[-1] // LOW_RES)]
-        return self.enlarge(low)[..., : image.shape[-2], : image.shape[-1]]
+        maps, (height, width) = self.decode(embedding, boxes), image.shape[-2:]
+        if not self.training or not (self.low_res_training or self.second):
+            return self.enlarge(maps)[..., :height, :width]
+        first = maps[0][..., : -(-height // LOW_RES), : -(-width // LOW_RES)]
+        if not self.low_res_training:
+            first = self.enlarge(maps[:1])[..., :height, :width]
+        return first if self.second is None else [first, maps[1][..., :height, :width]]
 
     def encode(self, image: Tensor) -> Tensor:
         """Normalise, pad and encode (B, S, H, W) to the (B * S, C, gh, gw) that ``forward`` takes (channels: B)."""
@@ -287,23 +299,26 @@ class SamSegmenter(Segmenter):
         with self._encoder_precision(image):
             return self.side(prepared, embedding, taps).float()
 
-    def decode(self, embedding: Tensor, boxes: Tensor | None) -> Tensor:
+    def decode(self, embedding: Tensor, boxes: Tensor | None) -> list[Tensor]:
         """Embeddings (R * V, C, gh, gw), and boxes (R, 4) if any, to logits (R, K, 4 gh, 4 gw), float32, over V views.
 
-        They have the wanted precision, whatever that of the surroundings is.
+        A second decoder adds its own, (R, K, 16 gh, 16 gw). They have the wanted precision, whatever that of the
+        surroundings is.
         """
         boxes = None if boxes is None else boxes.float().repeat_interleave(self.views, 0)
         multimask = self.masks == "best" if self.num_classes == 1 else None
         with torch.autocast(embedding.device.type, dtype=torch.bfloat16, enabled=self.autocast == "bf16_all"):
-            low, quality = self.sam.decode(embedding, boxes=boxes, multimask=multimask)
+            low, quality, *more = self.sam.decode(embedding, boxes=boxes, multimask=multimask, second=self.second)
         low = best_mask(low, quality, self.views) if multimask else low
-        return combined(low.float().unflatten(0, (-1, self.views)), self.scan_mode)
+        return [combined(maps.float().unflatten(0, (-1, self.views)), self.scan_mode) for maps in (low, *more)]
 
-    def enlarge(self, low: Tensor) -> Tensor:
-        """Logits of the decoder to those of the padded slice, one per pixel, in float32."""
+    def enlarge(self, maps: Sequence[Tensor]) -> Tensor:
+        """Logits of the decoders to those of the padded slice, one per pixel, in float32: the mean of two decoders."""
+        low, *more = maps
         size = [side * self.spec.patch_size // LOW_RES for side in low.shape[-2:]]
         with torch.autocast(low.device.type, enabled=False):
-            return F.interpolate(low, size, mode="bilinear", align_corners=False)
+            found = F.interpolate(low, size, mode="bilinear", align_corners=False)
+            return (found + more[0]) / 2 if more else found
 
     def _encode(self, image: Tensor) -> Tensor:
         return self._run_encoder(self._prepare(image), ())[0].float()
@@ -319,6 +334,9 @@ class SamSegmenter(Segmenter):
             image = image.flatten(0, 1)[:, None].expand(-1, 3, -1, -1)
         if self.input_scale == "sam":
             image = (image - self.sam.pixel_mean) / self.sam.pixel_std
+        if self.input_scale == "slice":
+            low, high = image.amin((1, 2, 3), keepdim=True), image.amax((1, 2, 3), keepdim=True)
+            image = (image - low) / (high - low).clamp_min(1e-8)
         return self.sam.pad(image)
 
     @property

@@ -85,7 +85,7 @@ def sam_text(variant: str, base_sha256: str | None) -> str:
     if base_sha256 == RANDOM:
         return f"{'MobileSAM' if variant == 'vit_t' else variant}'s network, random weights"
     if variant != "vit_t":
-        return variant
+        return "MedSAM" if variant == "medsam" else variant
     return MOBILE_SAM.get(base_sha256 or "", f"MobileSAM (file {(base_sha256 or NOT_RECORDED)[:12]})")
 
 

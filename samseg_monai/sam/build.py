@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,21 @@ class PromptEncoder(SamPromptEncoder):
         return torch.autocast(self.no_mask_embed.weight.device.type, enabled=False)
 
 
+class Looked(NamedTuple):
+    """What the mask decoder makes of B images: M masks, and what lies on the way to them."""
+
+    logits: torch.Tensor
+    """(B, M, 4 gh, 4 gw)."""
+    quality: torch.Tensor
+    """Predicted, (B, M)."""
+    tokens: torch.Tensor
+    """Mask tokens behind the transformer, (B, M, C)."""
+    grid: torch.Tensor
+    """Image tokens behind the transformer, (B, C, gh, gw)."""
+    upscaled: torch.Tensor
+    """Those upscaled, (B, C/8, 4 gh, 4 gw)."""
+
+
 class MaskDecoder(SamMaskDecoder):
     """SAM's mask decoder where row i of the prompts belongs to image i.
 
@@ -65,7 +81,21 @@ class MaskDecoder(SamMaskDecoder):
         dense_prompt_embeddings: torch.Tensor,
         multimask_output: bool | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, M, 4 gh, 4 gw) and predicted mask qualities (B, M).
+        """Logits (B, M, 4 gh, 4 gw) and predicted mask qualities (B, M); arguments are those of ``look``."""
+        found = self.look(
+            image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output
+        )
+        return found.logits, found.quality
+
+    def look(
+        self,
+        image_embeddings: torch.Tensor,
+        image_pe: torch.Tensor,
+        sparse_prompt_embeddings: torch.Tensor,
+        dense_prompt_embeddings: torch.Tensor,
+        multimask_output: bool | None,
+    ) -> Looked:
+        """Decode, and keep what lies on the way.
 
         Args:
             image_embeddings: (B, C, gh, gw), or (1, C, gh, gw) for one image with B prompt rows; else ConfigError.
@@ -93,7 +123,7 @@ class MaskDecoder(SamMaskDecoder):
         weights = torch.stack([self.output_hypernetworks_mlps[i](seen[:, 1 + i]) for i in chosen], dim=1)
         logits = torch.einsum("bmc,bchw->bmhw", weights, upscaled)
         quality = self.iou_prediction_head(seen[:, 0])
-        return logits, quality[:, chosen]
+        return Looked(logits, quality[:, chosen], seen[:, 1 + chosen[0] : 2 + chosen[-1]], grid, upscaled)
 
 
 class SamModel(Sam):
@@ -173,7 +203,8 @@ class SamModel(Sam):
         points: tuple[torch.Tensor, torch.Tensor] | None = None,
         masks: torch.Tensor | None = None,
         multimask: bool | None = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        second: nn.Module | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         """Predict low-resolution masks, one prompt row per image.
 
         Args:
@@ -182,15 +213,21 @@ class SamModel(Sam):
             points: coordinates (B, N, 2) as x y and labels (B, N): 1 inside, 0 outside, -1 none.
             masks: (B, 1, 4 gh, 4 gw) logits of an earlier prediction.
             multimask: False for SAM's single mask, True for the masks behind it, None for all.
+            second: a decoder that goes on from there, such as ``adapters.HierarchicalDecoder``.
 
         Returns:
-            Logits (B, M, 4 gh, 4 gw) and predicted qualities (B, M).
+            Logits (B, M, 4 gh, 4 gw) and predicted qualities (B, M); with a second decoder also its logits.
         """
         grid = (embedding.shape[-2], embedding.shape[-1])
         sparse, dense = self.prompt_encoder(points=points, boxes=boxes, masks=masks, grid=grid)
         if sparse.shape[0] == 1:  # no prompt: SAM's prompt encoder cannot know the batch size
             sparse = sparse.expand(embedding.shape[0], -1, -1)
-        return self.mask_decoder(embedding, self.prompt_encoder.get_dense_pe(grid), sparse, dense, multimask)
+        position = self.prompt_encoder.get_dense_pe(grid)
+        if second is None:
+            return self.mask_decoder(embedding, position, sparse, dense, multimask)
+        found = self.mask_decoder.look(embedding, position, sparse, dense, multimask)
+        first = (found.logits, found.tokens, found.grid, found.upscaled)
+        return found.logits, found.quality, second(embedding, dense, position, first)
 
 
 def build_sam(
@@ -204,7 +241,7 @@ def build_sam(
     """Build SAM with random weights, in evaluation mode.
 
     Args:
-        variant: name of a spec (vit_b, vit_l, vit_h, vit_t, pico, tiny, tiny_t) or a spec.
+        variant: name of a spec (vit_b, vit_l, vit_h, vit_t, medsam, pico, tiny, tiny_t) or a spec.
         image_size: side of the square input, in pixels; default: the variant's own.
         num_masks: masks behind the single one; 3 in SAM, the number of classes for a semantic decoder.
         rectangular: pad input to full patches only; faster for oblong images. False is what SAM does.

@@ -11,6 +11,8 @@ SPECS: dict[str, SamSpec] = {
     spec.name: spec
     for spec in (
         ViTSpec("vit_b", 768, 12, 12, (2, 5, 8, 11)),
+        # MedSAM (Ma et al. 2024): a ViT-B that was trained on medical images
+        ViTSpec("medsam", 768, 12, 12, (2, 5, 8, 11)),
         ViTSpec("vit_l", 1024, 24, 16, (5, 11, 17, 23)),
         ViTSpec("vit_h", 1280, 32, 16, (7, 15, 23, 31)),
         # MobileSAM (Zhang et al. 2023, arXiv:2306.14289): SAM's own decoder behind a small encoder

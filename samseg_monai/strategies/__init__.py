@@ -6,6 +6,7 @@ from typing import Any
 
 from samseg_monai.strategies.adapter import Adapter
 from samseg_monai.strategies.base import Scratch, Segmenter, Strategy, ZeroShot
+from samseg_monai.strategies.fact import FacT
 from samseg_monai.strategies.ladder import Ladder
 from samseg_monai.strategies.lora import LoRA
 from samseg_monai.strategies.selective import Selective
@@ -20,10 +21,12 @@ STRATEGIES: dict[str, tuple[type[Strategy], dict[str, Any]]] = {
     "lora_late_25": (LoRA, {"last": 0.25}),
     "lora_late_8": (LoRA, {"last": 0.08}),
     "samed": (LoRA, {"decoder": "samed"}),
+    "h_sam": (LoRA, {"rank": 5, "decoder": "hierarchical"}),
     "adapter": (Adapter, {}),
     "adaptformer": (Adapter, {"place": "parallel", "scale": 0.1}),
     "medsa": (Adapter, {"place": "both", "scale": 0.1, "depth": 4}),
     "ssf": (SSF, {}),
+    "fact": (FacT, {}),
     "ladder": (Ladder, {}),
     "ladder_paper": (Ladder, {"decoder": "upscaling", "masks": "random"}),
     "cnn_only": (Ladder, {"mix": "side", "decoder": "upscaling", "masks": "random"}),
@@ -39,6 +42,7 @@ __all__ = [
     "SSF",
     "STRATEGIES",
     "Adapter",
+    "FacT",
     "Ladder",
     "LoRA",
     "Scratch",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -37,7 +37,7 @@ class Adapter(OnEncoder):
         scale: factor of what a bottleneck adds, above 0; of "both" that beside the MLP.
         blocks: encoder blocks with adapters, 0-based; None means all that have attention.
         last: this fraction of the blocks with attention has them, from the end; in place of ``blocks``.
-        decoder: also train what the task uses of the mask decoder.
+        decoder: also train what the task uses of the mask decoder; "hierarchical" with a second one behind it.
         depth: with "both", slices of a slab; 1: every slice is alone.
     Raises:
         AdapterError: listing what is wrong with the arguments; on installing also when they do not fit the encoder.
@@ -53,7 +53,7 @@ class Adapter(OnEncoder):
         scale: float = 1.0,
         blocks: Sequence[int] | None = None,
         last: float | None = None,
-        decoder: bool = False,
+        decoder: bool | Literal["hierarchical"] = False,
         depth: int = 1,
     ) -> None:
         self.width, self.place, self.scale, self.last, self.decoder = width, place, scale, last, decoder
@@ -62,11 +62,13 @@ class Adapter(OnEncoder):
         self.name = PLACES[place][2] if not problems else place
         if depth < 1 or (depth > 1 and place != "both"):
             problems.append(f"depth must be 1, or with place 'both' more, got {depth}")
-        raise_all(problems + block_problems(self.blocks, last), AdapterError, "Adapter cannot be built")
+        problems += block_problems(self.blocks, last) + self.decoder_problems()
+        raise_all(problems, AdapterError, "Adapter cannot be built")
 
     def install(self, segmenter: Segmenter) -> list[str]:
         """Put the bottlenecks in; owned are their parameters, and with ``decoder`` the mask decoder."""
         encoder, targets = segmenter.sam.image_encoder, PLACES[self.place][0]
+        second = self.second_decoder(segmenter)
         layers: dict[tuple[nn.Module, str], nn.Module] = {}
         for block in chosen_blocks(encoder, targets, self.blocks, self.last, "Adapter"):
             paths = [encoder.targets(block)[target].layer for target in targets]
@@ -81,8 +83,7 @@ class Adapter(OnEncoder):
                 parent.depth = DepthBranch(layer, width=self.width, **depth)  # type: ignore[arg-type]
         owned = added_names(segmenter, BottleneckLinear, own=("weight", "bias"))
         owned |= added_names(segmenter, DepthBranch)
-        if self.decoder:
-            owned |= self.whole_decoder(segmenter)
+        owned |= self.learnt_decoder(segmenter, second)
         return [name for name in segmenter.state_dict() if name in owned]
 
     def _layers(self, *layers: nn.Linear) -> list[nn.Module]:

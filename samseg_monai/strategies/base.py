@@ -13,13 +13,16 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from samseg_monai.adapters.hierarchical import HierarchicalDecoder
 from samseg_monai.errors import AdapterError
+from samseg_monai.products import adopt
 from samseg_monai.sam.backbone import Backbone
 from samseg_monai.sam.build import SamModel
 from samseg_monai.sam.weights import MASK_HEAD
 from samseg_monai.training.owned import count_trainable, keep_only
 
 PACKAGE = "samseg_monai.strategies"
+NO_MASK = "sam.prompt_encoder.no_mask_embed.weight"
 
 
 class Segmenter(nn.Module):
@@ -38,6 +41,8 @@ class Segmenter(nn.Module):
 
     sam: SamModel
     num_classes: int
+    second: nn.Module | None
+    factors: nn.Module
     strategy: Strategy | None = None
     owned: list[str]
     unused: list[str]
@@ -155,17 +160,54 @@ class Strategy:
 
 
 class OnEncoder(Strategy):
-    """What strategies share that adapt the image encoder and, with ``decoder``, train the mask decoder, too."""
+    """What strategies share that adapt the image encoder and, with ``decoder``, train the mask decoder, too.
+
+    Attributes:
+        decoder: True trains what the task uses of the mask decoder. "samed" trains the prompt encoder's
+            ``no_mask_embed``, too, which stands for a mask that is not given. "hierarchical" does, and puts a second
+            decoder behind it (H-SAM, ``adapters.HierarchicalDecoder``), without prompts. "lora" is for LoRA alone.
+        decoders: what else than True and False it may be.
+    """
 
     decoder: Any = False
+    decoders: ClassVar[tuple[str, ...]] = ("hierarchical",)
+
+    def decoder_problems(self) -> list[str]:
+        """What is wrong with ``decoder``."""
+        if isinstance(self.decoder, bool) or (isinstance(self.decoder, str) and self.decoder in self.decoders):
+            return []
+        options = ", ".join(map(repr, (False, True, *self.decoders)))
+        return [f"decoder must be one of {options}, got {self.decoder!r}"]
 
     def unused(self, segmenter: Segmenter) -> list[str]:
         """With a ``decoder`` that learns: the mask quality head, and the networks of masks that are not returned."""
         return unused_of_decoder(segmenter) if self.decoder else []
 
-    def whole_decoder(self, segmenter: Segmenter) -> set[str]:
-        """What the task uses of the mask decoder."""
-        return set(decoder_names(segmenter)) - set(self.unused(segmenter))
+    def second_decoder(self, segmenter: Segmenter) -> nn.Module | None:
+        """The decoder that is to stand behind SAM's, not yet installed; AdapterError where none can."""
+        if self.decoder != "hierarchical":
+            return None
+        sam, spec = segmenter.sam, segmenter.sam.spec
+        if sam.rectangular:
+            raise AdapterError("rectangular: got true, but a second decoder is built for the whole square; use false")
+        second = HierarchicalDecoder(
+            spec.prompt_dim,
+            segmenter.channels_out,
+            (sam.image_size // spec.patch_size) ** 2,
+            heads=spec.decoder_heads,
+            mlp_dim=spec.decoder_mlp_dim,
+        )
+        adopt(second)
+        return second
+
+    def learnt_decoder(self, segmenter: Segmenter, second: nn.Module | None) -> set[str]:
+        """Names of what ``decoder`` lets learn, behind which ``second`` is installed, if there is one."""
+        if not self.decoder:
+            return set()
+        segmenter.second = second
+        added = [] if second is None else [f"second.{name}" for name in second.state_dict()]
+        owned = {*decoder_names(segmenter), *added} - set(self.unused(segmenter))
+        return owned | ({NO_MASK} if self.decoder in ("samed", "hierarchical") else set())
 
 
 class ZeroShot(Strategy):

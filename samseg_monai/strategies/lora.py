@@ -13,9 +13,6 @@ from samseg_monai.errors import AdapterError, raise_all
 from samseg_monai.sam.backbone import TARGETS, Rows
 from samseg_monai.strategies.base import OnEncoder, Segmenter, added_names, block_problems, chosen_blocks, head_names
 
-DECODERS = (False, True, "lora", "samed")
-NO_MASK = "sam.prompt_encoder.no_mask_embed.weight"
-
 
 class LoRA(OnEncoder):
     """Low-rank updates in SAM's image encoder (Hu et al. 2021, arXiv:2106.09685; on SAM: Zhang and Liu 2023, SAMed).
@@ -33,6 +30,7 @@ class LoRA(OnEncoder):
         decoder: True also trains what the task uses of the mask decoder. "lora" puts updates of the same rank into q
             and v of its attention layers instead; of several classes the mask head, which starts anew, learns whole.
             "samed" is True and the prompt encoder's ``no_mask_embed``, which stands for a mask that is not given.
+            "hierarchical" is that with a second decoder behind it (Cheng et al. 2024, H-SAM), without prompts.
         dora: learn the magnitude of each adapted row beside its direction (Liu et al. 2024, arXiv:2402.09353).
     Raises:
         AdapterError: listing what is wrong with the arguments; on installing also when they do not fit the encoder.
@@ -41,6 +39,7 @@ class LoRA(OnEncoder):
     name = "lora"
     training_only = ("dropout",)
     newer: ClassVar[dict[str, Any]] = {"dora": False, "last": None}
+    decoders: ClassVar[tuple[str, ...]] = ("lora", "samed", "hierarchical")
 
     def __init__(
         self,
@@ -51,7 +50,7 @@ class LoRA(OnEncoder):
         blocks: Sequence[int] | None = None,
         dropout: float = 0.0,
         rank_stabilised: bool = False,
-        decoder: bool | Literal["lora", "samed"] = False,
+        decoder: bool | Literal["lora", "samed", "hierarchical"] = False,
         dora: bool = False,
         last: float | None = None,
     ) -> None:
@@ -60,19 +59,18 @@ class LoRA(OnEncoder):
         self.blocks = None if blocks is None else tuple(blocks)
         self.rank_stabilised, self.decoder, self.dora, self.last = rank_stabilised, decoder, dora, last
         late = "" if last is None else f"_late_{round(100 * last)}"
-        self.name = f"{'dora' if dora else 'samed' if decoder == 'samed' else 'lora'}{late}"
+        published = {"samed": "samed", "hierarchical": "h_sam"}.get(str(decoder), "lora")
+        self.name = f"{'dora' if dora else published}{late}"
         options = ", ".join(TARGETS)
         problems = [f"target {t!r} is unknown; the options are {options}" for t in self.targets if t not in TARGETS]
         if not self.targets or len(set(self.targets)) < len(self.targets):
             problems.append(f"targets must name different layers of {options}, got {self.targets}")
-        if not any(decoder is option or (decoder == option and isinstance(decoder, str)) for option in DECODERS):
-            problems.append(f"decoder must be one of {', '.join(map(repr, DECODERS))}, got {decoder!r}")
-        problems += block_problems(self.blocks, last)
+        problems += self.decoder_problems() + block_problems(self.blocks, last)
         raise_all(problems, AdapterError, "LoRA cannot be built")
 
     def install(self, segmenter: Segmenter) -> list[str]:
         """Replace the chosen layers; owned are their updates, and of the mask decoder what ``decoder`` says."""
-        encoder = segmenter.sam.image_encoder
+        encoder, second = segmenter.sam.image_encoder, self.second_decoder(segmenter)
         replacements = [
             replacement
             for block in chosen_blocks(encoder, self.targets, self.blocks, self.last, "LoRA")
@@ -87,11 +85,10 @@ class LoRA(OnEncoder):
         for parent, child, layer in replacements:  # only now: an error above leaves the network as it was
             setattr(parent, child, layer)
         owned = added_names(segmenter, LoRALinear, own=("weight", "bias"))
-        if self.decoder == "lora" and segmenter.num_classes > 1:
+        if self.decoder != "lora":
+            owned |= self.learnt_decoder(segmenter, second)
+        elif segmenter.num_classes > 1:
             owned |= set(head_names(segmenter)) - set(self.unused(segmenter))
-        elif self.decoder in (True, "samed"):
-            owned |= self.whole_decoder(segmenter)
-            owned |= {NO_MASK} if self.decoder == "samed" else set()
         return [name for name in segmenter.state_dict() if name in owned]
 
     def start(self, segmenter: Segmenter, *, download: bool = True) -> None:

@@ -30,17 +30,29 @@ class OnLogitGrid(nn.Module):
     pixels' centres, as that of the logits does (up to 2 of 512 pixels apart). Labels that are on the logits' grid
     already pass unchanged.
 
+    Of a network with two decoders both are compared: ``(1 - w) first + w second``, where w grows from 0.6 towards 1
+    with the epoch e from 0 on, ``w = 0.6 ** (0.99 ** e)`` (code of H-SAM, Cheng et al. 2024).
+
     Args:
         loss: called with logits (B, C, h, w) and label (B, 1, h, w).
         corners: thin labels as the published code does.
-    Shape: logits (B, C, h, w), label (B, 1, H, W) to what ``loss`` returns.
+    Shape: logits (B, C, h, w), or those of two decoders, label (B, 1, H, W) to what ``loss`` returns.
     """
 
     def __init__(self, loss: nn.Module, *, corners: bool = False) -> None:
         super().__init__()
         self.loss, self.corners = loss, corners
+        self.epoch = 1
 
-    def forward(self, logits: Tensor, label: Tensor) -> Tensor:
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the epoch, the first one being 1."""
+        self.epoch = epoch
+
+    def forward(self, logits: Tensor | Sequence[Tensor], label: Tensor) -> Tensor:
+        if not isinstance(logits, Tensor):
+            weight = 0.6 ** (0.99 ** (self.epoch - 1))
+            first, second = (self(maps, label) for maps in logits)
+            return (1 - weight) * first + weight * second
         if label.shape[-2:] != logits.shape[-2:]:
             plain = label.as_subclass(torch.Tensor)
             if self.corners:

@@ -22,7 +22,7 @@ from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.transforms.grids import EachKeyd, on_grid_of
 
 BYTE = 255.0
-TOPS = {"unit": 1.0, "sam": BYTE}
+TOPS = {"unit": 1.0, "slice": 1.0, "sam": BYTE}  # "slice" is made of "unit" by the network, slice by slice
 SPLINES, MODES = [3, 0, 0], ["bilinear", "nearest", "nearest"]  # of image, label and prompt
 PERCENTILE = 99.5  # as in the task recipes of volumes: the brightest half percent is often an artefact
 
@@ -148,8 +148,8 @@ class ScaleInputd(MapTransform):
 
     Args:
         keys: images, channel-first.
-        scale: "zscore", "unit" or "sam".
-        window: for "unit" and "sam": the two intensities (CT: in HU) that become 0 and the top.
+        scale: "zscore", "unit", "slice" (the same here) or "sam".
+        window: for "unit", "slice" and "sam": the two intensities (CT: in HU) that become 0 and the top.
         percentiles: without a window: the two percentiles of each channel that become 0 and the top. With neither the
             greys of an image of 8 bits are kept (``ScaleGreysd``).
         nonzero: for "zscore": mean and deviation over voxels that are not 0.
@@ -172,7 +172,7 @@ class ScaleInputd(MapTransform):
     ) -> None:
         super().__init__(keys)
         if scale != "zscore" and scale not in TOPS:
-            raise ConfigError(f"input_scale: got {scale!r}; choose one of 'zscore', 'unit', 'sam'")
+            raise ConfigError(f"input_scale: got {scale!r}; choose one of 'zscore', 'unit', 'slice', 'sam'")
         given, top = {"keys": keys}, TOPS.get(scale, 1.0)
         span = {"b_min": 0.0, "b_max": top, "clip": True}
         kind: Any
@@ -204,18 +204,22 @@ def stored_slices(keys: Sequence[str], size: int | None) -> Compose:
     return _described("samseg_monai.transforms.SplineResized", SplineResized, given) if size else Compose([])
 
 
-def resized_slices(keys: Sequence[str], size: int, *, spline: bool = False) -> Compose:
+def resized_slices(keys: Sequence[str], size: int, *, spline: bool = False, stretch: bool = False) -> Compose:
     """The longer side of each slice brought to ``size``: bilinearly, or by splines where slices were stored so.
 
     Args:
         keys: image, label and prompt, in this order; absent ones are passed over.
         size: longer side in pixels.
         spline: see ``SplineResized``; it cannot be inverted.
+        stretch: bring both sides to ``size``; not by splines.
     """
     if spline:
         return stored_slices(keys, size)
-    given = {"keys": list(keys), "spatial_size": size, "size_mode": "longest", "mode": MODES[: len(keys)]}
-    return _described("Resized", Resized, {**given, "allow_missing_keys": True})
+    how: dict[str, Any] = {"spatial_size": size, "size_mode": "longest"}
+    if stretch:
+        how = {"spatial_size": [size, size], "size_mode": "all"}
+    given = {"keys": list(keys), **how, "mode": MODES[: len(keys)], "allow_missing_keys": True}
+    return _described("Resized", Resized, given)
 
 
 def _described(name: str, kind: Any, given: dict[str, Any]) -> Compose:

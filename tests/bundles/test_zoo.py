@@ -32,8 +32,8 @@ NECESSARY = ("LICENSE", "configs/metadata.json", "configs/inference.json", "conf
 
 
 UNTRAINED_MASKS = (
-    "zero_shot", "bias", "norm", "attention", "ssf", "adapter", "adaptformer", "medsa", "lora", "lora_late_50",
-    "lora_late_25", "lora_late_8",
+    "zero_shot", "bias", "norm", "attention", "ssf", "fact", "adapter", "adaptformer", "medsa", "lora", "lora_late_50",
+    "lora_late_25", "lora_late_8", "medsam",
 )  # fmt: skip
 
 

@@ -88,9 +88,8 @@ PICKER = choice(
 SIDES = many(number(0, 1000, above=True), 2, 2)
 COMPUTE = group({"int8": BOOL, "tf32": BOOL, "compile": BOOL, "attention": one("auto", "plain")})
 RUN: dict[str, Rule] = {
-    "sam_variant": one("vit_b", "vit_l", "vit_h", "vit_t", "pico", "tiny", "tiny_t", None), "image_size": whole(16,
-    2048),
-    "patch": many(whole(8, 512), 3, 3),
+    "sam_variant": one("vit_b", "vit_l", "vit_h", "vit_t", "medsam", "pico", "tiny", "tiny_t", None),
+    "stretch": BOOL, "image_size": whole(16, 2048), "patch": many(whole(8, 512), 3, 3),
     "crop_mm": nothing_or(many(number(0, 10_000, above=True), 2, 2)), "crop_size": nothing_or(many(whole(1, 8192), 2,
     2)),
     "resample": BOOL, "batch_size": whole(1, 4096), "seed": SEED, "rectangular": BOOL, "checkpointing": BOOL,
@@ -99,7 +98,7 @@ RUN: dict[str, Rule] = {
     "compute": lambda v: COMPUTE(v) and not (v.get("int8") and v.get("compile")),
     "store_size": nothing_or(whole(16, 1024)),
     "scan_mode": one("mean_logits", "mean_probabilities", "majority", "union", "channels", "neighbours"),
-    "input_scale": one("zscore", "unit", "sam"), "min_component_mm3": nothing_or(number(0, 1e9, above=True)),
+    "input_scale": one("zscore", "unit", "slice", "sam"), "min_component_mm3": nothing_or(number(0, 1e9, above=True)),
     "prompt": group({
         "source": one("label", "json", "mask", "image", "none"), "loosen": many(number(0, 10), 2, 2),
         "tight": number(0, 1), "shift": number(0, 0.5), "shrink": number(0, 0.5, below=True), "seed": SEED,
@@ -152,7 +151,8 @@ LORA = group({
     "name": one("lora"), "rank": whole(1, 1024), "alpha": nothing_or(number(0, 1e6, above=True)),
     "targets": many(one("q", "k", "v", "proj", "lin1", "lin2"), 1, 6), "blocks": nothing_or(many(whole(0, 255), 1,
     256)),
-    "dropout": number(0, 1, below=True), "rank_stabilised": BOOL, "decoder": one(True, False, "lora"),
+    "dropout": number(0, 1, below=True), "rank_stabilised": BOOL,
+    "decoder": one(True, False, "lora", "samed", "hierarchical"),
     "dora": BOOL, "last": nothing_or(number(0, 1, above=True))})  # fmt: skip
 LADDER = group({
     "name": one("ladder"), "side": nothing_or(group({"name": one("resnet"), "width": whole(1, 512)})),

@@ -38,7 +38,7 @@ from samseg_monai import networks
 from samseg_monai.data.slices import AllSlices, SliceDataset
 from samseg_monai.errors import CacheError, ConfigError, PromptError
 from samseg_monai.inferers import EMPTY_LOGIT, SliceVolumeInferer
-from samseg_monai.transforms import BoxFromPromptd, SimulatedPromptd
+from samseg_monai.transforms import BoxFromPromptd, SimulatedPromptd, resized_slices
 
 KEYS = ["image", "prompt"]
 
@@ -559,3 +559,23 @@ def test_labels_keep_metadata_and_need_more_than_one_channel(volumes):
             inferer(image, BoxNetwork(1), prompt=mask)
     nothing = inferer(image, BoxNetwork(3), prompt=torch.zeros_like(prompt))
     assert nothing.shape == (2, 1, 22, 30, 7) and not nothing.any()
+
+
+def test_stretched_slices_are_asked_as_squares_and_come_back_with_their_boxes():
+    """MedSAM's way: sides of 20 x 40 become 64 x 64, a box follows each axis, and so does the mask."""
+    seen = []
+
+    class BoxFilled(torch.nn.Module):
+        def forward(self, image, boxes):
+            seen.append((tuple(image.shape), boxes.clone()))
+            rows, columns = (torch.arange(n) + 0.5 for n in image.shape[-2:])
+            x0, y0, x1, y1 = boxes[0]
+            inside = ((rows > y0) & (rows < y1))[:, None] & ((columns > x0) & (columns < x1))
+            return 20.0 * inside[None, None] - 10.0
+
+    volume, prompt = torch.rand(1, 1, 20, 40, 1), torch.zeros(1, 1, 20, 40, 1)
+    prompt[:, :, 5:15, 10:30] = 1
+    inferer = SliceVolumeInferer(resized_slices(["image", "label", "prompt"], 64, stretch=True))
+    logits = inferer(volume, BoxFilled(), prompt=prompt)
+    assert seen[0][0] == (1, 1, 64, 64) and seen[0][1].tolist() == [[16, 16, 48, 48]]
+    assert torch.equal((logits > 0).float(), prompt)

@@ -209,6 +209,15 @@ def test_padding_follows_normalisation():
 
 
 @torch.no_grad()
+def test_a_slice_by_itself_is_brought_to_zero_to_one():
+    network, plain = tiny(input_scale="slice", scans=2), tiny(input_scale="unit", scans=2)
+    image, boxes = torch.randn(2, 2, 64, 48), torch.tensor([[3.0, 4, 40, 50], [1, 2, 20, 60]])
+    low, high = image.amin((2, 3), keepdim=True), image.amax((2, 3), keepdim=True)
+    torch.testing.assert_close(network(image, boxes), plain((image - low) / (high - low), boxes))
+    torch.testing.assert_close(network(7 * image + 3, boxes), network(image, boxes), atol=1e-4, rtol=0)
+    assert network(torch.zeros(1, 2, 64, 48), boxes[:1]).isfinite().all()
+
+
 def test_bf16_runs_the_encoder_only_and_stays_close(image, boxes):
     full, mixed = tiny(), tiny(autocast="bf16")
     logits = mixed(image, boxes)

@@ -1,13 +1,15 @@
 """Where SAM's weights are: explicit path, ``SAMSEG_WEIGHTS_DIR``, the user cache, and last a checked, resumed download.
 
 The official files are those of Kirillov et al. 2023 (arXiv:2304.02643), https://github.com/facebookresearch/segment-anything,
-of MobileSAM (Zhang et al. 2023, arXiv:2306.14289), https://github.com/ChaoningZhang/MobileSAM, and torchvision's
-ImageNet weights of ResNet18, whose file name holds the first 8 digits of the sha256. The whole sha256 are not published
-by the authors; they agree across independent public projects.
+of MobileSAM (Zhang et al. 2023, arXiv:2306.14289), https://github.com/ChaoningZhang/MobileSAM, of MedSAM (Ma et al.
+2024, https://doi.org/10.1038/s41467-024-44824-z), https://github.com/bowang-lab/MedSAM, and torchvision's ImageNet
+weights of ResNet18, whose file name holds the first 8 digits of the sha256. The whole sha256 are not published by the
+authors; they agree across independent public projects. Of MedSAM's file nothing but the md5 is public, that of Zenodo.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -41,13 +43,20 @@ class WeightsFile:
         name: file name, also in the cache and in ``SAMSEG_WEIGHTS_DIR``.
         url: where it is published.
         size: bytes, as far as known; the hash decides.
-        sha256: of its contents.
+        sha256: of its contents; "" where nobody has published it.
+        md5: of its contents, in place of that.
     """
 
     name: str
     url: str
     size: int
     sha256: str
+    md5: str = ""
+
+    @property
+    def hashed(self) -> tuple[str, str]:
+        """Which hash is known of it, and its value."""
+        return ("sha256", self.sha256) if self.sha256 else ("md5", self.md5)
 
 
 def _official(name: str, size: int, sha256: str) -> WeightsFile:
@@ -69,6 +78,13 @@ KNOWN: dict[str, WeightsFile] = {
         "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
         40_728_226,
         "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+    ),
+    "medsam": WeightsFile(
+        "medsam_vit_b.pth",
+        "https://zenodo.org/records/10689643/files/medsam_vit_b.pth",
+        375_049_145,
+        "",
+        "3bb6db55bd0c9ca30b61248bca72f8d6",
     ),
     "resnet18": WeightsFile(
         "resnet18-f37072fd.pth",
@@ -97,14 +113,14 @@ def find_weights(
     """Path of the weights of a network; downloads the official file only when it is nowhere on this machine.
 
     Args:
-        variant: ``"vit_b"``, ``"vit_l"``, ``"vit_h"``, ``"vit_t"``, ``"resnet18"`` (official files), ``"pico"``
-            (packaged), ``"tiny"`` (none).
+        variant: ``"vit_b"``, ``"vit_l"``, ``"vit_h"``, ``"vit_t"``, ``"medsam"``, ``"resnet18"`` (official files),
+            ``"pico"`` (packaged), ``"tiny"`` (none).
         checkpoint: file to use instead, or a folder that holds the official file; ``"random"`` asks for a random start
             and is handed back as ``Path("random")``, which :func:`load_sam_weights` understands.
         download: False never touches the network.
         key: name of the setting that ``checkpoint`` comes from, for messages.
 
-    Raises: WeightsError if ``checkpoint`` does not exist, if a file of the official name has another sha256, or if the
+    Raises: WeightsError if ``checkpoint`` does not exist, if a file of the official name has another hash, or if the
         file is absent and cannot be downloaded; the text then has URL, name, hash and the three ways to provide it.
     """
     if checkpoint is not None:
@@ -163,11 +179,12 @@ def _explicit(variant: str, checkpoint: str | Path, key: str) -> Path:
 
 def _checked(path: Path, file: WeightsFile, key: str) -> Path:
     """A file that carries an official name must be the official file; this one may be cut, old or a copy of another."""
-    got = sha256_of(path)
-    if got != file.sha256:
+    kind, wanted = file.hashed
+    got = sha256_of(path) if kind == "sha256" else hashlib.new(kind, path.read_bytes()).hexdigest()
+    if got != wanted:
         size = path.stat().st_size
         raise WeightsError(
-            f"{path} is not the official {file.name}: sha256 {got} ({size:,} bytes), expected {file.sha256} "
+            f"{path} is not the official {file.name}: {kind} {got} ({size:,} bytes), expected {wanted} "
             f"({file.size:,} bytes). Delete it or copy it again from {file.url}; "
             f"to use a file of your own, name it in {key}"
         )
@@ -182,7 +199,7 @@ def _download(variant: str, file: WeightsFile, folders: list[Path], key: str) ->
         with FileLock(folder / f"{file.name}.lock"):
             downloader = ResumingDownloader(folder / f"{file.name}.part")
             path = pooch.retrieve(
-                file.url, known_hash=f"sha256:{file.sha256}", fname=file.name, path=folder, downloader=downloader
+                file.url, known_hash=":".join(file.hashed), fname=file.name, path=folder, downloader=downloader
             )
     except (requests.RequestException, OSError, ValueError) as error:  # ValueError is pooch's word for a wrong hash
         raise WeightsError(_absent(variant, file, folders, f"the download failed: {error}", key)) from error
@@ -196,7 +213,7 @@ def _absent(variant: str, file: WeightsFile, folders: list[Path], reason: str, k
         f"The weights of {variant!r} are not on this machine and {reason}\n"
         f"  file:      {file.name} ({file.size:,} bytes)\n"
         f"  URL:       {file.url}\n"
-        f"  sha256:    {file.sha256}\n"
+        f"  {file.hashed[0] + ':':<10} {file.hashed[1]}\n"
         f"  looked in: {looked}\n"
         "Provide it in one of three ways:\n"
         f"  1. set {key} to the path of the file, or to {RANDOM!r} for a random start on purpose\n"

@@ -322,5 +322,6 @@ def looks_like(state: State, network: State) -> str:
     if _VIT not in state or (_VIT in network and network[_VIT].shape[:1] == state[_VIT].shape[:1]):
         return ""
     width = state[_VIT].shape[0] if state[_VIT].ndim else 0
-    likely = [name for name, spec in SPECS.items() if getattr(spec, "embed_dim", None) == width]
+    # MedSAM's is one of vit_b's
+    likely = [name for name, spec in SPECS.items() if getattr(spec, "embed_dim", None) == width and name != "medsam"]
     return f"sam_variant {' or '.join(map(repr, likely))}" if likely else ""
