@@ -94,13 +94,15 @@ def scan_differences(card: Mapping[str, Any], network: Any) -> list[str]:
 
 def _each_alone(facts: Mapping[str, Any]) -> bool:
     """Whether each scan goes through the network by itself."""
-    return facts.get("scan_mode") in TOGETHER
+    return isinstance(mode := facts.get("scan_mode"), str) and mode in TOGETHER
 
 
 def _among(card: Mapping[str, Any], network: Any) -> bool:
     """Whether a network's scans are some of those that an adapter was trained on."""
-    ours = getattr(network, "scan_names", None) or ()
-    return bool(ours) and set(ours) <= set(card.get("scan_names") or ())
+    ours, theirs, count = getattr(network, "scan_names", None), card.get("scan_names"), card.get("scans")
+    if not ours or not theirs or not _texts(theirs) or type(count) is not int or count != len(theirs):
+        return False
+    return set(ours) <= set(theirs)
 
 
 def _flat(facts: Mapping[str, Any], ignored: tuple[str, ...]) -> dict[str, Any]:

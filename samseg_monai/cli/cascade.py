@@ -52,6 +52,7 @@ def predicted_prompts(
         first.check()
         values = _values(first, then, classes or ())
         own = {key: value for key, value in overrides.items() if key.partition("::")[0] in first.parser().get()}
+        own.pop("prompt::propagate", None)  # the second's alone
         own |= {"output_dir": place, "predictions_dir": place, "pictures": False}
         own |= {"label_values": NOTHING} if then.settings and then.settings.task.kind == "images" else {}
         own |= {} if min_mm3 is None else {"min_component_mm3": min_mm3}

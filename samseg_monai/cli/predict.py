@@ -68,7 +68,7 @@ def predict(
     no_resample: NoResample = False,
     scan: Scans = None,
     name_by: NameBy = None,
-    sam_checkpoint: Annotated[str | None, typer.Option(help="base weights, if the bundle holds none")] = None,
+    sam_checkpoint: BaseWeights = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")] = None,
     int8: Int8 = False,
     allow_modality: Modality = False,
@@ -80,16 +80,14 @@ def predict(
 
     A bundle for 2-D images writes a PNG of the image's size for each. Beside each result lies <case>_overlay.png, a
     picture with outlines and boxes, and predictions.csv has a row per case: mL, slices, prompt, seconds, warnings.
-
     Of the bundle its settings and its weights are read; its own JSON is not run, unless --trust says so.
 
     DICOM may lie in folders of any depth: series are told apart by their tags, and mapped to the bundle's scans by
     their descriptions, where these leave no doubt, or by --scan. Series that are no scan are passed over by name.
 
-    Prompts of a bundle that takes boxes: --boxes, --prompts, --prompts-from, or --whole-slice. Cases whose in-plane
-    spacing is not one that the bundle was trained on are resampled to it, and the masks come back on the images' own
-    grids. Bad cases are named and left out; the exit code is then 1. An image that is not of the bundle's modality is
-    bad, too (by DICOM, or by values: a CT has Hounsfield units), unless --allow-modality says that it is right.
+    Prompts of a bundle that takes boxes: --boxes, --prompts, --prompts-from, --whole-slice. Cases of another in-plane
+    spacing than it was trained on are resampled to it, and the masks come back on the images' own grids. Bad cases are
+    left out by name, with exit code 1; so are images of another modality, unless --allow-modality.
     """
     asked = {"--boxes": boxes, "--prompts": prompts, "--prompts-from": prompts_from}
     check_places("predict", {"BUNDLE": bundle, "--input": input, **asked})
@@ -103,8 +101,8 @@ def predict(
     overrides: dict[str, Any] = {key: value for key, value in how.items() if value is not None}
     with nullcontext() if verbose else briefly(), open_bundle(bundle, trust=trust) as opened, ExitStack() as stack:
         opened.check()
+        overrides |= {"prompt::propagate": propagate} if propagate else {}
         typer.echo(f"{opened.name}: {input} -> {output}")
-        carried = {"prompt::propagate": propagate} if propagate else {}
         prompted = _prompt_overrides(opened, given, sources)
         overrides |= _off(opened, resample=no_resample, pictures=no_pictures)
         overrides |= _series_overrides(opened, scan or [], name_by) | (opened.int8() if int8 else {})
@@ -113,7 +111,7 @@ def predict(
             prompted = stack.enter_context(first)
         if opened.checkpoint is not None:  # the folder of predictions is no place to look for an adapter
             overrides["checkpoint"] = str(opened.checkpoint)
-        overrides |= prompted | carried | {key: os.path.abspath(output) for key in ("output_dir", "predictions_dir")}
+        overrides |= prompted | {key: os.path.abspath(output) for key in ("output_dir", "predictions_dir")}
         run_workflow([opened.config("inference")], overrides, echo=False, logs=verbose)
     typer.echo(f"segmentations: {overrides['predictions_dir']}")
 
