@@ -104,7 +104,7 @@ def test_every_task_builds_with_every_strategy(tmp_path):
     tasks, strategies = bundles.recipe_names("tasks"), bundles.recipe_names("strategies")
     pairs = [(t, s) for t in tasks for s in strategies if fits(t, s)]
     built = [bundles.build_bundle(t, s, tmp_path) for t, s in pairs]
-    assert {"meningioma", "brain_tumour_t1c"} == {t for t, s in pairs if s == "ellipse"}
+    assert {"meningioma", "brain_tumour_t1c"} <= {t for t, s in pairs if s == "ellipse"}
     assert len(built) == len(pairs) >= 4 * 21 - 2
     assert all((b / "configs" / "inference.json").is_file() for b in built)
 
