@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -249,6 +250,12 @@ class Prompt(Model):
 
     source: Literal["label", "json", "mask", "image", "none"] = "label"
     """Simulated from the label; drawn by a person; a coarse mask; the whole slice; no prompts."""
+    kind: Literal["box", "points", "both"] = "box"
+    """A box, clicks (points), or a box with clicks; clicks are for 2-D images and SAM."""
+    inside: Annotated[int, Field(ge=1, le=100)] = 1
+    """Simulated clicks inside of an object: the first in its depth, the others anywhere."""
+    outside: Annotated[int, Field(ge=0, le=100)] = 0
+    """Simulated clicks near an object, outside of all."""
     loosen: Annotated[list[Annotated[float, Field(ge=0, le=10)]], Two] = [0.0, 0.0]
     """Least and largest outward shift of each side of a simulated box, as a fraction of the box."""
     tight: Fraction = 0.0
@@ -273,6 +280,23 @@ class Prompt(Model):
         None
     )
     """Values of a coarse mask that are prompts (volumes); null: all above 0."""
+
+
+def misfits_of_clicks(prompt: Prompt, method: Any, *, sam: bool, images: bool) -> Iterator[str]:
+    """What cannot be had with clicks, of a strategy with this ``method``."""
+    key, kind = "run::prompt::kind", prompt.kind
+    if kind == "box":
+        return
+    if not sam or method.name == "ladder":
+        yield f"{key}: got {kind!r}, but {'a ladder' if sam else 'a network without SAM'} takes no clicks; use 'box'"
+    if not images:
+        yield f"{key}: got {kind!r}, but clicks are for 2-D images; volumes take 'box'"
+    if prompt.source not in ("label", "json"):
+        yield f"{key}: got {kind!r}, but the source {prompt.source!r} gives no clicks; use 'label' or 'json', or 'box'"
+    if "sam.prompt_encoder" not in getattr(method, "frozen", ["sam.prompt_encoder"]) and any(
+        pattern == "sam" or pattern.startswith(("<", "*", "sam.prompt")) for pattern in method.patterns
+    ):
+        yield f"{key}: got {kind!r}, but SAM's prompt encoder is trained for boxes; freeze it (strategy::frozen)"
 
 
 class Intensity(Model):

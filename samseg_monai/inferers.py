@@ -26,6 +26,7 @@ from samseg_monai.errors import ConfigError, PromptError, raise_all
 from samseg_monai.files import unwrap
 from samseg_monai.networks import EMPTY_LOGIT
 from samseg_monai.transforms import BoxFromPromptd, SplineResized, boxes_of, clip_boxes, move_boxes
+from samseg_monai.transforms.points import prompted
 from samseg_monai.transforms.requested import carried_prompt
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,9 @@ class SliceVolumeInferer(Inferer):
     bilinearly. Slices without a box are not run: their logits are -20 (and 20 for the background, which is channel 0 of
     several).
 
-    A 2-D image, a volume of one slice, takes ``boxes`` instead of a prompt volume: floats that follow the slice's
-    affine through ``slice_transforms`` and are never rounded. Programs that pass neither have the prompt in the
-    metadata of the image (``transforms.CarriedPromptd``).
+    A 2-D image, a volume of one slice, takes ``boxes`` instead of a prompt volume, with clicks as of
+    ``transforms.points`` or without: floats that follow the slice's affine and are never rounded. Programs that pass
+    neither have the prompt in the metadata of the image (``transforms.CarriedPromptd``).
 
     A network whose ``depth`` is D > 1 sees slabs of D neighbouring slices: whole ones from the first slice on, of which
     the last is moved inward to end with the volume (what it predicts once more is left out), and in a volume of fewer
@@ -186,7 +187,7 @@ class SliceVolumeInferer(Inferer):
         if prompt is None:
             wanted = list(range(depth))
         elif prompt.ndim == 2:
-            wanted = [] if prompt.isnan().any(dim=1).all() else [0]
+            wanted = [0] if prompted(prompt).any() else []
         else:
             wanted = (prompt > 0).flatten(0, 2).any(dim=0).cpu().nonzero()[:, 0].tolist()
         wanted = wanted if only is None else [z for z in wanted if only[z]]
@@ -469,10 +470,10 @@ def _in_words(stops: list[Stop], inputs: torch.Tensor, number: int) -> str:
 
 
 def _checked_boxes(boxes: torch.Tensor, prompt: torch.Tensor | None, images: torch.Tensor) -> torch.Tensor:
-    """Boxes (B, N, 4) that fit ``images`` (B, S, H, W, D); PromptError says why others do not."""
+    """Boxes (B, N, 4 ...) that fit ``images`` (B, S, H, W, D); PromptError says why others do not."""
     if prompt is not None or images.shape[-1] != 1:
         raise PromptError(f"boxes go with images of one slice and no prompt volume, got {images.shape[-1]} slices")
-    if boxes.ndim != 3 or len(boxes) != len(images) or boxes.shape[-1] != 4:
+    if boxes.ndim != 3 or len(boxes) != len(images) or boxes.shape[-1] < 4 or boxes.shape[-1] % 3 != 1:
         raise PromptError(f"boxes must have shape ({len(images)}, N, 4) to fit the image, got {tuple(boxes.shape)}")
     return boxes.as_subclass(torch.Tensor)
 

@@ -13,6 +13,7 @@ PLACES = {
     "parallel": "beside the MLP",
     "both": "behind the attention and beside the MLP",
 }
+_PROMPTS = {"box": ("box", "Boxes"), "points": ("click", "Clicks"), "both": ("box and click", "Boxes with clicks")}
 NEIGHBOURS = ("slice before", "slice", "slice behind")
 SCALES = {"zscore": "z-scores", "unit": "0 to 1", "slice": "0 to 1 within each slice", "sam": "0 to 255"}
 
@@ -35,7 +36,8 @@ def words(settings: BundleSettings) -> dict[str, Any]:
         pred = f"one channel: logit of {task.classes[0]} (more than 0 is {task.classes[0]}); {form}"
     return {
         "prompted": prompted,
-        "how": "with box prompts" if prompted else "without prompts",
+        "how": f"with {_PROMPTS[run.prompt.kind][0]} prompts" if prompted else "without prompts",
+        "prompts": _PROMPTS[run.prompt.kind][1],
         "said": _method(settings),
         "facts": {
             "image": _image(settings, shown),

@@ -30,6 +30,7 @@ class Source:
         transforms: JSON of the transforms between file and network, with the bundle's values in place.
         intended_use: as the bundle states it.
         loaded: one line saying which files the weights came from.
+        kind: of the prompts that it was trained with: box, points, both.
     """
 
     network: Network
@@ -41,6 +42,7 @@ class Source:
     transforms: list[dict[str, Any]] = field(default_factory=list)
     intended_use: str | None = None
     loaded: str = ""
+    kind: str = "box"
 
     @property
     def warning(self) -> str | None:
@@ -85,6 +87,7 @@ def read_source(path: str | Path, *, sam_checkpoint: str | None = None, trust: b
             scans=tuple(config.get("scans", ())),
             transforms=[t for key in TRANSFORMS for t in _described(parser, key, config.get(key))],
             intended_use=uses,
+            kind="box" if opened.settings is None else opened.settings.run.prompt.kind,
             loaded=loaded.replace(f"{opened.root}/", f"{path}: "),
         )
 

@@ -99,6 +99,8 @@ def export_network(source: Source, fmt: str, output: str | Path, *, size: tuple[
     if fmt not in FORMATS:
         raise ConfigError(f"format: got {fmt!r}; choose one of {', '.join(FORMATS)}")
     refuse(source.network, fmt)
+    if source.kind != "box" and fmt in ("torch", "onnx"):
+        raise BundleError(f"format {fmt} has no input for clicks (prompt::kind {source.kind}); possible: pth, peft")
     if fmt not in ("torch", "onnx") and size is not None:
         what = "the official layout" if fmt == "pth" else f"the layout of {fmt}"
         raise ConfigError(f"size: got {size}, but {what} has none; leave it out")

@@ -40,8 +40,8 @@ class PredictionTable:
     - ``case``; for each class ``<class>_ml``, of 2-D images ``<class>_px`` and, where the size of pixels is known,
       ``<class>_mm2``;
     - of volumes ``slices`` with anything found, as the network cuts them, and ``prompted_slices``;
-    - ``prompt``: boxes or mask (and by which bundle), whole slice or none; ``spacing_mm`` along the axes of the file;
-      ``resampled``: whether the case was brought to the spacing that was trained on;
+    - ``prompt``: boxes, clicks, both, or mask (and by which bundle), whole slice or none; ``spacing_mm`` along the axes
+      of the file; ``resampled``: whether the case was brought to the spacing that was trained on;
     - ``precision`` that SAM's image encoder computed in: float32, tf32, bf16, int8;
     - ``seconds`` from reading the case to its files; ``warnings``, as they were told; ``problem``.
 
@@ -108,6 +108,13 @@ class PredictionTable:
         row = self.rows[case] if bad is None else {"case": case, "problem": scrub(bad)}
         return {**row, "warnings": "; ".join(scrub(note) for note in self.cases.notes.get(case, ()))}
 
+    def _kind(self, item: Mapping[str, Any]) -> str:
+        """What the case was prompted by; of a file of boxes and clicks what it holds of the case."""
+        rows = item.get("boxes")
+        if self.prompt != PROMPTS["json"] or not isinstance(rows, torch.Tensor) or rows.shape[-1] == 4:
+            return self.prompt
+        return "clicks" if bool(rows[..., :4].isnan().all()) else "boxes and clicks"
+
     def _start(self, engine: Any) -> None:
         self.rows, self.cases.watch = {}, self.write
         good, bad = len(self.cases.good), len(self.cases.bad)
@@ -133,7 +140,7 @@ class PredictionTable:
                     logger.warning("%s: nothing was found", case)
             self.cases.note(case, notes)
             seconds = time.perf_counter() - self._began
-            self.rows[case] = {**found["row"], "case": case, "prompt": self.prompt, "seconds": round(seconds, 2)}
+            self.rows[case] = {**found["row"], "case": case, "prompt": self._kind(item), "seconds": round(seconds, 2)}
             self.rows[case]["precision"] = self.precision or ""
             where = f"{engine.state.iteration} of {engine.state.epoch_length}"
             PROGRESS.info("%s: %s: %s, %.1f s", where, case, found["words"], seconds)

@@ -33,6 +33,7 @@ from samseg_monai.metrics.engine import ignored_in, of_all_ranks
 from samseg_monai.training import OnLogitGrid, SegmentationLoss
 from samseg_monai.training.owned import owned_state
 from samseg_monai.transforms.grids import foreground
+from samseg_monai.transforms.points import prompted
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ class ValidationLoss:
             if prompt is not None:
                 wanted |= (_bare(prompt)[index] > 0).flatten(0, 2).any(0).cpu()
             if isinstance(boxes, Tensor) and len(wanted) == 1:
-                wanted |= bool((~_bare(boxes)[index].reshape(-1, 4).isnan().any(-1)).any())
+                wanted |= bool(prompted(_bare(boxes)[index]).any())
             if isinstance(picked := batch.get("slices"), Tensor):
                 wanted &= picked[index].cpu()
             slices = wanted.nonzero()[:, 0].tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from samseg_monai.errors import ConfigError, in_turn, raise_all
 from samseg_monai.networks.scans import TOGETHER
+from samseg_monai.transforms.points import prompted
 
 if TYPE_CHECKING:
     from samseg_monai.networks.plain import PlainSegmenter
@@ -84,8 +85,10 @@ def plain_inputs(
     if network.prompt == "none":
         how = "boxes='channel', 'crop' or 'given'" if hasattr(network, "boxes") else "'box'"
         raise ConfigError(f"boxes: got some, but this network was built with prompt='none'; build it with {how}")
-    if boxes.ndim not in (2, 3) or len(boxes) != len(image) or boxes.shape[-1] != 4:
-        raise ConfigError(f"boxes: got shape {tuple(boxes.shape)}, expected (B, 4) or (B, N, 4) with B={len(image)}")
+    clicked = boxes.shape[-1] > 4 and boxes.shape[-1] % 3 == 1 and hasattr(network, "sam")
+    if boxes.ndim not in (2, 3) or len(boxes) != len(image) or not (clicked or boxes.shape[-1] == 4):
+        wanted = "(B, 4) or (B, N, 4)" + (", or 4 + 3 P with P clicks," if hasattr(network, "sam") else "")
+        raise ConfigError(f"boxes: got shape {tuple(boxes.shape)}, expected {wanted} with B={len(image)}")
     return image, boxes.as_subclass(Tensor).float()
 
 
@@ -155,12 +158,12 @@ def where_boxes_are(
     """Logits (B, C, H, W) of images (B, S, H, W), those without a box empty.
 
     Args:
-        boxes: (B, 4) or (B, N, 4); a row with NaN is no box.
-        segment: numbers of n images (or the slice of all), their boxes (n, N, 4) and which are given (n, N), some for
+        boxes: (B, 4) or (B, N, 4), or with clicks as of ``transforms.points``; a row with neither is no prompt.
+        segment: numbers of n images (or the slice of all), their boxes (n, N, ...) and which are given (n, N), some for
             each, on the CPU, to n (C, H, W).
     """
     boxes = boxes[:, None] if boxes.ndim == 2 else boxes
-    given = (~boxes.isnan().any(-1)).cpu()  # the one question here for which a GPU has to finish what it does
+    given = prompted(boxes).cpu()  # the one question here for which a GPU has to finish what it does
     seen: Any = given.any(1).nonzero()[:, 0].tolist()
     if seen and len(seen) == len(image):
         return torch.stack(list(segment(slice(None), boxes, given)))
@@ -173,6 +176,26 @@ def where_boxes_are(
     for index, logits in zip(seen, segment(seen, boxes[seen], given[seen]), strict=True):
         result[index] = logits
     return torch.stack(result)
+
+
+Clicks = tuple[Tensor, Tensor]
+
+
+def prompt_groups(rows: Tensor) -> Iterator[tuple[list[int], Tensor | None, Clicks | None]]:
+    """Prompts (R, 4 + 3 P) as SAM takes them: those with a box or without, and of equally many clicks, together.
+
+    SAM does not mask what fills up a row of prompts, so that it would change the result.
+
+    Yields: the rows' numbers, their boxes (r, 4) or None, and the clicks as places (r, p, 2), in pixels counted from
+        the middle of the first one, and labels (r, p), or None.
+    """
+    clicks = rows[:, 4:].unflatten(1, (-1, 3))
+    there = ~clicks.isnan().any(2)
+    kinds = list(zip((~rows[:, :4].isnan().any(1)).tolist(), there.sum(1).tolist(), strict=True))
+    for boxed, count in dict.fromkeys(kinds):
+        index = [number for number, kind in enumerate(kinds) if kind == (boxed, count)]
+        own = clicks[index][there[index]].unflatten(0, (len(index), count)) if count else None
+        yield index, rows[index, :4] if boxed else None, None if own is None else (own[..., :2] - 0.5, own[..., 2])
 
 
 def join_boxes(logits: Tensor, counts: Sequence[int], num_classes: int) -> list[Tensor]:

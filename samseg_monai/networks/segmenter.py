@@ -17,6 +17,7 @@ from samseg_monai.errors import AdapterError, ConfigError, raise_all
 from samseg_monai.files import unwrap
 from samseg_monai.networks.common import (
     UNSCRIPTED,
+    Clicks,
     best_mask,
     check_embedding,
     check_new_masks,
@@ -24,6 +25,7 @@ from samseg_monai.networks.common import (
     join_boxes,
     named_scans,
     plain_inputs,
+    prompt_groups,
     tensors_hash,
     versions_of,
     where_boxes_are,
@@ -225,7 +227,8 @@ class SamSegmenter(Segmenter):
         Args:
             image: (B, S, H, W) with H, W <= image_size, intensities as ``input_scale`` says. Where ``depth`` is D > 1,
                 B is a multiple of D, and each D images in a row are neighbouring slices of a volume, a slab.
-            boxes: (B, 4) or (B, N, 4) as x0 y0 x1 y1 in pixels of ``image``, x along W; a row with NaN is no box.
+            boxes: (B, 4) or (B, N, 4) as x0 y0 x1 y1 in pixels of ``image``, x along W; a row with NaN is no box. With
+                P clicks (B, N, 4 + 3 P), behind each box, which may be NaN: x, y and 1 (inside) or 0 (outside), or NaN.
             embedding: (B * S, C, gh, gw) or (B, S, C, gh, gw) of an earlier pass through the encoder (1 for S when the
                 scans are channels), which is then not run.
         Returns:
@@ -300,16 +303,28 @@ class SamSegmenter(Segmenter):
             return self.side(prepared, embedding, taps).float()
 
     def decode(self, embedding: Tensor, boxes: Tensor | None) -> list[Tensor]:
-        """Embeddings (R * V, C, gh, gw), and boxes (R, 4) if any, to logits (R, K, 4 gh, 4 gw), float32, over V views.
+        """Embeddings (R * V, C, gh, gw), boxes (R, 4 ...) if any, to logits (R, K, 4 gh, 4 gw), float32, over V views.
 
         A second decoder adds its own, (R, K, 16 gh, 16 gw). They have the wanted precision, whatever that of the
         surroundings is.
         """
+        if boxes is None or boxes.shape[-1] == 4:
+            return self._decode(embedding, boxes)
+        groups = list(prompt_groups(boxes.float()))
+        own = embedding.unflatten(0, (-1, self.views))
+        maps = [self._decode(own[index].flatten(0, 1), box, clicks) for index, box, clicks in groups]
+        order = torch.tensor([number for index, *_ in groups for number in index], device=own.device).argsort()
+        return [torch.cat(each)[order] for each in zip(*maps, strict=True)]
+
+    def _decode(self, embedding: Tensor, boxes: Tensor | None, clicks: Clicks | None = None) -> list[Tensor]:
+        """``decode`` of rows that all have a box, or none of them, and equally many clicks."""
         boxes = None if boxes is None else boxes.float().repeat_interleave(self.views, 0)
-        multimask = self.masks == "best" if self.num_classes == 1 else None
+        prompts: dict[str, Any] = {"boxes": boxes, "multimask": self.masks == "best" if self.num_classes == 1 else None}
+        if clicks is not None:
+            prompts["points"] = tuple(each.repeat_interleave(self.views, 0) for each in clicks)
         with torch.autocast(embedding.device.type, dtype=torch.bfloat16, enabled=self.autocast == "bf16_all"):
-            low, quality, *more = self.sam.decode(embedding, boxes=boxes, multimask=multimask, second=self.second)
-        low = best_mask(low, quality, self.views) if multimask else low
+            low, quality, *more = self.sam.decode(embedding, second=self.second, **prompts)
+        low = best_mask(low, quality, self.views) if prompts["multimask"] else low
         return [combined(maps.float().unflatten(0, (-1, self.views)), self.scan_mode) for maps in (low, *more)]
 
     def enlarge(self, maps: Sequence[Tensor]) -> Tensor:

@@ -317,7 +317,7 @@ def _kept(marked: np.ndarray, most: int) -> list[int]:
 def _boxes(item: Mapping[str, Any], runs: Sequence[RunResult], kept: Sequence[int]) -> list[list[list[float]]]:
     """Boxes in each of the slices: the item's own, else those saved beside a prediction."""
     if item.get("boxes"):
-        return [[list(box) for box in item["boxes"]] for _ in kept]
+        return [[list(box[:4]) for box in item["boxes"] if box[0] == box[0]] for _ in kept]  # NaN: clicks alone
     paths = [folder / "predictions" / f"{item['case']}_prompt.nii.gz" for run in runs for folder in run.folders]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:

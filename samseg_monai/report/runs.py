@@ -75,6 +75,7 @@ MET = {"training": "were trained on", "validation": "chose the epoch (validation
 # By source, the settings that decide where boxes lie; what only a law of drawing uses says nothing of given boxes.
 _BOXES_GIVEN = ("shrink", "per_component", "mask_values", "propagate")
 _BOXES = {"label": ("loosen", "tight", "shift", "shrink", "per_component", "propagate"), "none": ()}
+_CLICKS = ("kind", "inside", "outside")
 _NAMED = 5  # cases in a line
 
 
@@ -105,7 +106,10 @@ def prompt_text(
         boxes_sha256: of the file of boxes, or of the masks; two files of one name are two sources.
         made_by: bundle that has predicted the masks.
     """
-    text = PROMPTS.get(source, source)
+    text, clicked = PROMPTS.get(source, source), settings.get("kind", "box") != "box" and source in ("label", "json")
+    if clicked:
+        text = text.replace("boxes", "clicks" if settings["kind"] == "points" else "boxes and clicks", 1)
+        text += f", {settings.get('inside')} inside and {settings.get('outside')} outside" if source == "label" else ""
     if source == "json" and settings.get("boxes"):
         text += f" ({settings['boxes']}{f', file {boxes_sha256[:8]}' if boxes_sha256 else ''})"
     if source == "mask" and (made_by or boxes_sha256):
@@ -372,8 +376,10 @@ class RunResult:
         settings = {"loosen": self.fact("prompt_loosen"), **settings}
         carried = [key for key in settings if key.startswith("carried_") and settings.get("propagate")]
         found = {key: settings.get(key) for key in (*_BOXES.get(str(source), _BOXES_GIVEN), *carried)}
+        if settings.get("kind", "box") != "box" and source in ("label", "json"):
+            found |= {key: settings.get(key) for key in (_CLICKS if source == "label" else _CLICKS[:1])}
         found = {key: value for key, value in found.items() if (any(value) if isinstance(value, list) else value)}
-        if any(key in found for key in ("loosen", "tight", "shift")):
+        if any(key in found for key in ("loosen", "tight", "shift", "inside")):
             found["seed"] = settings.get("seed", 0)
         if source in ("json", "mask"):
             found["file"] = self.fact("boxes_sha256") or settings.get("boxes")

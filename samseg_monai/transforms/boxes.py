@@ -50,12 +50,13 @@ def boxes_of(prompt: torch.Tensor, *, per_component: bool = False, max_boxes: in
 
 
 def move_boxes(boxes: torch.Tensor, before: Any, after: Any) -> torch.Tensor:
-    """Boxes on one grid as boxes on another grid over the same picture.
+    """Boxes and clicks on one grid as those on another grid over the same picture.
 
     Args:
-        boxes: (N, 4) in pixel edges of the grid whose affine is ``before``; rows with NaN stay NaN.
+        boxes: (N, 4), with P clicks (N, 4 + 3 P) as of ``points``, in pixel edges of the grid whose affine is
+            ``before``; NaN stays NaN.
         before, after: affines (4, 4) from indices (i along H, j along W, k) to a common space.
-    Returns: float32 (N, 4) in pixel edges of the grid of ``after``; not clipped.
+    Returns: float32, as ``boxes``, in pixel edges of the grid of ``after``; not clipped.
     Raises: PromptError if the two grids are turned by other than right angles.
     """
     source, target = (np.asarray(torch.as_tensor(a).cpu(), dtype=np.float64) for a in (before, after))
@@ -63,22 +64,26 @@ def move_boxes(boxes: torch.Tensor, before: Any, after: Any) -> torch.Tensor:
     plane = np.abs(matrix[:2, :2])
     if plane.min(axis=0).max() > _PARALLEL * plane.max():
         raise PromptError(f"boxes cannot follow a rotation other than by right angles, got {matrix[:2, :2].tolist()}")
-    x0, y0, x1, y1 = np.asarray(boxes.detach().cpu(), dtype=np.float64).T
-    moved = []
-    for y, x in ((y0, x0), (y1, x1)):
+    rows = np.array(boxes.detach().cpu(), dtype=np.float64)
+
+    def moved(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         index = np.stack([y - 0.5, x - 0.5, np.zeros_like(x), np.ones_like(x)])
-        moved.append((matrix @ index)[:2] + 0.5)
-    low, high = np.minimum(*moved), np.maximum(*moved)
-    return torch.from_numpy(np.stack([low[1], low[0], high[1], high[0]], axis=1).astype(np.float32))
+        return (matrix @ index)[1::-1] + 0.5  # x and y
+
+    ends = moved(*rows[:, :2].T), moved(*rows[:, 2:4].T)
+    rows[:, :4] = np.concatenate([np.minimum(*ends), np.maximum(*ends)]).T
+    for k in range(4, rows.shape[1], 3):
+        rows[:, k : k + 2] = moved(*rows[:, k : k + 2].T).T
+    return torch.from_numpy(rows.astype(np.float32))
 
 
 def clip_boxes(boxes: torch.Tensor, size: tuple[int, int], case: str = "unnamed case") -> torch.Tensor:
-    """Boxes cut off at the border of an image of ``size`` (H, W).
+    """Boxes cut off at the border of an image of ``size`` (H, W); their clicks, if there are any, lie within it.
 
-    Raises: PromptError naming the case and every box of which nothing is left.
+    Raises: PromptError naming the case, every box of which nothing is left, and every click outside.
     """
     height, width = size
-    high = boxes.new_tensor([width, height, width, height])
+    high = boxes.new_tensor([width, height, width, height] + [width, height, 1] * ((boxes.shape[1] - 4) // 3))
     clipped = torch.minimum(boxes.clamp(min=0), high)  # NaN stays NaN in both
     lost = (clipped[:, 2] - clipped[:, 0] <= _DUST) | (clipped[:, 3] - clipped[:, 1] <= _DUST)
     problems = [
@@ -86,15 +91,21 @@ def clip_boxes(boxes: torch.Tensor, size: tuple[int, int], case: str = "unnamed 
         "that the network is given, after crops"
         for n in lost.nonzero()[:, 0].tolist()
     ]
+    off = ((clipped - boxes).abs() > _DUST)[:, 4:]
+    problems += [
+        f"a click of prompt {n} lies outside: {[round(v, 2) for v in boxes[n, 4:].tolist()]} as x, y, 1 (inside) or 0 "
+        "of each click, in pixels of the image that the network is given, after crops"
+        for n in off.any(1).nonzero()[:, 0].tolist()
+    ]
     raise_all(problems, PromptError, f"{case}: nothing is left of boxes in an image of {width} x {height} pixels")
     return clipped
 
 
 def inscribed(boxes: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Float32 (H, W), 1 where a pixel's centre is in the ellipse inscribed in one of the boxes (N, 4), else 0."""
+    """Float32 (H, W), 1 where a pixel's centre is in the ellipse inscribed in one of the boxes (N, 4 ...), else 0."""
     y = torch.arange(size[0])[:, None] + 0.5
     x = torch.arange(size[1])[None, :] + 0.5
     inside = torch.zeros(tuple(size), dtype=torch.bool)
-    for x0, y0, x1, y1 in boxes.cpu().tolist():  # NaN, no box, compares false everywhere
+    for x0, y0, x1, y1 in boxes[:, :4].cpu().tolist():  # NaN, no box, compares false everywhere
         inside |= ((2 * x - x0 - x1) / (x1 - x0)) ** 2 + ((2 * y - y0 - y1) / (y1 - y0)) ** 2 <= 1
     return inside.to(torch.float32)

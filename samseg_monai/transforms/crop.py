@@ -17,6 +17,7 @@ from monai.utils import TraceKeys
 from samseg_monai.data import CUT
 from samseg_monai.errors import PromptError
 from samseg_monai.transforms.grids import foreground, name_of, on_grid_of, refuse_huge
+from samseg_monai.transforms.points import prompted
 from samseg_monai.transforms.prompts import WHOLE, boxes_on_image
 
 logger = logging.getLogger(__name__)
@@ -146,10 +147,12 @@ def _extent(d: Mapping[Hashable, Any], key: str) -> np.ndarray | None:
     """First and last plus one of what is marked, along both axes (2, 2); None where nothing is."""
     if key == "boxes":
         boxes = boxes_on_image(d) if isinstance(d["boxes"], (list, tuple)) else None
-        if boxes is None:
+        if boxes is None or not prompted(boxes).any():
             return None
-        x0, y0, x1, y1 = boxes.numpy().T
-        return np.array([[np.floor(y0.min()), np.floor(x0.min())], [np.ceil(y1.max()), np.ceil(x1.max())]]).astype(int)
+        rows = boxes.numpy()  # x0 y0 x1 y1, and x, y and label of clicks
+        y, x = (np.concatenate([rows[:, k:4:2], rows[:, 4 + k :: 3]], axis=1) for k in (1, 0))
+        ends = [[np.floor(np.nanmin(y)), np.floor(np.nanmin(x))], [np.ceil(np.nanmax(y)), np.ceil(np.nanmax(x))]]
+        return np.array(ends).astype(int)
     plane = foreground(d[key]).any(dim=0).any(dim=-1).cpu()  # (C, H, W, D) -> (H, W)
     marked = plane.nonzero().numpy()
     return np.stack([marked.min(axis=0), marked.max(axis=0) + 1]) if len(marked) else None

@@ -22,8 +22,8 @@ from samseg_monai.data.files.boxes import Rectangle, is_number, rectangles, volu
 from samseg_monai.errors import ConfigError, PromptError, raise_all
 from samseg_monai.transforms.boxes import boxes_of, clip_boxes, inscribed, move_boxes
 from samseg_monai.transforms.grids import CheckSameGridd, EachKeyd, foreground, name_of, on_grid_of
+from samseg_monai.transforms.points import Random, draw_clicks, objects, prompted
 
-Random = np.random.RandomState | np.random.Generator
 WHOLE = "whole_slice"  # entry of a request that asks for the source "image", whatever the bundle's is
 
 
@@ -111,6 +111,7 @@ class SimulatedBoxesd(_FromLabeld):
     With ``seed`` the boxes of an image depend on (seed, case name) and its label alone, else they come from ``self.R``.
     The law is relative to the tight box, so that it is the same at every size of the image. Of "label", a slice
     (C, H, W) or volume of one slice (C, H, W, 1), "boxes" are made: float32 (N, 4); one row of NaN for an empty label.
+    With clicks, inside and outside of each object as ``points.draw_clicks`` says, they are (N, 4 + 3 P).
 
     Args:
         source: with any other than "label" a case stays as it is.
@@ -122,6 +123,8 @@ class SimulatedBoxesd(_FromLabeld):
         per_component: a box per 8-connected component, largest first.
         max_boxes: with ``per_component``, rows of the result: the largest are kept and NaN fills up, so that batches
             collate. None gives as many rows as there are boxes.
+        kind: "box"; "points": clicks, and NaN in place of the box; "both".
+        inside, outside: clicks inside, at least 1, and outside of each object.
     Raises: ConfigError listing all settings that are out of range; PromptError for a label of several slices, when
         ``seed`` is given and the case has no name, or when a person's boxes are there already.
     """
@@ -136,8 +139,14 @@ class SimulatedBoxesd(_FromLabeld):
         seed: int | None = None,
         per_component: bool = False,
         max_boxes: int | None = None,
+        kind: str = "box",
+        inside: int = 1,
+        outside: int = 0,
     ) -> None:
         problems = []
+        if kind not in ("box", "points", "both") or inside < 1 or outside < 0:
+            got = f"{kind}, {inside} and {outside}"
+            problems.append(f"kind is box, points or both, with at least a click inside and none outside, got {got}")
         for name, value, most, what in (("tight", tight, 1, "the fraction of tight boxes"),
                                         ("shift", shift, 0.5, "a fraction of the box's side")):  # fmt: skip
             if not is_number(value):
@@ -150,6 +159,7 @@ class SimulatedBoxesd(_FromLabeld):
             problems.append(f"max_boxes must be at least 1, got {max_boxes}")
         super().__init__(source, loosen, seed, per_component, problems)
         self.tight, self.shift, self.max_boxes = float(tight), float(shift), max_boxes
+        self.kind, self.inside, self.outside = kind, inside, outside
 
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
         if isinstance(d.get("boxes"), (list, tuple)):
@@ -166,10 +176,18 @@ class SimulatedBoxesd(_FromLabeld):
                 "prompt masks"
             )
         mask = foreground(label).any(dim=0).cpu()  # (C, H, W) -> (H, W)
-        random = self._random(d)
-        drawn = [self._draw(r, mask.shape, random) for r in rectangles(mask.numpy(), per_component=self.per_component)]
+        random, plane, width = self._random(d), mask.numpy(), 4
+        if self.kind == "box":
+            drawn = [self._draw(r, mask.shape, random) for r in rectangles(plane, per_component=self.per_component)]
+        else:
+            width += 3 * (self.inside + self.outside)
+            found = objects(plane, per_component=self.per_component)
+            boxes = [self._draw(rectangle, mask.shape, random) for rectangle, _ in found]
+            boxes = boxes if self.kind == "both" else [[torch.nan] * 4] * len(found)
+            clicks = [draw_clicks(own, r, plane, self.inside, self.outside, random) for r, own in found]
+            drawn = [[*box, *own] for box, own in zip(boxes, clicks, strict=True)]
         rows = self.max_boxes if self.per_component and self.max_boxes else max(1, len(drawn))
-        drawn += [[torch.nan] * 4] * rows
+        drawn += [[torch.nan] * width] * rows
         d["boxes"] = torch.tensor(drawn[:rows], dtype=torch.float32)
 
     def _draw(self, rectangle: Rectangle, size: Sequence[int], random: Random) -> list[float]:
@@ -251,7 +269,7 @@ def _in_channels(boxes: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]
 
 
 class FinalBoxesd(MapTransform):
-    """The "boxes" of a 2-D image as the network gets them, float32 (N, 4).
+    """The "boxes" of a 2-D image as the network gets them, float32 (N, 4), with clicks (N, 4 + 3 P) as of ``points``.
 
     Args:
         source: "json": those that a person gave in pixels of the stored image, a list of [x0, y0, x1, y1], moved to the
@@ -259,15 +277,16 @@ class FinalBoxesd(MapTransform):
             other they must be there already.
         shrink: each side is moved inwards by this fraction of the box's length along its axis, at least 0 and less than
             0.5, against boxes that are known to be drawn too large; the middle of a box stays.
-    Raises: ConfigError for another ``shrink``; PromptError, naming the case: no boxes, no numbers, or a box that lies
-        wholly outside.
+        kind: of "json" each prompt has to be a "box", "points" (clicks), or "both"; None takes them as they are.
+    Raises: ConfigError for another ``shrink``; PromptError, naming the case: no boxes, no numbers, a box that lies
+        wholly outside, or prompts of another kind.
     """
 
-    def __init__(self, source: str, shrink: float = 0.0) -> None:
+    def __init__(self, source: str, shrink: float = 0.0, kind: str | None = None) -> None:
         super().__init__("boxes")
         if not is_number(shrink) or not 0 <= shrink < 0.5:
             raise ConfigError(f"shrink must be at least 0 and less than 0.5, got {shrink!r}")
-        self.source, self.shrink = source, float(shrink)
+        self.source, self.shrink, self.kind = source, float(shrink), kind
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
@@ -276,6 +295,11 @@ class FinalBoxesd(MapTransform):
         boxes = d.get("boxes")
         if self.source == "json":
             boxes = boxes_on_image(d)
+            if self.kind is not None and (found := sorted(_kinds(boxes) - {self.kind})):
+                raise PromptError(
+                    f"{name_of(d)}: prompts of the file are {' and '.join(found)}, but prompt::kind is {self.kind!r}; "
+                    "set it to that of the file, whose prompts are all of one kind"
+                )
         elif self.source == "image":
             height, width = d["image"].shape[1:3]
             boxes = torch.tensor([[0, 0, width, height]], dtype=torch.float32)
@@ -284,13 +308,24 @@ class FinalBoxesd(MapTransform):
                 f"{name_of(d)}: there are no boxes; prompt::source of 2-D images is label, json (with a file of "
                 "boxes), image or none"
             )
-        low, high = boxes[:, :2], boxes[:, 2:]
+        low, high = boxes[:, :2], boxes[:, 2:4]
         inwards = self.shrink * (high - low)
-        return {**d, "boxes": torch.cat([low + inwards, high - inwards], dim=1)}
+        return {**d, "boxes": torch.cat([low + inwards, high - inwards, boxes[:, 4:]], dim=1)}
+
+
+def _kinds(boxes: torch.Tensor) -> set[str]:
+    """Which of "box", "points" and "both" the prompts (N, 4 + 3 P) are."""
+    given = boxes[prompted(boxes)]
+    with_box = prompted(given[:, :4]).tolist()
+    with_clicks = (~given[:, 4:].isnan()).any(1).tolist()
+    return {"both" if box and click else "points" if click else "box"
+            for box, click in zip(with_box, with_clicks, strict=True)}  # fmt: skip
 
 
 def boxes_on_image(d: Mapping[Hashable, Any]) -> torch.Tensor:
     """The list of boxes in a case, (N, 4), on the image as it is now, whose file's affine is its ``original_affine``.
+
+    With clicks they are (N, 4 + 3 P), as of ``points``.
 
     An empty list says that another network found nothing: one row of NaN, which is no box.
 
@@ -303,7 +338,9 @@ def boxes_on_image(d: Mapping[Hashable, Any]) -> torch.Tensor:
         boxes = torch.as_tensor(given, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
         boxes = torch.empty(0)
-    if boxes.ndim != 2 or boxes.shape[-1] != 4 or not len(boxes) or not boxes.isfinite().all():
+    clicked = boxes.ndim == 2 and boxes.shape[-1] > 4 and boxes.shape[-1] % 3 == 1
+    whole = bool(prompted(boxes).all()) if clicked else boxes.ndim == 2 and boxes.shape[-1] == 4
+    if not whole or not len(boxes) or (~boxes.isfinite() & ~(boxes.isnan() & clicked)).any():
         raise PromptError(
             f"{name_of(d)}: 'boxes' must be a list of boxes [x0, y0, x1, y1] in pixels, got {given!r}; set "
             "prompt::boxes to a file that has this case"
@@ -335,7 +372,7 @@ class UnpromptedIgnoredd(MapTransform):
     """Leave slices without a box out of the loss: all of their "label" (1, H, W) becomes 255.
 
     A network that is asked by boxes does not look at such a slice, so that there is nothing to learn from it; its loss
-    would be a constant. Slices without "boxes", (4,) or (N, 4) with NaN for none, stay as they are.
+    would be a constant. Slices without "boxes", (4,), (N, 4) or (N, 4 + 3 P) with NaN for none, stay as they are.
     """
 
     def __init__(self) -> None:
@@ -344,7 +381,7 @@ class UnpromptedIgnoredd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         boxes = d.get("boxes")
-        if isinstance(boxes, torch.Tensor) and bool(boxes.reshape(-1, 4).isnan().any(1).all()):
+        if isinstance(boxes, torch.Tensor) and not bool(prompted(boxes).any()):
             d["label"] = torch.full_like(d["label"], IGNORE)
         return d
 

@@ -33,6 +33,7 @@ from samseg_monai.files import file_name, write_bytes
 from samseg_monai.transforms.boxes import boxes_of, move_boxes
 from samseg_monai.transforms.grids import EachKeyd, name_of
 from samseg_monai.transforms.pixels import bytes_of
+from samseg_monai.transforms.points import INSIDE
 
 BACKGROUND = "background"  # as datalists name it
 BOX = (86, 180, 233)
@@ -262,8 +263,8 @@ def _array(tensor: Any) -> np.ndarray:
 class SaveImagePngd(EachKeyd):
     """Write ``<case>_seg.png`` with the values of the data's own labels, and ``<case>_overlay.png``.
 
-    The overlay is the stored image with the outline of each class and the boxes that the network was given: "boxes"
-    (N, 4), if there are any, on the grid of "image", a MetaTensor with its file's name. Items pass unchanged.
+    The overlay is the stored image with the outline of each class and the prompts that the network was given: "boxes"
+    (N, 4 ...), if there are any, on the grid of "image", a MetaTensor with its file's name. Items pass unchanged.
 
     Args:
         keys: the prediction on the grid of the file, MetaTensor (1, H, W, 1): 0, and 1 to the number of classes.
@@ -320,12 +321,12 @@ class SaveImagePngd(EachKeyd):
 
 
 def overlay_picture(image: np.ndarray, labels: np.ndarray, boxes: torch.Tensor | None = None) -> Image.Image:
-    """The image with the outline of each class and the boxes.
+    """The image with the outline of each class, the boxes, and clicks: discs inside, crosses outside of an object.
 
     Args:
         image: (H, W, C) with three channels for colour, else the first channel is shown; any range of values.
         labels: (H, W) whole numbers, 0 is background.
-        boxes: (N, 4) as x0 y0 x1 y1 in pixel edges; rows with NaN are passed over.
+        boxes: (N, 4) as x0 y0 x1 y1 in pixel edges; NaN is passed over; with clicks as of ``points``.
     Returns: RGB picture of W x H pixels.
     """
     greys = image if image.shape[-1] == 3 else image[..., :1].repeat(3, axis=-1)
@@ -335,9 +336,18 @@ def overlay_picture(image: np.ndarray, labels: np.ndarray, boxes: torch.Tensor |
     colours[lines] = np.array(CLASSES, dtype=np.uint8)[(labels[lines] - 1) % len(CLASSES)]
     picture = Image.fromarray(colours)
     pen = ImageDraw.Draw(picture)
-    for x0, y0, x1, y1 in [] if boxes is None else boxes[~boxes.isnan().any(dim=1)].tolist():
+    rows = torch.empty(0, 4) if boxes is None else boxes
+    for x0, y0, x1, y1 in rows[~rows[:, :4].isnan().any(dim=1), :4].tolist():
         left, top = round(x0), round(y0)
         pen.rectangle([left, top, max(left, round(x1) - 1), max(top, round(y1) - 1)], outline=BOX, width=width)
+    clicks, size = rows[:, 4:].reshape(-1, 3), 2 * width
+    for x, y, label in clicks[~clicks.isnan().any(dim=1)].tolist():
+        x, y = int(x), int(y)
+        if label == INSIDE:
+            pen.ellipse([x - size, y - size, x + size, y + size], fill=BOX)
+        else:
+            for turn in (-size, size):
+                pen.line([x - size, y - turn, x + size, y + turn], fill=BOX, width=width)
     return picture
 
 

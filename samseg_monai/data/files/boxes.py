@@ -1,7 +1,9 @@
-"""Boxes that a person gave: floats in the pixels of 2-D images, whole voxels of volumes.
+"""Boxes and clicks that a person gave: floats in the pixels of 2-D images, whole voxels of volumes.
 
 The file of 2-D images is ``{"NAME": [[x0, y0, x1, y1], ...]}``: x runs along columns and y along rows, both from the
-outer edge of the first pixel, so that a box around the pixels a to b of a row reads (a, b + 1). That of volumes is
+outer edge of the first pixel, so that a box around the pixels a to b of a row reads (a, b + 1). In place of a box may
+stand ``{"box": [x0, y0, x1, y1], "inside": [[x, y], ...], "outside": [[x, y], ...]}``, clicks on one object and beside
+it, in the same pixels (the middle of pixel a is a + 0.5), with or without a box. That of volumes is
 ``{"CASE": [{"slice": k, "box": [i0, j0, i1, j1]}, {"slices": [k0, k1], "box": ...}]}``: voxel indices along axes 0, 1
 and (slices) 2 of the stored array, from 0, all ends included. A DICOM series stores no array: of one it is that of
 ``dicom.read_series``, where i is the column and j the row of a picture, and k the place of a slice along the normal.
@@ -22,6 +24,8 @@ from samseg_monai.errors import PromptError, raise_all
 from samseg_monai.files import read_json, write_text
 
 MOST_BOXES = 10_000  # of one image or volume
+MOST_CLICKS = 1000  # on one object
+_FAR = 1e9  # pixels: no image is so large
 _SMALLEST = 0.01  # pixels: what is left of a side must stay a side when large images are made small
 IMAGE_BOXES = '{"NAME": [[x0, y0, x1, y1], ...]}'
 VOLUME_BOXES = '{"CASE": [{"slice": 12, "box": [30, 40, 55, 70]}]}'
@@ -29,7 +33,7 @@ Rectangle = tuple[int, int, int, int]
 
 
 def read_boxes(path: str | Path, sizes: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[list[float]]]:
-    """Read and check the box file of a set of images: case -> boxes of four floats, at least one box each.
+    """Read and check the box file of a set of images: case -> rows as of ``as_floats``, at least one each.
 
     Args:
         path: JSON file.
@@ -69,7 +73,9 @@ def box_problems(boxes: Any, size: Sequence[int] | None = None) -> list[str]:
 
 def box_problem(box: Any, size: Sequence[int] | None = None) -> str:
     """What is wrong with one box: not four finite numbers, empty, reversed, outside, in fractions of the image in place
-    of pixels, or too narrow for any network; empty if nothing is."""
+    of pixels, or too narrow for any network, or with its clicks; empty if nothing is."""
+    if isinstance(box, dict):
+        return _clicks_problem(box, size) or (box_problem(box["box"], size) if "box" in box else "")
     if not isinstance(box, list) or len(box) != 4 or not all(is_number(value) for value in box):
         return f"must be four numbers [x0, y0, x1, y1], got {box!r}"
     if not all(math.isfinite(value) for value in box):
@@ -88,9 +94,44 @@ def box_problem(box: Any, size: Sequence[int] | None = None) -> str:
     return ""
 
 
-def as_floats(boxes: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Checked boxes with every number as a float, so that all of them collate alike."""
-    return [[float(value) for value in box] for box in boxes]
+def _clicks_problem(prompt: Mapping[str, Any], size: Sequence[int] | None) -> str:
+    """What is wrong with the clicks of a prompt, and with its keys; empty if nothing is."""
+    if strange := sorted(set(prompt) - {"box", "inside", "outside"}):
+        return f"has {', '.join(map(repr, strange))}; a prompt has box, inside and outside"
+    clicks = []
+    for key in ("inside", "outside"):
+        given = prompt.get(key, [])
+        if not isinstance(given, list) or not all(isinstance(c, list) and len(c) == 2 for c in given):
+            return f"{key} must be a list of clicks [[x, y], ...], got {given!r}"
+        clicks += given
+    if len(clicks) > MOST_CLICKS:
+        return f"has {len(clicks):,} clicks, at most {MOST_CLICKS:,}"
+    if not prompt.get("inside") and "box" not in prompt:
+        return f"needs a box or a click inside, got {prompt!r}"
+    if wrong := [c for c in clicks if not all(is_number(v) and abs(v) < _FAR for v in c)]:
+        return f"has clicks that are no two finite numbers [x, y]: {wrong[0]!r}"
+    if clicks and all(0 <= value <= 1 for click in clicks for value in click) and any(v % 1 for c in clicks for v in c):
+        return f"has all clicks within the first pixel: {clicks[0]}; are these fractions of the image? Give pixels"
+    if size is not None and (lost := [c for c in clicks if not (0 <= c[0] <= size[1] and 0 <= c[1] <= size[0])]):
+        return f"has clicks outside of the image of {size[1]} columns and {size[0]} rows: {lost[0]}"
+    return ""
+
+
+def as_floats(boxes: Sequence[Any]) -> list[list[float]]:
+    """Checked boxes with every number as a float, so that all of them collate alike.
+
+    With clicks all are rows of 4 + 3 P numbers: the box, then x, y and 1 (inside) or 0 (outside) of each click. NaN
+    stands for a box or a click that is not there.
+    """
+    rows: list[list[float]] = []
+    for box in boxes:
+        prompt = box if isinstance(box, dict) else {"box": box}
+        row = list(prompt.get("box", [math.nan] * 4))
+        for key, label in (("inside", 1), ("outside", 0)):
+            row += [value for click in prompt.get(key, []) for value in (*click, label)]
+        rows.append([float(value) for value in row])
+    most = max(map(len, rows), default=4)
+    return [row + [math.nan] * (most - len(row)) for row in rows]
 
 
 def volume_boxes(entries: Sequence[Any], shape: Sequence[int], heading: str) -> list[tuple[int, ...]]:
