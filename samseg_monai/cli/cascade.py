@@ -93,6 +93,10 @@ def _values(first: Opened, then: Opened, classes: Sequence[str]) -> list[int]:
         raise BundleError(f"--prompts-from: {wrong}; a bundle without prompts gives them to one with boxes")
     if first.settings is None or then.settings is None or "prompts_from" not in then.parser().get():
         raise BundleError(f"--prompts-from: the own JSON of {then.name} knows no such prompts; leave --trust out")
+    if then.settings.run.prompt.kind != "box":
+        raise BundleError(
+            f"--prompts-from: {then.name} is prompted by clicks, of which a mask tells nothing; draw them"
+        )
     one, other = first.settings.task, then.settings.task
     if one.kind != other.kind:
         raise BundleError(f"--prompts-from: {first.name} is for {one.kind}, {then.name} for {other.kind}")

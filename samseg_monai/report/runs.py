@@ -74,7 +74,8 @@ Curves = dict[str, dict[int, float]]
 MET = {"training": "were trained on", "validation": "chose the epoch (validation)"}  # parts that weights have met
 # By source, the settings that decide where boxes lie; what only a law of drawing uses says nothing of given boxes.
 _BOXES_GIVEN = ("shrink", "per_component", "mask_values", "propagate")
-_BOXES = {"label": ("loosen", "tight", "shift", "shrink", "per_component", "propagate"), "none": ()}
+_OF_BOXES = ("loosen", "tight", "shift", "shrink")
+_BOXES = {"label": (*_OF_BOXES, "per_component", "propagate"), "none": ()}
 _CLICKS = ("kind", "inside", "outside")
 _NAMED = 5  # cases in a line
 
@@ -304,8 +305,14 @@ class RunResult:
         source = self.fact("prompt_source")
         if source is None:
             return NOT_RECORDED
-        settings = {"loosen": self.fact("prompt_loosen"), **(self.fact("settings.prompt") or {})}
-        return prompt_text(str(source), settings, self.fact("boxes_sha256"), self.fact("prompts_from"))
+        return prompt_text(str(source), self._prompt, self.fact("boxes_sha256"), self.fact("prompts_from"))
+
+    @property
+    def _prompt(self) -> dict[str, Any]:
+        """Settings of prompts, without those of boxes where there were clicks alone."""
+        found = {"loosen": self.fact("prompt_loosen"), **(self.fact("settings.prompt") or {})}
+        off = _OF_BOXES if found.get("kind") == "points" else ()
+        return {key: value for key, value in found.items() if key not in off}
 
     @property
     def trainable(self) -> int | None:
@@ -372,8 +379,7 @@ class RunResult:
     @property
     def boxes(self) -> dict[str, Any]:
         """What decides where its boxes lie: source, file or law; settings that are off are left out."""
-        source, settings = self.fact("prompt_source"), self.fact("settings.prompt") or {}
-        settings = {"loosen": self.fact("prompt_loosen"), **settings}
+        source, settings = self.fact("prompt_source"), self._prompt
         carried = [key for key in settings if key.startswith("carried_") and settings.get("propagate")]
         found = {key: settings.get(key) for key in (*_BOXES.get(str(source), _BOXES_GIVEN), *carried)}
         if settings.get("kind", "box") != "box" and source in ("label", "json"):
