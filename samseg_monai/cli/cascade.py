@@ -94,9 +94,7 @@ def _values(first: Opened, then: Opened, classes: Sequence[str]) -> list[int]:
     if first.settings is None or then.settings is None or "prompts_from" not in then.parser().get():
         raise BundleError(f"--prompts-from: the own JSON of {then.name} knows no such prompts; leave --trust out")
     if then.settings.run.prompt.kind != "box":
-        raise BundleError(
-            f"--prompts-from: {then.name} is prompted by clicks, of which a mask tells nothing; draw them"
-        )
+        raise BundleError(f"--prompts-from: {then.name} is prompted by clicks, which a mask does not tell")
     one, other = first.settings.task, then.settings.task
     if one.kind != other.kind:
         raise BundleError(f"--prompts-from: {first.name} is for {one.kind}, {then.name} for {other.kind}")

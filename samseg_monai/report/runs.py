@@ -75,8 +75,8 @@ MET = {"training": "were trained on", "validation": "chose the epoch (validation
 # By source, the settings that decide where boxes lie; what only a law of drawing uses says nothing of given boxes.
 _BOXES_GIVEN = ("shrink", "per_component", "mask_values", "propagate")
 _OF_BOXES = ("loosen", "tight", "shift", "shrink")
-_BOXES = {"label": (*_OF_BOXES, "per_component", "propagate"), "none": ()}
 _CLICKS = ("kind", "inside", "outside")
+_BOXES = {"label": (*_OF_BOXES, *_CLICKS, "per_component", "propagate"), "json": (*_BOXES_GIVEN, "kind"), "none": ()}
 _NAMED = 5  # cases in a line
 
 
@@ -107,8 +107,8 @@ def prompt_text(
         boxes_sha256: of the file of boxes, or of the masks; two files of one name are two sources.
         made_by: bundle that has predicted the masks.
     """
-    text, clicked = PROMPTS.get(source, source), settings.get("kind", "box") != "box" and source in ("label", "json")
-    if clicked:
+    text = PROMPTS.get(source, source)
+    if settings.get("kind", "box") != "box" and source in ("label", "json"):
         text = text.replace("boxes", "clicks" if settings["kind"] == "points" else "boxes and clicks", 1)
         text += f", {settings.get('inside')} inside and {settings.get('outside')} outside" if source == "label" else ""
     if source == "json" and settings.get("boxes"):
@@ -309,9 +309,9 @@ class RunResult:
 
     @property
     def _prompt(self) -> dict[str, Any]:
-        """Settings of prompts, without those of boxes where there were clicks alone."""
+        """Settings of prompts, of boxes and of clicks only where there were some."""
         found = {"loosen": self.fact("prompt_loosen"), **(self.fact("settings.prompt") or {})}
-        off = _OF_BOXES if found.get("kind") == "points" else ()
+        off = {"box": _CLICKS, "points": _OF_BOXES}.get(str(found.get("kind", "box")), ())
         return {key: value for key, value in found.items() if key not in off}
 
     @property
@@ -382,8 +382,6 @@ class RunResult:
         source, settings = self.fact("prompt_source"), self._prompt
         carried = [key for key in settings if key.startswith("carried_") and settings.get("propagate")]
         found = {key: settings.get(key) for key in (*_BOXES.get(str(source), _BOXES_GIVEN), *carried)}
-        if settings.get("kind", "box") != "box" and source in ("label", "json"):
-            found |= {key: settings.get(key) for key in (_CLICKS if source == "label" else _CLICKS[:1])}
         found = {key: value for key, value in found.items() if (any(value) if isinstance(value, list) else value)}
         if any(key in found for key in ("loosen", "tight", "shift", "inside")):
             found["seed"] = settings.get("seed", 0)
