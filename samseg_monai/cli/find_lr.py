@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from samseg_monai.cli.places import check_places, overrides_of
+from samseg_monai.cli.places import check_places, overlays, overrides_of
 from samseg_monai.cli.predict import Trust
 from samseg_monai.errors import ConfigError
 from samseg_monai.workflow import run_workflow
@@ -62,5 +62,6 @@ def find_lr(
 
     with open_bundle(bundle, trust=trust) as opened:
         opened.check()
-        configs = [opened.root / "configs" / Path(name).name for name in ("train.json", *(overlay or ()))]
+        folder = opened.root / "configs"
+        configs = [folder / "train.json", *overlays(folder, overlay or ())]
         run_workflow(configs, {**overrides, "run": [*BEFORE, test]}, echo=False)

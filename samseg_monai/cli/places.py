@@ -30,6 +30,18 @@ def check_places(command: str, given: Mapping[str, Path | None], expected: str =
     raise_all(problems, DataError, f"{command}: paths that lead nowhere{expected}")
 
 
+def overlays(configs: Path, names: Sequence[str]) -> list[Path]:
+    """Files in the folder ``configs`` of a bundle that ``--overlay`` names, with ``.json`` or without.
+
+    Raises:
+        ConfigError: the bundle has no such config; all are listed.
+    """
+    known = {path.stem: path for path in sorted(configs.glob("*.json")) if path.stem not in ("metadata", "settings")}
+    problems = [f"got {name!r}" for name in names if Path(name).stem not in known]
+    raise_all(problems, ConfigError, f"--overlay: this bundle's configs are {', '.join(known)}")
+    return [known[Path(name).stem] for name in names]
+
+
 def scans_given(options: Sequence[str], *, text: bool = False) -> dict[str, str]:
     """Scan -> text of options ``--scan NAME=TEXT``.
 

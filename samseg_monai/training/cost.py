@@ -2,7 +2,8 @@
 
 The trainer, its network, loss, optimiser, transforms, loader and stored embeddings are those of the training, and so is
 the inferer of its validation; weights and slices are random. ``samseg train-cost`` and ``samseg bench`` put these
-functions into the ``run`` of a bundle and run that in a process of its own, whose memory is then nobody else's.
+functions into the ``run`` of a bundle and run that in a process of its own, whose memory is then nobody else's. What
+the first steps of a training itself take, ``handlers.CurveLog`` tells.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def spread(items: Sequence[Any], count: int = SAMPLE) -> list[Any]:
     return [items[int(i)] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round()]
 
 
-class _Clock:
+class Clock:
     """Seconds by the wall's clock, and of this process on all its processors."""
 
     def __init__(self, device: torch.device) -> None:
@@ -92,6 +93,7 @@ class _Clock:
         self.readings: list[tuple[float, float]] = []
 
     def read(self, *_: Any) -> None:
+        """Note the time, of a GPU when it has done what it was told."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.readings.append((time.perf_counter(), time.process_time()))
@@ -155,7 +157,7 @@ def _name(device: torch.device) -> str:
 def _trained(trainer: Any, dataset: Any, averaging: Any, network: nn.Module, device: torch.device) -> dict[str, float]:
     """Seconds of a step, the first left out, and of an encoded slice where embeddings are stored."""
     found: dict[str, float] = {}
-    encoding, clock = _Clock(device), _Clock(device)
+    encoding, clock = Clock(device), Clock(device)
     encoding.read()
     count = dataset.fill(network, device=device, progress=False)
     encoding.read()
@@ -175,7 +177,7 @@ def _predicted(network: nn.Module, inferer: Any, volume: RandomVolume, device: t
     image: Tensor = drawn["image"][None].to(device)
     prompted = getattr(inferer, "prompted", False)  # MONAI's for patches is not, and stores nothing
     prompt = {"prompt": (drawn["label"][None] > 0).to(device, torch.float32)} if prompted else {}
-    clock = _Clock(device)
+    clock = Clock(device)
     network.eval()
     with torch.no_grad():
         clock.read()
@@ -237,3 +239,13 @@ def count_slices(
 
 def _told(cases: int, sample: int, slices: int, seconds: float) -> dict[str, Any]:
     return {"cases": cases, "sample": sample, "slices": slices / sample, "seconds_per_case": seconds / sample}
+
+
+def duration(minutes: float) -> str:
+    """Minutes for a person: ``12 s``, ``3.4 min``, ``5 h 05 min``, ``3 days 4 h``."""
+    if minutes < 1.5:
+        return f"{60 * minutes:.2g} s" if minutes < 1 / 6 else f"{60 * minutes:.0f} s"
+    if minutes < 90:
+        return f"{minutes:.3g} min"
+    hours, rest = divmod(round(minutes), 60)
+    return f"{hours} h {rest:02} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
