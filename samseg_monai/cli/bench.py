@@ -14,7 +14,7 @@ import typer
 
 from samseg_monai.cli import costs
 from samseg_monai.cli.outputs import file_to_write
-from samseg_monai.cli.places import check_places, overrides_of
+from samseg_monai.cli.places import Overlay, check_places, overrides_of
 from samseg_monai.cli.predict import Trust
 from samseg_monai.errors import ConfigError, raise_all
 from samseg_monai.faults import free_memory
@@ -44,9 +44,7 @@ def train_cost(
         typer.Option("--dataset-dir", "--dataset_dir", help="folder of the data: whole epochs are told, too"),
     ] = None,
     datalist: Annotated[Path | None, typer.Option(help="datalist; default: datalist.json in --dataset-dir")] = None,
-    overlay: Annotated[
-        list[str] | None, typer.Option(help="further config of the bundle whose values count, such as demo.json")
-    ] = None,
+    overlay: Overlay = None,
     steps: Annotated[int, typer.Option(help="steps that count; the first is left out", min=1, max=1000)] = 3,
     minutes: MINUTES = None,
     limit: LIMIT = 600,
@@ -82,15 +80,16 @@ def train_cost(
 
 
 def _setting(cost: Mapping[str, Any]) -> str:
-    parts = [cost["sam_variant"]] if "sam_variant" in cost else []
     size = " x ".join(map(str, cost["patch"])) + " voxels" if "patch" in cost else f"{cost['image_size']} px"
-    parts += [size, f"batch size {cost['batch_size']}"]
-    parts += [f"{len(cost['scans'])} scans"] if len(cost["scans"]) > 1 else []
+    scans = f"{len(cost['scans'])} scans" if len(cost["scans"]) > 1 else ""
+    parts = [cost.get("sam_variant"), size, f"batch size {cost['batch_size']}", scans]
     parts += [name for name in ("checkpointing", "rectangular") if cost.get(name)]
-    parts += ["embeddings stored"] if cost.get("stored") else []
-    parts += [f"autocast {cost['autocast']}"] if cost.get("autocast") else []
+    parts += [
+        "embeddings stored" if cost.get("stored") else "",
+        f"autocast {auto}" if (auto := cost.get("autocast")) else "",
+    ]
     threads = f" ({cost['threads']} thread{'s' * (cost['threads'] > 1)})" if cost["device"] == "cpu" else ""
-    return f"{', '.join(parts)}, on {cost['device']}{threads}; random weights and slices"
+    return f"{', '.join(filter(None, parts))}, on {cost['device']}{threads}; random weights and slices"
 
 
 def _rows(cost: Mapping[str, Any], free: float) -> Iterator[tuple[str, str]]:

@@ -43,13 +43,15 @@ def forecast(
         job: see ``answer``; without its overrides, which are ``given``.
         places: overrides of the places of the data, or none.
         limit: seconds of each of both measurements.
-        within: see ``whole_training``.
+        within: see ``cost.whole_training``.
 
-    Returns: what ``cost.measure`` and ``whole_training`` tell, and as "data" what ``cost.count_slices`` does, or None.
+    Returns: what ``cost.measure`` and ``cost.whole_training`` tell, and as "data" what ``cost.count_slices`` tells.
 
     Raises:
         SamsegError: it could not be measured; of the class that the settings' error has.
     """
+    from samseg_monai.training.cost import whole_training
+
     data: dict[str, Any] | None = None
     if places:
         data = _succeeded(measured({**job, "count": True, "overrides": {**given, **places}}, limit=limit))
@@ -245,36 +247,3 @@ def _counting(raw: Mapping[str, Any]) -> dict[str, Any]:
         count[section] = {**dataset, **changes, "_mode_": "callable", "data": some}
         count[f"{section}_cases"] = f"$len({dataset['data'].removeprefix('$')})"
     return {"run": count}
-
-
-def whole_training(cost: Mapping[str, Any], data: Mapping[str, Any], within: float | None = None) -> dict[str, Any]:
-    """Minutes of an epoch, of a validation and of the whole training; ``epochs_within`` so many minutes, if asked for.
-
-    Args:
-        cost: what ``cost.measure`` tells, by which ``data``, what ``cost.count_slices`` tells, is multiplied.
-    """
-    training, validation = data["training"], data["validation"] if cost["val_interval"] else None
-    slices = training["cases"] * training["slices"]
-    steps = cost.get("steps_per_epoch") or math.ceil(slices / cost["batch_size"])
-    minutes = {
-        "epoch": steps * cost["seconds_per_step"] / 60,
-        "reading": training["cases"] * training["seconds_per_case"] / 60,
-    }
-    predicted = validation["cases"] * validation["slices"] if validation else 0.0
-    if cost.get("stored"):  # of each look at a training slice; the first validation makes those of its slices
-        looks = slices * cost["variants"] + predicted
-        minutes["embeddings"] = looks * cost["seconds_per_encoded_slice"] / 60
-    validations = 0
-    if validation is not None:
-        reading = validation["cases"] * validation["seconds_per_case"]
-        minutes["validation"] = (reading + predicted * cost["seconds_per_slice"]) / 60
-        validations = cost["epochs"] // min(cost["val_interval"], cost["epochs"])
-        if validation["whole"] > validation["slices"]:  # some are picked: whole volumes are validated at the end
-            unpicked = validation["cases"] * validation["whole"]
-            minutes["last validation"] = (reading + unpicked * cost["seconds_per_slice"]) / 60
-    once = sum(minutes.get(part, 0.0) for part in ("last validation", "reading", "embeddings"))
-    whole = cost["epochs"] * minutes["epoch"] + validations * minutes.get("validation", 0.0) + once
-    an_epoch = minutes["epoch"] + minutes.get("validation", 0.0) / (cost["val_interval"] or 1)
-    found = {"slices": round(slices), "steps_per_epoch": steps, "validations": validations}
-    found |= {"minutes": {**minutes, "whole": whole}, "slices_gb": slices * data["slice_mb"] / 1000}
-    return found if within is None else {**found, "epochs_within": max(0, int((within - once) / an_epoch))}

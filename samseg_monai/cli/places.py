@@ -6,9 +6,15 @@ import ast
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from samseg_monai.errors import ConfigError, DataError, raise_all
+
+Overlay = Annotated[
+    list[str] | None, typer.Option(help="further config of the bundle whose values count, such as demo.json")
+]
 
 
 def check_places(command: str, given: Mapping[str, Path | None], expected: str = "") -> None:

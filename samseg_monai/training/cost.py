@@ -9,6 +9,7 @@ the first steps of a training itself take, ``handlers.CurveLog`` tells.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 import zlib
@@ -239,6 +240,39 @@ def count_slices(
 
 def _told(cases: int, sample: int, slices: int, seconds: float) -> dict[str, Any]:
     return {"cases": cases, "sample": sample, "slices": slices / sample, "seconds_per_case": seconds / sample}
+
+
+def whole_training(cost: Mapping[str, Any], data: Mapping[str, Any], within: float | None = None) -> dict[str, Any]:
+    """Minutes of an epoch, of a validation and of the whole training; ``epochs_within`` so many minutes, if asked for.
+
+    Args:
+        cost: what ``measure`` tells, by which ``data``, what ``count_slices`` tells, is multiplied.
+    """
+    training, validation = data["training"], data["validation"] if cost["val_interval"] else None
+    slices = training["cases"] * training["slices"]
+    steps = cost.get("steps_per_epoch") or math.ceil(slices / cost["batch_size"])
+    minutes = {
+        "epoch": steps * cost["seconds_per_step"] / 60,
+        "reading": training["cases"] * training["seconds_per_case"] / 60,
+    }
+    predicted = validation["cases"] * validation["slices"] if validation else 0.0
+    if cost.get("stored"):  # of each look at a training slice; the first validation makes those of its slices
+        looks = slices * cost["variants"] + predicted
+        minutes["embeddings"] = looks * cost["seconds_per_encoded_slice"] / 60
+    validations = 0
+    if validation is not None:
+        reading = validation["cases"] * validation["seconds_per_case"]
+        minutes["validation"] = (reading + predicted * cost["seconds_per_slice"]) / 60
+        validations = cost["epochs"] // min(cost["val_interval"], cost["epochs"])
+        if validation["whole"] > validation["slices"]:  # some are picked: whole volumes are validated at the end
+            unpicked = validation["cases"] * validation["whole"]
+            minutes["last validation"] = (reading + unpicked * cost["seconds_per_slice"]) / 60
+    once = sum(minutes.get(part, 0.0) for part in ("last validation", "reading", "embeddings"))
+    whole = cost["epochs"] * minutes["epoch"] + validations * minutes.get("validation", 0.0) + once
+    an_epoch = minutes["epoch"] + minutes.get("validation", 0.0) / (cost["val_interval"] or 1)
+    found = {"slices": round(slices), "steps_per_epoch": steps, "validations": validations}
+    found |= {"minutes": {**minutes, "whole": whole}, "slices_gb": slices * data["slice_mb"] / 1000}
+    return found if within is None else {**found, "epochs_within": max(0, int((within - once) / an_epoch))}
 
 
 def duration(minutes: float) -> str:

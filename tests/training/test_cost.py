@@ -17,7 +17,7 @@ from samseg_monai.cli import app, costs
 from samseg_monai.data.datalists import load_datalist
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.strategies import LoRA
-from samseg_monai.training.cost import RandomVolume, Repeated, duration, spread
+from samseg_monai.training.cost import RandomVolume, Repeated, duration, spread, whole_training
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -192,22 +192,22 @@ def test_stored_embeddings_are_paid_once():
             "validation": {"cases": 5, "slices": 8.0, "whole": 8.0, "seconds_per_case": 2.0}}  # fmt: skip
     cost = {"batch_size": 8, "epochs": 7, "val_interval": 3, "seconds_per_step": 2.0, "seconds_per_slice": 0.5,
             "seconds_per_encoded_slice": 3.0, "stored": True, "variants": 4}  # fmt: skip
-    found = costs.whole_training(cost, data)
+    found = whole_training(cost, data)
     assert (found["slices"], found["steps_per_epoch"], found["validations"]) == (300, 38, 2)
     minutes = found["minutes"]
     assert minutes["embeddings"] == 60 + 2 and minutes["reading"] == 0.5 and minutes["validation"] == 0.5
     assert minutes["whole"] == pytest.approx(7 * 38 * 2 / 60 + 2 * 0.5 + 62.5)
     data["validation"]["whole"] = 20.0  # picked slices choose the epoch, whole volumes are validated once
-    found = costs.whole_training(cost, data)
+    found = whole_training(cost, data)
     assert found["minutes"]["last validation"] == 1 and found["minutes"]["validation"] == 0.5
     assert found["minutes"]["whole"] == pytest.approx(minutes["whole"] + 1)
-    found = costs.whole_training({**cost, "val_interval": 0, "stored": False}, data)
+    found = whole_training({**cost, "val_interval": 0, "stored": False}, data)
     assert found["validations"] == 0 and found["minutes"].keys() == {"epoch", "reading", "whole"}
     budget = {**cost, "stored": False, "steps_per_epoch": 30}
-    found = costs.whole_training(budget, data, 20.0)
+    found = whole_training(budget, data, 20.0)
     assert found["steps_per_epoch"] == 30 and found["minutes"]["epoch"] == 1
     assert found["epochs_within"] == int((20 - 1 - 0.5) / (1 + 0.5 / 3))  # whole volumes, reading; a third validation
-    assert costs.whole_training(budget, data, 1.0)["epochs_within"] == 0
+    assert whole_training(budget, data, 1.0)["epochs_within"] == 0
 
 
 def test_durations_are_told_as_people_do():
