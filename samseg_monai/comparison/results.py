@@ -62,35 +62,26 @@ def write_comparison(
             texts.append(f"{task}: no run has come to its end")
             continue
         base = _baseline(plan, rows, [one.run for one in there if one.run.task_name == task])
-        entry = task_json(rows, base)
-        entry["missing"] = {one.folder.name: one.error for one in missing}
-        kinds = {one.run.group: one.run.without("training_cases") for one in there}
-        entry["curve"] = few_shot([(kinds[row.result.name], row) for row in rows])
-        whole["tasks"][task] = entry
-        for name, its in entry["rows"].items():
-            plain = {key: value for key, value in its.items() if key != "classes"}
-            lines.append({"task": task, "row": name, **tables.flat(plain)})
         organs = _organs({run: result for run, result in results.items() if run.task_name == task})
-        entry["organs"] = organs and organs_json(organs)
+        entry = whole["tasks"][task] = _entry(rows, base, missing, [one.run for one in there], organs)
+        for name, row in entry["rows"].items():
+            plain = {key: value for key, value in row.items() if key != "classes"}
+            lines.append({"task": task, "row": name, **tables.flat(plain)})
         texts.append(task_text(task, rows, entry, base, len(missing)))
         texts += [organs_text(organs)] if organs else []
         latex.append(task_latex(task, rows, entry, base))
-        runs = [row.result for row in rows]
-        page = output / ("report.html" if len(names) == 1 else f"report_{task}.html")
         its = [one for one in outcomes if one.run.task_name == task]
-        montage, why = _slices(runs, [one.run for one in its if one in there])
+        montage, why = _slices([row.result for row in rows], [one.run for one in its if one in there])
         notes = _notes(plan, rows, entry, base, len(missing))
         write_report(
-            page,
+            output / ("report.html" if len(names) == 1 else f"report_{task}.html"),
             title=plan.title if len(names) == 1 else f"{plan.title}: {task}",
-            runs=runs,
+            runs=[row.result for row in rows],
             montage=montage,
             commands=_commands(output, its, command),
             notes={**notes, **({"Slices": f"Not shown: {why}."} if why else {})},
             base=base,
-            shares={
-                name: its["rank_shares"] for name, its in entry["rows"].items() if any(its.get("rank_shares") or ())
-            },
+            shares={name: row["rank_shares"] for name, row in entry["rows"].items() if any(row.get("rank_shares", ()))},
             figures_dir=None if figures_dir is None else figures_dir / (task if len(names) > 1 else ""),
             organs=organs,
         )
@@ -99,6 +90,18 @@ def write_comparison(
     write_text(output / "comparison.tex", "\n".join(latex))
     _write_cases(output / "cases.csv", results)
     return spelt_out("\n\n".join(texts), keep="\n") + "\n"
+
+
+def _entry(
+    rows: Sequence[Pooled], base: str, missing: Sequence[Outcome], there: Sequence[Run], organs: OrganTable | None
+) -> dict[str, Any]:
+    """What ``comparison.json`` says of a task."""
+    entry = task_json(rows, base)
+    entry["missing"] = {one.folder.name: one.error for one in missing}
+    kinds = {run.group: run.without("training_cases") for run in there}
+    entry["curve"] = few_shot([(kinds[row.result.name], row) for row in rows])
+    entry["organs"] = organs and organs_json(organs)
+    return entry
 
 
 def rows_of(results: Mapping[Run, RunResult]) -> list[Pooled]:
