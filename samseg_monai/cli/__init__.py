@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from samseg_monai import __version__
-from samseg_monai.cli.bench import bench
+from samseg_monai.cli.bench import bench, train_cost
 from samseg_monai.cli.boxes import boxes_app
 from samseg_monai.cli.bundle import bundle_app, check
 from samseg_monai.cli.compare import compare
@@ -25,7 +25,6 @@ from samseg_monai.cli.info import info
 from samseg_monai.cli.predict import predict
 from samseg_monai.cli.report import report
 from samseg_monai.cli.task import task_app
-from samseg_monai.cli.train_cost import train_cost
 from samseg_monai.demo.command import demo
 from samseg_monai.errors import ConfigError, log_visibly
 from samseg_monai.faults import end_like_ctrl_c, explain

@@ -86,7 +86,7 @@ def write_comparison(
             organs=organs,
         )
     write_json(output / "comparison.json", whole)
-    write_table(lines, output / "comparison.csv", list(dict.fromkeys(key for line in lines for key in line)))
+    write_table(lines, output / "comparison.csv")
     write_text(output / "comparison.tex", "\n".join(latex))
     _write_cases(output / "cases.csv", results)
     return spelt_out("\n\n".join(texts), keep="\n") + "\n"
@@ -182,9 +182,9 @@ def task_text(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base:
         first = (its.get("rank_shares") or [math.nan])[0]
         body.append(
             [
-                tables.named(row.result), str(len(row.seeds)), str(row.folds), _number(row.validation),
+                tables.named(row.result), str(len(row.seeds)), str(row.folds), tables.fixed(row.validation),
                 tables.fixed(row.spread), "-" if first is None or math.isnan(first) else f"{100 * first:.0f} %",
-                _ended(row), _number(row.minutes, 1), _number(row.memory and row.memory / 1024, 1),
+                _ended(row), tables.fixed(row.minutes, 1), tables.fixed(row.memory and row.memory / 1024, 1),
                 str(row.training_cases or "-"),
             ]
         )  # fmt: skip
@@ -212,13 +212,13 @@ def task_latex(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base
         cells = [
             _escaped(row.result.title),
             str(its["n"]),
-            _number(its[f"{column}_mean"]),
+            tables.fixed(its[f"{column}_mean"]),
             "--" if low is None else f"{low:.3f} to {high:.3f}",
             "--" if gap is None else f"${gap['mean']:+.3f}$",
             "--" if gap is None or gap["p_holm"] is None else _escaped(tables.p_text(gap["p_holm"])),
-            _number(its["dice_sd_of_seeds"]).replace("-", "--"),
+            tables.fixed(its["dice_sd_of_seeds"]).replace("-", "--"),
             f"{row.result.trainable:,}".replace(",", r"\,") if row.result.trainable is not None else "--",
-            _number(row.minutes, 1).replace("-", "--"),
+            tables.fixed(row.minutes, 1).replace("-", "--"),
         ]
         body.append("  " + " & ".join(cells) + r" \\")
     head = ["Row", "$n$", "Dice", r"95\,\% CI", "Difference", "$p$ (Holm)", "SD of seeds", "Trained", "Minutes"]
@@ -309,11 +309,7 @@ def _write_cases(path: Path, results: Mapping[Run, RunResult]) -> None:
         for run, result in results.items()
         for row in result.rows
     ]
-    write_table(lines, path, list(dict.fromkeys(key for line in lines for key in line)))
-
-
-def _number(value: float | None, decimals: int = 3) -> str:
-    return "-" if value is None else tables.fixed(value, decimals)
+    write_table(lines, path)
 
 
 def _escaped(text: str) -> str:
