@@ -87,8 +87,9 @@ def plain_inputs(
         raise ConfigError(f"boxes: got some, but this network was built with prompt='none'; build it with {how}")
     clicked = boxes.shape[-1] > 4 and boxes.shape[-1] % 3 == 1 and hasattr(network, "sam")
     if boxes.ndim not in (2, 3) or len(boxes) != len(image) or not (clicked or boxes.shape[-1] == 4):
-        wanted = "(B, 4) or (B, N, 4)" + (", or 4 + 3 P with P clicks," if hasattr(network, "sam") else "")
-        raise ConfigError(f"boxes: got shape {tuple(boxes.shape)}, expected {wanted} with B={len(image)}")
+        more = "; with P clicks 4 + 3 P columns" if hasattr(network, "sam") else ""
+        wanted = f"(B, 4) or (B, N, 4) with B={len(image)}{more}"
+        raise ConfigError(f"boxes: got shape {tuple(boxes.shape)}, expected {wanted}")
     return image, boxes.as_subclass(Tensor).float()
 
 
