@@ -102,6 +102,14 @@ def test_of_one_mask_the_background_is_the_other():
     assert torch.equal(decoder(*given, first), maps[:, 1:] - maps[:, :1])
 
 
+def test_weights_of_positions_learn_from_every_start():
+    for seed in range(40):
+        torch.manual_seed(seed)
+        decoder = HierarchicalDecoder(C, 1, N, heads=2, mlp_dim=24).eval()
+        weight = decoder._weight(torch.randn(2, 2, N), torch.rand(2, 2, N))
+        assert weight.std() > 0, f"seed {seed}: none of the positions passes the ReLU"
+
+
 def test_noise_is_for_training_alone_and_strongest_for_the_rarest_class():
     decoder, *given, first = drawn()
     assert torch.equal(decoder(*given, first), decoder(*given, first))
