@@ -84,6 +84,11 @@ def test_a_run_is_evaluated_packed_and_says_what_it_is(hippocampi, tmp_path):
     run_workflow([configs / "inference.json", configs / "evaluate.json"], shared)
     result = RunResult.load(tmp_path / "run" / "evaluation")
     assert {row["class"] for row in result.rows} >= {"anterior", "posterior"}
+    assert sum(row["dice"] for row in result.rows) > 0
+    judged = {**shared, "results_dir": str(tmp_path / "judged"), "calibration": True}
+    run_workflow([configs / "inference.json", configs / "evaluate.json"], judged)
+    again = RunResult.load(tmp_path / "judged").rows  # of logits, of which the classes are taken later
+    assert [row["dice"] for row in again] == [row["dice"] for row in result.rows]
     assert result.card["image_size"] == [16, 16, 16] and "3-D DynUNet" in result.title
     path = pack_bundle(tmp_path / "run", tmp_path / "packed.zip")
     verdict = check_bundle(path)
