@@ -243,6 +243,7 @@ def test_what_has_no_meaning_for_volumes_is_refused_all_at_once():
     run = {
         "patch": [40, 40, 20], "slices": {"picker": {"name": "EveryNth", "n": 2}}, "store_size": 64,
         "validation": {"picker": {"name": "MaxArea"}}, "augmentation": "published", "prompt": {"source": "label"},
+        "input_scale": "slice",
     }  # fmt: skip
     with pytest.raises(ConfigError) as error:
         settings_with(run=run, strategy={"network": {"boxes": "crop"}}, task={"kind": "images", "orientation": None})
@@ -255,6 +256,7 @@ def test_what_has_no_meaning_for_volumes_is_refused_all_at_once():
         "run::validation::picker",
         "run::store_size: got 64",
         "run::augmentation: 'published'",
+        "run::input_scale: 'slice' is what SAM's network makes",
     ):
         assert words in told, words
     with pytest.raises(ConfigError, match="prompt::source: got 'label', but this network takes no boxes"):

@@ -167,14 +167,16 @@ def test_what_does_not_go_together_is_told_and_leaves_the_network_as_it_was(make
     with pytest.raises(AdapterError, match="whole square"):
         network.adopt(make(decoder="hierarchical"))
     assert list(network.state_dict()) == before and network.second is None
+    with pytest.raises(AdapterError, match="built for SAM's single mask"):
+        SamSegmenter("tiny", make(decoder="hierarchical"), masks="best")
     network = SamSegmenter("tiny", make(decoder="hierarchical"))
     with pytest.raises(ConfigError, match="a second decoder takes none"):
         network(torch.zeros(1, 1, 64, 64), torch.tensor([[1.0, 2, 30, 40]]))
 
 
-def test_a_bundle_with_boxes_is_refused():
-    recipe = {**read_recipe("strategies", "h_sam"), "run": {"prompt": {"source": "label"}}}
-    with pytest.raises(BundleError, match="this network takes no boxes; use 'none'"):
+def test_a_bundle_with_boxes_or_the_best_of_three_masks_is_refused():
+    recipe = {**read_recipe("strategies", "h_sam"), "run": {"prompt": {"source": "label"}, "masks": "best"}}
+    with pytest.raises(BundleError, match=r"(?s)SAM's decoder alone.*this network takes no boxes; use 'none'"):
         compose_recipes(read_recipe("tasks", "meningioma"), recipe, "both")
 
 
