@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from samseg_monai import __version__
-from samseg_monai.cli.bench import bench
+from samseg_monai.cli.bench import bench, train_cost
 from samseg_monai.cli.boxes import boxes_app
 from samseg_monai.cli.bundle import bundle_app, check
 from samseg_monai.cli.compare import compare
@@ -25,9 +25,8 @@ from samseg_monai.cli.info import info
 from samseg_monai.cli.predict import predict
 from samseg_monai.cli.report import report
 from samseg_monai.cli.task import task_app
-from samseg_monai.cli.train_cost import train_cost
 from samseg_monai.demo.command import demo
-from samseg_monai.errors import log_visibly
+from samseg_monai.errors import ConfigError, log_visibly
 from samseg_monai.faults import end_like_ctrl_c, explain
 from samseg_monai.workflow import import_quickly
 
@@ -54,6 +53,15 @@ app.command(name="find-lr", context_settings=overridable)(find_lr)
 app.command(name="train-cost", context_settings=overridable)(train_cost)
 app.command(name="bench", context_settings=overridable)(bench)
 app.command(name="info")(info)
+
+
+@app.command(name="reproduce", hidden=True, context_settings=overridable)
+def _reproduce() -> None:
+    raise ConfigError(
+        "samseg reproduce became plans: samseg compare honours --dataset-dir DIR --output DIR, and samseg compare "
+        "sam_lst with the same options; data are prepared by samseg prepare, and SAM's weights are looked for as in "
+        "every training"
+    )
 
 
 def _show_version(wanted: bool) -> None:

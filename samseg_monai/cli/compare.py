@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from samseg_monai.cli.costs import measured
+from samseg_monai.cli import costs
+from samseg_monai.cli.bench import LIMIT, MINUTES
 from samseg_monai.cli.outputs import FIGURES, folder_to_write
-from samseg_monai.cli.train_cost import LIMIT, MINUTES, duration, whole_training
-from samseg_monai.errors import ConfigError
+from samseg_monai.errors import ConfigError, SamsegError, reason_of
 
 if TYPE_CHECKING:
     from samseg_monai.comparison import Run
@@ -71,6 +71,7 @@ def _forecast(runs: Sequence[Run], output: Path, workers: int, limit: float, wit
     """
     from samseg_monai.comparison.performing import done, jobs
     from samseg_monai.report.tables import grid
+    from samseg_monai.training.cost import duration
 
     known: dict[str, dict[str, Any]] = {}
     body, whole = [], 0.0
@@ -90,14 +91,8 @@ def _forecast(runs: Sequence[Run], output: Path, workers: int, limit: float, wit
         measured_here = [f"{cost[key]:.3g}" if key in cost else "-" for key in ("seconds_per_step", "peak_gb")]
         body.append([job.name, what, duration(minutes) if minutes else "-", *measured_here])
         body[-1] += [] if within is None else [str(cost.get("epochs_within", "-"))]
-    head = [
-        "run",
-        "to do",
-        "training",
-        "s a step",
-        "GB",
-        *([] if within is None else [f"epochs in {duration(within)}"]),
-    ]
+    head = ["run", "to do", "training", "s a step", "GB"]
+    head += [] if within is None else [f"epochs in {duration(within)}"]
     table = grid(head, body, left=2)
     told = f"all trainings: about {duration(whole / workers)}, {workers} at a time; evaluations come on top"
     return f"{table}\n{told}"
@@ -105,14 +100,12 @@ def _forecast(runs: Sequence[Run], output: Path, workers: int, limit: float, wit
 
 def _cost(job: dict[str, Any], given: dict[str, Any], limit: float, within: float | None) -> dict[str, Any]:
     """What a training costs, or "failed": why that cannot be told."""
-    data = measured({**job, "count": True, "overrides": given}, limit=limit)
-    if "failed" in data:
-        return {"failed": f"not measured: {data['told']}"}
-    plain = {key: value for key, value in given.items() if key not in ("dataset_dir", "datalist")}
-    cost = measured({**job, "size": data["size"], "overrides": plain}, limit=limit)
-    if "failed" in cost:
-        return {"failed": f"not measured: {cost['told']}"}
-    return {**cost, **whole_training(cost, data, within)}
+    places = {key: value for key, value in given.items() if key in ("dataset_dir", "datalist")}
+    plain = {key: value for key, value in given.items() if key not in places}
+    try:
+        return costs.forecast(job, plain, places, limit=limit, within=within)
+    except SamsegError as error:
+        return {"failed": f"not measured: {reason_of(error)}"}
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from samseg_monai.cli.places import check_places, overrides_of
+from samseg_monai.cli.places import Overlay, check_places, overlays, overrides_of
 from samseg_monai.cli.predict import Trust
 from samseg_monai.errors import ConfigError
 from samseg_monai.workflow import run_workflow
@@ -24,9 +24,7 @@ BEFORE = (
 def find_lr(
     context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help="folder or ZIP of a bundle")],
-    overlay: Annotated[
-        list[str] | None, typer.Option(help="further config of the bundle whose values count, such as demo.json")
-    ] = None,
+    overlay: Overlay = None,
     start_lr: Annotated[float, typer.Option(help="rate of the first step")] = 1e-6,
     end_lr: Annotated[float, typer.Option(help="rate of the last step, unless the loss diverges before")] = 1.0,
     steps: Annotated[int, typer.Option(help="optimiser steps", min=10)] = 100,
@@ -62,5 +60,6 @@ def find_lr(
 
     with open_bundle(bundle, trust=trust) as opened:
         opened.check()
-        configs = [opened.root / "configs" / Path(name).name for name in ("train.json", *(overlay or ()))]
+        folder = opened.root / "configs"
+        configs = [folder / "train.json", *overlays(folder, overlay or ())]
         run_workflow(configs, {**overrides, "run": [*BEFORE, test]}, echo=False)

@@ -6,9 +6,15 @@ import ast
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from samseg_monai.errors import ConfigError, DataError, raise_all
+
+Overlay = Annotated[
+    list[str] | None, typer.Option(help="further config of the bundle whose values count, such as demo.json")
+]
 
 
 def check_places(command: str, given: Mapping[str, Path | None], expected: str = "") -> None:
@@ -28,6 +34,18 @@ def check_places(command: str, given: Mapping[str, Path | None], expected: str =
             where = "" if path.is_absolute() else f" ({path.absolute()})"
             problems.append(f"{name}: {path}: no such file or folder{where}")
     raise_all(problems, DataError, f"{command}: paths that lead nowhere{expected}")
+
+
+def overlays(configs: Path, names: Sequence[str]) -> list[Path]:
+    """Files in the folder ``configs`` of a bundle that ``--overlay`` names, with ``.json`` or without.
+
+    Raises:
+        ConfigError: the bundle has no such config; all are listed.
+    """
+    known = {path.stem: path for path in sorted(configs.glob("*.json")) if path.stem not in ("metadata", "settings")}
+    problems = [f"got {name!r}" for name in names if Path(name).stem not in known]
+    raise_all(problems, ConfigError, f"--overlay: this bundle's configs are {', '.join(known)}")
+    return [known[Path(name).stem] for name in names]
 
 
 def scans_given(options: Sequence[str], *, text: bool = False) -> dict[str, str]:

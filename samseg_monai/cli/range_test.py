@@ -7,7 +7,6 @@ embeddings, and groups of parameters keep the ratios of their rates.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -21,8 +20,8 @@ from monai.optimizers import LearningRateFinder
 from torch import Tensor, nn
 
 from samseg_monai.errors import ConfigError, TrainingError
-from samseg_monai.files import write_whole
 from samseg_monai.handlers.steps import optimised
+from samseg_monai.metrics.rows import write_table
 from samseg_monai.report.figures import write_lr_curve
 from samseg_monai.training.losses import judged_slices
 
@@ -97,7 +96,8 @@ def _conclude(finder: Any, folder: Path, lr: float) -> float:
     """Write the table and the curve, tell where they are, and return the suggestion."""
     finite = [pair for pair in zip(finder.history["lr"], finder.history["loss"], strict=True) if math.isfinite(pair[1])]
     finder.history = {"lr": [rate for rate, _ in finite], "loss": [value for _, value in finite]}
-    write_whole(folder / TABLE, lambda path: _write_table(path, finite))
+    rows = [{"learning_rate": rate, "smoothed_loss": value} for rate, value in finite]
+    write_table(rows, folder / TABLE, ("learning_rate", "smoothed_loss"))
     if len(finite) < FEWEST:
         raise TrainingError(
             f"find-lr: the loss was finite for {len(finite)} steps only; begin with a smaller --start-lr, and look for "
@@ -114,11 +114,6 @@ def _conclude(finder: Any, folder: Path, lr: float) -> float:
         )
     typer.echo(f"suggested: lr {suggested:.2g} (the config has {lr:g})")
     return float(suggested)
-
-
-def _write_table(path: Path, rows: list[tuple[float, float]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream).writerows([("learning_rate", "smoothed_loss"), *rows])
 
 
 def _finite(loss: Callable[[Tensor, Tensor], Tensor], prediction: Tensor, label: Tensor) -> Tensor:

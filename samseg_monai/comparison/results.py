@@ -62,43 +62,46 @@ def write_comparison(
             texts.append(f"{task}: no run has come to its end")
             continue
         base = _baseline(plan, rows, [one.run for one in there if one.run.task_name == task])
-        entry = task_json(rows, base)
-        entry["missing"] = {one.folder.name: one.error for one in missing}
-        kinds = {one.run.group: one.run.without("training_cases") for one in there}
-        entry["curve"] = few_shot([(kinds[row.result.name], row) for row in rows])
-        whole["tasks"][task] = entry
-        for name, its in entry["rows"].items():
-            plain = {key: value for key, value in its.items() if key != "classes"}
-            lines.append({"task": task, "row": name, **tables.flat(plain)})
         organs = _organs({run: result for run, result in results.items() if run.task_name == task})
-        entry["organs"] = organs and organs_json(organs)
+        entry = whole["tasks"][task] = _entry(rows, base, missing, [one.run for one in there], organs)
+        for name, row in entry["rows"].items():
+            plain = {key: value for key, value in row.items() if key != "classes"}
+            lines.append({"task": task, "row": name, **tables.flat(plain)})
         texts.append(task_text(task, rows, entry, base, len(missing)))
         texts += [organs_text(organs)] if organs else []
         latex.append(task_latex(task, rows, entry, base))
-        runs = [row.result for row in rows]
-        page = output / ("report.html" if len(names) == 1 else f"report_{task}.html")
         its = [one for one in outcomes if one.run.task_name == task]
-        montage, why = _slices(runs, [one.run for one in its if one in there])
+        montage, why = _slices([row.result for row in rows], [one.run for one in its if one in there])
         notes = _notes(plan, rows, entry, base, len(missing))
         write_report(
-            page,
+            output / ("report.html" if len(names) == 1 else f"report_{task}.html"),
             title=plan.title if len(names) == 1 else f"{plan.title}: {task}",
-            runs=runs,
+            runs=[row.result for row in rows],
             montage=montage,
             commands=_commands(output, its, command),
             notes={**notes, **({"Slices": f"Not shown: {why}."} if why else {})},
             base=base,
-            shares={
-                name: its["rank_shares"] for name, its in entry["rows"].items() if any(its.get("rank_shares") or ())
-            },
+            shares={name: row["rank_shares"] for name, row in entry["rows"].items() if any(row.get("rank_shares", ()))},
             figures_dir=None if figures_dir is None else figures_dir / (task if len(names) > 1 else ""),
             organs=organs,
         )
     write_json(output / "comparison.json", whole)
-    write_table(lines, output / "comparison.csv", list(dict.fromkeys(key for line in lines for key in line)))
+    write_table(lines, output / "comparison.csv")
     write_text(output / "comparison.tex", "\n".join(latex))
     _write_cases(output / "cases.csv", results)
     return spelt_out("\n\n".join(texts), keep="\n") + "\n"
+
+
+def _entry(
+    rows: Sequence[Pooled], base: str, missing: Sequence[Outcome], there: Sequence[Run], organs: OrganTable | None
+) -> dict[str, Any]:
+    """What ``comparison.json`` says of a task."""
+    entry = task_json(rows, base)
+    entry["missing"] = {one.folder.name: one.error for one in missing}
+    kinds = {run.group: run.without("training_cases") for run in there}
+    entry["curve"] = few_shot([(kinds[row.result.name], row) for row in rows])
+    entry["organs"] = organs and organs_json(organs)
+    return entry
 
 
 def rows_of(results: Mapping[Run, RunResult]) -> list[Pooled]:
@@ -179,9 +182,9 @@ def task_text(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base:
         first = (its.get("rank_shares") or [math.nan])[0]
         body.append(
             [
-                tables.named(row.result), str(len(row.seeds)), str(row.folds), _number(row.validation),
+                tables.named(row.result), str(len(row.seeds)), str(row.folds), tables.fixed(row.validation),
                 tables.fixed(row.spread), "-" if first is None or math.isnan(first) else f"{100 * first:.0f} %",
-                _ended(row), _number(row.minutes, 1), _number(row.memory and row.memory / 1024, 1),
+                _ended(row), tables.fixed(row.minutes, 1), tables.fixed(row.memory and row.memory / 1024, 1),
                 str(row.training_cases or "-"),
             ]
         )  # fmt: skip
@@ -209,13 +212,13 @@ def task_latex(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base
         cells = [
             _escaped(row.result.title),
             str(its["n"]),
-            _number(its[f"{column}_mean"]),
+            tables.fixed(its[f"{column}_mean"]),
             "--" if low is None else f"{low:.3f} to {high:.3f}",
             "--" if gap is None else f"${gap['mean']:+.3f}$",
             "--" if gap is None or gap["p_holm"] is None else _escaped(tables.p_text(gap["p_holm"])),
-            _number(its["dice_sd_of_seeds"]).replace("-", "--"),
+            tables.fixed(its["dice_sd_of_seeds"]).replace("-", "--"),
             f"{row.result.trainable:,}".replace(",", r"\,") if row.result.trainable is not None else "--",
-            _number(row.minutes, 1).replace("-", "--"),
+            tables.fixed(row.minutes, 1).replace("-", "--"),
         ]
         body.append("  " + " & ".join(cells) + r" \\")
     head = ["Row", "$n$", "Dice", r"95\,\% CI", "Difference", "$p$ (Holm)", "SD of seeds", "Trained", "Minutes"]
@@ -306,11 +309,7 @@ def _write_cases(path: Path, results: Mapping[Run, RunResult]) -> None:
         for run, result in results.items()
         for row in result.rows
     ]
-    write_table(lines, path, list(dict.fromkeys(key for line in lines for key in line)))
-
-
-def _number(value: float | None, decimals: int = 3) -> str:
-    return "-" if value is None else tables.fixed(value, decimals)
+    write_table(lines, path)
 
 
 def _escaped(text: str) -> str:

@@ -25,15 +25,17 @@ from samseg_monai.faults import what_failed
 from samseg_monai.files import StrPath, unwrap, write_json, write_whole
 from samseg_monai.handlers import provenance
 from samseg_monai.handlers.keeping import case_rows
-from samseg_monai.handlers.provenance import plain
+from samseg_monai.handlers.provenance import peak_memory_mb, plain
 from samseg_monai.metrics import read_history, write_rows
 from samseg_monai.metrics.rows import Curves, write_cell
+from samseg_monai.training.cost import Clock, duration
 from samseg_monai.training.losses import judged_slices
 from samseg_monai.training.owned import count_trainable
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("epoch", "iteration", "name", "value")
+FIRST_STEPS = 5  # whose time is told, behind the very first
 
 
 @dataclass(eq=False, repr=False)
@@ -172,7 +174,7 @@ class RunCard:
             status=status,
             iterations=state.iteration,
             stop_reason=getattr(state, "stop_reason", None),
-            peak_memory_mb=provenance.peak_memory_mb(),
+            peak_memory_mb=peak_memory_mb(),
             metrics=metrics,
             best=best,
             **self._learnt(),
@@ -223,8 +225,9 @@ class RunCard:
 class CurveLog:
     """``history.csv`` with columns epoch, iteration, name, value: mean loss and rate per epoch, metrics per validation.
 
-    The log gets a line at the start with slices and epochs, a line per epoch with the loss and the time that is left
-    over all epochs at most, and a line per validation with Dice, of each class where there are several.
+    The log gets a line at the start with slices and epochs, one behind the first steps with what a step takes in time
+    and memory (of an epoch of one step there is none), a line per epoch with the loss and the time that is left over
+    all epochs at most, and a line per validation with Dice, of each class where there are several.
 
     The file is rewritten whole after each epoch. A resumed run keeps the rows up to the epoch it starts from; a run
     from scratch starts the file anew. In a distributed run the loss is the mean over all ranks' batches. Batches in
@@ -251,6 +254,7 @@ class CurveLog:
         engine.add_event_handler(Events.STARTED, self._announce)
         engine.add_event_handler(Events.STARTED, self._begin)
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self._collect)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._first_steps)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch)
         engine.add_event_handler(Events.COMPLETED, self._end)
         for evaluator in (self.evaluator, self.whole):
@@ -287,6 +291,24 @@ class CurveLog:
         counted = torch.stack([torch.where(counts.to(loss.device), loss, 0.0), counts.to(loss)])
         self._losses = counted if self._losses is None else self._losses + counted
         self._batches += 1
+
+    def _first_steps(self, engine: Any) -> None:
+        """Tell what a step takes, and what all will, while most of them are still ahead."""
+        state = engine.state
+        step, last = (state.iteration - 1) % state.epoch_length + 1, min(1 + FIRST_STEPS, state.epoch_length)
+        if idist.get_rank() != 0 or state.epoch != self._started[0] + 1 or step not in (1, last) or last == 1:
+            return
+        if step == 1:
+            self._clock = Clock(torch.device(state.device))
+        self._clock.read()
+        if step == last:
+            seconds = self._clock.medians("step", of=last - 1)["seconds_per_step"]
+            left = duration(seconds * (state.max_epochs * state.epoch_length - state.iteration) / 60)
+            memory = " and ".join(
+                f"{mb / 1000:.2f} GB of {kind.upper()}" for kind, mb in peak_memory_mb().items() if mb
+            )
+            text = "a step takes %.3g s, memory so far at most %s; all steps take %s more, validations come on top"
+            logger.info(text, seconds, memory or "unknown", left)
 
     def _epoch(self, engine: Any) -> None:
         if self._losses is not None:
@@ -326,10 +348,7 @@ class CurveLog:
         """Of all epochs, as long as those of this process took on average, validations included."""
         state, (epoch, began) = self._trainer.state, self._started
         seconds = (time.monotonic() - began) / (state.epoch - epoch) * (state.max_epochs - state.epoch)
-        if seconds < 100:
-            return f"at most {seconds:.0f} s left"
-        hours, minutes = divmod(round(seconds / 60), 60)
-        return f"at most {hours} h {minutes:02} min left" if hours else f"at most {minutes} min left"
+        return f"at most {duration(seconds / 60)} left"
 
     def _add(self, epoch: int, name: str, value: float) -> None:
         state = self._trainer.state

@@ -155,11 +155,12 @@ def score_calibration(
         np.asarray(torch.as_tensor(one).cpu()) for one in (probability, prediction, reference, counts)
     )
     margins = [math.ceil(MARGIN / side) for side in spacing]
-    box = box_around((found | truth) & judged, margins)
+    either = (found | truth) & judged
+    if not either.any():
+        return dict.fromkeys(CALIBRATION, math.nan)
+    box = box_around(either, margins)
     kept = judged[box]
     p, y = p[box][kept].astype(np.float64), truth[box][kept]
-    if not p.size:
-        return dict.fromkeys(CALIBRATION, math.nan)
     bins = np.minimum((p * BINS).astype(int), BINS - 1)
     gaps = np.bincount(bins, p - y)
     return dict(zip(CALIBRATION, (float(np.abs(gaps).sum() / p.size), float(((p - y) ** 2).mean())), strict=True))
@@ -198,15 +199,11 @@ def checked_spacing(spacing_mm: Sequence[float]) -> np.ndarray:
 
 
 def box_around(mask: np.ndarray, margin: int | Sequence[int]) -> tuple[slice, ...]:
-    """Box of all that is True, ``margin`` voxels wider (one for all axes, or for each) where the image allows; empty
-    where nothing is."""
+    """Box of all that is True, ``margin`` voxels wider (one for all axes, or for each) where the image allows; at
+    the first voxel where nothing is."""
     margins = [margin] * mask.ndim if isinstance(margin, int) else margin
-    found = find_objects(mask.view(np.uint8))
-    if not found:
-        return (slice(0, 0),) * mask.ndim
-    return tuple(
-        slice(max(side.start - more, 0), side.stop + more) for side, more in zip(found[0], margins, strict=True)
-    )
+    (box,) = find_objects(mask.view(np.uint8)) or [(slice(0, 0),) * mask.ndim]
+    return tuple(slice(max(side.start - more, 0), side.stop + more) for side, more in zip(box, margins, strict=True))
 
 
 def _edge_distances(pred: torch.Tensor, ref: torch.Tensor, spacing: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

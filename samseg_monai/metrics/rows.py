@@ -219,13 +219,16 @@ def write_rows(rows: Sequence[Row], path: StrPath) -> Path:
     return write_table([{**without, **row} for row in rows], path, fields)
 
 
-def write_table(rows: Iterable[Row], path: StrPath, fields: Sequence[str]) -> Path:
+def write_table(rows: Iterable[Row], path: StrPath, fields: Sequence[str] = ()) -> Path:
     """Write a CSV whose texts no spreadsheet runs and no terminal obeys; ``read_cell`` gives each text back.
 
-    Texts that begin as formulas do (``= + - @``, tab, end of line) get an apostrophe before them, and one more where
-    they have one already; control characters are spelt out (``\\x1b``). Numbers stay numbers, negative ones too.
-    Source: OWASP, "CSV Injection". The file is there whole or not at all (``write_bytes``).
+    Its columns are ``fields``; without any, all keys of the rows in the order in which they come. Texts that
+    begin as formulas do (``= + - @``, tab, end of line) get an apostrophe before them, and one more where they have one
+    already; control characters are spelt out (``\\x1b``). Numbers stay numbers, negative ones too. Source: OWASP, "CSV
+    Injection". The file is there whole or not at all (``write_bytes``).
     """
+    rows = list(rows)
+    fields = fields or list(dict.fromkeys(key for row in rows for key in row))
     write_bytes(path, _lines([{name: name for name in fields}, *rows], fields))
     return Path(path)
 

@@ -26,7 +26,6 @@ from samseg_monai.files import StrPath, write_text
 from samseg_monai.metrics.rows import MIN_CASES, case_means, spelt_out
 from samseg_monai.report import figures, tables
 from samseg_monai.report import organs as organ_tables
-from samseg_monai.report.comparing import unequal
 from samseg_monai.report.facts import facts
 from samseg_monai.report.montage import OverlayCase
 from samseg_monai.report.runs import PICO_LABEL, ZERO_SHOT, RunResult, check_runs, gate_text
@@ -93,7 +92,7 @@ def write_report(
         script=script,
         policy=_policy(style, script),
         banner=banner(runs),
-        warnings=[*(line for run in runs for line in run.warnings), *(one.text for one in unequal(runs, base))],
+        warnings=tables.warnings(runs, base),
         in_short=in_short(runs, montage),
         **_numbers(runs, base),
         base_title=tables.base_title(runs, base),

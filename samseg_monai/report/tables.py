@@ -192,6 +192,11 @@ def differences(runs: Sequence[RunResult], *, only: str | None = None, base: str
     return [one for its in found.values() for one in its]
 
 
+def warnings(runs: Sequence[RunResult], base: str) -> list[str]:
+    """What the runs themselves warn of, and why some are not compared with that called ``base``."""
+    return [*(line for run in runs for line in run.warnings), *(one.text for one in unequal(runs, base))]
+
+
 def failures(runs: Sequence[RunResult]) -> list[str]:
     """A line for each run with cases whose Dice is 0: what its intervals then are worth."""
     lines = []
@@ -251,7 +256,7 @@ def write_results(path: StrPath, runs: Sequence[RunResult]) -> None:
         several = entry.pop("classes", {})
         classes = {MEAN_OF_CLASSES if several else names[name]: entry, **several}
         rows += [{"run": name, "class": klass, **flat(its)} for klass, its in classes.items()]
-    write_table(rows, Path(path).with_suffix(".csv"), list(dict.fromkeys(key for row in rows for key in row)))
+    write_table(rows, Path(path).with_suffix(".csv"))
 
 
 def flat(entry: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -304,11 +309,7 @@ def table_text(runs: Sequence[RunResult], *, base: str = ZERO_SHOT) -> str:
     head = ["strategy [SAM]", "prompt source", "trainable", "s training", "s evaluation"]
     blocks.append(grid(head, cost, left=2))
     gates = "\n".join(f"{named(run)}: {gate_text(run.gate)}" for run in runs if run.gate is not None)
-    said = [
-        *(line for run in runs for line in run.warnings),
-        *(one.text for one in unequal(runs, base)),
-        *failures(runs),
-    ]
+    said = [*warnings(runs, base), *failures(runs)]
     alerts = "\n".join(textwrap.fill(f"! {line}.", WIDTH, subsequent_indent="  ") for line in said)
     return (
         spelt_out("\n\n".join([*([alerts] if alerts else []), *blocks, *([gates] if gates else [])]), keep="\n") + "\n"
@@ -350,9 +351,9 @@ def grid(head: Sequence[str], body: Sequence[Sequence[str]], *, left: int = 1) -
     return "\n".join(row.rstrip() for row in aligned)
 
 
-def fixed(value: float, digits: int = 3, sign: str = "-") -> str:
+def fixed(value: float | None, digits: int = 3, sign: str = "-") -> str:
     """Number with a fixed count of decimals, with ``sign="+"`` always with its sign; a dash when there is none."""
-    return f"{value:{sign}.{digits}f}" if math.isfinite(value) else "-"
+    return f"{value:{sign}.{digits}f}" if value is not None and math.isfinite(value) else "-"
 
 
 def interval(low: float, high: float, digits: int = 3, sign: str = "-") -> str:

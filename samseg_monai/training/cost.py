@@ -2,12 +2,14 @@
 
 The trainer, its network, loss, optimiser, transforms, loader and stored embeddings are those of the training, and so is
 the inferer of its validation; weights and slices are random. ``samseg train-cost`` and ``samseg bench`` put these
-functions into the ``run`` of a bundle and run that in a process of its own, whose memory is then nobody else's.
+functions into the ``run`` of a bundle and run that in a process of its own, whose memory is then nobody else's. What
+the first steps of a training itself take, ``handlers.CurveLog`` tells.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 import zlib
@@ -84,7 +86,7 @@ def spread(items: Sequence[Any], count: int = SAMPLE) -> list[Any]:
     return [items[int(i)] for i in np.linspace(0, len(items) - 1, min(count, len(items))).round()]
 
 
-class _Clock:
+class Clock:
     """Seconds by the wall's clock, and of this process on all its processors."""
 
     def __init__(self, device: torch.device) -> None:
@@ -92,6 +94,7 @@ class _Clock:
         self.readings: list[tuple[float, float]] = []
 
     def read(self, *_: Any) -> None:
+        """Note the time, of a GPU when it has done what it was told."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.readings.append((time.perf_counter(), time.process_time()))
@@ -155,7 +158,7 @@ def _name(device: torch.device) -> str:
 def _trained(trainer: Any, dataset: Any, averaging: Any, network: nn.Module, device: torch.device) -> dict[str, float]:
     """Seconds of a step, the first left out, and of an encoded slice where embeddings are stored."""
     found: dict[str, float] = {}
-    encoding, clock = _Clock(device), _Clock(device)
+    encoding, clock = Clock(device), Clock(device)
     encoding.read()
     count = dataset.fill(network, device=device, progress=False)
     encoding.read()
@@ -175,7 +178,7 @@ def _predicted(network: nn.Module, inferer: Any, volume: RandomVolume, device: t
     image: Tensor = drawn["image"][None].to(device)
     prompted = getattr(inferer, "prompted", False)  # MONAI's for patches is not, and stores nothing
     prompt = {"prompt": (drawn["label"][None] > 0).to(device, torch.float32)} if prompted else {}
-    clock = _Clock(device)
+    clock = Clock(device)
     network.eval()
     with torch.no_grad():
         clock.read()
@@ -237,3 +240,46 @@ def count_slices(
 
 def _told(cases: int, sample: int, slices: int, seconds: float) -> dict[str, Any]:
     return {"cases": cases, "sample": sample, "slices": slices / sample, "seconds_per_case": seconds / sample}
+
+
+def whole_training(cost: Mapping[str, Any], data: Mapping[str, Any], within: float | None = None) -> dict[str, Any]:
+    """Minutes of an epoch, of a validation and of the whole training; ``epochs_within`` so many minutes, if asked for.
+
+    Args:
+        cost: what ``measure`` tells, by which ``data``, what ``count_slices`` tells, is multiplied.
+    """
+    training, validation = data["training"], data["validation"] if cost["val_interval"] else None
+    slices = training["cases"] * training["slices"]
+    steps = cost.get("steps_per_epoch") or math.ceil(slices / cost["batch_size"])
+    minutes = {
+        "epoch": steps * cost["seconds_per_step"] / 60,
+        "reading": training["cases"] * training["seconds_per_case"] / 60,
+    }
+    predicted = validation["cases"] * validation["slices"] if validation else 0.0
+    if cost.get("stored"):  # of each look at a training slice; the first validation makes those of its slices
+        looks = slices * cost["variants"] + predicted
+        minutes["embeddings"] = looks * cost["seconds_per_encoded_slice"] / 60
+    validations = 0
+    if validation is not None:
+        reading = validation["cases"] * validation["seconds_per_case"]
+        minutes["validation"] = (reading + predicted * cost["seconds_per_slice"]) / 60
+        validations = cost["epochs"] // min(cost["val_interval"], cost["epochs"])
+        if validation["whole"] > validation["slices"]:  # some are picked: whole volumes are validated at the end
+            unpicked = validation["cases"] * validation["whole"]
+            minutes["last validation"] = (reading + unpicked * cost["seconds_per_slice"]) / 60
+    once = sum(minutes.get(part, 0.0) for part in ("last validation", "reading", "embeddings"))
+    whole = cost["epochs"] * minutes["epoch"] + validations * minutes.get("validation", 0.0) + once
+    an_epoch = minutes["epoch"] + minutes.get("validation", 0.0) / (cost["val_interval"] or 1)
+    found = {"slices": round(slices), "steps_per_epoch": steps, "validations": validations}
+    found |= {"minutes": {**minutes, "whole": whole}, "slices_gb": slices * data["slice_mb"] / 1000}
+    return found if within is None else {**found, "epochs_within": max(0, int((within - once) / an_epoch))}
+
+
+def duration(minutes: float) -> str:
+    """Minutes for a person: ``12 s``, ``3.4 min``, ``5 h 05 min``, ``3 days 4 h``."""
+    if minutes < 1.5:
+        return f"{60 * minutes:.2g} s" if minutes < 1 / 6 else f"{60 * minutes:.0f} s"
+    if minutes < 90:
+        return f"{minutes:.3g} min"
+    hours, rest = divmod(round(minutes), 60)
+    return f"{hours} h {rest:02} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"

@@ -134,11 +134,12 @@ class ForegroundProbabilityd(MapTransform):
     Args:
         keys: logits (C, ...). Those of several channels become the number of the largest one, (1, ...), float32.
         probability_key: where the probability goes, (1, ...), float32, 0 to 1.
+        decide: False leaves several channels as they are.
     """
 
-    def __init__(self, keys: KeysCollection, probability_key: str) -> None:
+    def __init__(self, keys: KeysCollection, probability_key: str, *, decide: bool = True) -> None:
         super().__init__(keys)
-        self.probability_key = probability_key
+        self.probability_key, self.decide = probability_key, decide
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         found = dict(data)
@@ -146,7 +147,7 @@ class ForegroundProbabilityd(MapTransform):
             logits = found[key].float()
             several = len(logits) > 1
             found[self.probability_key] = 1 - logits.softmax(0)[:1] if several else logits.sigmoid()
-            found[key] = logits.argmax(0, keepdim=True).float() if several else logits
+            found[key] = logits.argmax(0, keepdim=True).float() if several and self.decide else logits
         return found
 
 

@@ -240,7 +240,7 @@ def test_what_is_wrong_is_told_once_and_in_one_answer_whatever_its_kind(phantoms
                  "lr: got", "batch_size: got 0", "dataset_dir: got", "sam_checkpoint: got"):  # fmt: skip
         assert text.count(part) == 1, (part, text)
     assert text.count("rnk") == 1 and text.count("absent.pth") == 1
-    assert '"vit_t" or "pico"' in text and "tiny" not in text.replace(str(tmp_path), "")
+    assert '"medsam" or "pico"' in text and "tiny" not in text.replace(str(tmp_path), "")
 
 
 @pytest.mark.parametrize("config", ["train", "evaluate"])

@@ -111,7 +111,9 @@ def small(words: list[str]) -> dict:
     parts = {"train": train, "lora": "_lora/" in files, "ladder": ladder, "ladder train": ladder and train}
     parts["bank"] = parts["ladder train"] and ("demo.json" in files or "embeddings::cache_dir" in given)
     extra = {key: value for name, wanted in parts.items() if wanted for key, value in SMALL[name].items()}
-    if ladder and given.get("dataset_dir") == "CASES":
+    if train and re.search("abdomen_segmentation_(samed|h_sam)/", files):
+        extra["schedule::warmup"] = 0  # of 250 iterations
+    if "abdomen_" in files and given.get("dataset_dir") == "CASES":
         extra["dataset_dir"] = "CASES_CT"
     return {**given, **TINY, **extra}
 
@@ -161,7 +163,7 @@ def run_two_processes(overrides: dict, launch: bool) -> None:
 
 
 def test_pages_show_commands():
-    assert len(PAGES) == 7 and all(len(commands(page)) > 2 for page in PAGES)
+    assert len(PAGES) == 9 and all(len(commands(page)) > 2 for page in PAGES)
     assert any(line.startswith("samseg bundle check ") for line in commands(ROOT / "README.md"))
 
 

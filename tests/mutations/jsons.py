@@ -23,7 +23,8 @@ from samseg_monai.data.datalists.splits import choose_splits
 from samseg_monai.data.files.boxes import read_boxes, read_table, volume_boxes
 from samseg_monai.errors import PromptError
 from samseg_monai.networks import SamSegmenter
-from samseg_monai.report.runs import RunResult, facts
+from samseg_monai.report.facts import facts
+from samseg_monai.report.runs import RunResult
 from samseg_monai.strategies import LoRA
 from tests.mutations.harness import Trial
 from tests.mutations.json_values import is_number, is_text, mutated, parsed, written

@@ -45,6 +45,7 @@ def test_importing_reads_nothing_heavy(module):
         ("train-cost nowhere", "BUNDLE: nowhere: no such file or folder"),
         ("bench --batches 1,a", "--batches: expected whole numbers"),
         ("bbox nowhere.json", "DATALIST: nowhere.json: no such file or folder"),
+        ("reproduce honours --brats data", "samseg compare honours"),
     ],
 )
 def test_mistakes_in_paths_and_names_are_told_before_anything_heavy_is_read(words, said):

@@ -488,7 +488,7 @@ def test_figures_are_files_too_and_long_names_are_not_cut(runs, tmp_path):
     assert {path.name for path in (tmp_path / "f").iterdir()} == {f"{n}.{s}" for n in names for s in ("svg", "png")}
     for name in names:
         assert np.asarray(Image.open(tmp_path / "f" / f"{name}.png")).std() > 5
-        assert "var(--" not in (tmp_path / "f" / f"{name}.svg").read_text()
+        assert "var(--" not in (tmp_path / "f" / f"{name}.svg").read_text(encoding="utf-8")
     figure = next(one for one in all_figures(long) if one.name == "size").figure
     figure.canvas.draw()
     width = figure.bbox.width

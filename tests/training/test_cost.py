@@ -17,11 +17,11 @@ from samseg_monai.cli import app, costs
 from samseg_monai.data.datalists import load_datalist
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.strategies import LoRA
-from samseg_monai.training.cost import RandomVolume, Repeated, spread
+from samseg_monai.training.cost import RandomVolume, Repeated, duration, spread, whole_training
 from tests.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
-BENCH, TRAIN = (import_module(f"samseg_monai.cli.{name}") for name in ("bench", "train_cost"))
+BENCH = import_module("samseg_monai.cli.bench")  # the name is the command's, too
 SMALL = {key: value for key, value in TINY.items() if key != "sam_checkpoint"}
 WORDS = [f"--{key}={value}" for key, value in SMALL.items()]
 LORA = {**SMALL, "strategy::rank": 2, "batch_size": 2}
@@ -41,8 +41,7 @@ def in_this_process(monkeypatch, tmp_path_factory):
         jobs.append(job)
         return costs.answer(job, tmp_path_factory.mktemp("scratch"))
 
-    for module in (BENCH, TRAIN):
-        monkeypatch.setattr(module, "measured", measured)
+    monkeypatch.setattr(costs, "measured", measured)
     return jobs
 
 
@@ -193,26 +192,26 @@ def test_stored_embeddings_are_paid_once():
             "validation": {"cases": 5, "slices": 8.0, "whole": 8.0, "seconds_per_case": 2.0}}  # fmt: skip
     cost = {"batch_size": 8, "epochs": 7, "val_interval": 3, "seconds_per_step": 2.0, "seconds_per_slice": 0.5,
             "seconds_per_encoded_slice": 3.0, "stored": True, "variants": 4}  # fmt: skip
-    found = TRAIN.whole_training(cost, data)
+    found = whole_training(cost, data)
     assert (found["slices"], found["steps_per_epoch"], found["validations"]) == (300, 38, 2)
     minutes = found["minutes"]
     assert minutes["embeddings"] == 60 + 2 and minutes["reading"] == 0.5 and minutes["validation"] == 0.5
     assert minutes["whole"] == pytest.approx(7 * 38 * 2 / 60 + 2 * 0.5 + 62.5)
     data["validation"]["whole"] = 20.0  # picked slices choose the epoch, whole volumes are validated once
-    found = TRAIN.whole_training(cost, data)
+    found = whole_training(cost, data)
     assert found["minutes"]["last validation"] == 1 and found["minutes"]["validation"] == 0.5
     assert found["minutes"]["whole"] == pytest.approx(minutes["whole"] + 1)
-    found = TRAIN.whole_training({**cost, "val_interval": 0, "stored": False}, data)
+    found = whole_training({**cost, "val_interval": 0, "stored": False}, data)
     assert found["validations"] == 0 and found["minutes"].keys() == {"epoch", "reading", "whole"}
     budget = {**cost, "stored": False, "steps_per_epoch": 30}
-    found = TRAIN.whole_training(budget, data, 20.0)
+    found = whole_training(budget, data, 20.0)
     assert found["steps_per_epoch"] == 30 and found["minutes"]["epoch"] == 1
     assert found["epochs_within"] == int((20 - 1 - 0.5) / (1 + 0.5 / 3))  # whole volumes, reading; a third validation
-    assert TRAIN.whole_training(budget, data, 1.0)["epochs_within"] == 0
+    assert whole_training(budget, data, 1.0)["epochs_within"] == 0
 
 
 def test_durations_are_told_as_people_do():
-    told = [TRAIN.duration(minutes) for minutes in (0.05, 1.2, 3.42, 89, 320, 5000)]
+    told = [duration(minutes) for minutes in (0.05, 1.2, 3.42, 89, 320, 5000)]
     assert told == ["3 s", "72 s", "3.42 min", "89 min", "5 h 20 min", "3 days 11 h"]
 
 
@@ -220,13 +219,47 @@ def test_a_mistake_is_told_in_words(tmp_path, monkeypatch):
     def measured(job, *, limit):
         return {"failed": costs.WRONG, "told": "ConfigError: config: no such key"}
 
-    monkeypatch.setattr(TRAIN, "measured", measured)
+    monkeypatch.setattr(costs, "measured", measured)
     done = CliRunner().invoke(app, ["train-cost", str(tmp_path)])
     assert type(done.exception).__name__ == "ConfigError" and str(done.exception) == "config: no such key"
     out = {"failed": costs.NO_MEMORY, "told": "not enough memory (x); what saves most here: --batch_size 1"}
-    monkeypatch.setattr(TRAIN, "measured", lambda job, limit: out)
+    monkeypatch.setattr(costs, "measured", lambda job, limit: out)
     done = CliRunner().invoke(app, ["train-cost", str(tmp_path)])
     assert type(done.exception).__name__ == "TrainingError" and str(done.exception) == out["told"]
+
+
+def test_a_further_config_that_a_bundle_lacks_is_told_by_its_name(in_this_process, tmp_path):
+    bundle = build_bundle("meningioma", "lora", tmp_path)
+    for command in ("train-cost", "find-lr"):
+        done = CliRunner().invoke(app, [command, str(bundle), "--overlay", "nope.json", "--overlay", "demo"])
+        assert type(done.exception).__name__ == "ConfigError"
+        head, *lines = str(done.exception).splitlines()
+        assert head.startswith("--overlay: this bundle's configs are demo, evaluate, inference, ")
+        assert lines == ["  - got 'nope.json'"]
+
+
+def test_runs_of_a_plan_are_forecast_once_for_each_row(monkeypatch, phantoms, tmp_path):
+    jobs = []
+
+    def measured(job, *, limit):
+        jobs.append(job)
+        if job["overrides"]["strategy::rank"] == 3:
+            return {"failed": costs.WRONG, "told": "ConfigError: wrong:\n  - two lines"}
+        section = {"cases": 6, "sample": 6, "slices": 10.0, "whole": 10.0, "seconds_per_case": 0.0}
+        cost = {"batch_size": 1, "epochs": 3, "val_interval": 0, "seconds_per_step": 1.0, "peak_gb": 1.5}
+        data = {"size": [4, 4], "slice_mb": 1.0, "training": section, "validation": section}
+        return data if job.get("count") else cost
+
+    monkeypatch.setattr(costs, "measured", measured)
+    row = {"name": "lora", "strategy": "lora", "each": {"strategy::rank": [2, 3]}}
+    tasks = [{"recipe": "meningioma", "dataset_dir": str(phantoms)}]
+    plan = {"title": "P", "tasks": tasks, "seeds": [0, 1], "rows": [row], "backbones": ["tiny"]}
+    (tmp_path / "plan.json").write_text(json.dumps({**plan, "weights": {"tiny": "random"}}))
+    words = ["compare", str(tmp_path / "plan.json"), "--output", str(tmp_path / "out"), "--dry-run", "--minutes", "2"]
+    told = CliRunner().invoke(app, words, catch_exceptions=False).stdout
+    assert len(jobs) == 2 + 1 and jobs[1]["size"] == [4, 4] and "dataset_dir" not in jobs[1]["overrides"]
+    assert len(re.findall(r"train, evaluate +3 min +1 +1.5 +2", told)) == 2
+    assert told.count("not measured: wrong:; - two lines") == 2 and "all trainings: about 6 min, 1 at a time" in told
 
 
 def test_bench_goes_on_behind_what_does_not_fit(monkeypatch, tmp_path):
@@ -244,7 +277,7 @@ def test_bench_goes_on_behind_what_does_not_fit(monkeypatch, tmp_path):
         jobs.append(job)
         return ways[job["strategy"]] if "failed" in ways[job["strategy"]] else {**ways[job["strategy"]], **shared}
 
-    monkeypatch.setattr(BENCH, "measured", measured)
+    monkeypatch.setattr(costs, "measured", measured)
     words = [
         "bench",
         "--strategies",
@@ -312,6 +345,21 @@ def test_memory_that_is_refused_is_told_with_what_would_help(error, tmp_path, mo
     found = json.loads((tmp_path / "answer.json").read_text())
     assert found["failed"] == costs.NO_MEMORY
     assert re.match(r"not enough memory \(.*\); what saves most here: --", found["told"])
+
+
+def test_an_error_nobody_has_foreseen_is_told_by_its_cause_and_place(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        try:
+            {}["deep"]
+        except KeyError as error:
+            raise RuntimeError("Failed to instantiate\nmany lines\nof a library") from error
+
+    monkeypatch.setattr("samseg_monai.training.cost._trained", fail)
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    costs._work({"task": "meningioma", "strategy": "lora", "overrides": LORA, "steps": 1}, str(tmp_path))
+    found = json.loads((tmp_path / "answer.json").read_text())
+    assert found["failed"] == costs.WRONG
+    assert re.fullmatch(r"KeyError: 'deep' \(test_cost.py, line \d+\)", found["told"]), found
 
 
 # --- the page about speed -------------------------------------------------------------------------------------------

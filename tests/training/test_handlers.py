@@ -7,6 +7,7 @@ import csv
 import json
 import logging
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -424,11 +425,31 @@ def test_the_log_tells_loss_time_left_and_dice_of_each_class(network, tmp_path, 
         trainer(network, [curves, ValidationHandler(1, validator)], epochs=3).run()
     told = [r.getMessage() for r in caplog.records if r.name == "samseg_monai.handlers.records"]
     assert told.pop(0) == "training: 5 batches an epoch, 3 epochs"
+    cost = (
+        r"a step takes [\d.e-]+ s, memory so far at most \d+\.\d\d GB of RAM; all steps take .* s more, validations .*"
+    )
+    assert re.fullmatch(cost, told.pop(0))
     assert [line.split("; ")[-1] for line in told[::2]] == [
-        "at most 2 h 13 min left", "at most 1 h 07 min left", "at most 0 s left",
+        "at most 2 h 13 min left", "at most 66.7 min left", "at most 0 s left",
     ]  # fmt: skip
     assert told[0].startswith("epoch 1 of 3: loss 0.")
     assert told[1] == "epoch 1 of 3: validation Dice 0.750 (spleen 0.500, aorta 1.000)"
+
+
+def test_the_log_tells_what_the_first_steps_took(network, tmp_path, caplog, monkeypatch):
+    """Of the first epoch of the process, the very first step left out; of epochs of a single step nothing."""
+    clock = iter([0.0, 20.0] * 3)  # read behind the first step and behind the last one that counts
+    counter = SimpleNamespace(perf_counter=lambda: next(clock), process_time=lambda: 0.0)
+    monkeypatch.setattr("samseg_monai.training.cost.time", counter)
+    for length, epochs, start, told in ((5, 3, 0, ["5", "50 s"]), (8, 601, 1, ["4", "5 h 20 min"]), (1, 3, 0, [])):
+        engine = trainer(network, [handlers.CurveLog(tmp_path)], data=items(2 * length), epochs=epochs, lr=1e-12)
+        engine.state.epoch, engine.state.iteration = start, start * length
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=2), engine.terminate)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            engine.run()
+        found = [re.match(r"a step takes (.*) s, .* take (.*) more", message) for message in caplog.messages]
+        assert [list(match.groups()) for match in found if match] == ([told] if told else [])
 
 
 class Volumes(nn.Module):

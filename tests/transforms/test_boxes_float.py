@@ -90,7 +90,7 @@ def test_a_rotation_by_other_angles_is_refused():
         FinalBoxesd("json")(d)
 
 
-@pytest.mark.parametrize("given", [None, [], [[1, 2, 3]], [[1, 2, 3, float("nan")]], "boxes"])
+@pytest.mark.parametrize("given", [None, [[1, 2, 3]], [[1, 2, 3, float("nan")]], "boxes"])
 def test_boxes_that_are_none_are_refused(given):
     with pytest.raises(PromptError, match="a: 'boxes' must be a list"):
         FinalBoxesd("json")({**case([]), "boxes": given})
