@@ -57,6 +57,7 @@ app.command(name="info")(info)
 
 @app.command(name="reproduce", hidden=True, context_settings=overridable)
 def _reproduce() -> None:
+    """Name what took the place of this command."""
     raise ConfigError(
         "samseg reproduce became plans: samseg compare honours --dataset-dir DIR --output DIR, and samseg compare "
         "sam_lst with the same options; data are prepared by samseg prepare, and SAM's weights are looked for as in "
