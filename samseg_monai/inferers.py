@@ -272,7 +272,7 @@ class SliceVolumeInferer(Inferer):
                     )
                 elif z == last:
                     far = f"{abs(z - first)} slices, the most" if abs(z - first) == self.propagate else NEARER
-                    stops.append(Stop(first, z, "the volume ends" if z in (0, depth - 1) else far))
+                    stops.append(Stop(first, z, ENDS if z in (0, depth - 1) else far))
                 else:
                     planes.append(self._next_prompt(mask, several))
                     going.append((first, z + step, step, last, (least, most)))
@@ -282,7 +282,7 @@ class SliceVolumeInferer(Inferer):
                 every = list(range(len(places)))
                 self._fill(volume, image[..., places], prompts, every, network, store, places)
             active = going
-        return sorted(stop for stop in stops if stop.why != NEARER or stop.last != stop.first)
+        return sorted(stop for stop in stops if stop.why not in (NEARER, ENDS) or stop.last != stop.first)
 
     def _found(self, volume: torch.Tensor, z: int) -> torch.Tensor:
         """Where slice z (C, H, W) has an object: bool (H, W), on the CPU."""
@@ -436,7 +436,7 @@ def _calls(wanted: list[int], depth: int, slab: int, batch_size: int) -> Iterato
         yield numbers, places
 
 
-NEARER = "another prompt is nearer"
+NEARER, ENDS = "another prompt is nearer", "the volume ends"
 
 
 class Stop(NamedTuple):

@@ -351,14 +351,16 @@ def _misfits(settings: BundleSettings) -> Iterator[str]:
         found = "a 2-D image has none" if task.kind == "images" else f"there are {len(task.scans)} scans"
         found = found if settings.has_sam else "this network has no SAM"
         yield f"run::scan_mode: 'neighbours' is for slices of one scan as SAM's channels; {found}; use 'mean_logits'"
-    if run.masks == "best" and several:
-        yield f"run::masks: 'best' is for one class, there are {len(task.classes)}; use 'single'"
+    if run.masks == "best" and (several or getattr(strategy.method, "decoder", None) == "hierarchical"):
+        yield f"run::masks: 'best' is for one class (got {len(task.classes)}) and SAM's decoder alone; use 'single'"
     if run.stretch and (run.store_size is not None or not settings.has_sam):
         yield "run::stretch: for SAM, and without store_size, which keeps the sides as they are; use false"
+    if run.input_scale == "slice" and not settings.has_sam:
+        yield "run::input_scale: 'slice' is what SAM's network makes of each slice; use 'unit'"
     if run.prompt.source != "none" and not settings.takes_boxes:
         yield f"run::prompt::source: got {run.prompt.source!r}, but this network takes no boxes; use 'none'"
-    if run.prompt.propagate and (run.prompt.source == "none" or task.kind == "images"):
-        yield "run::prompt::propagate: boxes are carried in whole volumes, by networks that take them; set it to 0"
+    if run.prompt.propagate and (run.prompt.source in ("none", "image") or task.kind == "images"):
+        yield "run::prompt::propagate: boxes around objects are carried, in whole volumes; set it to 0"
     if run.prompt.source == "mask" and task.kind == "images":
         yield "run::prompt::source: 'mask' is for volumes; 2-D images take label, json, image or none"
     if run.validation.picker is not None and task.kind == "images":

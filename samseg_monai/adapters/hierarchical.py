@@ -96,6 +96,7 @@ class HierarchicalDecoder(nn.Module):
         self.self_attn2, self.norm2 = Attention(positions, own), nn.LayerNorm(positions)
         self.mlp = MLPBlock(positions, mlp_dim, nn.ReLU)
         self.select = nn.Linear(masks, 1)
+        nn.init.zeros_(self.select.bias)  # of features that are 0 on average, some then pass the ReLU in any case
         self.transformer = TwoWayTransformer(depth=2, embedding_dim=channels, num_heads=heads, mlp_dim=mlp_dim)
         self.transformer.layers = nn.ModuleList(
             MaskedBlock(channels, heads, mlp_dim, first=first) for first in (True, False)

@@ -57,14 +57,11 @@ def report(
     if dataset_dir is not None:
         given["dataset_dir"] = os.path.abspath(dataset_dir)
     names = _names(name or [], runs)
-    results = [RunResult.load(_evaluated(folder, given)) for folder in runs]
-    results = by_folder(
-        [
-            replace(result, label=names[folder]) if folder in names else result
-            for folder, result in zip(runs, by_seed(results), strict=True)
-        ],
-        runs,
-    )
+    results = by_folder(by_seed([RunResult.load(_evaluated(folder, given)) for folder in runs]), runs)
+    results = [
+        replace(result, label=names[folder]) if folder in names else result
+        for folder, result in zip(runs, results, strict=True)
+    ]
     _write(output, title, results, dataset_dir, figures)
     numbers = output.with_name(f"{output.stem}_results.json")
     write_results(numbers, results)

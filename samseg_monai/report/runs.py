@@ -38,7 +38,7 @@ MOBILE_SAM = {
 NO_PROMPTS = "no prompts"
 STRATEGIES = {
     BOX_ELLIPSE: "Box ellipse (no network)", ZERO_SHOT: "Zero-shot", LORA: "LoRA", "dora": "DoRA",
-    "samed": "SAMed",
+    "samed": "SAMed", "h_sam": "H-SAM", "fact": "FacT",
     "adapter": "Adapters (behind attention and MLP)", "adaptformer": "AdaptFormer",
     "medsa": "Medical SAM Adapter", "ssf": "SSF (scale and shift)",
     "attention": "Attention projections",
@@ -227,7 +227,7 @@ class RunResult:
 
     def _title(self) -> str:
         kind, _, share = self.name.partition("_late_")
-        low_rank = kind in (LORA, "dora", "samed")
+        low_rank = kind in (LORA, "dora", "samed", "h_sam", "fact")
         base = STRATEGIES.get(kind if low_rank else self.name, self.name.replace("_", " "))
         side = str(self.fact("strategy.arguments.side") or "").rpartition(".")[2]
         if self.name == LADDER and side:
@@ -235,11 +235,12 @@ class RunResult:
             words = [f"{key} {value}" for key, value in built.items() if isinstance(value, (bool, int, float, str))]
             return f"Ladder ({', '.join([SIDES.get(side, side), *words])} beside SAM)"
         rank, depth = self.fact("strategy.arguments.rank"), self.fact("strategy.arguments.depth")
-        if not low_rank or rank is None:
-            return f"{base}, slabs of {depth}" if depth else base
-        late = f", last {share} % of blocks" if share else ""
         decoder = self.fact("strategy.arguments.decoder")
         also = f" + {base} in the decoder" if decoder == "lora" else " + decoder" if decoder is True else ""
+        also = " + second decoder" if decoder == "hierarchical" and kind != "h_sam" else also
+        if not low_rank or rank is None:
+            return f"{base}, slabs of {depth}{also}" if depth else base + also
+        late = f", last {share} % of blocks" if share else ""
         return f"{base}, rank {rank}{late}{also}"
 
     @property
@@ -410,7 +411,7 @@ def check_runs(runs: Sequence[RunResult]) -> None:
     if not runs:
         raise BundleError("no run to report; evaluate a bundle first and pass its output folder")
     doubled = [f"{name}: {count} runs" for name, count in Counter(run.name for run in runs).items() if count > 1]
-    heading = "runs on one page need different names; give each its own with RunResult.load(folder, name=...)"
+    heading = "runs on one page need different names; give each folder once, or RunResult.load(folder, name=...)"
     raise_all(doubled, BundleError, heading)
 
 
@@ -427,14 +428,18 @@ def by_seed(runs: Sequence[RunResult]) -> list[RunResult]:
 
 
 def by_folder(runs: Sequence[RunResult], folders: Sequence[Path]) -> list[RunResult]:
-    """The runs, each with the name of its folder behind the strategy's where several have one name still."""
+    """The runs, each with the name of its folder behind the strategy's where several have one name still; with those of
+    the folders above it as far as it takes to tell them apart."""
     counts = Counter(run.name for run in runs)
+    places = [folder.absolute() for folder in folders]
+    places = [place.parent if place.name == "evaluation" else place for place in places]
+    alike = {place for run, place in zip(runs, places, strict=True) if counts[run.name] > 1}
+    length = next((n for n in range(1, 9) if len({place.parts[-n:] for place in alike}) == len(alike)), 9)
     found = []
-    for run, folder in zip(runs, folders, strict=True):
+    for run, place in zip(runs, places, strict=True):
         if counts[run.name] > 1:
-            folder = folder.absolute()
-            own = folder.parent.name if folder.name == "evaluation" else folder.name
-            run = replace(run, name=f"{run.name}_{own}", label=run.label or f"{run.title} ({own})")
+            own = "_".join(place.parts[-length:])
+            run = replace(run, name=f"{run.name}_{own}", label=f"{run.title} ({own})")
         found.append(run)
     return found
 

@@ -190,6 +190,8 @@ class OnEncoder(Strategy):
         sam, spec = segmenter.sam, segmenter.sam.spec
         if sam.rectangular:
             raise AdapterError("rectangular: got true, but a second decoder is built for the whole square; use false")
+        if segmenter.masks == "best":
+            raise AdapterError("masks: got 'best', but a second decoder is built for SAM's single mask; use 'single'")
         second = HierarchicalDecoder(
             spec.prompt_dim,
             segmenter.channels_out,

@@ -182,6 +182,7 @@ def test_all_problems_are_listed_with_the_nearest_key_and_an_example():
         (("task", "orientation"), None, "volumes need one"),
         (("run", "image_size"), 500, "multiple of 16"),
         (("run", "masks"), "best", "one class"),
+        (("run", "prompt"), {"source": "image", "propagate": 2}, "around objects are carried"),
         (("run", "low_res_training"), True, "takes no boxes"),
         (("run", "sam_variant"), None, "without SAM"),
         (("strategy", "method"), {**METHODS[1], "last": 0.5}, r"blocks \[0, 1\] and last 0.5 choose the same"),

@@ -84,6 +84,11 @@ def test_a_run_is_evaluated_packed_and_says_what_it_is(hippocampi, tmp_path):
     run_workflow([configs / "inference.json", configs / "evaluate.json"], shared)
     result = RunResult.load(tmp_path / "run" / "evaluation")
     assert {row["class"] for row in result.rows} >= {"anterior", "posterior"}
+    assert sum(row["dice"] for row in result.rows) > 0
+    judged = {**shared, "results_dir": str(tmp_path / "judged"), "calibration": True}
+    run_workflow([configs / "inference.json", configs / "evaluate.json"], judged)
+    again = RunResult.load(tmp_path / "judged").rows  # of logits, of which the classes are taken later
+    assert [row["dice"] for row in again] == [row["dice"] for row in result.rows]
     assert result.card["image_size"] == [16, 16, 16] and "3-D DynUNet" in result.title
     path = pack_bundle(tmp_path / "run", tmp_path / "packed.zip")
     verdict = check_bundle(path)
@@ -238,6 +243,7 @@ def test_what_has_no_meaning_for_volumes_is_refused_all_at_once():
     run = {
         "patch": [40, 40, 20], "slices": {"picker": {"name": "EveryNth", "n": 2}}, "store_size": 64,
         "validation": {"picker": {"name": "MaxArea"}}, "augmentation": "published", "prompt": {"source": "label"},
+        "input_scale": "slice",
     }  # fmt: skip
     with pytest.raises(ConfigError) as error:
         settings_with(run=run, strategy={"network": {"boxes": "crop"}}, task={"kind": "images", "orientation": None})
@@ -250,6 +256,7 @@ def test_what_has_no_meaning_for_volumes_is_refused_all_at_once():
         "run::validation::picker",
         "run::store_size: got 64",
         "run::augmentation: 'published'",
+        "run::input_scale: 'slice' is what SAM's network makes",
     ):
         assert words in told, words
     with pytest.raises(ConfigError, match="prompt::source: got 'label', but this network takes no boxes"):

@@ -113,6 +113,13 @@ def test_the_end_of_the_volume_is_an_end(caplog):
     assert torch.equal(found > 0, image > 0) and told(caplog)[0].count("the volume ends") == 2
 
 
+def test_where_all_slices_are_given_nothing_is_told(oblique, caplog):
+    every = prompt_at(oblique, *range(2, 14))
+    every[0, 0, 15:25, 15:25, [0, 1, 14, 15]] = 1
+    SliceVolumeInferer([], propagate=3, carried_stop=0)(oblique + 0.6, BrightInBox(), prompt=every)
+    assert not told(caplog)
+
+
 @pytest.mark.parametrize("several", [True, False])
 def test_components_are_carried_each_in_a_box_of_its_own(several):
     image = torch.zeros(1, 1, 40, 40, 5)

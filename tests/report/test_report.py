@@ -25,7 +25,7 @@ from samseg_monai.report.facts import facts
 from samseg_monai.report.figures import all_figures, curves, drawn_cases, looks
 from samseg_monai.report.montage import OverlayCase, outline, overlay_cases, pick_cases
 from samseg_monai.report.page import write_report
-from samseg_monai.report.runs import RunResult, prompt_text
+from samseg_monai.report.runs import RunResult, by_folder, by_seed, prompt_text
 from samseg_monai.report.summary import in_short
 from samseg_monai.report.tables import (
     dice_of_cases,
@@ -70,6 +70,9 @@ def _write_run(folder: Path, rows: list[dict], **card: object) -> Path:
         ("dora", {"rank": 4, "decoder": "lora"}, "DoRA, rank 4 + DoRA in the decoder"),
         ("lora_late_25", {"rank": 8, "last": 0.25}, "LoRA, rank 8, last 25 % of blocks"),
         ("adaptformer", {"width": 64}, "AdaptFormer"),
+        ("adaptformer", {"width": 64, "decoder": True}, "AdaptFormer + decoder"),
+        ("fact", {"rank": 16, "decoder": "hierarchical"}, "FacT, rank 16 + second decoder"),
+        ("h_sam", {"rank": 5, "decoder": "hierarchical"}, "H-SAM, rank 5"),
         ("medsa", {"width": 64, "depth": 4}, "Medical SAM Adapter, slabs of 4"),
         ("my_late_25", {"rank": 8}, "my late 25"),
     ],
@@ -310,6 +313,17 @@ def test_case_counted_twice_is_refused(tmp_path):
 def test_two_runs_of_one_name_are_refused(made):
     with pytest.raises(BundleError, match="lora: 2 runs"):
         results_json([RunResult.load(made["lora"]), RunResult.load(made["lora"])])
+
+
+def test_rows_are_told_apart_by_as_many_folders_as_it_takes(tmp_path):
+    folders = [tmp_path / name / "run" / "evaluation" for name in ("one", "other", "zero")]
+    for folder, strategy in zip(folders, ("lora", "lora", "zero_shot"), strict=True):
+        _write_run(folder, _rows([0.5] * len(CASES)), strategy=strategy, seed=3)
+    loaded = [RunResult.load(folder) for folder in folders]
+    found = by_folder(by_seed(loaded), folders)
+    assert [run.title for run in found] == ["LoRA, seed 3 (one_run)", "LoRA, seed 3 (other_run)", "Zero-shot"]
+    nearer = by_folder(by_seed(loaded), [folder.parent.parent for folder in folders])
+    assert [run.name for run in nearer] == ["lora_seed3_one", "lora_seed3_other", "zero_shot"]
 
 
 def test_run_that_failed_is_called_so_on_the_page(made, tmp_path):

@@ -102,6 +102,14 @@ def test_of_one_mask_the_background_is_the_other():
     assert torch.equal(decoder(*given, first), maps[:, 1:] - maps[:, :1])
 
 
+def test_weights_of_positions_learn_from_every_start():
+    for seed in range(40):
+        torch.manual_seed(seed)
+        decoder = HierarchicalDecoder(C, 1, N, heads=2, mlp_dim=24).eval()
+        weight = decoder._weight(torch.randn(2, 2, N), torch.rand(2, 2, N))
+        assert weight.std() > 0, f"seed {seed}: none of the positions passes the ReLU"
+
+
 def test_noise_is_for_training_alone_and_strongest_for_the_rarest_class():
     decoder, *given, first = drawn()
     assert torch.equal(decoder(*given, first), decoder(*given, first))
@@ -159,14 +167,16 @@ def test_what_does_not_go_together_is_told_and_leaves_the_network_as_it_was(make
     with pytest.raises(AdapterError, match="whole square"):
         network.adopt(make(decoder="hierarchical"))
     assert list(network.state_dict()) == before and network.second is None
+    with pytest.raises(AdapterError, match="built for SAM's single mask"):
+        SamSegmenter("tiny", make(decoder="hierarchical"), masks="best")
     network = SamSegmenter("tiny", make(decoder="hierarchical"))
     with pytest.raises(ConfigError, match="a second decoder takes none"):
         network(torch.zeros(1, 1, 64, 64), torch.tensor([[1.0, 2, 30, 40]]))
 
 
-def test_a_bundle_with_boxes_is_refused():
-    recipe = {**read_recipe("strategies", "h_sam"), "run": {"prompt": {"source": "label"}}}
-    with pytest.raises(BundleError, match="this network takes no boxes; use 'none'"):
+def test_a_bundle_with_boxes_or_the_best_of_three_masks_is_refused():
+    recipe = {**read_recipe("strategies", "h_sam"), "run": {"prompt": {"source": "label"}, "masks": "best"}}
+    with pytest.raises(BundleError, match=r"(?s)SAM's decoder alone.*this network takes no boxes; use 'none'"):
         compose_recipes(read_recipe("tasks", "meningioma"), recipe, "both")
 
 
