@@ -80,8 +80,8 @@ def _halving(channels: int, out: int) -> nn.Sequential:
 class _OfEverySecond(nn.Conv2d):
     """Convolution of 1 x 1 pixels, stride 2, by taking every second pixel first.
 
-    The numbers are those of ``stride=2``, whose backward pass (torch 2.14.1 with oneDNN, channels last, AVX-512) ended a
-    training with a corrupted heap; without oneDNN for this layer, or with AVX2, it did not.
+    The numbers are those of ``stride=2``, whose backward pass (torch 2.14.1 with oneDNN, channels last, AVX-512) ended
+    a training with a corrupted heap; without oneDNN for this layer, or with AVX2, it did not.
     """
 
     def forward(self, x: Tensor) -> Tensor:

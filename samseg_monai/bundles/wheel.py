@@ -22,7 +22,7 @@ from samseg_monai.errors import BundleError, visible
 
 PROJECT = "samseg-monai"
 WHEEL = wheel_name(__version__)  # its path in a bundle
-SUFFIXES = {".py", ".typed", ".json", ".jinja", ".safetensors"}  # of the package's own files
+SUFFIXES = {".py", ".typed", ".json", ".jinja", ".safetensors", ".css", ".js"}  # of the package's own files
 MOST_BYTES = 64 << 20
 INFO = f"samseg_monai-{__version__}.dist-info"
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from samseg_monai.demo.story import Story, write_results
 from samseg_monai.files import write_json
-from samseg_monai.report.runs import PICO_TEXT
+from samseg_monai.report.names import PICO_TEXT
 
 TASK = "meningioma"
 FOLDER = "demo"

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from samseg_monai.report.runs import ZERO_SHOT, RunResult, fact_text, some
+from samseg_monai.report.names import ZERO_SHOT, fact_text
+from samseg_monai.report.runs import RunResult, some
 
 _POST = ("prediction_transforms", "postprocessing")  # overridden parts of a config
 _LESIONS = "rules of lesions"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from samseg_monai.report.runs import RunResult, fact_text
+from samseg_monai.report.names import fact_text
+from samseg_monai.report.runs import RunResult
 
 # What a card, or metrics.json, records and the page shows; and how it is called there.
 _FACTS = (

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 from samseg_monai.errors import BundleError, raise_all
 from samseg_monai.metrics import read_rows
 from samseg_monai.metrics.rows import case_means, mean_of
-from samseg_monai.report.runs import RunResult, check_runs, gate_text
+from samseg_monai.report.names import gate_text
+from samseg_monai.report.runs import RunResult, check_runs
 from samseg_monai.report.tables import WIDTH, fixed, grid, or_none
 
 TRANSUNET_CASES = "transunet_cases.csv"

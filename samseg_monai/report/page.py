@@ -28,7 +28,8 @@ from samseg_monai.report import figures, tables
 from samseg_monai.report import organs as organ_tables
 from samseg_monai.report.facts import facts
 from samseg_monai.report.montage import OverlayCase
-from samseg_monai.report.runs import PICO_LABEL, ZERO_SHOT, RunResult, check_runs, gate_text
+from samseg_monai.report.names import PICO_LABEL, ZERO_SHOT, gate_text
+from samseg_monai.report.runs import RunResult, check_runs
 from samseg_monai.report.summary import in_short
 
 _MOST_LISTED = 200  # entries of a list or table in a card, such as the hashes of all cases that trained

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from samseg_monai.metrics.rows import MIN_CASES, NOT_DISTINGUISHABLE, mean_of
 from samseg_monai.report import tables
 from samseg_monai.report.montage import OverlayCase
-from samseg_monai.report.runs import NO_PROMPTS, RunResult, some
+from samseg_monai.report.names import NO_PROMPTS
+from samseg_monai.report.runs import RunResult, some
 
 _DRAWN = " They are made from the answer, on the slices that hold it: scores are those of a perfect helper."
 _TOLERANCES = {"nsd_1mm": 1.0, "nsd_2mm": 2.0}

@@ -21,7 +21,8 @@ from samseg_monai.files import StrPath, write_json
 from samseg_monai.metrics import aggregate, case_means, paired_difference
 from samseg_monai.metrics.rows import MIN_CASES, NOT_DISTINGUISHABLE, TOO_FEW, holm, spelt_out, t_interval, write_table
 from samseg_monai.report.comparing import unequal
-from samseg_monai.report.runs import NOT_RECORDED, ZERO_SHOT, RunResult, check_runs, gate_text
+from samseg_monai.report.names import NOT_RECORDED, ZERO_SHOT, gate_text
+from samseg_monai.report.runs import RunResult, check_runs
 
 SIZES = (("prediction_ml", "reference_ml"), ("prediction_px", "reference_px"))  # columns of the CSV of cases
 MEAN_OF_CLASSES = "mean of classes"

@@ -8,7 +8,8 @@ from monai.bundle import ConfigParser
 
 from samseg_monai.bundles import build_bundle, recipe_names
 from samseg_monai.bundles.build import compose, read_recipe, render
-from samseg_monai.report.runs import STRATEGIES, RunResult
+from samseg_monai.report.names import STRATEGIES
+from samseg_monai.report.runs import RunResult
 from samseg_monai.settings import demonstrated
 from samseg_monai.workflow import run_workflow
 

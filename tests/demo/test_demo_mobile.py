@@ -13,7 +13,7 @@ import torch
 from samseg_monai import bundles, cli
 from samseg_monai.demo import brain_phantoms as drawn
 from samseg_monai.demo import meningioma as demo_meningioma
-from samseg_monai.report.runs import PICO_LABEL, sam_text
+from samseg_monai.report.names import PICO_LABEL, sam_text
 from samseg_monai.sam.build import build_sam
 from samseg_monai.sam.weights import ENVIRONMENT, KNOWN, cache_folder, sha256_of
 

@@ -24,8 +24,9 @@ from samseg_monai.pictures import as_seen
 from samseg_monai.report.facts import facts
 from samseg_monai.report.figures import all_figures, curves, drawn_cases, looks
 from samseg_monai.report.montage import OverlayCase, outline, overlay_cases, pick_cases
+from samseg_monai.report.names import prompt_text
 from samseg_monai.report.page import write_report
-from samseg_monai.report.runs import RunResult, by_folder, by_seed, prompt_text
+from samseg_monai.report.runs import RunResult, by_folder, by_seed
 from samseg_monai.report.summary import in_short
 from samseg_monai.report.tables import (
     dice_of_cases,
