@@ -62,7 +62,9 @@ def markdown(content: Mapping[str, Any]) -> str:
         )
     text = [f"{content['weights']}; test slices of four folds, weights of the epoch that validation chose.", ""]
     text += [*_table(heads, body), ""]
-    return "\n".join([*text, *_comparisons(compared), *_transfer(content["transfer"]), ""])
+    return "\n".join(
+        [*text, *_comparisons(compared), *_transfer(content["transfer"]), *_one_fold(content.get("one_fold", [])), ""]
+    )
 
 
 def short_table(content: Mapping[str, Any]) -> str:
@@ -86,6 +88,21 @@ def short_table(content: Mapping[str, Any]) -> str:
     )
     left = compared.get("unfinished")
     return "\n".join([*_table(heads, body), "", told + (f" {_provisional(left)[:-1]}." if left else "")])
+
+
+def _one_fold(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Further strategies, on one fold only."""
+    if not lines:
+        return []
+    heads = ["", "validation Dice, loose", "test Dice, loose", "tight", "unseen", "epoch chosen", "trained values"]
+    body = [
+        [line["title"] + " (this fold alone)" * (line["role"] == "one fold"), number(line["validation_dice"], 4),
+         *(number(line[f"dice_{law}"]) for law in ("loose", "tight", "unseen")), str(line["epoch_chosen"] or "-"),
+         "-" if line["trained_values"] is None else f"{line['trained_values']:,}"]
+        for line in sorted(lines, key=lambda line: -line["validation_dice"])
+    ]  # fmt: skip
+    text = f"Further strategies on fold 0 with seed 0 alone ({lines[0]['slices']} test slices), by validation Dice:"
+    return ["", text, "", *_table(heads, body)]
 
 
 def _provisional(left: Sequence[str]) -> str:

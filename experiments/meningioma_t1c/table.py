@@ -140,7 +140,7 @@ def comparisons(results: Results) -> dict[str, Any]:
     slices. Rows with slices missing take no part and are listed.
     """
     primary = results.plan["primary"]
-    every = [row["name"] for row in results.plan["rows"] if row["role"] != "curve"]
+    every = [row["name"] for row in results.plan["rows"] if row["role"] in ROLES]
     done = [name for name in every if results.complete(name)]
     candidates = [name for name in primary["candidates"] if name in done]
     baselines = [name for name in primary["baselines"] if name in done]
@@ -171,6 +171,27 @@ def comparisons(results: Results) -> dict[str, Any]:
     }
     named = {"chosen": chosen, "baseline": baseline, "best_baseline_on_test": hardest, "dice": dice, "gains": gains}
     return {**named, "primary": main._asdict(), "criteria": criteria, "exploratory": exploratory, "missing": missing}
+
+
+def one_fold_lines(results: Results) -> list[dict[str, Any]]:
+    """Fold 0 with seed 0: rows that were run there alone, beside those of all folds that learn from the same boxes."""
+    rows, facts = results.rows[(results.rows["fold"] == "0") & (results.rows["seed"] == 0)], results.facts
+    lines = []
+    for row in results.plan["rows"]:
+        of_row = rows[(rows["row"] == row["name"]) & rows["weights"].isin(("best", "none"))]
+        if row["role"] not in ("one fold", "fine-tuned", "zero-shot") or of_row.empty:
+            continue
+        tested = of_row[of_row["section"] == "testing"]
+        line = {"row": row["name"], "title": row["title"], "role": row["role"]}
+        validated = of_row[(of_row["section"] == "validation") & (of_row["boxes"] == "loose")]
+        line["validation_dice"] = _mean(validated["dice"])
+        line |= {f"dice_{law}": _mean(tested[tested["boxes"] == law]["dice"]) for law in LAWS}
+        own = [one for one in facts if (one["row"], str(one["fold"]), one["seed"]) == (row["name"], "0", 0)]
+        line["trained_values"] = next((one["trainable_parameters"] for one in own), None)
+        line["epoch_chosen"] = next(((one.get("best") or {}).get("epoch") for one in own), None)
+        line["slices"] = len(tested[tested["boxes"] == "loose"])
+        lines.append(line)
+    return lines if any(line["role"] == "one fold" for line in lines) else []
 
 
 def transfer_lines(results: Results) -> list[dict[str, Any]]:
@@ -204,6 +225,7 @@ def build(folder: Path) -> tuple[dict[str, Any], str]:
     lines += [ellipse] if ellipse["slices"] else []
     compared = {**comparisons(results), "slices": len(results.blocks), "unfinished": results.unfinished()}
     content = {"weights": plan["weights"], "rows": lines, "comparisons": compared, "transfer": transfer_lines(results)}
+    content["one_fold"] = one_fold_lines(results)
     return content, markdown(content)
 
 
