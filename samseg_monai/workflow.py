@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shlex
 import warnings
 from collections.abc import Sequence
@@ -33,6 +34,11 @@ def shell_command(configs: Sequence[str | Path], overrides: dict[str, Any]) -> s
     for key, value in overrides.items():
         words += [f"--{key}", shlex.quote(value if isinstance(value, str) else repr(value))]
     return " ".join(words)
+
+
+def from_here(line: str) -> str:
+    """A shell line whose paths below the current folder are relative to it, since pages travel."""
+    return line.replace(f"{Path.cwd()}{os.sep}", "")
 
 
 def run_workflow(

@@ -76,14 +76,14 @@ def _write(output: Path, title: str, results: list[Any], dataset_dir: Path | Non
     from samseg_monai.report.page import write_report
 
     data = dataset_dir or data_folder(results[0])
-    montage, why = cases_of_data(results, [data / "datalist.json"], data)
+    montage, notes = cases_of_data(results, [data / "datalist.json"], data)
     write_report(
         output,
         title=title,
         runs=results,
         montage=montage,
         commands=report_commands(results, dataset_dir),
-        notes={"Slices": f"Not shown: {why}."} if why else None,
+        notes=notes,
         figures_dir=figures,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from samseg_monai.errors import BundleError, DataError
 from samseg_monai.files import hash_file, read_json
 from samseg_monai.report.runs import RunResult
 from samseg_monai.sam.weights import RANDOM
-from samseg_monai.workflow import shell_command
+from samseg_monai.workflow import from_here, shell_command
 
 _EVALUATION = "evaluation"
 _ASKED = ("section", "allow_seen", "policy", "lesion_wise", "regions", "min_component_mm3", "save_predictions")
@@ -92,5 +91,4 @@ def report_commands(runs: Sequence[RunResult], dataset_dir: Path | None) -> list
     words = ["samseg", "report", *map(str, folders), "--output", "again/report.html"]
     words += [] if dataset_dir is None else ["--dataset-dir", str(dataset_dir)]
     page = [shlex.join(words)] if folders else []
-    here = f"{Path.cwd()}{os.sep}"
-    return [line.replace(here, "") for line in dict.fromkeys([*found, *page])]
+    return [from_here(line) for line in dict.fromkeys([*found, *page])]

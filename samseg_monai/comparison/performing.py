@@ -27,7 +27,7 @@ from samseg_monai.bundles.running import problems_of_overrides
 from samseg_monai.comparison.plan import Run
 from samseg_monai.errors import BundleError, ConfigError, raise_all
 from samseg_monai.files import read_json, write_json
-from samseg_monai.workflow import config_files, shell_command
+from samseg_monai.workflow import config_files, from_here, shell_command
 
 DONE, LOG = "done.json", "log.txt"
 EVALUATION = "evaluation"
@@ -141,14 +141,13 @@ def perform(
             tell(f"[{number}/{len(waiting)}] {job.name}: {result['status']}{seconds}")
             if result.get("error"):
                 tell("    " + result["error"].replace("\n", "\n    "))
-    here = f"{Path.cwd()}{os.sep}"
     return [
         Outcome(
             run,
             Path(job.folder),
             results[job.name]["status"],
             results[job.name].get("error", ""),
-            [command.replace(here, "") for command in job.commands.values()],  # pages travel
+            [from_here(command) for command in job.commands.values()],
         )
         for run, job in zip(runs, todo, strict=True)
     ]

@@ -139,7 +139,7 @@ class Plan(Model):
         Raises:
             ConfigError: a row's settings are not those of its bundle; a value that no bundle takes.
             DataError: data that are not there; folds that test the same cases.
-        WeightsError: files of weights that are not there.
+            WeightsError: files of weights that are not there.
         """
         known = [row.name for row in self.rows]
         unknown = [f"{name}: no such row" for name in rows or () if name not in known]

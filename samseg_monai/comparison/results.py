@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from samseg_monai.report.montage import OverlayCase, cases_of_data
 from samseg_monai.report.organs import ORGANS, OrganTable, organ_table, organs_json, organs_text
 from samseg_monai.report.page import write_report
 from samseg_monai.report.runs import RunResult
+from samseg_monai.workflow import from_here
 
 CONVERGED = (
     "converged: by a line through the last third of the epochs validation Dice rises by no more than 0.005, or than "
@@ -71,15 +71,14 @@ def write_comparison(
         texts += [organs_text(organs)] if organs else []
         latex.append(task_latex(task, rows, entry, base))
         its = [one for one in outcomes if one.run.task_name == task]
-        montage, why = _slices([row.result for row in rows], [one.run for one in its if one in there])
-        notes = _notes(plan, rows, entry, base, len(missing))
+        montage, told = _slices([row.result for row in rows], [one.run for one in its if one in there])
         write_report(
             output / ("report.html" if len(names) == 1 else f"report_{task}.html"),
             title=plan.title if len(names) == 1 else f"{plan.title}: {task}",
             runs=[row.result for row in rows],
             montage=montage,
             commands=_commands(output, its, command),
-            notes={**notes, **({"Slices": f"Not shown: {why}."} if why else {})},
+            notes={**_notes(plan, rows, entry, base, len(missing)), **told},
             base=base,
             shares={name: row["rank_shares"] for name, row in entry["rows"].items() if any(row.get("rank_shares", ()))},
             figures_dir=None if figures_dir is None else figures_dir / (task if len(names) > 1 else ""),
@@ -266,8 +265,8 @@ def _notes(plan: Plan, rows: Sequence[Pooled], entry: Mapping[str, Any], base: s
     return notes
 
 
-def _slices(results: Sequence[RunResult], runs: Sequence[Run]) -> tuple[list[OverlayCase], str]:
-    """Cases for the page's viewer; or none, and why."""
+def _slices(results: Sequence[RunResult], runs: Sequence[Run]) -> tuple[list[OverlayCase], dict[str, str]]:
+    """Cases for the page's viewer; or none, and a note that says why."""
     datalists = list(dict.fromkeys(run.datalist for run in runs))
     given = [{**run.shared, **run.evaluation}.get("prompt::boxes") for run in runs]
     return cases_of_data(results, datalists, runs[0].dataset_dir, boxes=next((one for one in given if one), None))
@@ -287,9 +286,8 @@ def _commands(output: Path, outcomes: Sequence[Outcome], command: str) -> list[s
         for run in runs
     ]
     its = [line for one in outcomes for line in one.commands]
-    here = f"{Path.cwd()}{os.sep}"
     found = [*lines, *dict.fromkeys(builds), *its, *([command] if command else [])]
-    return [line.replace(here, "") for line in found]
+    return [from_here(line) for line in found]
 
 
 def _ended(row: Pooled) -> str:

@@ -33,12 +33,11 @@ def combined(logits: Tensor, mode: str) -> Tensor:
         margin = logits - (0.0 if single else logits[:, :, :1])
         return margin.amax(1)
     classes = torch.cat([torch.zeros_like(logits), logits], 2) if single else logits
-    share = classes.softmax(2).mean(1)
     if mode == "mean_probabilities":
         share = torch.logsumexp(classes.log_softmax(2), 1)  # up to a constant, which no softmax sees
         return share[:, 1:] - share[:, :1] if single else share
     votes = classes.argmax(2)  # (R, V, h, w)
     counted = F.one_hot(votes, classes.shape[2]).sum(1).movedim(-1, 1)
-    winner = (counted + share).argmax(1)  # a probability is less than a vote
+    winner = (counted + classes.softmax(2).mean(1)).argmax(1)  # a probability is less than a vote
     agree = (votes == winner[:, None])[:, :, None].to(logits.dtype)
     return (logits * agree).sum(1) / agree.sum(1)

@@ -29,7 +29,7 @@ from samseg_monai.choices import PICKED
 from samseg_monai.files import StrPath, write_text, write_whole
 from samseg_monai.metrics.rows import mean_of
 from samseg_monai.report.runs import Curves, RunResult
-from samseg_monai.report.tables import dice_of_cases, sizes_of_cases, table_lines
+from samseg_monai.report.tables import dice_of_cases, mean_dice, sizes_of_cases, table_lines
 
 # Colours of the light page; `Drawn.svg` turns them into the page's CSS variables.
 INK, MUTED, GRID, SURFACE = "#1b1f24", "#59626c", "#dfe3e8", "#ffffff"
@@ -449,7 +449,7 @@ def _few_shot(runs: Sequence[RunResult]) -> Iterator[Drawn]:
         counts = sorted(its)
         look = looks(names)[its[counts[-1]].name]
         lines = [means[its[count].name] for count in counts]
-        middle = [mean_of([*dice_of_cases(its[count]).values()]) for count in counts]
+        middle = [mean_dice(its[count]) for count in counts]
         if len(counts) > 1:
             axes.fill_between(
                 counts, [one.low for one in lines], [one.high for one in lines], color=look.light, alpha=0.15

@@ -27,9 +27,8 @@ from samseg_monai.data.files.dicom import read_any
 from samseg_monai.data.files.images import read_image
 from samseg_monai.errors import DataError, SamsegError, raise_all
 from samseg_monai.files import hash_file
-from samseg_monai.metrics.rows import mean_of
 from samseg_monai.report.runs import RunResult
-from samseg_monai.report.tables import dice_of_cases
+from samseg_monai.report.tables import dice_of_cases, mean_dice
 from samseg_monai.transforms import RecodeLabeld, boxes_of
 
 _SIDE = 320  # pixels of a slice's longer side on the page at most
@@ -180,7 +179,7 @@ def pick_cases(run: RunResult) -> dict[str, str]:
 
 def cases_of_data(
     runs: Sequence[RunResult], datalists: Sequence[Path], dataset_dir: Path, *, boxes: str | Path | None = None
-) -> tuple[list[OverlayCase], str]:
+) -> tuple[list[OverlayCase], dict[str, str]]:
     """Best, median and worst case of the run with the best mean Dice among those whose predictions were saved.
 
     Args:
@@ -190,17 +189,19 @@ def cases_of_data(
         boxes: file of the boxes that were given, of 2-D images.
 
     Returns:
-        The cases; or none, and why, for readers.
+        The cases; or none, and a note for the page that says why.
     """
     saved = [run for run in runs if (own := pick_cases(run)) and all(predicted(run, case) for case in own.values())]
     if not saved:
-        return [], "predictions were not saved; evaluate with --save_predictions True to have slices on this page"
-    chosen = max(saved, key=lambda run: mean_of([*dice_of_cases(run).values()]))
+        return _not_shown(
+            "predictions were not saved; evaluate with --save_predictions True to have slices on this page"
+        )
+    chosen = max(saved, key=mean_dice)
     known = {run.fact("data_hash") for run in saved if len(datalists) == 1}
     try:
         hashes = {hash_file(path) for path in datalists}
         if known - {None} - hashes:
-            return [], f"{datalists[0].name} of {dataset_dir.name} is not the datalist that was evaluated"
+            return _not_shown(f"{datalists[0].name} of {dataset_dir.name} is not the datalist that was evaluated")
         listed = read_datalist(datalists[0])
         section = chosen.fact("settings.section") or "testing"
         items = [item for path in datalists for item in load_datalist(path, dataset_dir, section, boxes=boxes)]
@@ -217,8 +218,12 @@ def cases_of_data(
             spacing=listed.get("spacing_mm") if listed.get("kind") == "images" else None,
         )
     except (SamsegError, OSError) as error:
-        return [], f"the data cannot be read here ({str(error).splitlines()[0]})"
-    return cases, ""
+        return _not_shown(f"the data cannot be read here ({str(error).splitlines()[0]})")
+    return cases, {}
+
+
+def _not_shown(why: str) -> tuple[list[OverlayCase], dict[str, str]]:
+    return [], {"Slices": f"Not shown: {why}."}
 
 
 def overlay_cases(

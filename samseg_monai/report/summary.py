@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from samseg_monai.metrics.rows import MIN_CASES, NOT_DISTINGUISHABLE, mean_of
+from samseg_monai.metrics.rows import MIN_CASES, NOT_DISTINGUISHABLE
 from samseg_monai.report import tables
 from samseg_monai.report.montage import OverlayCase
 from samseg_monai.report.names import NO_PROMPTS
@@ -32,7 +32,7 @@ def _compared(runs: Sequence[RunResult]) -> str:
 
 
 def _best(runs: Sequence[RunResult]) -> list[str]:
-    means = {run.name: mean_of([*tables.dice_of_cases(run).values()]) for run in runs}
+    means = {run.name: tables.mean_dice(run) for run in runs}
     known = [run for run in runs if means[run.name] == means[run.name]]
     if not known:
         return ["No case counts."]

@@ -19,7 +19,16 @@ from typing import Any
 from samseg_monai.errors import BundleError
 from samseg_monai.files import StrPath, write_json
 from samseg_monai.metrics import aggregate, case_means, paired_difference
-from samseg_monai.metrics.rows import MIN_CASES, NOT_DISTINGUISHABLE, TOO_FEW, holm, spelt_out, t_interval, write_table
+from samseg_monai.metrics.rows import (
+    MIN_CASES,
+    NOT_DISTINGUISHABLE,
+    TOO_FEW,
+    holm,
+    mean_of,
+    spelt_out,
+    t_interval,
+    write_table,
+)
 from samseg_monai.report.comparing import unequal
 from samseg_monai.report.names import NOT_RECORDED, ZERO_SHOT, gate_text
 from samseg_monai.report.runs import RunResult, check_runs
@@ -134,6 +143,11 @@ def dice_column(run: RunResult) -> str:
 def dice_of_cases(run: RunResult) -> dict[str, float]:
     """Case -> Dice, the mean over its classes; excluded cases are not there."""
     return case_means(run.rows, dice_column(run))
+
+
+def mean_dice(run: RunResult) -> float:
+    """Mean of `dice_of_cases`; NaN where no case counts."""
+    return mean_of([*dice_of_cases(run).values()])
 
 
 def sizes_of_cases(run: RunResult) -> tuple[str, dict[str, tuple[float, float]]]:

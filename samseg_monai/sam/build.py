@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,18 +73,9 @@ class MaskDecoder(SamMaskDecoder):
     batch, where it would pair each image with each prompt. One image with many rows still works as there.
     """
 
-    def forward(  # type: ignore[override]
-        self,
-        image_embeddings: torch.Tensor,
-        image_pe: torch.Tensor,
-        sparse_prompt_embeddings: torch.Tensor,
-        dense_prompt_embeddings: torch.Tensor,
-        multimask_output: bool | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, *given: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (B, M, 4 gh, 4 gw) and predicted mask qualities (B, M); arguments are those of ``look``."""
-        found = self.look(
-            image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output
-        )
+        found = self.look(*given, **named)
         return found.logits, found.quality
 
     def look(
