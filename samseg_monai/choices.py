@@ -70,6 +70,14 @@ class _Way(Model):
         """SAM's image encoder stays as it is and is needed, so that embeddings can be stored."""
         return False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_decoder(cls, given: Any) -> Any:
+        if "decoder" in cls.model_fields or not isinstance(given, dict) or "decoder" not in given:
+            return given
+        why = "no decoder learns in zero-shot" if cls is ZeroShot else "a network without SAM has none"
+        raise ValueError(f"decoder: got {given['decoder']!r:.80}, but {why}; leave it out")
+
 
 class ZeroShot(_Way):
     """SAM as it is: nothing learns."""
@@ -177,8 +185,15 @@ class Ladder(_Way):
     side: ResNetSide | None = ResNetSide()
     """The network beside; null only with mix "sam"."""
     mix: Literal["gate", "side", "sam"] = "gate"
-    decoder: Literal["upscaling", "masks", "full"] = "masks"
+    decoder: Literal["upscaling", "masks", "full", "hierarchical"] = "masks"
+    """What learns of the mask decoder; "hierarchical": all, with a second one behind it (not with mix "side")."""
     masks: Literal["random", "sam"] = "sam"
+
+    @model_validator(mode="after")
+    def _with_sam(self) -> Ladder:
+        if self.decoder == "hierarchical" and self.mix == "side":
+            raise ValueError("decoder 'hierarchical' goes on from SAM's embedding, which mix 'side' leaves out")
+        return self
 
     @property
     def frozen_encoder(self) -> bool:
@@ -193,6 +208,8 @@ class Selective(_Way):
     """How tables call it: full, decoder, attention, norm, bias."""
     patterns: Annotated[list[Pattern], Field(min_length=1, max_length=100)] = Field(examples=[["sam.mask_decoder"]])
     frozen: Annotated[list[Pattern], Field(max_length=100)] = []
+    decoder: Decoder = False
+    """Train the mask decoder, too; "hierarchical": with a second one behind it, without prompts."""
 
     @property
     def frozen_encoder(self) -> bool:

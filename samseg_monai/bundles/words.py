@@ -14,6 +14,7 @@ PLACES = {
     "both": "behind the attention and beside the MLP",
 }
 _PROMPTS = {"box": ("box", "Boxes"), "points": ("click", "Clicks"), "both": ("box and click", "Boxes with clicks")}
+SECOND = "the prompt encoder's no_mask_embed and a second decoder behind it"
 NEIGHBOURS = ("slice before", "slice", "slice behind")
 SCALES = {"zscore": "z-scores", "unit": "0 to 1", "slice": "0 to 1 within each slice", "sam": "0 to 255"}
 
@@ -132,10 +133,12 @@ def _method(settings: BundleSettings) -> str:
         return f"{sam} {what}; the mask decoder {_decoder(method.decoder)}."
     if isinstance(method, Ladder):
         width = f" of width {method.side.width}" if method.side else ""
-        return f"{sam} Ladder{width}: mix {method.mix}, decoder {method.decoder}, masks {method.masks}."
+        decoder = f"full, with {SECOND}" if method.decoder == "hierarchical" else method.decoder
+        return f"{sam} Ladder{width}: mix {method.mix}, decoder {decoder}, masks {method.masks}."
     assert isinstance(method, Selective)
     frozen = f"; frozen: {', '.join(method.frozen)}" if method.frozen else ""
-    return f"{sam} What learns: {', '.join(method.patterns)}{frozen}."
+    also = f"; the mask decoder {_decoder(method.decoder)}" if method.decoder else ""
+    return f"{sam} What learns: {', '.join(method.patterns)}{frozen}{also}."
 
 
 def _blocks(method: LoRA | Adapter | FacT) -> str:
@@ -150,5 +153,5 @@ def _decoder(choice: bool | str, kind: str = "") -> str:
     if choice == "samed":
         return "learns, too, and so does the prompt encoder's no_mask_embed"
     if choice == "hierarchical":
-        return "learns, too, with the prompt encoder's no_mask_embed and a second decoder behind it"
+        return f"learns, too, with {SECOND}"
     return "learns, too" if choice else "stays as it is"

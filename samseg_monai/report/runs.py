@@ -152,7 +152,7 @@ class RunResult:
         if self.name == LADDER and side:
             built = self.fact("side_arguments") or {}
             words = [f"{key} {value}" for key, value in built.items() if isinstance(value, (bool, int, float, str))]
-            return f"Ladder ({', '.join([SIDES.get(side, side), *words])} beside SAM)"
+            base = f"Ladder ({', '.join([SIDES.get(side, side), *words])} beside SAM)"
         rank, depth = self.fact("strategy.arguments.rank"), self.fact("strategy.arguments.depth")
         decoder = self.fact("strategy.arguments.decoder")
         also = f" + {base} in the decoder" if decoder == "lora" else " + decoder" if decoder is True else ""

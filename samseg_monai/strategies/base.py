@@ -160,7 +160,7 @@ class Strategy:
 
 
 class OnEncoder(Strategy):
-    """What strategies share that adapt the image encoder and, with ``decoder``, train the mask decoder, too.
+    """What strategies share that, with ``decoder``, train the mask decoder, too, and may put a second one behind it.
 
     Attributes:
         decoder: True trains what the task uses of the mask decoder. "samed" trains the prompt encoder's

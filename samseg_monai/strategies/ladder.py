@@ -11,18 +11,19 @@ from torch import nn
 from samseg_monai.adapters.ladder import MIXES, GatedSide, ResNetSide
 from samseg_monai.errors import AdapterError, WeightsError, raise_all
 from samseg_monai.sam.weights import RANDOM, find_weights, read_state
-from samseg_monai.strategies.base import Segmenter, Strategy, decoder_names, head_names, unused_of_decoder
+from samseg_monai.strategies.base import OnEncoder, Segmenter, decoder_names, head_names, unused_of_decoder
 
-DECODERS = ("upscaling", "masks", "full")
+DECODERS = ("upscaling", "masks", "full", "hierarchical")
 MASKS = ("random", "sam")
 _LEARNT = {
     "upscaling": ("output_upscaling.",),
     "masks": ("output_upscaling.", "mask_tokens.", "output_hypernetworks_mlps."),
     "full": ("",),
+    "hierarchical": ("",),
 }
 
 
-class Ladder(Strategy):
+class Ladder(OnEncoder):
     """A network beside SAM's frozen encoder, mixed into its embedding; parts of the mask decoder learn with it.
 
     As published, only the side network, the gate and ``output_upscaling`` learn (``decoder="upscaling"``), while mask
@@ -32,7 +33,7 @@ class Ladder(Strategy):
         side: module (B, 3, H, W) to (B, C, H/16, W/16); None is ``ResNetSide``.
         mix: "gate" is the ladder, "side" the side network alone, "sam" SAM's embedding alone (the paper's ablations).
         decoder: what learns of the mask decoder: "upscaling"; "masks": also mask tokens and hyper-networks; "full": all
-            that the task uses.
+            that the task uses; "hierarchical": that with a second decoder behind it (H-SAM), not with mix "side".
         masks: what mask tokens and hyper-networks start from where their number is not SAM's: "random", or "sam":
             SAM's own four, repeated in turn.
         side_weights: what the side network starts from: None takes the published weights if it has any (ImageNet for
@@ -60,6 +61,8 @@ class Ladder(Strategy):
         ]
         if mix == "sam" and side is not None:
             problems.append("side: got a network, but mix='sam' has none; leave it out")
+        if mix == "side" and decoder == "hierarchical":
+            problems.append("decoder: 'hierarchical' goes on from SAM's embedding, which mix='side' leaves out")
         raise_all(problems, AdapterError, "Ladder cannot be built")
         self.side = ResNetSide() if side is None and mix != "sam" else side
         self.mix, self.decoder, self.masks, self.side_weights = mix, decoder, masks, side_weights
@@ -78,6 +81,7 @@ class Ladder(Strategy):
 
     def install(self, segmenter: Segmenter) -> list[str]:
         """Put the side network beside the encoder; owned are it, the gate and what learns of the mask decoder."""
+        second = self.second_decoder(segmenter)
         if self.side is not None:
             spec = segmenter.sam.spec
             segmenter.side = GatedSide(self.side, spec.prompt_dim, mix=self.mix, patch_size=spec.patch_size)
@@ -85,6 +89,7 @@ class Ladder(Strategy):
                 self.side.checkpointing = segmenter.sam.image_encoder.checkpointing  # type: ignore[assignment]
         owned = {name for name in segmenter.state_dict() if name.startswith("side.")} - set(self.unused(segmenter))
         owned |= set(self._learnt(segmenter)) | set(self.fixed(segmenter))
+        owned |= set() if second is None else self.learnt_decoder(segmenter, second)
         return [name for name in segmenter.state_dict() if name in owned]
 
     def fixed(self, segmenter: Segmenter) -> list[str]:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any, ClassVar, Literal
 
 from segment_anything.modeling.common import LayerNorm2d
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from samseg_monai.errors import AdapterError, raise_all
-from samseg_monai.strategies.base import Segmenter, Strategy, unused_of_decoder, unused_of_prompts
+from samseg_monai.strategies.base import OnEncoder, Segmenter, unused_of_decoder, unused_of_prompts
 
 NORM, ATTENTION = "<norm>", "<attention>"
 
 
-class Selective(Strategy):
+class Selective(OnEncoder):
     """SAM's own tensors that match a pattern learn; all others stay frozen.
 
     ``["sam"]`` is full fine-tuning, ``["sam.mask_decoder"]`` the decoder alone, ``["*.bias"]`` BitFit (Ben Zaken et al.
@@ -29,13 +30,24 @@ class Selective(Strategy):
         patterns: a parameter's name or its beginning up to a dot; ``*`` stands for anything; ``<norm>`` for the
             parameters of all normalisation layers, whatever they are called; ``<attention>`` for those of the layers
             that make queries, keys and values in the image encoder's blocks, and of the layers behind the attention.
-        frozen: patterns of what stays frozen all the same, such as ``["sam.prompt_encoder"]``.
+        frozen: patterns of what of these stays frozen all the same, such as ``["sam.prompt_encoder"]``.
         name: how tables call it.
+        decoder: also train what the task uses of the mask decoder; "hierarchical" with a second one behind it.
     Raises:
         AdapterError: no or malformed patterns; on installing, every pattern that matches nothing that the task uses.
     """
 
-    def __init__(self, patterns: Sequence[str], *, frozen: Sequence[str] = (), name: str = "selective") -> None:
+    newer: ClassVar[dict[str, Any]] = {"decoder": False}
+
+    def __init__(
+        self,
+        patterns: Sequence[str],
+        *,
+        frozen: Sequence[str] = (),
+        name: str = "selective",
+        decoder: bool | Literal["hierarchical"] = False,
+    ) -> None:
+        self.decoder = decoder
         given = {"patterns": patterns, "frozen": frozen}
         problems = [
             f"{key} must be a list of names or patterns, got {value!r}"
@@ -44,12 +56,12 @@ class Selective(Strategy):
         ]
         if not problems and not patterns:
             problems = ["patterns must name something that learns; for nothing there is ZeroShot"]
-        raise_all(problems, AdapterError, "Selective cannot be built")
+        raise_all([*problems, *self.decoder_problems()], AdapterError, "Selective cannot be built")
         self.patterns, self.frozen, self.name = tuple(patterns), tuple(frozen), name
 
     def install(self, segmenter: Segmenter) -> list[str]:
-        """Change no layer; owned are SAM's parameters that a pattern matches."""
-        unused = set(self.unused(segmenter))
+        """Change no layer; owned are SAM's parameters that a pattern matches, and what ``decoder`` adds to them."""
+        second, unused = self.second_decoder(segmenter), set(self.unused(segmenter))
         usable = [name for name, _ in segmenter.named_parameters() if name not in unused]
         groups = {NORM: _norm_parameters(segmenter), ATTENTION: _attention_parameters(segmenter)}
         problems = [
@@ -68,6 +80,7 @@ class Selective(Strategy):
             raise AdapterError(
                 f"Selective: frozen {list(self.frozen)} leaves nothing of {list(self.patterns)} to learn"
             )
+        owned |= self.learnt_decoder(segmenter, second)
         # a mask head of another size may start as copies of SAM's masks only where they can grow apart
         self.tile_masks = "sam.mask_decoder.mask_tokens.weight" in owned
         return [name for name in segmenter.state_dict() if name in owned]

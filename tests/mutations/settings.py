@@ -157,8 +157,8 @@ LORA = group({
     "dora": BOOL, "last": nothing_or(number(0, 1, above=True))})  # fmt: skip
 LADDER = group({
     "name": one("ladder"), "side": nothing_or(group({"name": one("resnet"), "width": whole(1, 512)})),
-    "mix": one("gate", "side", "sam"), "decoder": one("upscaling", "masks", "full"), "masks": one("random",
-    "sam")})  # fmt: skip
+    "mix": one("gate", "side", "sam"), "decoder": one("upscaling", "masks", "full",
+    "hierarchical"), "masks": one("random", "sam")})  # fmt: skip
 STRATEGY: dict[str, Rule] = {
     "name": NAME, "method": choice(lora=LORA, ladder=LADDER), "network": one(None), "title": SENTENCE,
     "text": many(SENTENCE, 1, 10), "description": SENTENCE, "references": many(SENTENCE, 0, 50),
@@ -256,8 +256,9 @@ def misfit(task: dict[str, Any], strategy: dict[str, Any], run: dict[str, Any]) 
         "variant": run.get("sam_variant", "vit_b") is None, "size": run.get("image_size", 1024) % 16,
         "channels of colour": run.get("scan_mode") == "channels" and len(scans) != 3,
         "neighbours": run.get("scan_mode") == "neighbours" and (len(scans) != 1 or kind == "images"),
-        "best": run.get("masks") == "best" and len(classes) > 1,
-        "boxes": source != "none" and run.get("low_res_training", False),
+        "best": run.get("masks") == "best" and (len(classes) > 1 or method.get("decoder") == "hierarchical"),
+        "boxes": source != "none" and (run.get("low_res_training", False) or method.get("decoder") == "hierarchical"),
+        "second decoder": method.get("decoder") == "hierarchical" and method.get("mix") == "side",
         "propagate": prompt.get("propagate", 0) > 0
         and (source == "none" or kind == "images" or method.get("depth", 1) > 1),
         "mask": source == "mask" and kind == "images",

@@ -1,5 +1,7 @@
 """H-SAM's second decoder beside its equations, written out, and what it does not go together with."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,11 +9,13 @@ import torch.nn.functional as F
 from samseg_monai.adapters import HierarchicalDecoder
 from samseg_monai.adapters.hierarchical import RAREST, _deviations
 from samseg_monai.bundles.build import compose_recipes, read_recipe
+from samseg_monai.bundles.words import words
 from samseg_monai.errors import AdapterError, BundleError, ConfigError
 from samseg_monai.export import obstacles
 from samseg_monai.export.parts import parts_of, run_parts, to_program
 from samseg_monai.networks import SamSegmenter
-from samseg_monai.strategies import SSF, Adapter, LoRA
+from samseg_monai.settings import merged
+from samseg_monai.strategies import SSF, Adapter, FacT, Ladder, LoRA, Selective
 from samseg_monai.training import OnLogitGrid, SegmentationLoss
 
 C, SIDE, MASKS = 32, 4, 3
@@ -158,9 +162,9 @@ def test_an_exported_decoder_computes_the_mean():
         torch.testing.assert_close(found["logits"][..., :48], network(image), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("make", [LoRA, Adapter, SSF])
+@pytest.mark.parametrize("make", [LoRA, Adapter, SSF, FacT, partial(Selective, ["<attention>"]), Ladder])
 def test_what_does_not_go_together_is_told_and_leaves_the_network_as_it_was(make):
-    with pytest.raises(AdapterError, match=r"decoder must be one of False, True, .*'hierarchical', got 'second'"):
+    with pytest.raises(AdapterError, match=r"decoder.* one of .*(got 'second'.*)?'hierarchical'"):
         make(decoder="second")
     network = SamSegmenter("tiny", rectangular=True)
     network.strategy, before = None, list(network.state_dict())
@@ -178,6 +182,33 @@ def test_a_bundle_with_boxes_or_the_best_of_three_masks_is_refused():
     recipe = {**read_recipe("strategies", "h_sam"), "run": {"prompt": {"source": "label"}, "masks": "best"}}
     with pytest.raises(BundleError, match=r"(?s)SAM's decoder alone.*this network takes no boxes; use 'none'"):
         compose_recipes(read_recipe("tasks", "meningioma"), recipe, "both")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "why"),
+    [
+        ("zero_shot", "no decoder learns in zero-shot; leave it out"),
+        ("cnn_only", "goes on from SAM's embedding, which mix 'side' leaves out"),
+        ("unet", "a network without SAM has none; leave it out"),
+    ],
+)
+def test_a_bundle_in_which_it_makes_no_sense_says_why(strategy, why):
+    recipe = merged(read_recipe("strategies", strategy), {"method": {"decoder": "hierarchical"}})
+    with pytest.raises(BundleError, match=f"(?s)strategy::method: decoder.*{why}"):
+        compose_recipes(read_recipe("tasks", "abdomen"), recipe, strategy)
+
+
+@pytest.mark.parametrize("strategy", ["full", "attention", "decoder", "norm", "bias", "ladder", "sam_only", "medsa"])
+def test_the_others_are_bundles_of_volumes(strategy):
+    recipe = merged(read_recipe("strategies", strategy), {"method": {"decoder": "hierarchical"}})
+    recipe["run"] = {**recipe["run"], "prompt": {"source": "none"}}
+    settings = compose_recipes(read_recipe("tasks", "abdomen"), recipe, strategy)
+    assert not settings.takes_boxes and "a second decoder behind it" in words(settings)["said"]
+
+
+def test_a_ladder_without_sams_embedding_has_no_second_decoder():
+    with pytest.raises(AdapterError, match="which mix='side' leaves out"):
+        Ladder(mix="side", decoder="hierarchical")
 
 
 def test_neither_a_sam_file_nor_sameds_holds_a_second_decoder():

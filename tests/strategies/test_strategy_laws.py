@@ -143,6 +143,11 @@ def norm_values(network: SamSegmenter) -> int:
     return decoder + neck + 2 * (stem + stage + merges + blocks)
 
 
+def attention_values(network: SamSegmenter) -> int:
+    """Of the layers that make queries, keys and values, and of that behind the attention."""
+    return sum(4 * (width * width + width) for width in BLOCKS[network.spec.name].values())
+
+
 class SmallSide(nn.Sequential):
     """A side network with statistics that is built in no time; its channels are those of SAM "tiny"."""
 
@@ -325,7 +330,28 @@ ROWS = {
     "decoder": Row(lambda: Selective(["sam.mask_decoder"], name="decoder"), decoder_values),
     "attention": Row(
         lambda: Selective(["<attention>"], name="attention"),
-        lambda network: sum(4 * (width * width + width) for width in BLOCKS[network.spec.name].values()),
+        attention_values,
+    ),
+    "attention_decoder_classes": Row(
+        lambda: Selective(["<attention>"], name="attention", decoder=True),
+        lambda network: attention_values(network) + decoder_values(network),
+        CLASSES,
+    ),
+    "attention_second_decoder": Row(
+        lambda: Selective(["<attention>"], name="attention", decoder="hierarchical"),
+        lambda network: attention_values(network) + decoder_values(network) + WIDTH + second_values(2),
+        {"prompt": "none"},
+    ),
+    "full_second_decoder": Row(
+        lambda: Selective(["sam"], frozen=["sam.prompt_encoder"], name="full", decoder="hierarchical"),
+        lambda network: full_values(network, without="sam.prompt_encoder") + WIDTH,
+        CLASSES,
+    ),
+    "ladder_second_decoder": Row(
+        lambda: Ladder(SmallSide(), decoder="hierarchical"),
+        lambda network: SmallSide.values + decoder_values(network) + WIDTH + second_values(MASKS) + 1,
+        CLASSES,
+        kept=SmallSide.kept,
     ),
     "norm": Row(lambda: Selective(["<norm>"], name="norm"), norm_values),
     "bias": Row(
@@ -441,7 +467,8 @@ class TestStrategyLaws:
         plain.load_state_dict(head, strict=False)  # started anew where the number of masks is not SAM's
         image, boxes, _ = batch
         if network.second is not None:
-            first, whole = (each.decode(each.encode(image), boxes)[0] for each in (network, plain))
+            with torch.no_grad():
+                first, whole = (each.decode(each.encode(image), boxes)[0] for each in (network, plain))
             assert torch.equal(first, whole)
             return
         if row.mixed is None:
