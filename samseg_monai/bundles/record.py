@@ -178,7 +178,8 @@ def _doubts(found: Running) -> list[str]:
     strategy, prompt = found.config.get("strategy"), found.config.get("prompt")
     kind = str(strategy.get("_target_", "")).rpartition(".")[2] if isinstance(strategy, dict) else ""
     told = []
-    if isinstance(prompt, dict) and prompt.get("source") == "none" and kind in UNAIDED:
+    promptless = isinstance(strategy, dict) and strategy.get("decoder") == "hierarchical"  # is made for no prompts
+    if isinstance(prompt, dict) and prompt.get("source") == "none" and kind in UNAIDED and not promptless:
         told.append(f"{kind} without boxes: this task has none (prompt::source none), SAM segments the image alone")
     if kind == "ZeroShot" and found.config.get("sam_checkpoint") == RANDOM:
         told.append("ZeroShot on random weights (sam_checkpoint random): nothing learns, its scores are those of noise")

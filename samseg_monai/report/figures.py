@@ -304,7 +304,7 @@ def _cases(runs: Sequence[RunResult]) -> Drawn:
     low = math.floor(10 * min((value for dice in values for value in dice.values()), default=0.0)) / 10
     axes.set(ylabel="Dice of the case (no unit)", ylim=(max(0.0, low) - 0.02, 1.02))
     axes.set_xlim(-0.55, len(runs) - 0.45)
-    titles = [textwrap.fill(run.title.split(" (")[0], 18) for run in runs]
+    titles = [textwrap.fill(run.short_title, 18) for run in runs]
     axes.set_xticks(range(len(runs)), [f"{t}\nn = {len(dice)}" for t, dice in zip(titles, values, strict=True)])
     axes.grid(axis="y")
     caption = (
@@ -394,7 +394,7 @@ def _agreement(runs: Sequence[RunResult]) -> Iterator[Drawn]:
         at = {case: ((ours + true) / 2, ours - true) for case, (ours, true) in sizes.items() if case in kept}
         texts = [f"{case}: {x:.4g} {unit}, difference {y:+.3g} {unit}" for case, (x, y) in at.items()]
         points |= _scatter(axes, f"points{number}", at, looks(names)[run.name], texts)
-        title = "\n".join(textwrap.wrap(run.title.split(" (")[0], 84 // across, max_lines=2, placeholder=" ..."))
+        title = "\n".join(textwrap.wrap(run.short_title, 84 // across, max_lines=2, placeholder=" ..."))
         told = f"{title}\nbias {bias:+,.{places}f}, limits \u00b1 {spread:,.{places}f}"
         axes.set_title(told, fontsize=10 if across < 5 else 8, weight="normal")
         axes.grid()

@@ -144,6 +144,11 @@ class RunResult:
         how = " (int8)" if self.has_network and self.fact("precision") == "int8" else ""
         return spelt_out(self.label or self._title()) + how
 
+    @property
+    def short_title(self) -> str:
+        """``title`` without what is in brackets."""
+        return re.sub(r" \([^()]*\)", "", self.title)
+
     def _title(self) -> str:
         kind, _, share = self.name.partition("_late_")
         low_rank = kind in (LORA, "dora", "samed", "h_sam", "fact")

@@ -401,7 +401,7 @@ def headings(names: Sequence[str]) -> list[str]:
 
 def named(run: RunResult) -> str:
     """Short title of a run with its SAM, for a row or column of its own."""
-    short = run.title.split(" (")[0]
+    short = run.short_title
     return short if run.variant in short else f"{short} [{run.variant}]"
 
 

@@ -76,11 +76,13 @@ def _write_run(folder: Path, rows: list[dict], **card: object) -> Path:
         ("h_sam", {"rank": 5, "decoder": "hierarchical"}, "H-SAM, rank 5"),
         ("medsa", {"width": 64, "depth": 4}, "Medical SAM Adapter, slabs of 4"),
         ("my_late_25", {"rank": 8}, "my late 25"),
+        ("ladder", {"side": ".ResNetSide", "decoder": "hierarchical"}, "Ladder (ResNet18 beside SAM) + second decoder"),
     ],
 )
 def test_titles_tell_how_low_rank_updates_were_placed(name, arguments, title, tmp_path):
     card = {"strategy": {"name": name, "arguments": arguments}}
-    assert RunResult.load(_write_run(tmp_path / "run", _rows([0.5] * len(CASES)), **card)).title == title
+    run = RunResult.load(_write_run(tmp_path / "run", _rows([0.5] * len(CASES)), **card))
+    assert run.title == title and run.short_title == title.replace(" (ResNet18 beside SAM)", "")
 
 
 def test_prompts_are_told_by_the_law_or_the_file_that_they_come_from():
