@@ -338,6 +338,16 @@ def test_plans_of_the_package_can_be_run_as_they_are(name, data, tmp_path):
     assert set(places) <= {"embeddings"}  # of the current folder, not of the package
 
 
+def test_the_honours_plan_has_each_scan_alone(data):
+    """Its figure 6: zero-shot and LoRA on t1n, t1c, t2w and t2f, beside the rows of all four."""
+    runs = {run.group: run for run in read_plan("honours").runs(dataset_dir=data)}
+    for row, beside in (("zero_shot_alone", "zero_shot"), ("lora_alone", "lora_rank64")):
+        alone = [run for name, run in runs.items() if run.row.name == row]
+        assert [run.shared["scans"] for run in alone] == [[scan] for scan in runs[beside].settings.task.scans]
+        assert all(run.title and run.title.endswith(f"scans {run.shared['scans'][0]}") for run in alone)
+    assert alone[0].settings.trains and "strategy::rank" in alone[0].shared
+
+
 def test_the_command_lists_and_performs(data, runner):
     words = ["compare", str(plan_of(data)), "--output", str(data.parent / "out")]
     done = CliRunner().invoke(app, words)
