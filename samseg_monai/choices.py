@@ -37,6 +37,7 @@ Voxels = Annotated[int, Field(ge=1, le=8192)]
 Workers = Annotated[int, Field(ge=0, le=64)]
 Side = Annotated[int, Field(ge=16, le=2048)]  # twice SAM's own
 Patch = Annotated[list[Annotated[int, Field(ge=8, le=512)]], Field(min_length=3, max_length=3)]
+SECOND = ("hierarchical", "h_sam")  # values of a strategy's decoder that put another one behind SAM's
 Variant = Literal["vit_b", "vit_l", "vit_h", "vit_t", "medsam", "pico", "tiny", "tiny_t"]  # of SAM
 
 
@@ -69,6 +70,11 @@ class _Way(Model):
     def frozen_encoder(self) -> bool:
         """SAM's image encoder stays as it is and is needed, so that embeddings can be stored."""
         return False
+
+    @property
+    def second_decoder(self) -> bool:
+        """There is a decoder behind SAM's, which takes no prompts."""
+        return getattr(self, "decoder", None) in SECOND
 
     @model_validator(mode="before")
     @classmethod
@@ -117,9 +123,10 @@ class LoRA(_Way):
     """In place of blocks: this fraction of those with attention, from the end."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rank_stabilised: bool = False
-    decoder: bool | Literal["lora", "samed", "hierarchical"] = False
+    decoder: bool | Literal["lora", "samed", "hierarchical", "h_sam"] = False
     """Train the mask decoder, too; "lora": only low-rank updates in q and v of its attention; "samed": the decoder and
-    the prompt encoder's no_mask_embed; "hierarchical": those and a second decoder, without prompts."""
+    the prompt encoder's no_mask_embed; "hierarchical": those and a second decoder, without prompts; "h_sam": as in
+    H-SAM's code, for its files."""
     dora: bool = False
     """Learn the length of each adapted row beside its direction."""
     _fit = model_validator(mode="after")(_chosen_once)

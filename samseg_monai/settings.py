@@ -307,7 +307,7 @@ class BundleSettings(Model):
         net = self.strategy.network
         if net is not None:
             return getattr(net, "boxes", "given") != "none"
-        return not self.run.low_res_training and getattr(self.strategy.method, "decoder", None) != "hierarchical"
+        return not self.run.low_res_training and not self.strategy.method.second_decoder
 
     @property
     def sees_volumes(self) -> bool:
@@ -351,7 +351,7 @@ def _misfits(settings: BundleSettings) -> Iterator[str]:
         found = "a 2-D image has none" if task.kind == "images" else f"there are {len(task.scans)} scans"
         found = found if settings.has_sam else "this network has no SAM"
         yield f"run::scan_mode: 'neighbours' is for slices of one scan as SAM's channels; {found}; use 'mean_logits'"
-    if run.masks == "best" and (several or getattr(strategy.method, "decoder", None) == "hierarchical"):
+    if run.masks == "best" and (several or strategy.method.second_decoder):
         yield f"run::masks: 'best' is for one class (got {len(task.classes)}) and SAM's decoder alone; use 'single'"
     if run.stretch and (run.store_size is not None or not settings.has_sam):
         yield "run::stretch: for SAM, and without store_size, which keeps the sides as they are; use false"

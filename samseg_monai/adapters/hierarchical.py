@@ -14,9 +14,10 @@ upscaled map of C/8 channels; P (M, N) are the probabilities of its logits, brou
 
 Three things are done otherwise than there. The code takes its softmax of the weight over the single channel that there
 is, which gives 1 everywhere, so that its self-attention neither does nor learns anything; here it goes over the
-positions, times N: 1 on average. Its noise knows classes from the label, here they are those that the first decoder
-finds, for a network sees no label; its deviations for nine classes, 0.35 to 0 in steps, are evenly spaced here, and
-their mean is 0. Its first decoder has SAM's layers in another order; here that one stays SAM's.
+positions, times N: 1 on average, and with ``even`` there is none of it. Its noise knows classes from the label, here
+they are those that the first decoder finds, for a network sees no label; its deviations for nine classes, 0.35 to 0 in
+steps, are evenly spaced here, and their mean is 0. Its first decoder has SAM's layers in another order; here that one
+stays SAM's, unless it is given to ``look_first``.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ EMBEDDING_NOISE = 0.2  # deviation of the noise of the embedding, in its range
 class MaskedAttention(Attention):
     """SAM's attention whose weights are multiplied by a mask, behind the softmax."""
 
+    def __init__(self, channels: int, heads: int, *, dropout: float = 0.0) -> None:
+        super().__init__(channels, heads)
+        self.dropout = nn.Dropout(dropout)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         """Queries (B, n, C), keys and values (B, m, C), mask (B, n, m) to (B, n, C)."""
         q, k, v = (
@@ -47,33 +52,45 @@ class MaskedAttention(Attention):
             for project, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
         )
         weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1) * mask[:, None]
-        return self.out_proj(self._recombine_heads(weights @ v))
+        return self.dropout(self.out_proj(self._recombine_heads(weights @ v)))
 
 
-class MaskedBlock(TwoWayAttentionBlock):
-    """A layer of SAM's two-way transformer with ``MaskedAttention`` of full width, and masks attending first."""
+class LookFirstBlock(TwoWayAttentionBlock):
+    """A layer of SAM's two-way transformer in H-SAM's order: tokens look at the image before at each other."""
 
-    def __init__(self, channels: int, heads: int, mlp_dim: int, *, first: bool) -> None:
-        super().__init__(channels, heads, mlp_dim, skip_first_layer_pe=first)
-        self.cross_attn_token_to_image = MaskedAttention(channels, heads)
-        self.cross_attn_image_to_token = MaskedAttention(channels, heads)
-        self.dropout = nn.Dropout(0.2)
-
-    def forward(  # type: ignore[override]
-        self, tokens: Tensor, image: Tensor, tokens_pe: Tensor, image_pe: Tensor, mask: Tensor
+    def forward(
+        self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Tokens (B, M, C), image (B, N, C), what is added to each of them, and probabilities (B, M, N)."""
-        seen = self.cross_attn_token_to_image(tokens + tokens_pe, image + image_pe, image, mask)
-        tokens = self.norm2(tokens + self.dropout(seen))
+        """Tokens (B, M, C), image (B, N, C), what is added to each of them, and of ``MaskedBlock`` probabilities
+        (B, M, N)."""
+        tokens, image = queries, keys
+        there, back = ([], []) if mask is None else ([mask], [mask.transpose(-1, -2)])
+        seen = self.cross_attn_token_to_image(tokens + query_pe, image + key_pe, image, *there)
+        tokens = self.norm2(tokens + seen)
         if self.skip_first_layer_pe:
             tokens = self.self_attn(tokens, tokens, tokens)
         else:
-            placed = tokens + tokens_pe
+            placed = tokens + query_pe
             tokens = tokens + self.self_attn(placed, placed, tokens)
         tokens = self.norm1(tokens)
         tokens = self.norm3(tokens + self.mlp(tokens))
-        told = self.cross_attn_image_to_token(image + image_pe, tokens + tokens_pe, tokens, mask.transpose(-1, -2))
+        told = self.cross_attn_image_to_token(image + key_pe, tokens + query_pe, tokens, *back)
         return tokens, self.norm4(image + told)
+
+
+class MaskedBlock(LookFirstBlock):
+    """Such a layer with ``MaskedAttention`` of full width."""
+
+    def __init__(self, channels: int, heads: int, mlp_dim: int, *, first: bool) -> None:
+        super().__init__(channels, heads, mlp_dim, skip_first_layer_pe=first)
+        self.cross_attn_token_to_image = MaskedAttention(channels, heads, dropout=0.2)
+        self.cross_attn_image_to_token = MaskedAttention(channels, heads)
+
+
+def look_first(transformer: TwoWayTransformer) -> None:
+    """Put the layers of SAM's own transformer into H-SAM's order; their tensors stay what they are."""
+    for layer in transformer.layers:
+        layer.__class__ = LookFirstBlock
 
 
 class HierarchicalDecoder(nn.Module):
@@ -85,18 +102,22 @@ class HierarchicalDecoder(nn.Module):
         positions: of the embedding's grid, N. The self-attention is built for them: its layers are N wide.
         heads: of the cross-attention; the self-attention has the largest number up to 8 that divides N.
         mlp_dim: width of the MLPs.
+        even: all positions weigh the same, as in the authors' code, and there is no self-attention.
     """
 
-    def __init__(self, channels: int, masks: int, positions: int, *, heads: int, mlp_dim: int) -> None:
+    def __init__(
+        self, channels: int, masks: int, positions: int, *, heads: int, mlp_dim: int, even: bool = False
+    ) -> None:
         super().__init__()
-        own = next(heads for heads in range(MAX_HEADS, 0, -1) if positions % heads == 0)
-        self.single, masks = masks == 1, max(2, masks)
+        self.single, masks, self.even = masks == 1, max(2, masks), even
         self.mask_tokens = nn.Embedding(masks, channels)
-        self.self_attn, self.norm1 = Attention(positions, own), nn.LayerNorm(positions)
-        self.self_attn2, self.norm2 = Attention(positions, own), nn.LayerNorm(positions)
-        self.mlp = MLPBlock(positions, mlp_dim, nn.ReLU)
-        self.select = nn.Linear(masks, 1)
-        nn.init.zeros_(self.select.bias)  # of features that are 0 on average, some then pass the ReLU in any case
+        if not even:
+            own = next(heads for heads in range(MAX_HEADS, 0, -1) if positions % heads == 0)
+            self.self_attn, self.norm1 = Attention(positions, own), nn.LayerNorm(positions)
+            self.self_attn2, self.norm2 = Attention(positions, own), nn.LayerNorm(positions)
+            self.mlp = MLPBlock(positions, mlp_dim, nn.ReLU)
+            self.select = nn.Linear(masks, 1)
+            nn.init.zeros_(self.select.bias)  # of features that are 0 on average, some then pass the ReLU in any case
         self.transformer = TwoWayTransformer(depth=2, embedding_dim=channels, num_heads=heads, mlp_dim=mlp_dim)
         self.transformer.layers = nn.ModuleList(
             MaskedBlock(channels, heads, mlp_dim, first=first) for first in (True, False)
@@ -137,8 +158,11 @@ class HierarchicalDecoder(nn.Module):
         if self.training:
             spread = EMBEDDING_NOISE * (embedding.amax() - embedding.amin())
             embedding = embedding + spread * torch.randn_like(embedding)
-        weight = self._weight(seen @ grid.flatten(2), prior)
-        source = (embedding + dense) * (1 + weight.unflatten(1, (1, height, width)))
+        source = embedding + dense
+        if self.even:
+            source = 2 * source
+        else:
+            source = source * (1 + self._weight(seen @ grid.flatten(2), prior).unflatten(1, (1, height, width)))
         tokens, image = self._transformed(source, position, prior)
         fine = image.transpose(1, 2).unflatten(2, (height, width))
         fine = self.skip_connect(torch.cat([self.output_upscaling(fine), upscaled], 1))

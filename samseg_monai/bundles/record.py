@@ -19,6 +19,7 @@ from samseg_monai.bundles.build import CONFIGS, SETTINGS, config_text, write_bun
 from samseg_monai.bundles.running import Running, running
 from samseg_monai.bundles.values import KEYS, TASK_KEYS, custom_parts, differences, effective_settings
 from samseg_monai.checkpoints import remember_base
+from samseg_monai.choices import SECOND
 from samseg_monai.data.datalists import case_hash, read_datalist, too_few_to_choose
 from samseg_monai.errors import BundleError, DataError, raise_all
 from samseg_monai.files import read_json, write_json, write_text
@@ -178,7 +179,7 @@ def _doubts(found: Running) -> list[str]:
     strategy, prompt = found.config.get("strategy"), found.config.get("prompt")
     kind = str(strategy.get("_target_", "")).rpartition(".")[2] if isinstance(strategy, dict) else ""
     told = []
-    promptless = isinstance(strategy, dict) and strategy.get("decoder") == "hierarchical"  # is made for no prompts
+    promptless = isinstance(strategy, dict) and strategy.get("decoder") in SECOND  # is made for no prompts
     if isinstance(prompt, dict) and prompt.get("source") == "none" and kind in UNAIDED and not promptless:
         told.append(f"{kind} without boxes: this task has none (prompt::source none), SAM segments the image alone")
     if kind == "ZeroShot" and found.config.get("sam_checkpoint") == RANDOM:

@@ -14,7 +14,7 @@ PLACES = {
     "both": "behind the attention and beside the MLP",
 }
 _PROMPTS = {"box": ("box", "Boxes"), "points": ("click", "Clicks"), "both": ("box and click", "Boxes with clicks")}
-SECOND = "the prompt encoder's no_mask_embed and a second decoder behind it"
+BEHIND = "the prompt encoder's no_mask_embed and a second decoder behind it"
 NEIGHBOURS = ("slice before", "slice", "slice behind")
 SCALES = {"zscore": "z-scores", "unit": "0 to 1", "slice": "0 to 1 within each slice", "sam": "0 to 255"}
 
@@ -133,7 +133,7 @@ def _method(settings: BundleSettings) -> str:
         return f"{sam} {what}; the mask decoder {_decoder(method.decoder)}."
     if isinstance(method, Ladder):
         width = f" of width {method.side.width}" if method.side else ""
-        decoder = f"full, with {SECOND}" if method.decoder == "hierarchical" else method.decoder
+        decoder = f"full, with {BEHIND}" if method.decoder == "hierarchical" else method.decoder
         return f"{sam} Ladder{width}: mix {method.mix}, decoder {decoder}, masks {method.masks}."
     assert isinstance(method, Selective)
     frozen = f"; frozen: {', '.join(method.frozen)}" if method.frozen else ""
@@ -152,6 +152,6 @@ def _decoder(choice: bool | str, kind: str = "") -> str:
         return f"has {kind} in q and v of its attention"
     if choice == "samed":
         return "learns, too, and so does the prompt encoder's no_mask_embed"
-    if choice == "hierarchical":
-        return f"learns, too, with {SECOND}"
+    if choice in ("hierarchical", "h_sam"):
+        return f"learns, too, with {BEHIND}" + (", both as in H-SAM's code" if choice == "h_sam" else "")
     return "learns, too" if choice else "stays as it is"

@@ -1,7 +1,8 @@
-"""Load what SAMed and SAM-LST wrote after training into a segmenter with the strategy that computes the same.
+"""Load what SAMed, SAM-LST and H-SAM wrote after training into a segmenter with the strategy that computes the same.
 
 The correspondence is exact: SAMed's LoRA on q and v (Zhang & Liu 2023, arXiv:2304.13785) has scaling 1, as ``LoRA``
-with ``alpha`` equal to ``rank``; SAM-LST (Chai et al. 2023, arXiv:2306.12737) is ``Ladder`` with the gate.
+with ``alpha`` equal to ``rank``; SAM-LST (Chai et al. 2023, arXiv:2306.12737) is ``Ladder`` with the gate; H-SAM (Cheng
+et al. 2024, arXiv:2403.18271) is such a ``LoRA`` with the decoder "h_sam".
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from samseg_monai.networks.plain import PlainSegmenter
 from samseg_monai.networks.segmenter import SamSegmenter
 from samseg_monai.sam.weights import is_sam_lst, is_samed, read_state, sha256_of
 from samseg_monai.sam.weights.load import copy_tensors
-from samseg_monai.sam.weights.read import from_sam_lst, is_samed_s, samed_tensors
+from samseg_monai.sam.weights.read import from_h_sam, from_sam_lst, is_h_sam, is_samed_s, samed_tensors
 from samseg_monai.strategies import FacT, LoRA
 
 logger = logging.getLogger(__name__)
@@ -36,34 +37,35 @@ _USUAL = {"input_scale": "unit", "prompt": "none"}
 def load_foreign(
     network: SamSegmenter | PlainSegmenter, path: Path, sam_checkpoint: str | os.PathLike[str] | None
 ) -> str | None:
-    """Load a file of SAMed or SAM-LST and say so in one line; None, and nothing is done, for any other file.
+    """Load a file of SAMed, H-SAM or SAM-LST and say so in one line; None, and nothing is done, for any other file.
 
     ``base_sha256`` then is this file's: what is trained from here on starts from it.
 
     Args:
-        network: for SAMed with the strategy LoRA(rank, targets q and v, decoder "samed" or True), for SAM-LST with
-            Ladder(mix "gate"), and with the file's number of classes. Both projects show their networks images in
-            [0, 1] without prompts; another ``input_scale`` or ``prompt`` is logged as a warning.
+        network: for SAMed with the strategy LoRA(rank, targets q and v, decoder "samed" or True), for H-SAM with the
+            decoder "h_sam", for SAM-LST with Ladder(mix "gate"), and with the file's number of classes. All projects
+            show their networks images in [0, 1] without prompts; another ``input_scale`` or ``prompt`` is logged as a
+            warning.
         path: existing file.
-        sam_checkpoint: for SAMed, the SAM file it was trained on, as for ``SamSegmenter.load_base``.
+        sam_checkpoint: for SAMed and H-SAM, the SAM file it was trained on, as for ``SamSegmenter.load_base``.
     Raises:
         CheckpointError: the file does not fit; everything that does not is named, and nothing was changed.
-        WeightsError: the base weights of a SAMed file are absent or do not fit.
+        WeightsError: the base weights of a SAMed or H-SAM file are absent or do not fit.
     """
     try:
         state = read_state(path)
     except WeightsError:  # whoever reads it next says what is wrong with it
         return None
-    project = "SAMed" if is_samed(state) else "SAM-LST" if is_sam_lst(state) else None
+    project = "H-SAM" if is_h_sam(state) else "SAMed" if is_samed(state) else "SAM-LST" if is_sam_lst(state) else None
     if project is None:
         return None
     if not isinstance(network, SamSegmenter):
         raise CheckpointError(f"{path} is a file of {project}, but {type(network).__name__} has no SAM in it")
     heading = f"{path}: this file of {project} does not fit this network"
-    if project == "SAMed":
+    if project != "SAM-LST":
         values = samed_values(network, state, heading)
         network.load_base(sam_checkpoint, start=False)
-        on, passed_over = f" on SAM {network.spec.name} ({network.base_file})", 0
+        on, passed_over = f" on SAM {network.spec.name} ({network.base_file})", len(state) - len(values)
     else:
         values, passed_over = _sam_lst_values(network, state, heading)
         on = ""
@@ -78,7 +80,7 @@ def load_foreign(
 
 
 def samed_values(network: SamSegmenter, state: Mapping[str, Tensor], heading: str) -> dict[str, Tensor]:
-    """Tensors of a SAMed file under the network's names: LoRA of q and v, whole prompt encoder and mask decoder.
+    """Tensors of a file of SAMed or H-SAM under the network's names: LoRA of q and v, prompt encoder and decoders.
 
     Args:
         heading: begins the CheckpointError that lists everything of the file that does not fit the network.
@@ -86,7 +88,18 @@ def samed_values(network: SamSegmenter, state: Mapping[str, Tensor], heading: st
     rank = next(
         (len(state[name]) for matrix, _, _, name in samed_tensors(state) if matrix == "a" and state[name].ndim), 0
     )
-    problems = _samed_arguments(network, rank) + _classes(network, state.get(_TOKENS))
+    second: dict[str, Tensor] | None = None
+    decoders: tuple[object, ...] = ("samed", True)
+    problems = []
+    if is_h_sam(state):
+        try:
+            state, second, side = from_h_sam(state)
+        except WeightsError as error:
+            raise CheckpointError(f"{heading}: {error}") from error
+        decoders = ("h_sam",)
+        if side not in (None, network.image_size):
+            problems.append(f"image_size: the file needs {side}, got {network.image_size}")
+    problems += _samed_arguments(network, rank, decoders) + _classes(network, state.get(_TOKENS))
     if is_samed_s(state):
         problems.append("it adapts the mask decoder with LoRA, too (SAMed_s); only SAMed's encoder adapters are known")
     raise_all(problems, CheckpointError, heading, most=FEW_TENSORS)
@@ -102,6 +115,9 @@ def samed_values(network: SamSegmenter, state: Mapping[str, Tensor], heading: st
                 f"{name}: it adapts {_PARTS[part]} of block {block}, the network adapts {len(layers)} blocks"
             )
     own |= {f"{prefix}.{name}" for prefix, layer in layers for name in layer.lora_names()}
+    if second is not None and network.second is not None:
+        own |= {f"second.{name}" for name in network.second.state_dict()}
+        named |= {f"second.{name}": value for name, value in second.items()}
     rest = [
         name for name in state if not name.startswith(SAMED_HEADS) and name not in {t[3] for t in samed_tensors(state)}
     ]
@@ -109,12 +125,12 @@ def samed_values(network: SamSegmenter, state: Mapping[str, Tensor], heading: st
     return _fitting(network, named, own, problems, heading)
 
 
-def _samed_arguments(network: SamSegmenter, rank: int) -> list[str]:
-    """What is to be changed in the strategy, so that it computes what SAMed does."""
+def _samed_arguments(network: SamSegmenter, rank: int, decoders: tuple[object, ...]) -> list[str]:
+    """What is to be changed in the strategy, so that it computes what SAMed or H-SAM does."""
     strategy = network.strategy
     if not isinstance(strategy, LoRA) or isinstance(strategy, FacT):
         return [
-            f"strategy: the file needs LoRA(rank={rank}, targets=['q', 'v'], decoder='samed'), "
+            f"strategy: the file needs LoRA(rank={rank}, targets=['q', 'v'], decoder={decoders[0]!r}), "
             f"got {type(strategy).__name__}"
         ]
     scaled = strategy.alpha in (None, strategy.rank) and not strategy.rank_stabilised
@@ -123,14 +139,15 @@ def _samed_arguments(network: SamSegmenter, rank: int) -> list[str]:
         f"alpha: the file needs a scaling of 1, alpha={rank} or null without rank_stabilised, "
         f"got alpha={strategy.alpha}, rank_stabilised={strategy.rank_stabilised}": scaled,
         f"targets: the file needs ['q', 'v'], got {list(strategy.targets)}": sorted(strategy.targets) == list(_PARTS),
-        f"decoder: the file needs 'samed' (or true), got {strategy.decoder!r}": strategy.decoder in (True, "samed"),
+        f"decoder: the file needs {' or '.join(map(repr, decoders))}, got {strategy.decoder!r}": strategy.decoder
+        in decoders,
         "dora: the file needs dora=False, got True": not strategy.dora,
     }
     return [problem for problem, fits in needs.items() if not fits]
 
 
 def _classes(network: SamSegmenter, tokens: Tensor | None) -> list[str]:
-    """Both projects make one map per class and one of the background, each from a mask token."""
+    """All projects make one map per class and one of the background, each from a mask token."""
     if tokens is None or not tokens.ndim or network.num_classes == len(tokens) - 1 > 1:
         return []
     if len(tokens) == 2:

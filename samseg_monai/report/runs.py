@@ -162,6 +162,7 @@ class RunResult:
         decoder = self.fact("strategy.arguments.decoder")
         also = f" + {base} in the decoder" if decoder == "lora" else " + decoder" if decoder is True else ""
         also = " + second decoder" if decoder == "hierarchical" and kind != "h_sam" else also
+        also = ", as published" if decoder == "h_sam" else also
         if not low_rank or rank is None:
             return f"{base}, slabs of {depth}{also}" if depth else base + also
         late = f", last {share} % of blocks" if share else ""

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from samseg_monai.adapters.hierarchical import HierarchicalDecoder
+from samseg_monai.adapters.hierarchical import HierarchicalDecoder, look_first
+from samseg_monai.choices import SECOND
 from samseg_monai.errors import AdapterError
 from samseg_monai.products import adopt
 from samseg_monai.sam.backbone import Backbone
@@ -165,7 +166,8 @@ class OnEncoder(Strategy):
     Attributes:
         decoder: True trains what the task uses of the mask decoder. "samed" trains the prompt encoder's
             ``no_mask_embed``, too, which stands for a mask that is not given. "hierarchical" does, and puts a second
-            decoder behind it (H-SAM, ``adapters.HierarchicalDecoder``), without prompts. "lora" is for LoRA alone.
+            decoder behind it (H-SAM, ``adapters.HierarchicalDecoder``), without prompts. "lora" and "h_sam" are for
+            LoRA alone.
         decoders: what else than True and False it may be.
     """
 
@@ -185,7 +187,7 @@ class OnEncoder(Strategy):
 
     def second_decoder(self, segmenter: Segmenter) -> nn.Module | None:
         """The decoder that is to stand behind SAM's, not yet installed; AdapterError where none can."""
-        if self.decoder != "hierarchical":
+        if self.decoder not in SECOND:
             return None
         sam, spec = segmenter.sam, segmenter.sam.spec
         if sam.rectangular:
@@ -198,6 +200,7 @@ class OnEncoder(Strategy):
             (sam.image_size // spec.patch_size) ** 2,
             heads=spec.decoder_heads,
             mlp_dim=spec.decoder_mlp_dim,
+            even=self.decoder == "h_sam",
         )
         adopt(second)
         return second
@@ -207,9 +210,11 @@ class OnEncoder(Strategy):
         if not self.decoder:
             return set()
         segmenter.second = second
+        if self.decoder == "h_sam":
+            look_first(segmenter.sam.mask_decoder.transformer)
         added = [] if second is None else [f"second.{name}" for name in second.state_dict()]
         owned = {*decoder_names(segmenter), *added} - set(self.unused(segmenter))
-        return owned | ({NO_MASK} if self.decoder in ("samed", "hierarchical") else set())
+        return owned | ({NO_MASK} if self.decoder in ("samed", *SECOND) else set())
 
 
 class ZeroShot(Strategy):

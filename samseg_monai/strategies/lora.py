@@ -9,6 +9,7 @@ from segment_anything.modeling.transformer import Attention
 from torch import nn
 
 from samseg_monai.adapters.lora import DoRALinear, LoRALinear
+from samseg_monai.choices import SECOND
 from samseg_monai.errors import AdapterError, raise_all
 from samseg_monai.sam.backbone import TARGETS, Rows
 from samseg_monai.strategies.base import OnEncoder, Segmenter, added_names, block_problems, chosen_blocks, head_names
@@ -30,7 +31,8 @@ class LoRA(OnEncoder):
         decoder: True also trains what the task uses of the mask decoder. "lora" puts updates of the same rank into q
             and v of its attention layers instead; of several classes the mask head, which starts anew, learns whole.
             "samed" is True and the prompt encoder's ``no_mask_embed``, which stands for a mask that is not given.
-            "hierarchical" is that with a second decoder behind it (Cheng et al. 2024, H-SAM), without prompts.
+            "hierarchical" is that with a second decoder behind it (Cheng et al. 2024, H-SAM), without prompts; "h_sam"
+            computes what the authors' code does, and so takes their files.
         dora: learn the magnitude of each adapted row beside its direction (Liu et al. 2024, arXiv:2402.09353).
     Raises:
         AdapterError: listing what is wrong with the arguments; on installing also when they do not fit the encoder.
@@ -39,7 +41,7 @@ class LoRA(OnEncoder):
     name = "lora"
     training_only = ("dropout",)
     newer: ClassVar[dict[str, Any]] = {"dora": False, "last": None}
-    decoders: ClassVar[tuple[str, ...]] = ("lora", "samed", "hierarchical")
+    decoders: ClassVar[tuple[str, ...]] = ("lora", "samed", "hierarchical", "h_sam")
 
     def __init__(
         self,
@@ -50,7 +52,7 @@ class LoRA(OnEncoder):
         blocks: Sequence[int] | None = None,
         dropout: float = 0.0,
         rank_stabilised: bool = False,
-        decoder: bool | Literal["lora", "samed", "hierarchical"] = False,
+        decoder: bool | Literal["lora", "samed", "hierarchical", "h_sam"] = False,
         dora: bool = False,
         last: float | None = None,
     ) -> None:
@@ -59,7 +61,7 @@ class LoRA(OnEncoder):
         self.blocks = None if blocks is None else tuple(blocks)
         self.rank_stabilised, self.decoder, self.dora, self.last = rank_stabilised, decoder, dora, last
         late = "" if last is None else f"_late_{round(100 * last)}"
-        published = {"samed": "samed", "hierarchical": "h_sam"}.get(str(decoder), "lora")
+        published = {"samed": "samed", **dict.fromkeys(SECOND, "h_sam")}.get(str(decoder), "lora")
         self.name = f"{'dora' if dora else published}{late}"
         options = ", ".join(TARGETS)
         problems = [f"target {t!r} is unknown; the options are {options}" for t in self.targets if t not in TARGETS]

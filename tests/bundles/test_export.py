@@ -50,6 +50,7 @@ from tests.docs.test_docs import commands
 from tests.helpers.packed import packed
 from tests.helpers.reference_sam import reference_sam
 from tests.networks import test_foreign_layouts as foreign
+from tests.networks.test_h_sam_files import h_sam_state
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 TINY = {"sam_variant": "tiny", "image_size": 64}
@@ -513,9 +514,11 @@ def test_published_files_are_evaluated_by_the_commands_of_the_page(abdomen, tmp_
     }
     state |= {name: value for name, value in sam.state_dict().items() if not name.startswith("image_encoder")}
     torch.save(state, "epoch_159.pth")
-    torch.save(build_sam("tiny").state_dict(), "sam_vit_b_01ec64.pth")
+    torch.save(h_sam_state(sam, 5, mlp=foreign.WIDE.decoder_mlp_dim), "h_sam.pth")
+    for name in ("sam_vit_b_01ec64.pth", "sam_vit_l_0b3195.pth"):
+        torch.save(build_sam("tiny").state_dict(), name)
     shown = [line for line in commands(PAGE) if "monai.bundle run" in line or "bundle build" in line]
-    assert len(shown) == 4
+    assert len(shown) == 6
     for line in shown:
         words = shlex.split(line)
         if words[0] == "samseg":
@@ -523,7 +526,7 @@ def test_published_files_are_evaluated_by_the_commands_of_the_page(abdomen, tmp_
             continue
         given = {k.removeprefix("--"): v for k, v in zip(words[4::2], words[5::2], strict=True)}
         given |= {"config_file": ast.literal_eval(given["config_file"]), "dataset_dir": str(abdomen)}
-        monai.bundle.run(**given, sam_variant="tiny", image_size=64, store_size=None)
+        monai.bundle.run(**{**given, "sam_variant": "tiny", "image_size": 64, "store_size": None})
         card = json.loads((tmp_path / given["output_dir"] / "evaluation" / "run_card.json").read_text())
         assert "random" not in str(card.get("base_sha256"))
         assert (tmp_path / given["output_dir"] / "evaluation" / "cases.csv").is_file()

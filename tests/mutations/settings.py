@@ -153,7 +153,7 @@ LORA = group({
     "targets": many(one("q", "k", "v", "proj", "lin1", "lin2"), 1, 6), "blocks": nothing_or(many(whole(0, 255), 1,
     256)),
     "dropout": number(0, 1, below=True), "rank_stabilised": BOOL,
-    "decoder": one(True, False, "lora", "samed", "hierarchical"),
+    "decoder": one(True, False, "lora", "samed", "hierarchical", "h_sam"),
     "dora": BOOL, "last": nothing_or(number(0, 1, above=True))})  # fmt: skip
 LADDER = group({
     "name": one("ladder"), "side": nothing_or(group({"name": one("resnet"), "width": whole(1, 512)})),
@@ -244,6 +244,7 @@ def misfit(task: dict[str, Any], strategy: dict[str, Any], run: dict[str, Any]) 
     intensity = task.get("intensity", {})
     pairs = [intensity.get("window"), intensity.get("percentiles", [0.5, 99.5])]
     source = prompt.get("source", "label")
+    second = method.get("decoder") in ("hierarchical", "h_sam")
     checks = {
         "names twice": len(set(classes)) < len(classes) or len(set(scans)) < len(scans),
         "background": {"background", "ignore", "ignored", "void"} & set(classes),
@@ -256,9 +257,9 @@ def misfit(task: dict[str, Any], strategy: dict[str, Any], run: dict[str, Any]) 
         "variant": run.get("sam_variant", "vit_b") is None, "size": run.get("image_size", 1024) % 16,
         "channels of colour": run.get("scan_mode") == "channels" and len(scans) != 3,
         "neighbours": run.get("scan_mode") == "neighbours" and (len(scans) != 1 or kind == "images"),
-        "best": run.get("masks") == "best" and (len(classes) > 1 or method.get("decoder") == "hierarchical"),
-        "boxes": source != "none" and (run.get("low_res_training", False) or method.get("decoder") == "hierarchical"),
-        "second decoder": method.get("decoder") == "hierarchical" and method.get("mix") == "side",
+        "best": run.get("masks") == "best" and (len(classes) > 1 or second),
+        "boxes": source != "none" and (run.get("low_res_training", False) or second),
+        "second decoder": second and method.get("mix") == "side",
         "propagate": prompt.get("propagate", 0) > 0
         and (source == "none" or kind == "images" or method.get("depth", 1) > 1),
         "mask": source == "mask" and kind == "images",

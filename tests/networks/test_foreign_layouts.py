@@ -226,8 +226,8 @@ def all_maps(sam: nn.Module, embedding: torch.Tensor) -> torch.Tensor:
     return F.interpolate(low, (64, 64), mode="bilinear", align_corners=False)
 
 
-def published_samed(base, state, image) -> torch.Tensor:
-    """SAMed's forward pass: updates are added to the first and the last third of what qkv gives."""
+def adapted(base, state) -> nn.Module:
+    """SAM with what SAMed learnt: updates are added to the first and the last third of what qkv gives."""
     sam = build_sam("tiny", num_masks=CLASSES)
     load_sam_weights(sam, base, allow_new_masks=True)
     sam.load_state_dict({name: value for name, value in state.items() if not name.startswith("w_")}, strict=False)
@@ -238,6 +238,12 @@ def published_samed(base, state, image) -> torch.Tensor:
             return output + torch.cat([q, torch.zeros_like(q), v], -1)
 
         module.attn.qkv.register_forward_hook(add)
+    return sam
+
+
+def published_samed(base, state, image) -> torch.Tensor:
+    """SAMed's forward pass."""
+    sam = adapted(base, state)
     return all_maps(sam, sam.embed(image.expand(-1, 3, -1, -1)))
 
 
@@ -280,7 +286,7 @@ def test_a_samed_file_in_the_wrong_network_says_which_arguments_it_needs(base, s
         assert [text for text in expected if text not in str(error.value)] == []
         states_equal(network.state_dict(), before)  # nothing was loaded, the base file neither
     undecided = LoRA(RANK)
-    with pytest.raises(CheckpointError, match=r"decoder: the file needs 'samed' \(or true\), got False"):
+    with pytest.raises(CheckpointError, match=r"decoder: the file needs 'samed' or True, got False"):
         load_trained(SamSegmenter("tiny", undecided), checkpoint=path, sam_checkpoint=base)
     with pytest.raises(CheckpointError, match="has no SAM in it"):
         load_trained(PlainSegmenter(nn.Conv2d(1, 1, 1)), checkpoint=path)

@@ -74,6 +74,7 @@ def _write_run(folder: Path, rows: list[dict], **card: object) -> Path:
         ("adaptformer", {"width": 64, "decoder": True}, "AdaptFormer + decoder"),
         ("fact", {"rank": 16, "decoder": "hierarchical"}, "FacT, rank 16 + second decoder"),
         ("h_sam", {"rank": 5, "decoder": "hierarchical"}, "H-SAM, rank 5"),
+        ("h_sam", {"rank": 5, "decoder": "h_sam"}, "H-SAM, rank 5, as published"),
         ("medsa", {"width": 64, "depth": 4}, "Medical SAM Adapter, slabs of 4"),
         ("my_late_25", {"rank": 8}, "my late 25"),
         ("ladder", {"side": ".ResNetSide", "decoder": "hierarchical"}, "Ladder (ResNet18 beside SAM) + second decoder"),

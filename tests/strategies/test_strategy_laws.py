@@ -22,6 +22,7 @@ from torch import nn
 
 from samseg_monai import strategies
 from samseg_monai.adapters import ADAPTERS, BottleneckLinear, LoRALinear, ResNetSide
+from samseg_monai.adapters.hierarchical import look_first
 from samseg_monai.checkpoints import load_adapter, save_adapter
 from samseg_monai.errors import AdapterError, CheckpointError
 from samseg_monai.networks import SamSegmenter, disable_adapter
@@ -173,8 +174,8 @@ CNN = RESNET + 256 * WIDTH + WIDTH  # with the projection to SAM's channels
 STATISTICS = sum(number * (2 * channels + 1) for channels, number in NORMS.items())
 
 
-def second_values(masks: int, width: int = WIDTH, positions: int = 16, mlp: int = 64) -> int:
-    """Of H-SAM's second decoder for 4 x 4 positions, part by part."""
+def second_values(masks: int, width: int = WIDTH, positions: int = 16, mlp: int = 64, even: bool = False) -> int:
+    """Of H-SAM's second decoder for 4 x 4 positions, part by part; ``even``: without self-attention."""
 
     def linear(n: int, m: int) -> int:
         return n * m + m
@@ -187,7 +188,7 @@ def second_values(masks: int, width: int = WIDTH, positions: int = 16, mlp: int 
     last = attention(width, width // 2) + 2 * width
     skip, norms = 4 * (width // 4) * (width // 8) + 4 * (width // 8) * (width // 16), 3 * (width // 8 + width // 16)
     heads = masks * (4 * linear(width, width) + linear(width, width // 16))
-    whole = own + linear(masks, 1) + masks * width + 2 * block + last
+    whole = (0 if even else own + linear(masks, 1)) + masks * width + 2 * block + last
     return whole + upscaling_values(width) + skip + norms + heads
 
 
@@ -223,6 +224,13 @@ ROWS = {
     "h_sam": Row(
         lambda: LoRA(2, decoder="hierarchical"),
         lambda network: lora_values(network, 2, 2 * 2) + decoder_values(network) + WIDTH + second_values(MASKS),
+        CLASSES,
+    ),
+    "h_sam_as_published": Row(
+        lambda: LoRA(2, decoder="h_sam"),
+        lambda network: (
+            lora_values(network, 2, 2 * 2) + decoder_values(network) + WIDTH + second_values(MASKS, even=True)
+        ),
         CLASSES,
     ),
     "adapter_second_decoder": Row(
@@ -467,6 +475,8 @@ class TestStrategyLaws:
         plain.load_state_dict(head, strict=False)  # started anew where the number of masks is not SAM's
         image, boxes, _ = batch
         if network.second is not None:
+            if network.strategy.decoder == "h_sam":
+                look_first(plain.sam.mask_decoder.transformer)
             with torch.no_grad():
                 first, whole = (each.decode(each.encode(image), boxes)[0] for each in (network, plain))
             assert torch.equal(first, whole)
@@ -797,7 +807,7 @@ def test_each_target_gets_its_own_gradient(base):
         ({"last": 0.0}, "0 < last <= 1, got 0.0"),
         ({"last": 1.5}, "0 < last <= 1, got 1.5"),
         ({"last": 0.5, "blocks": [0]}, "give one of them"),
-        ({"decoder": "all"}, "decoder must be one of False, True, 'lora', 'samed', 'hierarchical', got 'all'"),
+        ({"decoder": "all"}, "decoder must be one of False, True, 'lora', 'samed', 'hierarchical', 'h_sam', got 'all'"),
         ({"decoder": "lora", "rank": 17}, "rank must be 1 to 16 .* got 17"),
         ({"blocks": [0, 2]}, r"blocks \[2\] are not in this encoder; it has blocks 0 .. 1"),
         ({"rank": 33}, "rank must be 1 to 32 .* got 33"),

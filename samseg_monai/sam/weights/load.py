@@ -20,7 +20,7 @@ from samseg_monai.errors import FEW_TENSORS, WeightsError, in_turn, raise_all
 from samseg_monai.sam.backbone import Backbone
 from samseg_monai.sam.build import SamModel, build_sam
 from samseg_monai.sam.weights.find import RANDOM, sha256_of
-from samseg_monai.sam.weights.read import is_sam_lst, is_samed, looks_like, read_state
+from samseg_monai.sam.weights.read import is_h_sam, is_sam_lst, is_samed, looks_like, read_state
 
 logger = logging.getLogger(__name__)
 
@@ -191,8 +191,9 @@ def _refuse_trained(path: str | Path, state: Mapping[str, torch.Tensor]) -> None
     """Raise WeightsError if the file is what another project's training wrote, not a SAM to start from."""
     if is_samed(state):
         raise WeightsError(
-            f"{path} is a SAMed file: {len(state)} tensors of LoRA adapters (w_a_000 ...) and decoder without SAM's "
-            "image encoder. Give the SAM file it was trained on as sam_checkpoint, and this one as checkpoint"
+            f"{path} is {'an H-SAM' if is_h_sam(state) else 'a SAMed'} file: {len(state)} tensors of LoRA adapters "
+            "(w_a_000 ...) and decoder without SAM's image encoder. Give the SAM file it was trained on as "
+            "sam_checkpoint, and this one as checkpoint"
         )
     if is_sam_lst(state):
         raise WeightsError(

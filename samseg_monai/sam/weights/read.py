@@ -1,12 +1,14 @@
 """Read a SAM weights file of any common layout into one flat state dict, or say what the file really is.
 
 Official are the names of segment_anything (Kirillov et al. 2023). Known beside them: any prefix that all names share;
-``SamModel`` of Hugging Face transformers; the files that SAMed (Zhang & Liu 2023, arXiv:2304.13785) and SAM-LST (Chai
-et al. 2023, arXiv:2306.12737) write after training, whose names were read in the authors' public code.
+``SamModel`` of Hugging Face transformers; the files that SAMed (Zhang & Liu 2023, arXiv:2304.13785), SAM-LST (Chai et
+al. 2023, arXiv:2306.12737) and H-SAM (Cheng et al. 2024, arXiv:2403.18271) write after training, whose names were read
+in the authors' public code.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import warnings
@@ -30,9 +32,17 @@ State = Mapping[str, torch.Tensor]
 # First parts of a name that belong to a layout and not to what was wrapped around it: of SAM, of Hugging Face's, and of
 # SAM-LST, whose network holds a SAM beside its ResNet.
 ROOTS = {"image_encoder", "prompt_encoder", "mask_decoder", "vision_encoder", "shared_image_embedding", "CNN_encoder"}
+ROOTS |= {"prompt_encoder2", "mask_decoder2"}  # of H-SAM
 WRAPPERS = ("module.", "_orig_mod.", "sam.")  # DistributedDataParallel, torch.compile, a network that holds a SAM
 
 _SAMED = re.compile(r"w_([ab])_(\d{3})")
+_H_SAM = "mask_decoder2."
+# what computes nothing in H-SAM: a softmax over one channel lies behind the self-attention, nobody calls the others
+# (of eleven embeddings of points SAM has the first four)
+_H_SAM_IDLE = re.compile(
+    r"mask_decoder2\.((iou_prediction_head|self_attn2?|norm[12]|mlp|med_sel)\."
+    r"|transformer2\.layers\.\d\.cross_attn_\w+\.norm[123]\.)|prompt_encoder\.point_embeddings\.([4-9]|10)\."
+)
 _SAMED_S = re.compile(r"(sa|cti|cit)_[ab]_\d{3}|fati_[qv][ab]")  # LoRA in the mask decoder, too
 _IMAGE_WIDE = "shared_image_embedding.positional_embedding"
 _GAUSSIAN = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
@@ -259,6 +269,11 @@ def is_samed(state: Collection[str]) -> bool:
     return any(_SAMED.fullmatch(name) for name in state)
 
 
+def is_h_sam(state: Collection[str]) -> bool:
+    """Whether the names are those of an H-SAM file: as SAMed's, with a second decoder."""
+    return is_samed(state) and any(name.startswith(_H_SAM) for name in state)
+
+
 def is_samed_s(state: Collection[str]) -> bool:
     """Whether the names are those of SAMed's small variant, with LoRA in the mask decoder's transformer, too."""
     return any(_SAMED_S.fullmatch(name) for name in state)
@@ -278,6 +293,32 @@ def samed_tensors(state: State) -> Iterator[tuple[str, int, int, str]]:
         if match := _SAMED.fullmatch(name):
             block, part = divmod(int(match[2]), 2)
             yield match[1], block, part, name
+
+
+def from_h_sam(state: State) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int | None]:
+    """An H-SAM file as one of SAMed; its second decoder under the names of ``SamSegmenter.second``; the image's side.
+
+    ``prompt_encoder2`` is a second name of ``prompt_encoder``. The side is what the self-attention, which computes
+    nothing, was built for; None where it is not told.
+
+    Raises: WeightsError if ``prompt_encoder2`` has values of its own.
+    """
+    first, second, problems = {}, {}, []
+    for name, value in state.items():
+        if name.startswith("prompt_encoder2."):
+            twin = state.get(name.replace("2.", ".", 1))
+            if twin is None or not torch.equal(twin, value):
+                problems.append(f"{name}: it is not the same as that of prompt_encoder")
+        elif _H_SAM_IDLE.match(name):
+            continue
+        elif name.startswith(_H_SAM):
+            own = name.removeprefix(_H_SAM)
+            second[re.sub(r"^(transformer|output_hypernetworks_mlps)2\.", r"\1.", own)] = value
+        else:
+            first[name] = value
+    raise_all(problems, WeightsError, "the file has two different prompt encoders", most=FEW_TENSORS)
+    positions = state.get(f"{_H_SAM}norm1.weight")
+    return first, second, None if positions is None else 16 * math.isqrt(positions.numel())
 
 
 def from_sam_lst(state: State) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
