@@ -232,12 +232,15 @@ def spacing_of(path: str | Path) -> float | None:
     return None if spacing is None else float(spacing)
 
 
-def trained_spacing(path: str | Path, dataset_dir: str | Path, orientation: str) -> dict[str, list[float]]:
+def trained_spacing(
+    path: str | Path, dataset_dir: str | Path, orientation: str, count: int | None = None, seed: int = 0
+) -> dict[str, list[float]]:
     """In-plane spacing in mm of the training cases of a datalist of volumes, by the headers of their first files.
 
     Args:
         path, dataset_dir: as of ``load_datalist``.
         orientation: axcodes that the volumes are turned to; their first two axes are the plane.
+        count, seed: of the cases that train, as of ``first_cases``.
 
     Returns: "median", "min" and "max", each along the first and second axis.
 
@@ -245,7 +248,7 @@ def trained_spacing(path: str | Path, dataset_dir: str | Path, orientation: str)
         DataError: as ``load_datalist``; headers that cannot be read, all at once.
     """
     found, problems = [], []
-    for item in load_datalist(path, dataset_dir, "training"):
+    for item in first_cases(load_datalist(path, dataset_dir, "training"), count, seed=seed):
         try:
             image = item["image"]
             _, affine = read_any_grid(image if isinstance(image, str) else image[0])
