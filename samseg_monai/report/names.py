@@ -81,11 +81,12 @@ def prompt_text(
     if settings.get("kind", "box") != "box" and source in ("label", "json"):
         text = text.replace("boxes", "clicks" if settings["kind"] == "points" else "boxes and clicks", 1)
         text += f", {settings.get('inside')} inside and {settings.get('outside')} outside" if source == "label" else ""
+    if source in ("json", "mask") and made_by:
+        text = f"boxes of masks by {made_by}"
     if source == "json" and settings.get("boxes"):
         text += f" ({settings['boxes']}{f', file {boxes_sha256[:8]}' if boxes_sha256 else ''})"
-    if source == "mask" and (made_by or boxes_sha256):
-        text = f"boxes of masks by {made_by}" if made_by else text
-        text += f" (masks {boxes_sha256[:8]})" if boxes_sha256 else ""
+    if source == "mask" and boxes_sha256:
+        text += f" (masks {boxes_sha256[:8]})"
     loosen, tight, shift = (settings.get(key) for key in ("loosen", "tight", "shift"))
     if source == "label" and loosen is not None and _two_numbers(loosen) and max(loosen) > 0:
         text += f", sides enlarged {100 * loosen[0]:.0f} to {100 * loosen[1]:.0f} %"
