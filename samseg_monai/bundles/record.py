@@ -17,7 +17,7 @@ from monai.bundle.utils import merge_kv
 from samseg_monai import __version__, checkpoints
 from samseg_monai.bundles.build import CONFIGS, SETTINGS, config_text, write_bundle
 from samseg_monai.bundles.running import Running, running
-from samseg_monai.bundles.values import KEYS, TASK_KEYS, custom_parts, differences, effective_settings
+from samseg_monai.bundles.values import KEYS, TASK_KEYS, custom_parts, differences, effective_settings, with_nulls
 from samseg_monai.checkpoints import remember_base
 from samseg_monai.data.datalists import case_hash, read_datalist, too_few_to_choose
 from samseg_monai.data.files.coarse_masks import CoarseMasks
@@ -45,7 +45,7 @@ def overridden(found: Running) -> dict[str, Any]:
     """Ids of the wiring that a run changed, and their values: no settings, no places, nothing of several processes."""
     original = _original(found)
     changed = {}
-    for name, value in differences(original, found.config):
+    for name, value in differences(original, with_nulls(found.config)):
         top = name.split("::")[0]
         if top not in LOCAL and top not in PUBLIC and not _names_a_place(value):
             changed[name] = value
