@@ -7,8 +7,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from samseg_monai.errors import DataError
-from samseg_monai.files import known_hash, read_json
+from samseg_monai.data.datalists import read_datalist
+from samseg_monai.data.datalists.splits import SECTIONS
+from samseg_monai.files import known_hash
 
 
 class Contents:
@@ -25,7 +26,11 @@ class Contents:
 
     def sha256(self, sections: Sequence[str]) -> str:
         """Hexadecimal sha256 of the lines ``<path> <sha256>`` of all files of these sections; the same wherever the
-        folder lies. A file that is not there has no hash in its line."""
+        folder lies. A file that is not there has no hash in its line.
+
+        Raises:
+            DataError: the datalist is none.
+        """
         return self._looked_at(sections)[0]
 
     def newest(self, sections: Sequence[str]) -> float:
@@ -46,8 +51,8 @@ class Contents:
         return self._found[key]
 
     def _names(self, sections: Sequence[str]) -> list[str]:
-        content = read_json(self.datalist, DataError, "datalist", "write it again")
-        items = [item for section in sections for item in content.get(section) or () if isinstance(item, dict)]
+        content = read_datalist(self.datalist)
+        items = [item for section in sections if section in SECTIONS for item in content[section]]
         given = [item.get(key) for item in items for key in ("image", "label", "reference")]
         return sorted({str(one) for value in given for one in (value if isinstance(value, list) else [value]) if one})
 
