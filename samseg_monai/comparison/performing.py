@@ -24,7 +24,7 @@ from typing import IO, Any
 from samseg_monai import __version__
 from samseg_monai.bundles.build import write_bundle
 from samseg_monai.bundles.running import problems_of_overrides
-from samseg_monai.comparison.plan import Run, without_data
+from samseg_monai.comparison.plan import Run, former
 from samseg_monai.errors import BundleError, ConfigError, raise_all
 from samseg_monai.files import kept_hashes, read_json, write_json
 from samseg_monai.workflow import config_files, from_here, shell_command
@@ -101,8 +101,9 @@ def _folder_of(run: Run, within: Path) -> Path:
     own = within / run.name
     if own.is_dir():
         return own
-    former = [path for path in sorted(within.glob(f"*_{run.former_key}")) if _of_these_data(path, run)]
-    return next(iter([*sorted(within.glob(f"*_{run.key}")), *former]), own)
+    named = sorted(within.glob(f"*_{run.key}"))
+    older = [path for key in run.former_keys for path in sorted(within.glob(f"*_{key}")) if _of_these_data(path, run)]
+    return next(iter([*named, *older]), own)
 
 
 def _of_these_data(folder: Path, run: Run) -> bool:
@@ -175,7 +176,7 @@ def perform(
 def done(folder: Path, identity: dict[str, Any]) -> bool:
     """Whether this very run was performed to its end."""
     ended = (folder / EVALUATION / "metrics.json").is_file()
-    return ended and _recorded(folder) in (identity, without_data(identity))
+    return ended and _recorded(folder) in [identity, *former(identity)]
 
 
 def _recorded(folder: Path) -> dict[str, Any] | None:

@@ -336,9 +336,9 @@ class Run:
         return _key(self.identity)
 
     @property
-    def former_key(self) -> str:
-        """What it was before images and labels were a part of its identity."""
-        return _key(without_data(self.identity))
+    def former_keys(self) -> list[str]:
+        """What it was to earlier versions."""
+        return [_key(one) for one in former(self.identity)]
 
     def overrides(self, folder: Path, kind: str, keys: Mapping[str, set[str]]) -> dict[str, Any]:
         """Values of a ``monai.bundle run`` of this run in ``folder``.
@@ -379,9 +379,12 @@ def _word(value: Any) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in text)[:40]
 
 
-def without_data(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity as it was recorded before images and labels were a part of it."""
-    return {key: value for key, value in identity.items() if key != "data"}
+def former(identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """An identity as earlier versions recorded it: without images and labels, and published weights by their name where
+    they had not been downloaded yet."""
+    plain = {key: value for key, value in identity.items() if key != "data"}
+    names = [name for name, file in KNOWN.items() if file.sha256 and file.sha256 == plain.get("weights")]
+    return [plain, *({**plain, "weights": f"weights of {name}"} for name in names)]
 
 
 def _key(identity: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from samseg_monai import files
 from samseg_monai.cli import app
 from samseg_monai.cli.compare import _shard
 from samseg_monai.comparison import perform, performing, plan_names, pooled, read_plan, write_comparison
-from samseg_monai.comparison.plan import PLANS
+from samseg_monai.comparison.plan import PLANS, former
 from samseg_monai.comparison.pooling import last_third, rank_shares
 from samseg_monai.comparison.results import _escaped
 from samseg_monai.errors import BundleError, ConfigError, DataError, WeightsError
@@ -185,9 +185,9 @@ def test_folders_that_tell_no_contents_count_while_no_file_is_younger(data, runn
         record = json.loads((one.folder / "done.json").read_text())
         del record["identity"]["data"]
         (one.folder / "done.json").write_text(json.dumps(record))
-        one.folder.rename(one.folder.with_name(one.folder.name.replace(one.run.key, one.run.former_key)))
+        one.folder.rename(one.folder.with_name(one.folder.name.replace(one.run.key, one.run.former_keys[0])))
     [first, *_] = outcomes = perform(plan.runs(), output)
-    assert {one.status for one in outcomes} == {"kept"} and first.folder.name.endswith(first.run.former_key)
+    assert {one.status for one in outcomes} == {"kept"} and first.folder.name.endswith(first.run.former_keys[0])
     (first.folder / "done.json").unlink()  # one that was interrupted goes on where it was, and tells what it was of
     [again, *others] = perform(plan.runs(), output)
     assert again.status == "done" and again.folder == first.folder and {one.status for one in others} == {"kept"}
@@ -210,6 +210,7 @@ def test_a_dry_run_names_weights_that_are_not_there(data, monkeypatch, tmp_path)
     # as they are known by when they are there
     [run, *_] = read_plan(plan).runs()
     assert run.identity["weights"] == "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"
+    assert former(run.identity)[1]["weights"] == "weights of vit_b"  # as earlier versions recorded them before
 
 
 def test_what_is_named_for_both_goes_to_the_config_that_has_it(data):
