@@ -10,12 +10,12 @@ import re
 import stat
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from samseg_monai.errors import SamsegError, raise_all
+from samseg_monai.errors import BundleError, SamsegError, raise_all
 from samseg_monai.faults import writing
 
 if TYPE_CHECKING:
@@ -209,6 +209,27 @@ def known_hash(path: StrPath) -> str:
 def remember_hash(path: StrPath, sha256: str) -> None:
     """Let ``known_hash`` know the hash of a file that this process has hashed as it wrote it."""
     _HASHES[_stamp(path)] = sha256
+
+
+@contextmanager
+def kept_hashes(path: StrPath) -> Iterator[None]:
+    """Within, ``known_hash`` knows what an earlier process has left in the file ``path``, and leaves there what it has
+    learnt: a file whose size and time of modification are as they were is not read again by the next process.
+
+    Raises:
+        BundleError: ``path`` is no such file.
+    """
+    fix = f"delete {path}"
+    stored = read_json(path, BundleError, "hashes", fix) if Path(path).is_file() else {}
+    try:
+        before = {(Path(name), int(size), int(time)): str(sha) for name, (size, time, sha) in stored.items()}
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"hashes {path}: expected size, time and sha256 of each file; {fix}") from error
+    _HASHES.update({**before, **_HASHES})
+    yield
+    now = {str(name): [size, time, sha] for (name, size, time), sha in _HASHES.items()}
+    if now != stored:
+        write_whole(path, lambda temporary: temporary.write_text(json.dumps(now), encoding="utf-8"), shared=True)
 
 
 def _stamp(path: StrPath) -> tuple[Path, int, int]:

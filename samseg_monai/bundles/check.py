@@ -34,6 +34,9 @@ OWN = (SETTINGS, SUMS, NAME, PARTS, WHEEL, *MODELS, *(f"metrics/{name}" for name
 # what runs write: predictions, tables, cards, weights (which are looked into), locks (empty), curves for TensorBoard
 _DATA = re.compile(r".*\.(nii|nii\.gz|png|csv|json|pt|safetensors|lock)|(.*/)?events\.out\.tfevents\.[\w.-]+")
 
+# what a run was started with, as its card keeps it: an id of plain names (no ``_target_``), whose value is looked into
+_OVERRIDE = re.compile(r"[a-z][a-z0-9_]*(::[a-z0-9][a-z0-9_]*)+")
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -154,7 +157,8 @@ def _evaluable(value: Any, where: str = "") -> Iterator[str]:
         for key, item in value.items():
             at = f"{where}::{key}".removeprefix("::")
             ours = key == "_target_" and re.fullmatch(r"samseg_monai\.[\w.]+", str(item))
-            if (key.startswith(("_", "+", "$", "@", "%")) and not ours) or "::" in key or "#" in key:
+            recorded = where == "settings" and _OVERRIDE.fullmatch(key)
+            if (key.startswith(("_", "+", "$", "@", "%")) and not ours) or (re.search("::|#", key) and not recorded):
                 yield f"{at}: a key that MONAI acts upon"
             yield from _evaluable(item, at)
     elif isinstance(value, list):

@@ -17,10 +17,11 @@ from monai.bundle.utils import merge_kv
 from samseg_monai import __version__, checkpoints
 from samseg_monai.bundles.build import CONFIGS, SETTINGS, config_text, write_bundle
 from samseg_monai.bundles.running import Running, running
-from samseg_monai.bundles.values import KEYS, TASK_KEYS, custom_parts, differences, effective_settings
+from samseg_monai.bundles.values import KEYS, TASK_KEYS, custom_parts, differences, effective_settings, with_nulls
 from samseg_monai.checkpoints import remember_base
 from samseg_monai.choices import SECOND
 from samseg_monai.data.datalists import case_hash, read_datalist, too_few_to_choose
+from samseg_monai.data.files.coarse_masks import CoarseMasks
 from samseg_monai.errors import BundleError, DataError, raise_all
 from samseg_monai.files import read_json, write_json, write_text
 from samseg_monai.sam.weights import RANDOM, sha256_of
@@ -45,7 +46,7 @@ def overridden(found: Running) -> dict[str, Any]:
     """Ids of the wiring that a run changed, and their values: no settings, no places, nothing of several processes."""
     original = _original(found)
     changed = {}
-    for name, value in differences(original, found.config):
+    for name, value in differences(original, with_nulls(found.config)):
         top = name.split("::")[0]
         if top not in LOCAL and top not in PUBLIC and not _names_a_place(value):
             changed[name] = value
@@ -145,8 +146,10 @@ def facts(datalist: str, *, seen: Mapping[str, list[str]] | None = None) -> dict
         known["prompt_loosen"] = prompt.get("loosen")
         if prompt.get("boxes") and Path(prompt["boxes"]).is_file():
             known["boxes_sha256"] = sha256_of(Path(prompt["boxes"]))
+            known |= {"prompts_from": name} if (name := found.config.get("prompts_from")) else {}
         if found.config.get("prompts"):
-            known |= _of_masks(Path(found.config["prompts"]))
+            section = found.config.get("section", "testing")
+            known |= _of_masks(Path(found.config["prompts"]), read_datalist(datalist)[section])
     content = read_json(datalist, BundleError, "datalist")
     known["dataset"] = content.get("name")
     known["phantoms"] = bool(content.get("phantoms", False))
@@ -164,9 +167,11 @@ def facts(datalist: str, *, seen: Mapping[str, list[str]] | None = None) -> dict
     return known
 
 
-def _of_masks(place: Path) -> dict[str, Any]:
-    """What tells the masks of an evaluation from others, and which bundle has predicted them where its run says so."""
-    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+def _of_masks(place: Path, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What tells the masks of the evaluated cases from others, and which bundle has predicted them where its run says
+    so."""
+    masks = CoarseMasks(place)
+    files = sorted({masks.of(item["case"]) for item in items})
     lines = "".join(f"{path.relative_to(place)} {sha256_of(path)}\n" for path in files)
     card = place.parent / "run_card.json"
     made_by = read_json(card, BundleError, "run card").get("bundle") if card.is_file() else None

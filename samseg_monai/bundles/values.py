@@ -24,7 +24,7 @@ def effective_settings(config: dict[str, Any], built: BundleSettings) -> dict[st
 
     Parts of a user's own (``custom_parts``) keep the value of ``built``.
     """
-    config = _with_nulls(config)
+    config = with_nulls(config)
     value = {**copy.deepcopy(dump_settings(built)), "demo": None}
     own = custom_parts(config)
     for key in KEYS:
@@ -48,11 +48,11 @@ def effective_settings(config: dict[str, Any], built: BundleSettings) -> dict[st
     return value
 
 
-def _with_nulls(value: Any) -> Any:
+def with_nulls(value: Any) -> Any:
     """A copy of a config with None for what an override has set to it."""
     if isinstance(value, dict):
-        return {key: _with_nulls(item) for key, item in value.items()}
-    return [_with_nulls(item) for item in value] if isinstance(value, list) else None if value == NOTHING else value
+        return {key: with_nulls(item) for key, item in value.items()}
+    return [with_nulls(item) for item in value] if isinstance(value, list) else None if value == NOTHING else value
 
 
 def _taken(before: Any, now: Any, name: str) -> Any:

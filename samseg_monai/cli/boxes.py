@@ -37,6 +37,10 @@ def from_mask(
         typer.Option(help="Image of the mask, its DICOM folder, or folder of all images: masks are moved to its grid."),
     ] = None,
     flat: Annotated[bool, typer.Option("--2d", help="NIfTI files of one slice are masks of 2-D images.")] = False,
+    empty: Annotated[
+        bool,
+        typer.Option("--allow-empty", help="Empty masks of 2-D images are cases without boxes: nothing was found."),
+    ] = False,
     add: Add = False,
     skip_bad: SkipBad = False,
 ) -> None:
@@ -49,7 +53,7 @@ def from_mask(
     from samseg_monai.data.files.drawn_boxes import boxes_from_masks, parse_margin
 
     drawn = boxes_from_masks(
-        masks, labels=label or (), per=per, margin=parse_margin(margin), images=image, flat=flat
+        masks, labels=label or (), per=per, margin=parse_margin(margin), images=image, flat=flat, empty=empty
     )  # fmt: skip
     _write(drawn, output, add=add, skip_bad=skip_bad)
 

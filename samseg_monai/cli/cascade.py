@@ -47,6 +47,7 @@ def predicted_prompts(
         DataError: the first predicted no case.
     """
     from samseg_monai.bundles.door import open_bundle
+    from samseg_monai.data.files.drawn_boxes import PER_COMPONENT, PER_SLICE, boxes_from_masks
 
     with open_bundle(bundle) as first, tempfile.TemporaryDirectory(prefix="samseg-") as place:
         first.check()
@@ -68,22 +69,9 @@ def predicted_prompts(
             yield {**given, "prompts": place, "prompt::source": "mask", "prompt::mask_values": values}
             return
         table = Path(place) / "boxes.json"
-        write_json(table, _boxes_in(Path(place), values, each=bool(then.parser().get("prompt::per_component"))))
+        per = PER_COMPONENT if then.parser().get("prompt::per_component") else PER_SLICE
+        write_json(table, boxes_from_masks([Path(place)], labels=values, per=per, empty=True).boxes)
         yield {**given, "boxes": str(table), "prompt::source": "json"}
-
-
-def _boxes_in(folder: Path, values: Sequence[int], *, each: bool) -> dict[str, list[list[float]]]:
-    """Case -> boxes in pixels around the values of its mask; with ``each`` one for each component."""
-    import numpy as np
-
-    from samseg_monai.data.files.boxes import rectangles
-    from samseg_monai.data.files.images import read_image
-
-    masks = {path: np.isin(read_image(path).array[:, :, 0], values) for path in sorted(folder.glob("*_seg.png"))}
-    return {
-        path.name.removesuffix("_seg.png"): [[*map(float, box)] for box in rectangles(mask, per_component=each)]
-        for path, mask in masks.items()
-    }
 
 
 def _values(first: Opened, then: Opened, classes: Sequence[str]) -> list[int]:

@@ -12,7 +12,7 @@ import typer
 from samseg_monai.cli import costs
 from samseg_monai.cli.bench import LIMIT, MINUTES
 from samseg_monai.cli.outputs import FIGURES, folder_to_write
-from samseg_monai.errors import ConfigError, SamsegError, reason_of
+from samseg_monai.errors import ConfigError, SamsegError, WeightsError, reason_of
 
 if TYPE_CHECKING:
     from samseg_monai.comparison import Run
@@ -50,6 +50,8 @@ def compare(
     here = runs[part[0] :: part[1]]
     typer.echo(f"{asked.title}: {len(runs)} runs" + (f", {len(here)} of them here" if part[1] > 1 else ""))
     if dry_run:
+        for line in _lost_weights(here):
+            typer.echo(f"! {line}")
         typer.echo(_forecast(here, output, workers, limit, minutes))
         return
     outcomes = perform(
@@ -61,6 +63,25 @@ def compare(
     typer.echo(write_comparison(output, asked, outcomes, command=command, figures_dir=figures))
     typer.echo(f"tables and pages: {output}")
     raise_failed(outcomes)
+
+
+def _lost_weights(runs: Sequence[Run]) -> list[str]:
+    """Backbones whose weights the runs will not find on this machine, and where they can be had."""
+    from samseg_monai.sam.weights import KNOWN, find_weights
+
+    found = []
+    for variant, weights in dict.fromkeys((run.variant, run.weights) for run in runs if run.variant is not None):
+        try:
+            find_weights(variant, weights, download=False)
+        except WeightsError as error:
+            absent = weights is None and variant in KNOWN and "downloading is switched off" in str(error)
+            found.append(
+                f"{variant}: its weights are not on this machine; the first run downloads {KNOWN[variant].name} "
+                f"({KNOWN[variant].size / 1e6:,.0f} MB, {KNOWN[variant].url}), or name their file under 'weights'"
+                if absent
+                else f"{variant}: {error}"
+            )
+    return found
 
 
 def _forecast(runs: Sequence[Run], output: Path, workers: int, limit: float, within: float | None) -> str:

@@ -50,14 +50,14 @@ def report(
         {**{f"run {number}": run for number, run in enumerate(runs, start=1)}, "--dataset-dir": dataset_dir},
         "; give the output_dir of a training, or a folder with run_card.json, metrics.json and cases.csv",
     )
-    from samseg_monai.report.runs import RunResult, by_folder, by_seed
+    from samseg_monai.report.runs import RunResult, told_apart
     from samseg_monai.report.tables import table_text, write_results
 
     given: dict[str, Any] = {} if sam_checkpoint is None else {"sam_checkpoint": sam_checkpoint}
     if dataset_dir is not None:
         given["dataset_dir"] = os.path.abspath(dataset_dir)
     names = _names(name or [], runs)
-    results = by_folder(by_seed([RunResult.load(_evaluated(folder, given)) for folder in runs]), runs)
+    results = told_apart([RunResult.load(_evaluated(folder, given)) for folder in runs], runs)
     results = [
         replace(result, label=names[folder]) if folder in names else result
         for folder, result in zip(runs, results, strict=True)

@@ -24,12 +24,13 @@ from typing import IO, Any
 from samseg_monai import __version__
 from samseg_monai.bundles.build import write_bundle
 from samseg_monai.bundles.running import problems_of_overrides
-from samseg_monai.comparison.plan import Run
+from samseg_monai.comparison.plan import Run, former
 from samseg_monai.errors import BundleError, ConfigError, raise_all
-from samseg_monai.files import read_json, write_json
+from samseg_monai.files import kept_hashes, read_json, write_json
 from samseg_monai.workflow import config_files, from_here, shell_command
 
 DONE, LOG = "done.json", "log.txt"
+HASHES = "hashes.json"  # of files of data and weights, which are not read again while size and time are the same
 EVALUATION = "evaluation"
 _TOLD = 12  # lines of a log that tell why a run failed
 
@@ -63,6 +64,11 @@ def jobs(runs: Sequence[Run], output: Path) -> list[Job]:
     Raises:
         ConfigError: a key that a bundle does not have, or a value that it does not take; all rows at once.
     """
+    with kept_hashes(output / HASHES):
+        return _jobs(runs, output)
+
+
+def _jobs(runs: Sequence[Run], output: Path) -> list[Job]:
     found, problems = [], []
     built: dict[Path, dict[str, set[str]]] = {}
     for run in runs:
@@ -93,7 +99,21 @@ def _keys(config: Path) -> set[str]:
 def _folder_of(run: Run, within: Path) -> Path:
     """Folder of a run: its own, or that of the same run under a former name."""
     own = within / run.name
-    return own if own.is_dir() else next(iter(sorted(within.glob(f"*_{run.key}"))), own)
+    if own.is_dir():
+        return own
+    named = sorted(within.glob(f"*_{run.key}"))
+    older = [path for key in run.former_keys for path in sorted(within.glob(f"*_{key}")) if _of_these_data(path, run)]
+    return next(iter([*named, *older]), own)
+
+
+def _of_these_data(folder: Path, run: Run) -> bool:
+    """Whether a folder whose name does not tell the contents of images and labels is of those that are there now: by
+    its record, else because none of them was changed since it was written last."""
+    identity = _recorded(folder) or {}
+    if "data" in identity:
+        return bool(identity == run.identity)
+    written = [path.stat().st_mtime for path in (folder / DONE, folder / LOG) if path.is_file()]
+    return max(written, default=0.0) > run.newest
 
 
 def perform(
@@ -155,10 +175,15 @@ def perform(
 
 def done(folder: Path, identity: dict[str, Any]) -> bool:
     """Whether this very run was performed to its end."""
+    ended = (folder / EVALUATION / "metrics.json").is_file()
+    return ended and _recorded(folder) in [identity, *former(identity)]
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    """Identity of the run that came to its end in a folder; None where none did."""
     path = folder / DONE
-    if not path.is_file() or not (folder / EVALUATION / "metrics.json").is_file():
-        return False
-    return read_json(path, BundleError, "record of a run", f"delete {path}").get("identity") == identity
+    record = read_json(path, BundleError, "record of a run", f"delete {path}") if path.is_file() else {}
+    return record.get("identity")
 
 
 def do(job: Job, *, threads: int, gpu: str | None = None, started: Callable[[Any], Any] = lambda process: None) -> Any:

@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -22,9 +22,10 @@ from pydantic import Field, model_validator
 
 from samseg_monai.bundles.build import PICKERS, RECIPES, component, compose, without_comments
 from samseg_monai.choices import Model, Name, Place, Seed, Text, Variant
+from samseg_monai.comparison.contents import Contents
 from samseg_monai.errors import ConfigError, DataError, WeightsError, raise_all
-from samseg_monai.files import hash_file, read_json
-from samseg_monai.sam.weights import RANDOM, find_weights, sha256_of
+from samseg_monai.files import known_hash, read_json
+from samseg_monai.sam.weights import KNOWN, RANDOM, find_weights, sha256_of
 from samseg_monai.settings import NOTHING, PLACES, BundleSettings, problems_of
 
 PLANS = RECIPES / "plans"
@@ -145,12 +146,13 @@ class Plan(Model):
         unknown = [f"{name}: no such row" for name in rows or () if name not in known]
         raise_all(unknown, ConfigError, f"plan: its rows are {', '.join(known)}")
         problems: list[str] = []
+        contents = cache(Contents)
         found = [
             (number, run)
             for task in self.tasks
             for row in self.rows
             if rows is None or row.name in rows
-            for number, run in self._of_row(task, row, dataset_dir, problems)
+            for number, run in self._of_row(task, row, dataset_dir, problems, contents)
         ]
         raise_all(list(dict.fromkeys(problems)), DataError, "plan: its data are not there")
         lost = {run.weights for _, run in found if run.weights not in (None, RANDOM)}
@@ -177,7 +179,12 @@ class Plan(Model):
             yield f"task {task.called}: {len(twice)} cases are {where}, first {twice[0]}"
 
     def _of_row(
-        self, task: TaskPlan, row: RowPlan, dataset_dir: Path | None, problems: list[str]
+        self,
+        task: TaskPlan,
+        row: RowPlan,
+        dataset_dir: Path | None,
+        problems: list[str],
+        contents: Callable[[Path, Path], Contents],
     ) -> Iterator[tuple[int, Run]]:
         settings = compose(task.recipe, row.strategy)
         folder = Path(task.dataset_dir) if task.dataset_dir else dataset_dir
@@ -214,6 +221,7 @@ class Plan(Model):
                     fold=fold if len(datalists) > 1 else None,
                     dataset_dir=folder,
                     datalist=datalist,
+                    contents=contents(datalist, folder),
                     shared=shared,
                     training={**self.training, **row.training} if settings.trains else {},
                     evaluation={**self.evaluation, **row.evaluation},
@@ -235,6 +243,7 @@ class Run:
     fold: int | None
     dataset_dir: Path
     datalist: Path
+    contents: Contents = field(repr=False)
     shared: Mapping[str, Any]
     training: Mapping[str, Any]
     evaluation: Mapping[str, Any]
@@ -307,13 +316,29 @@ class Run:
         return {
             "settings": settings, "demo": self.plan.demo, "seed": self.seed, "files": files, **given,
             "datalist": _file_hash(str(self.datalist)), "weights": _weights_hash(self.variant, self.weights),
+            "data": self.contents.sha256(self.sections),
         }  # fmt: skip
+
+    @property
+    def sections(self) -> list[str]:
+        """Those of the datalist that its numbers depend on."""
+        tested = str({**self.shared, **self.evaluation}.get("section", "testing"))
+        return sorted({tested, *(("training", "validation") if self.settings.trains else ())})
+
+    @property
+    def newest(self) -> float:
+        """When the youngest image or label that its numbers depend on was changed, in seconds since 1970."""
+        return self.contents.newest(self.sections)
 
     @cached_property
     def key(self) -> str:
         """Twelve digits of the hash of its identity."""
-        text = json.dumps(self.identity, sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return _key(self.identity)
+
+    @property
+    def former_keys(self) -> list[str]:
+        """What it was to earlier versions."""
+        return [_key(one) for one in former(self.identity)]
 
     def overrides(self, folder: Path, kind: str, keys: Mapping[str, set[str]]) -> dict[str, Any]:
         """Values of a ``monai.bundle run`` of this run in ``folder``.
@@ -354,20 +379,32 @@ def _word(value: Any) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in text)[:40]
 
 
-@cache
+def former(identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """An identity as earlier versions recorded it: without images and labels, and published weights by their name where
+    they had not been downloaded yet."""
+    plain = {key: value for key, value in identity.items() if key != "data"}
+    names = [name for name, file in KNOWN.items() if file.sha256 and file.sha256 == plain.get("weights")]
+    return [plain, *({**plain, "weights": f"weights of {name}"} for name in names)]
+
+
+def _key(identity: Mapping[str, Any]) -> str:
+    text = json.dumps(identity, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def _file_hash(path: str) -> str:
-    return RANDOM if path == RANDOM else hash_file(path) if os.path.isfile(path) else f"no file {Path(path).name}"
+    return RANDOM if path == RANDOM else known_hash(path) if os.path.isfile(path) else f"no file {Path(path).name}"
 
 
 @cache
 def _weights_hash(variant: str | None, given: str | None) -> str | None:
-    """Hash of base weights; their name alone where they are not here yet."""
+    """Hash of base weights: of published ones also before they are here; their name alone where it is not known."""
     if variant is None or given == RANDOM:
         return given
     try:
         path = str(find_weights(variant, given, download=False))
     except WeightsError:
-        return f"weights of {variant}"
+        return (KNOWN[variant].sha256 if variant in KNOWN else None) or f"weights of {variant}"
     return RANDOM if path == RANDOM else sha256_of(path)
 
 

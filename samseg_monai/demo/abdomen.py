@@ -21,7 +21,6 @@ HALVES: dict[str, dict[str, Any]] = {
     "cnn_only": {"strategy::mix": "side", "embeddings::cache_dir": NOTHING},  # no encoder, no embeddings
 }
 LABELS = {"sam_only": "SAM only, no CNN", "cnn_only": "CNN only, no SAM"}
-HU = (-125.0, 275.0)
 NOTES = {
     "What this is": (
         "Every measured number here comes from generated phantoms and from pico, a network of two million parameters "
@@ -60,7 +59,7 @@ def tell(output: Path, *, cases: int, epochs: int | None, seed: int) -> tuple[li
         story.run(f"{name}: train", train, {**run, **length})
         story.evaluate_demo(f"{name}: evaluate", configs[LADDER], run)
     story.pack_and_predict(runs[LADDER], output / f"{TASK}_segmentation_{LADDER}.zip", data / "unlabelled")
-    return story.commands, _write_report(story, output, runs, data, configs[LADDER])
+    return story.commands, _write_report(story, output, runs, data)
 
 
 def _shortened(demo: Path, epochs: int) -> dict[str, int]:
@@ -84,27 +83,19 @@ def _phantoms(story: Story, output: Path, cases: int, seed: int) -> Path:
     return data
 
 
-def _write_report(story: Story, output: Path, runs: dict[str, Path], data: Path, configs: Path) -> str:
-    from samseg_monai.data.datalists import labels_of, load_datalist
-    from samseg_monai.report.montage import overlay_cases
+def _write_report(story: Story, output: Path, runs: dict[str, Path], data: Path) -> str:
+    from samseg_monai.report.montage import cases_of_data
     from samseg_monai.report.runs import RunResult
 
     results = [RunResult.load(run / "evaluation", name=name, label=LABELS.get(name)) for name, run in runs.items()]
-    datalist = data / "datalist.json"
-    montage = overlay_cases(
-        results[-1],
-        [run for run in results if run.name != "zero_shot"],  # noise has no outline worth seeing
-        load_datalist(datalist, data, "testing"),
-        labels=labels_of(datalist),
-        classes=json.loads((configs / "inference.json").read_text(encoding="utf-8"))["classes"],
-        window=HU,
-    )
+    shown = [run for run in results if run.name != "zero_shot"]  # noise has no outline worth seeing
+    montage, notes = cases_of_data(shown, [data / "datalist.json"], data)
     return write_results(
         output,
         results,
         title="samseg-monai demo: eight abdominal organs without prompts",
         commands=story.commands,
         montage=montage,
-        notes=NOTES,
+        notes={**NOTES, **notes},
         organs=True,
     )

@@ -113,8 +113,7 @@ def _drawn_boxes(folder: Path, seed: int) -> dict[str, Any]:
 
 
 def _write_report(story: Story, output: Path, runs: dict[str, Path], data: Path, sam: DemoModel) -> str:
-    from samseg_monai.data.datalists import load_datalist
-    from samseg_monai.report.montage import overlay_cases
+    from samseg_monai.report.montage import cases_of_data
     from samseg_monai.report.runs import RunResult
 
     folders = {name: run / "evaluation" for name, run in runs.items()}
@@ -123,12 +122,12 @@ def _write_report(story: Story, output: Path, runs: dict[str, Path], data: Path,
         RunResult.load(folders["zero_shot"], name="zero_shot"),
         RunResult.load(folders["lora"], name="lora"),
     ]
-    items = load_datalist(data / "datalist.json", data, "testing")
+    montage, notes = cases_of_data(results, [data / "datalist.json"], data)
     return write_results(
         output,
         results,
         title=TITLE + sam.title,
         commands=story.commands,
-        montage=overlay_cases(results[2], results[1:], items, scan=1),
-        notes={"What this is": NOTE.format(sam=sam.text, unsaid=sam.unsaid)},
+        montage=montage,
+        notes={"What this is": NOTE.format(sam=sam.text, unsaid=sam.unsaid), **notes},
     )

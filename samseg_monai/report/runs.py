@@ -27,11 +27,11 @@ from samseg_monai.report.names import (
     LORA,
     NOT_RECORDED,
     SIDES,
-    STRATEGIES,
     ZERO_SHOT,
     fact_text,
     prompt_text,
     sam_text,
+    strategy_text,
 )
 from samseg_monai.sam.weights import RANDOM
 
@@ -152,7 +152,7 @@ class RunResult:
     def _title(self) -> str:
         kind, _, share = self.name.partition("_late_")
         low_rank = kind in (LORA, "dora", "samed", "h_sam", "fact")
-        base = STRATEGIES.get(kind if low_rank else self.name, self.name.replace("_", " "))
+        base = strategy_text(kind if low_rank else self.name)
         side = str(self.fact("strategy.arguments.side") or "").rpartition(".")[2]
         if self.name == LADDER and side:
             built = self.fact("side_arguments") or {}
@@ -340,8 +340,9 @@ def check_runs(runs: Sequence[RunResult]) -> None:
     raise_all(doubled, BundleError, heading)
 
 
-def by_seed(runs: Sequence[RunResult]) -> list[RunResult]:
-    """The runs, each with its training seed in name and title where several are of one strategy."""
+def told_apart(runs: Sequence[RunResult], folders: Sequence[Path]) -> list[RunResult]:
+    """The runs; where several are of one strategy each with its training seed in name and title, and where that is not
+    enough with the name of its folder, and of those above it as far as it takes."""
     counts = Counter(run.name for run in runs)
     found = []
     for run in runs:
@@ -349,24 +350,16 @@ def by_seed(runs: Sequence[RunResult]) -> list[RunResult]:
         if counts[run.name] > 1 and seed is not None and run.name not in (ZERO_SHOT, BOX_ELLIPSE):
             run = replace(run, name=f"{run.name}_seed{seed}", label=f"{run.title}, seed {seed}")
         found.append(run)
-    return found
-
-
-def by_folder(runs: Sequence[RunResult], folders: Sequence[Path]) -> list[RunResult]:
-    """The runs, each with the name of its folder behind the strategy's where several have one name still; with those of
-    the folders above it as far as it takes to tell them apart."""
-    counts = Counter(run.name for run in runs)
+    counts = Counter(run.name for run in found)
     places = [folder.absolute() for folder in folders]
     places = [place.parent if place.name == "evaluation" else place for place in places]
-    alike = {place for run, place in zip(runs, places, strict=True) if counts[run.name] > 1}
+    alike = {place for run, place in zip(found, places, strict=True) if counts[run.name] > 1}
     length = next((n for n in range(1, 9) if len({place.parts[-n:] for place in alike}) == len(alike)), 9)
-    found = []
-    for run, place in zip(runs, places, strict=True):
-        if counts[run.name] > 1:
-            own = "_".join(place.parts[-length:])
-            run = replace(run, name=f"{run.name}_{own}", label=f"{run.title} ({own})")
-        found.append(run)
-    return found
+    own = ["_".join(place.parts[-length:]) for place in places]
+    return [
+        replace(run, name=f"{run.name}_{place}", label=f"{run.title} ({place})") if counts[run.name] > 1 else run
+        for run, place in zip(found, own, strict=True)
+    ]
 
 
 def some(names: Sequence[str]) -> str:

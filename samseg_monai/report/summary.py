@@ -46,17 +46,13 @@ def _best(runs: Sequence[RunResult]) -> list[str]:
     other = [run.title for run in runs if run is not best and run.name not in gaps]
     parts = [f"{told}. Picked on these very cases, this number is a little too good."]
     if close:
-        parts.append(f"Not distinguishable from it on these cases: {_listed(close)}.")
+        parts.append(f"Not distinguishable from it on these cases: {'; '.join(close)}.")
     if worse:
         named = [f"{run.title}: {means[run.name]:.3f}" for run in worse]
-        parts.append(f"Lower by more than chance (p below 0.05 after Holm's correction): {_listed(named)}.")
+        parts.append(f"Lower by more than chance (p below 0.05 after Holm's correction): {'; '.join(named)}.")
     if other:
-        parts.append(f"Not compared with it, since more than the method differs: {_listed(other)}.")
+        parts.append(f"Not compared with it, since more than the method differs: {'; '.join(other)}.")
     return parts
-
-
-def _listed(names: Sequence[str]) -> str:
-    return "; ".join(names)
 
 
 def _prompts(runs: Sequence[RunResult]) -> list[str]:

@@ -212,6 +212,11 @@ def warnings(runs: Sequence[RunResult], base: str) -> list[str]:
     return [*(line for run in runs for line in run.warnings), *(one.text for one in unequal(runs, base))]
 
 
+def gates(runs: Sequence[RunResult]) -> list[str]:
+    """A line for each run that mixes SAM with another network by a gate."""
+    return [f"{run.title}: {gate_text(run.gate)}" for run in runs if run.gate is not None]
+
+
 def failures(runs: Sequence[RunResult]) -> list[str]:
     """A line for each run with cases whose Dice is 0: what its intervals then are worth."""
     lines = []
@@ -323,12 +328,10 @@ def table_text(runs: Sequence[RunResult], *, base: str = ZERO_SHOT) -> str:
     ]
     head = ["strategy [SAM]", "prompt source", "trainable", "s training", "s evaluation"]
     blocks.append(grid(head, cost, left=2))
-    gates = "\n".join(f"{named(run)}: {gate_text(run.gate)}" for run in runs if run.gate is not None)
     said = [*warnings(runs, base), *failures(runs)]
     alerts = "\n".join(textwrap.fill(f"! {line}.", WIDTH, subsequent_indent="  ") for line in said)
-    return (
-        spelt_out("\n\n".join([*([alerts] if alerts else []), *blocks, *([gates] if gates else [])]), keep="\n") + "\n"
-    )
+    parts = filter(None, [alerts, *blocks, "\n".join(gates(runs))])
+    return spelt_out("\n\n".join(parts), keep="\n") + "\n"
 
 
 def base_title(runs: Sequence[RunResult], base: str) -> str:

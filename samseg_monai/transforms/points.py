@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from samseg_monai.data.files.boxes import Rectangle, rectangles
+from samseg_monai.data.files.boxes import Rectangle, components, rectangles
 
 Random = np.random.RandomState | np.random.Generator
 INSIDE, OUTSIDE = 1.0, 0.0
@@ -28,10 +28,8 @@ def objects(mask: np.ndarray, *, per_component: bool) -> list[tuple[Rectangle, n
     """The tight rectangle and the pixels (H, W) of all of a mask, or of each 8-connected component, largest first."""
     if not per_component:
         return [(found, mask) for found in rectangles(mask)]
-    parts, count = ndimage.label(mask, np.ones((3, 3)))
-    planes = [parts == number for number in range(1, count + 1)]
-    found = [(rectangles(plane)[0], plane) for plane in planes]
-    return sorted(found, key=lambda each: (-int(each[1].sum()), each[0][1], each[0][0]))
+    numbers, parts = components(mask)
+    return [(rectangle, numbers == number) for number, rectangle in parts]
 
 
 def draw_clicks(

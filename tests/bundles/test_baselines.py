@@ -8,7 +8,7 @@ from monai.bundle import ConfigParser
 
 from samseg_monai.bundles import build_bundle, recipe_names
 from samseg_monai.bundles.build import compose, read_recipe, render
-from samseg_monai.report.names import STRATEGIES
+from samseg_monai.report.names import strategy_text
 from samseg_monai.report.runs import RunResult
 from samseg_monai.settings import demonstrated
 from samseg_monai.workflow import run_workflow
@@ -28,7 +28,7 @@ def test_all_are_recipes_that_the_tables_know_by_their_title():
     recipes = {name: read_recipe("strategies", name) for name in recipe_names("strategies")}
     plain = {name: recipe["network"] for name, recipe in recipes.items() if "network" in recipe}
     assert {name for name, net in plain.items() if "boxes" not in net} == {*TASK_OF, "unet", "ellipse"}
-    assert {name: STRATEGIES[name] for name in TASK_OF} == {name: recipes[name]["title"] for name in TASK_OF}
+    assert {name: strategy_text(name) for name in TASK_OF} == {name: recipes[name]["title"] for name in TASK_OF}
     flat = {name: name.removesuffix("_3d") for name in TASK_OF}
     assert all(recipes[name]["references"] == recipes[other]["references"] for name, other in flat.items())
     assert all(recipes[name]["references"] != recipes["unet"]["references"] for name in set(flat.values()) - {"unet"})

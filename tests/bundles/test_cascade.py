@@ -10,7 +10,10 @@ from PIL import Image
 
 from samseg_monai.bundles import write_bundle
 from samseg_monai.bundles.build import compose
+from samseg_monai.bundles.record import _of_masks
+from samseg_monai.data.datalists import load_datalist
 from samseg_monai.data.files.boxes import rectangles
+from samseg_monai.errors import PromptError
 from samseg_monai.handlers.predictions import TABLE
 from samseg_monai.report.runs import RunResult
 from samseg_monai.settings import dump_settings, merged, read_settings
@@ -145,6 +148,11 @@ def test_a_cascade_is_evaluated_by_the_masks_that_an_evaluation_leaves(organs, s
     assert results["cascade"].prompt_source.startswith("boxes of masks by abdomen_segmentation_zero_shot (masks ")
     assert results["cascade"].boxes != results["boxes"].boxes and results["cascade"].boxes["file"]
     assert len(results["cascade"].rows) == len(results["boxes"].rows) == 2
+    # a file of a case that was not evaluated says nothing of its masks
+    (first / "predictions" / "another_seg.nii.gz").write_bytes(b"")
+    items = load_datalist(abdomen / "datalist.json", abdomen, "testing")
+    assert _of_masks(first / "predictions", items)["boxes_sha256"] == card["boxes_sha256"]
+    (first / "predictions" / "another_seg.nii.gz").unlink()
     # slices that the first marked were asked for, and no others
     for path in (tmp_path / "cascade" / "evaluation" / "predictions").glob("*_seg.nii.gz"):
         asked = np.asarray(nib.load(first / "predictions" / path.name).dataobj) == value
@@ -172,3 +180,31 @@ def test_boxes_of_images_are_made_of_the_first_s_masks(pictures, tmp_path, monke
     for path in (tmp_path / "hand").glob("*_seg.png"):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
     assert {row["prompt"] for row in table(tmp_path / "out")} == {"boxes by first"}
+
+
+def test_an_image_where_the_first_found_nothing_is_scored_as_an_empty_prediction(
+    pictures, tmp_path, monkeypatch, capfd
+):
+    then = built(tmp_path, "brain_tumour_t1c", "zero_shot", run={"prompt": {"source": "label"}, "input_scale": "unit"})
+    cases = [item["case"] for item in json.loads((pictures / "datalist.json").read_text())["testing"]]
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for number, case in enumerate(cases):  # as the first bundle's evaluation leaves them
+        mask = np.zeros_like(np.asarray(Image.open(next((pictures / "images").glob(f"{case}.*"))).convert("L")))
+        mask[5:20, 5:20] = number > 0
+        Image.fromarray(mask).save(masks / f"{case}_seg.png")
+    words = ("boxes", "from-mask", masks, "--output", tmp_path / "boxes.json", "--label", 1)
+    assert samseg(monkeypatch, *words) == 1
+    assert samseg(monkeypatch, *words, "--allow-empty") == 0
+    given = {"prompt::source": "json", "prompt::boxes": str(tmp_path / "boxes.json"), "save_predictions": True}
+    run = {"dataset_dir": str(pictures), "output_dir": str(tmp_path / "out"), "sam_checkpoint": "random", **given}
+    with pytest.raises(PromptError, match=f"{cases[0]}: expected a list of boxes"):  # a person's slip
+        run_workflow([then / "configs" / "evaluate.json"], run, echo=False)
+    run_workflow([then / "configs" / "evaluate.json"], {**run, "prompts_from": "first"}, echo=False)
+    assert f"first found nothing in 1 of {len(cases)} cases, which count as empty predictions: {cases[0]}" in "".join(
+        capfd.readouterr()
+    )
+    found = RunResult.load(tmp_path / "out" / "evaluation")
+    assert [row["case"] for row in found.rows if row["empty_prediction"]] == [cases[0]]
+    assert next(row["dice"] for row in found.rows if row["case"] == cases[0]) == 0
+    assert found.prompt_source.startswith("boxes of masks by first (boxes.json, file ")

@@ -21,9 +21,11 @@ from samseg_monai.bundles import build_bundle, recipe_names, wheel, write_bundle
 from samseg_monai.bundles.check import ANOTHER_VERSION, AS_BUILT, EDITED, check_bundle
 from samseg_monai.bundles.door import open_bundle
 from samseg_monai.bundles.pack import write_sums
+from samseg_monai.bundles.record import write_record
+from samseg_monai.bundles.running import configured
 from samseg_monai.bundles.wheel import INFO, WHEEL, build_wheel
 from samseg_monai.errors import BundleError, ConfigError
-from samseg_monai.settings import read_settings
+from samseg_monai.settings import NOTHING, read_settings
 from tests.helpers.commands import samseg
 from tests.helpers.hostile_files import BUNDLES, FILES, NAME, SUMS
 from tests.helpers.old_bundles import LORA, UNET, old_bundle, unpacked
@@ -85,6 +87,23 @@ def test_packed_bundle_is_as_built_as_a_folder_and_as_a_zip(bundle):
     for path in (bundle, pack(bundle)):
         verdict = check_bundle(path)
         assert (verdict.answer, verdict.problems) == (AS_BUILT, ()) and verdict.sums > 10
+
+
+def test_what_a_run_was_started_with_is_no_edit(bundle, tmp_path):
+    card = {"settings": {"network_def::net::channels": [8, 16], "train::named_handlers::keep::0": None}}
+    (bundle / "metrics" / "run_card.json").write_text(json.dumps(card))
+    assert check_bundle(bundle).problems == ()
+    evil = {"network_def::net::_target_": "os.system", "a::b": "$1", "+a::b": 1, "a#b": 1}
+    (bundle / "metrics" / "run_card.json").write_text(json.dumps({"settings": evil, "a::b": 1}))
+    assert [line.split(": ")[1] for line in check_bundle(bundle).problems] == [
+        *(f"settings::{key}" for key in evil),
+        "a::b",
+    ]
+    # null as an expression is null in the record of the run
+    configs = build_bundle("abdomen", "vnet", tmp_path) / "configs"
+    ran = configured([configs / "train.json"], {"network_def::net::dropout_prob_down": NOTHING})
+    write_record(ran, tmp_path / "run" / "bundle")
+    assert check_bundle(tmp_path / "run" / "bundle").answer == AS_BUILT
 
 
 def test_results_that_a_run_leaves_in_the_bundle_are_no_problem(bundle):

@@ -23,10 +23,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from samseg_monai import files
 from samseg_monai.cli import app
 from samseg_monai.cli.compare import _shard
 from samseg_monai.comparison import perform, performing, plan_names, pooled, read_plan, write_comparison
-from samseg_monai.comparison.plan import PLANS
+from samseg_monai.comparison.plan import PLANS, former
 from samseg_monai.comparison.pooling import last_third, rank_shares
 from samseg_monai.comparison.results import _escaped
 from samseg_monai.errors import BundleError, ConfigError, DataError, WeightsError
@@ -144,10 +145,72 @@ def test_a_run_is_known_by_what_its_numbers_depend_on_and_not_by_its_name(data):
     assert not set(keys(training={"lr": 0.5})[1:]) & set(same)
     assert not set(keys(shared={"image_size": 128})) & set(same)
     (data / "datalist.json").write_text(json.dumps({"fold": 7}))
-    from samseg_monai.comparison import plan
-
-    plan._file_hash.cache_clear()
     assert not set(keys()) & set(same)
+
+
+def test_a_changed_image_or_label_makes_another_run(data, runner, monkeypatch):
+    for name in ("image.nii", "label.nii", "test.nii"):
+        (data / name).write_bytes(b"1")
+    lists = {"training": [{"case": "a", "image": ["image.nii"], "label": "label.nii"}]}
+    lists["testing"] = [{"case": "b", "image": "test.nii"}]
+    (data / "datalist.json").write_text(json.dumps(lists))
+    plan, output = read_plan(plan_of(data, seeds=[0])), data.parent / "out"
+
+    def statuses():
+        return [one.status for one in perform(plan.runs(), output)]
+
+    assert statuses() == ["done"] * 3
+    monkeypatch.setattr(files, "_HASHES", {})  # as in a new process: nothing is read again
+    with monkeypatch.context() as context:
+        context.setattr(files, "hash_file", lambda path: pytest.fail(f"{path} is read again"))
+        assert statuses() == ["kept"] * 3
+    os.utime(data / "image.nii", (1, 1))
+    assert statuses() == ["kept"] * 3  # contents decide
+    (data / "label.nii").write_bytes(b"2")
+    assert statuses() == ["kept", "done", "done"]  # nothing is trained in the first
+    (data / "test.nii").write_bytes(b"2")
+    assert statuses() == ["done"] * 3
+    (data / "test.nii").write_bytes(b"1")
+    assert statuses() == ["kept"] * 3  # as they were before
+    (output / performing.HASHES).write_text('{"a": 1}')
+    with pytest.raises(BundleError, match="expected size, time and sha256 of each file; delete"):
+        statuses()
+
+
+def test_folders_that_tell_no_contents_count_while_no_file_is_younger(data, runner):
+    (data / "test.nii").write_bytes(b"1")
+    (data / "datalist.json").write_text(json.dumps({"testing": [{"case": "b", "image": "test.nii"}]}))
+    plan, output = read_plan(plan_of(data, seeds=[0])), data.parent / "out"
+    for one in perform(plan.runs(), output):
+        record = json.loads((one.folder / "done.json").read_text())
+        del record["identity"]["data"]
+        (one.folder / "done.json").write_text(json.dumps(record))
+        one.folder.rename(one.folder.with_name(one.folder.name.replace(one.run.key, one.run.former_keys[0])))
+    [first, *_] = outcomes = perform(plan.runs(), output)
+    assert {one.status for one in outcomes} == {"kept"} and first.folder.name.endswith(first.run.former_keys[0])
+    (first.folder / "done.json").unlink()  # one that was interrupted goes on where it was, and tells what it was of
+    [again, *others] = perform(plan.runs(), output)
+    assert again.status == "done" and again.folder == first.folder and {one.status for one in others} == {"kept"}
+    late = time.time() + 5
+    os.utime(data / "test.nii", (late, late))
+    assert [one.status for one in perform(plan.runs(), output)] == ["kept", "done", "done"]
+    (data / "test.nii").write_bytes(b"2")
+    again = perform(plan.runs(), output)[0]
+    assert again.status == "done" and again.folder != first.folder
+
+
+def test_a_dry_run_names_weights_that_are_not_there(data, monkeypatch, tmp_path):
+    monkeypatch.setattr("samseg_monai.sam.weights.find.weights_folders", lambda: [tmp_path])
+    rows = [{"name": "zero_shot", "strategy": "zero_shot"}]
+    plan = plan_of(data, rows=rows, backbones=["vit_b", "tiny_t", "tiny"])
+    told = CliRunner().invoke(app, ["compare", str(plan), "--output", str(data.parent / "out"), "--dry-run"]).output
+    vit_b, tiny_t = (line for line in told.splitlines() if line.startswith("! "))
+    assert "vit_b: its weights are not on this machine; the first run downloads sam_vit_b_01ec64.pth (375 MB" in vit_b
+    assert "'tiny_t' has no published weights: set sam_checkpoint to a file or to 'random'" in tiny_t
+    # as they are known by when they are there
+    [run, *_] = read_plan(plan).runs()
+    assert run.identity["weights"] == "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"
+    assert former(run.identity)[1]["weights"] == "weights of vit_b"  # as earlier versions recorded them before
 
 
 def test_what_is_named_for_both_goes_to_the_config_that_has_it(data):
@@ -355,9 +418,6 @@ def test_the_command_lists_and_performs(data, runner):
     assert "Ranks: 5 runs" in done.output and "Dice minus zero-shot" in done.output
     runner.failing = "--strategy::rank 4"
     (data / "datalist.json").write_text(json.dumps({"fold": 9}))
-    from samseg_monai.comparison import plan
-
-    plan._file_hash.cache_clear()
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 1 and "runs are missing in the table" in str(done.exception)
 

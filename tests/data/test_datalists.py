@@ -183,6 +183,9 @@ def test_trained_spacing_is_that_of_the_plane_after_reorientation(tmp_path):
     found = trained_spacing(tmp_path / "d.json", tmp_path, "RAS")
     assert found == {"median": [0.7, 1.0], "min": [0.5, 1.0], "max": [1.0, 1.25]}
     assert trained_spacing(tmp_path / "d.json", tmp_path, "SAR")["median"] == [3.0, 1.0]
+    [used] = first_cases(load_datalist(tmp_path / "d.json", tmp_path), 1, seed=1)  # of few cases: theirs alone
+    own = {"c0": [0.5, 1.0], "c1": [0.7, 1.0], "c2": [1.0, 1.25]}[used["case"]]
+    assert trained_spacing(tmp_path / "d.json", tmp_path, "RAS", 1, 1) == dict.fromkeys(found, own)
     (tmp_path / "c1.nii").write_bytes(b"no header")
     with pytest.raises(DataError, match=r"c1: c1.nii: its header cannot be read"):
         trained_spacing(tmp_path / "d.json", tmp_path, "RAS")

@@ -26,7 +26,7 @@ from samseg_monai.report.figures import all_figures, curves, drawn_cases, looks
 from samseg_monai.report.montage import OverlayCase, outline, overlay_cases, pick_cases
 from samseg_monai.report.names import prompt_text
 from samseg_monai.report.page import write_report
-from samseg_monai.report.runs import RunResult, by_folder, by_seed
+from samseg_monai.report.runs import RunResult, told_apart
 from samseg_monai.report.summary import in_short
 from samseg_monai.report.tables import (
     dice_of_cases,
@@ -324,9 +324,9 @@ def test_rows_are_told_apart_by_as_many_folders_as_it_takes(tmp_path):
     for folder, strategy in zip(folders, ("lora", "lora", "zero_shot"), strict=True):
         _write_run(folder, _rows([0.5] * len(CASES)), strategy=strategy, seed=3)
     loaded = [RunResult.load(folder) for folder in folders]
-    found = by_folder(by_seed(loaded), folders)
+    found = told_apart(loaded, folders)
     assert [run.title for run in found] == ["LoRA, seed 3 (one_run)", "LoRA, seed 3 (other_run)", "Zero-shot"]
-    nearer = by_folder(by_seed(loaded), [folder.parent.parent for folder in folders])
+    nearer = told_apart(loaded, [folder.parent.parent for folder in folders])
     assert [run.name for run in nearer] == ["lora_seed3_one", "lora_seed3_other", "zero_shot"]
 
 
@@ -508,6 +508,10 @@ def test_few_shot_curves_join_the_runs_of_a_strategy_by_their_training_cases(mad
         for n in (1, 5, 20)
     ]
     assert "few_shot" not in {one.name for one in all_figures(few[:1])}
+    other = {"name": "lora", "arguments": {"rank": 8}}
+    eight = [replace(run, name=f"{run.name}_8", card={**run.card, "strategy": other}) for run in few]
+    both = next(one for one in all_figures([*few, *eight]) if one.name == "few_shot")
+    assert [line.get_label() for line in both.figure.axes[0].lines] == ["LoRA, rank 4", "LoRA, rank 8"]
     [line] = next(one for one in all_figures(few) if one.name == "few_shot").figure.axes[0].lines
     assert line.get_xdata().tolist() == [1, 5, 20]
     assert line.get_ydata() == pytest.approx([results_json([run])[run.name]["dice_mean"] for run in few])

@@ -115,16 +115,17 @@ def load_datalist(
     scans: Sequence[str] | None = None,
     boxes: str | Path | None = None,
     prompts: str | Path | None = None,
+    prompts_from: str | None = None,
 ) -> list[dict[str, Any]]:
     """Items of one section with absolute paths, ready for ``LoadImaged``.
 
     Args:
-        path: datalist file.
-        dataset_dir: folder that its paths are relative to.
+        path, dataset_dir: datalist file, and the folder that its paths are relative to.
         section: ``training``, ``validation`` or ``testing``.
         scans: names of the scans wanted, in this order; None takes all as they are listed.
         boxes: box file of images (see ``boxes``): every item gets its ``boxes``, a list of lists of four floats.
         prompts: masks of volumes (see ``CoarseMasks``): every item gets its ``prompt``, a file.
+        prompts_from: bundle that has found the ``boxes``: where it found nothing nothing is looked for, with a warning.
 
     Returns: items as they stand in the datalist, with absolute paths and, where the datalist has a hash of the case,
         "recorded": {"sha256", "files": name -> path}, which ``LoadCased`` compares when it reads these files.
@@ -165,7 +166,7 @@ def load_datalist(
     raise_all(problems, DataError, heading, cases=len(items))
     if prompts is not None:
         _add_masks(items, CoarseMasks(prompts))
-    return items if boxes is None else _with_boxes(items, datalist, Path(boxes), name=str(path))
+    return items if boxes is None else _with_boxes(items, datalist, Path(boxes), prompts_from, name=str(path))
 
 
 def first_cases(items: list[dict[str, Any]], count: int | None, *, seed: int) -> list[dict[str, Any]]:
@@ -232,12 +233,15 @@ def spacing_of(path: str | Path) -> float | None:
     return None if spacing is None else float(spacing)
 
 
-def trained_spacing(path: str | Path, dataset_dir: str | Path, orientation: str) -> dict[str, list[float]]:
+def trained_spacing(
+    path: str | Path, dataset_dir: str | Path, orientation: str, count: int | None = None, seed: int = 0
+) -> dict[str, list[float]]:
     """In-plane spacing in mm of the training cases of a datalist of volumes, by the headers of their first files.
 
     Args:
         path, dataset_dir: as of ``load_datalist``.
         orientation: axcodes that the volumes are turned to; their first two axes are the plane.
+        count, seed: of the cases that train, as of ``first_cases``.
 
     Returns: "median", "min" and "max", each along the first and second axis.
 
@@ -245,7 +249,7 @@ def trained_spacing(path: str | Path, dataset_dir: str | Path, orientation: str)
         DataError: as ``load_datalist``; headers that cannot be read, all at once.
     """
     found, problems = [], []
-    for item in load_datalist(path, dataset_dir, "training"):
+    for item in first_cases(load_datalist(path, dataset_dir, "training"), count, seed=seed):
         try:
             image = item["image"]
             _, affine = read_any_grid(image if isinstance(image, str) else image[0])
@@ -297,15 +301,18 @@ def _add_masks(items: list[dict[str, Any]], masks: CoarseMasks) -> None:
 
 
 def _with_boxes(
-    items: list[dict[str, Any]], datalist: Mapping[str, Any], boxes: Path, *, name: str
+    items: list[dict[str, Any]], datalist: Mapping[str, Any], boxes: Path, made_by: str | None, *, name: str
 ) -> list[dict[str, Any]]:
     if datalist.get("kind") != IMAGES:
         raise DataError(f"{name}: is a datalist of volumes, for which there are no box files; draw prompts from labels")
-    table = read_boxes(boxes, datalist.get("sizes"))
+    table = read_boxes(boxes, datalist.get("sizes"), made_by=made_by)
     if unknown := sorted(set(table) - {item["case"] for section in SECTIONS for item in datalist[section]}):
         LOG.warning("boxes %s: %d names are no case of %s: %s", boxes, len(unknown), name, ", ".join(unknown[:10]))
     missing = [item["case"] for item in items if item["case"] not in table]
     raise_all(missing, DataError, f"boxes {boxes}: cases of {name} without a box")
+    if unfound := [item["case"] for item in items if not table[item["case"]]]:
+        what = f"{made_by} found nothing in {len(unfound)} of {len(items)} cases, which count as empty predictions"
+        LOG.warning("%s: %s", what, ", ".join(unfound))
     return [{**item, "boxes": table[item["case"]]} for item in items]
 
 

@@ -32,19 +32,25 @@ VOLUME_BOXES = '{"CASE": [{"slice": 12, "box": [30, 40, 55, 70]}]}'
 Rectangle = tuple[int, int, int, int]
 
 
-def read_boxes(path: str | Path, sizes: Mapping[str, Sequence[int]] | None = None) -> dict[str, list[list[float]]]:
+def read_boxes(
+    path: str | Path, sizes: Mapping[str, Sequence[int]] | None = None, *, made_by: str | None = None
+) -> dict[str, list[list[float]]]:
     """Read and check the box file of a set of images: case -> rows as of ``as_floats``, at least one each.
 
     Args:
         path: JSON file.
         sizes: case -> (rows, columns); boxes of these must lie at least partly in the image.
+        made_by: bundle that has found the boxes: a case without any is an answer of it, and not a slip.
 
     Raises:
         PromptError: the file cannot be read; every box that ``box_problem`` finds fault with, all at once.
     """
     table = read_table(path)
     problems = [
-        f"{name}: {text}" for name, boxes in table.items() for text in box_problems(boxes, (sizes or {}).get(name))
+        f"{name}: {text}"
+        for name, boxes in table.items()
+        if boxes != [] or made_by is None
+        for text in box_problems(boxes, (sizes or {}).get(name))
     ]
     raise_all(problems, PromptError, f"boxes {path}: expected {IMAGE_BOXES}, in pixels of the stored image")
     return {name: as_floats(boxes) for name, boxes in table.items()}
@@ -174,11 +180,19 @@ def rectangles(mask: np.ndarray, *, per_component: bool = False) -> list[Rectang
         return []
     if not per_component:
         return [(int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)]
+    return [rectangle for _, rectangle in components(mask)[1]]
+
+
+def components(mask: np.ndarray) -> tuple[np.ndarray, list[tuple[int, Rectangle]]]:
+    """The 8-connected components of a mask (H, W): the number of each pixel's, 0 where there is none; and of each its
+    number and rectangle (as of ``rectangles``), largest first."""
+    numbered = sitk.ConnectedComponent(sitk.GetImageFromArray(mask.astype(np.uint8)), True)
     shapes = sitk.LabelShapeStatisticsImageFilter()
-    shapes.Execute(sitk.ConnectedComponent(sitk.GetImageFromArray(mask.astype(np.uint8)), True))
-    found = [(shapes.GetNumberOfPixels(label), *shapes.GetBoundingBox(label)) for label in shapes.GetLabels()]
+    shapes.Execute(numbered)
+    found = [(shapes.GetNumberOfPixels(label), *shapes.GetBoundingBox(label), label) for label in shapes.GetLabels()]
     found.sort(key=lambda entry: (-entry[0], entry[2], entry[1]))
-    return [(x, y, x + width, y + height) for _, x, y, width, height in found]
+    rectangles = [(label, (x, y, x + width, y + height)) for _, x, y, width, height, label in found]
+    return sitk.GetArrayFromImage(numbered), rectangles
 
 
 def write_boxes(path: str | Path, table: Mapping[str, Sequence[Any]]) -> None:

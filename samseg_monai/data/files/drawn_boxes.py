@@ -81,6 +81,7 @@ def boxes_from_masks(
     margin: tuple[float, str] = (0.0, "voxels"),
     images: Path | None = None,
     flat: bool = False,
+    empty: bool = False,
 ) -> Drawn:
     """Boxes around the foreground of masks, slice by slice: without a margin tight ones.
 
@@ -92,6 +93,7 @@ def boxes_from_masks(
         margin: added on each side within the slice, in mm (rounded up to voxels in volumes) or voxels.
         images: the image that the only mask belongs to, its DICOM folder, or a folder with those of all cases.
         flat: NIfTI files of one slice are masks of 2-D images, too.
+        empty: a mask of a 2-D image without foreground is a case with no boxes, in place of a bad one.
 
     Raises:
         DataError: there is no mask.
@@ -113,7 +115,7 @@ def boxes_from_masks(
             if cases[case] > 1:
                 raise DataError(f"several masks are of the case {case}; keep one of them")
             if planar:
-                found, notes = _of_image(path, labels, per, margin)
+                found, notes = _of_image(path, labels, per, margin, empty)
             else:
                 found, notes = _of_volume(path, labels, per, margin, None if pictured is None else pictured.of(case))
             if len(found) > MOST_BOXES:
@@ -255,8 +257,11 @@ def _case_named(stem: str) -> str:
     return file_name(MASK_NAME.sub("", stem) or stem)
 
 
-def _foreground(array: np.ndarray, labels: Sequence[int], what: str) -> tuple[np.ndarray, list[str]]:
-    """Where a mask (any shape) has the asked values, and notes; DataError for what is no mask, or an empty one."""
+def _foreground(
+    array: np.ndarray, labels: Sequence[int], what: str, empty: bool = False
+) -> tuple[np.ndarray, list[str]]:
+    """Where a mask (any shape) has the asked values, and notes; DataError for what is no mask or, unless it may be, an
+    empty one."""
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError(f"some of its {what}s are NaN or infinite; save whole numbers")
     values = np.unique(array)
@@ -264,9 +269,9 @@ def _foreground(array: np.ndarray, labels: Sequence[int], what: str) -> tuple[np
         raise DataError(f"holds values such as {odd[0]:.4g}, so it is no mask; save whole numbers, 0 for background")
     present = sorted({round(float(value)) for value in values})
     above = [value for value in present if value > 0]
-    if missing := [value for value in labels if value not in present]:
+    if not empty and (missing := [value for value in labels if value not in present]):
         raise DataError(f"no {what} has the value {', '.join(map(str, missing))}; it holds {_few(present)}")
-    if not labels and not above:
+    if not labels and not above and not empty:
         raise DataError(f"the mask is empty: no {what} is above 0")
     notes = [f"values {_few(above)} are taken together; --label chooses"] if not labels and len(above) > 1 else []
     return np.isin(np.rint(array), [*labels] or above), notes
@@ -276,14 +281,16 @@ def _few(values: Sequence[int]) -> str:
     return ", ".join(map(str, values[:10])) + (f" and {len(values) - 10} more" if len(values) > 10 else "")
 
 
-def _of_image(path: Path, labels: Sequence[int], per: str, margin: tuple[float, str]) -> tuple[list[Any], list[str]]:
+def _of_image(
+    path: Path, labels: Sequence[int], per: str, margin: tuple[float, str], empty: bool
+) -> tuple[list[Any], list[str]]:
     picture = read_image(path)
     array = picture.array[:, :, 0]
     if array.ndim == 3:
         if not is_grey(array):
             raise DataError("is in colour; save the mask in grey, 0 for background")
         array = array[..., 0]
-    mask, notes = _foreground(array, labels, "pixel")
+    mask, notes = _foreground(array, labels, "pixel", empty)
     if margin[1] == "mm" and margin[0] and picture.own_spacing_mm is None:
         raise DataError(
             f"states no pixel size, so that {margin[0]:g} mm are not known in pixels; give the margin in px"
