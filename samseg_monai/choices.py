@@ -275,7 +275,7 @@ class Prompt(Model):
     source: Literal["label", "json", "mask", "image", "none"] = "label"
     """Simulated from the label; drawn by a person; a coarse mask; the whole slice; no prompts."""
     kind: Literal["box", "points", "both"] = "box"
-    """A box, clicks (points), or a box with clicks; clicks are for 2-D images and SAM."""
+    """A box, clicks (points), or a box with clicks; clicks are for SAM."""
     inside: Annotated[int, Field(ge=1, le=100)] = 1
     """Simulated clicks inside of an object: the first in its depth, the others anywhere."""
     outside: Annotated[int, Field(ge=0, le=100)] = 0
@@ -306,15 +306,15 @@ class Prompt(Model):
     """Values of a coarse mask that are prompts (volumes); null: all above 0."""
 
 
-def misfits_of_clicks(prompt: Prompt, method: Any, *, sam: bool, images: bool) -> Iterator[str]:
-    """What cannot be had with clicks, of a strategy with this ``method``."""
+def misfits_of_clicks(prompt: Prompt, method: Any, *, sam: bool, stored: bool) -> Iterator[str]:
+    """What cannot be had with clicks, of a strategy with this ``method``, and slices ``stored`` at a size of theirs."""
     key, kind = "run::prompt::kind", prompt.kind
     if kind == "box":
         return
     if not sam or method.name == "ladder":
         yield f"{key}: got {kind!r}, but {'a ladder' if sam else 'a network without SAM'} takes no clicks; use 'box'"
-    if not images:
-        yield f"{key}: got {kind!r}, but clicks are for 2-D images; volumes take 'box'"
+    if stored:
+        yield f"{key}: got {kind!r}, but clicks cannot follow slices to a store_size; set run::store_size to null"
     if prompt.source not in ("label", "json"):
         yield f"{key}: got {kind!r}, but the source {prompt.source!r} gives no clicks; use 'label' or 'json', or 'box'"
     if "sam.prompt_encoder" not in getattr(method, "frozen", ["sam.prompt_encoder"]) and any(

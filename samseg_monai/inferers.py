@@ -6,7 +6,7 @@ MONAI's ``SliceInferer`` drops further inputs of the network, and prompts are su
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +22,12 @@ from monai.transforms.utils import allow_missing_keys_mode, convert_applied_inte
 
 from samseg_monai.data.files.boxes import rectangles
 from samseg_monai.data.slices.cache import VolumeEmbeddings, describe
+from samseg_monai.data.slices.pickers import asked_slices
+from samseg_monai.data.slices.slabs import calls
 from samseg_monai.errors import ConfigError, PromptError, raise_all
 from samseg_monai.files import unwrap
 from samseg_monai.networks import EMPTY_LOGIT
 from samseg_monai.transforms import BoxFromPromptd, SplineResized, boxes_of, clip_boxes, move_boxes
-from samseg_monai.transforms.points import prompted
 from samseg_monai.transforms.requested import carried_prompt
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,9 @@ class SliceVolumeInferer(Inferer):
     several).
 
     A 2-D image, a volume of one slice, takes ``boxes`` instead of a prompt volume, with clicks as of
-    ``transforms.points`` or without: floats that follow the slice's affine and are never rounded. Programs that pass
-    neither have the prompt in the metadata of the image (``transforms.CarriedPromptd``).
+    ``transforms.points`` or without, and so does a volume with clicks: floats that follow the slice's affine and are
+    never rounded. Programs that pass neither have the prompt in the metadata of the image
+    (``transforms.CarriedPromptd``).
 
     A network whose ``depth`` is D > 1 sees slabs of D neighbouring slices: whole ones from the first slice on, of which
     the last is moved inward to end with the volume (what it predicts once more is left out), and in a volume of fewer
@@ -81,9 +83,10 @@ class SliceVolumeInferer(Inferer):
             before one of more than this multiple, which is left empty: the mask has leaked.
     A validation that looks at some slices only gives ``slices``, bool (B, D): the others are as those without a box.
 
-    Shape: inputs (B, S, H, W, D), prompt (B, N, H, W, D) with a channel for each box of a slice, or boxes (B, N, 4) in
-        pixel edges of the input where D is 1 (rows of NaN are none), to logits (B, C, H, W, D), float32. The network
-        sees (b, S, h, w), with boxes (b, 4) or (b, N, 4), and returns (b, C, h, w). With ``labels`` the result is
+    Shape: inputs (B, S, H, W, D), prompt (B, N, H, W, D) with a channel for each box of a slice, or boxes
+        (B, D, N, 4 + 3 P), of each slice, in pixel edges of the input, where D is 1 also (B, N, 4 + 3 P) (rows of NaN
+        are none), to logits (B, C, H, W, D), float32. The network sees (b, S, h, w), with boxes (b, 4), (b, N, 4) or
+        (b, N, 4 + 3 P), and returns (b, C, h, w). With ``labels`` the result is
         (B, 1, H, W, D), float32, whole numbers 0 to C - 1, and 0 in slices without a box. Where the input is a
         MetaTensor, so is the result, with the same metadata and history: ``Invertd`` takes both back to the file's
         grid.
@@ -147,7 +150,7 @@ class SliceVolumeInferer(Inferer):
         images = inputs.as_subclass(torch.Tensor)
         prompts: Any = [None] * len(images)
         if self.prompted:
-            prompt = carried_prompt(inputs) if prompt is None and boxes is None else prompt
+            prompt, boxes = carried_prompt(inputs) if prompt is None and boxes is None else (prompt, boxes)
             prompts = self._checked(prompt, images) if boxes is None else _checked_boxes(boxes, prompt, images)
         if slices is not None and tuple(slices.shape) != (len(images), images.shape[-1]):
             raise ConfigError(f"slices must have shape {(len(images), images.shape[-1])}, got {tuple(slices.shape)}")
@@ -178,19 +181,14 @@ class SliceVolumeInferer(Inferer):
     def _volume(
         self, image: torch.Tensor, prompt: torch.Tensor | None, only: torch.Tensor | None, network: Network
     ) -> tuple[torch.Tensor, list[Stop]]:
-        """(S, H, W, D) and a prompt (N, H, W, D), or boxes (N, 4) of a single slice, to (C, H, W, D).
+        """(S, H, W, D) and a prompt (N, H, W, D), or boxes (D, N, 4 + 3 P), to (C, H, W, D).
 
         Of ``only``, bool (D,), the slices that are False are not run; None runs all. Where prompts were carried
         to other slices, it is told where they stopped.
         """
         size, depth = image.shape[1:3], image.shape[3]
-        if prompt is None:
-            wanted = list(range(depth))
-        elif prompt.ndim == 2:
-            wanted = [0] if prompted(prompt).any() else []
-        else:
-            wanted = (prompt > 0).flatten(0, 2).any(dim=0).cpu().nonzero()[:, 0].tolist()
-        wanted = wanted if only is None else [z for z in wanted if only[z]]
+        asked = torch.ones(depth, dtype=torch.bool) if prompt is None else _asked(prompt)
+        wanted = [z for z in asked.nonzero()[:, 0].tolist() if only is None or only[z]]
         store = self._embeddings(image, prompt, network, wanted)
         slab = _slab(network)
         if slab > 1 and (depth == 1 or self.propagate):
@@ -203,8 +201,9 @@ class SliceVolumeInferer(Inferer):
             boxes = slices.new_full((slab, self.max_boxes, 4) if self.per_component else (slab, 4), torch.nan)
             logits = self._finished(_run(network, slices, boxes))
             volume = self._empty(logits.shape[1], (*size, depth), image.device)
-        elif self.propagate and prompt is not None and prompt.ndim == 4:
-            stops = self._carry(volume, image, prompt, wanted, network, store)
+        elif self.propagate and prompt is not None:
+            several = self.per_component or prompt.shape[0 if prompt.ndim == 4 else 1] > 1
+            stops = self._carry(volume, image, wanted, network, store, several=several)
         return volume, stops
 
     def _fill(
@@ -222,7 +221,7 @@ class SliceVolumeInferer(Inferer):
         With ``places`` slice k of ``image`` and ``prompt`` is slice ``places[k]`` of the volume.
         """
         at, slab = range(image.shape[-1]) if places is None else places, _slab(network)
-        for seen, new in _calls(wanted, image.shape[-1], slab, self.batch_size):
+        for seen, new in calls(wanted, image.shape[-1], slab, self.batch_size):
             numbers, prepared, boxes = self._batch(image, prompt, seen, at, whole=slab > 1)
             if not numbers:
                 continue
@@ -242,14 +241,14 @@ class SliceVolumeInferer(Inferer):
         self,
         volume: torch.Tensor,
         image: torch.Tensor,
-        prompt: torch.Tensor,
         given: list[int],
         network: Network,
         store: VolumeEmbeddings | None,
+        *,
+        several: bool,
     ) -> list[Stop]:
         """Carry what was found in the slices ``given`` to their neighbours in ``volume``; the stops, by slice."""
-        several, depth = self.per_component or len(prompt) > 1, image.shape[-1]
-        active, stops = [], []
+        depth, active, stops = image.shape[-1], [], []
         for k, z in enumerate(given):
             area = int(self._found(volume, z).sum())
             limits = (self.carried_stop * area, self.carried_most * area)
@@ -330,16 +329,17 @@ class SliceVolumeInferer(Inferer):
         if prompt is None:
             return wanted, prepared, None
         if masks is None:
-            boxes = _followed(prompt, image, prepared)[None]
+            boxes = _followed(prompt[wanted], image, prepared)
         else:
             # on the CPU, where they are looked for: all at once, since a GPU waits for each question
             planes = torch.cat([part for _, part in parts if part is not None]).cpu()
             how: dict[str, Any] = {"per_component": self.per_component, "max_boxes": self.max_boxes}
             boxes = torch.stack([boxes_of(plane, **how) for plane in planes])
-        kept = [k for k, there in enumerate((~boxes.isnan()).flatten(1).any(1).tolist()) if there]
+        kept = _asked(boxes.reshape(len(wanted), -1, boxes.shape[-1])).nonzero()[:, 0].tolist()
         if len(kept) < len(wanted):
             without = set(wanted) - {wanted[k] for k in kept}
-            lost = sorted({at[k] for k in without if masks is None or not whole or (masks[..., k] > 0).any()})
+            own = {k: prompt[[k]] if masks is None else masks[..., [k]] for k in without}
+            lost = sorted({at[k] for k in without if not whole or _asked(own[k])[0]})
             if lost:
                 logger.warning(
                     "prompts of slices %s vanish in slice_transforms; predicted empty. Resize prompts with mode 'area'",
@@ -415,27 +415,6 @@ def _slab(network: Network) -> int:
     return int(getattr(unwrap(network), "depth", 1))  # type: ignore[arg-type]
 
 
-def _calls(wanted: list[int], depth: int, slab: int, batch_size: int) -> Iterator[tuple[list[int], list[int]]]:
-    """For each call of the network the numbers of the slices that it sees, of ``depth``, and the places among them of
-    those that are ``wanted`` and not in a slab before."""
-    if slab == 1:
-        for start in range(0, len(wanted), batch_size):
-            numbers = wanted[start : start + batch_size]
-            yield numbers, list(range(len(numbers)))
-        return
-    asked = set(wanted)
-    # beginning of a slab -> the slices that are of no slab before it
-    new = {max(min(z, depth - slab), 0): range(z, min(z + slab, depth)) for z in range(0, depth, slab)}
-    slabs = [start for start, own in new.items() if asked.intersection(own)]
-    several = max(1, batch_size // slab)
-    for first in range(0, len(slabs), several):
-        numbers, places = [], []
-        for start in slabs[first : first + several]:
-            places += [len(numbers) + z - start for z in new[start] if z in asked]
-            numbers += [min(z, depth - 1) for z in range(start, start + slab)]
-        yield numbers, places
-
-
 NEARER, ENDS = "another prompt is nearer", "the volume ends"
 
 
@@ -470,23 +449,36 @@ def _in_words(stops: list[Stop], inputs: torch.Tensor, number: int) -> str:
 
 
 def _checked_boxes(boxes: torch.Tensor, prompt: torch.Tensor | None, images: torch.Tensor) -> torch.Tensor:
-    """Boxes (B, N, 4 ...) that fit ``images`` (B, S, H, W, D); PromptError says why others do not."""
-    if prompt is not None or images.shape[-1] != 1:
-        raise PromptError(f"boxes go with images of one slice and no prompt volume, got {images.shape[-1]} slices")
-    if boxes.ndim != 3 or len(boxes) != len(images) or boxes.shape[-1] < 4 or boxes.shape[-1] % 3 != 1:
-        raise PromptError(f"boxes must have shape ({len(images)}, N, 4) to fit the image, got {tuple(boxes.shape)}")
-    return boxes.as_subclass(torch.Tensor)
+    """Boxes (B, D, N, 4 ...) that fit ``images`` (B, S, H, W, D); PromptError says why others do not."""
+    if prompt is not None:
+        raise PromptError("got boxes and a prompt volume; give one of them")
+    expected = (len(images), images.shape[-1])
+    rows = boxes[:, None] if boxes.ndim == 3 else boxes
+    if rows.ndim != 4 or tuple(rows.shape[:2]) != expected or rows.shape[-1] < 4 or rows.shape[-1] % 3 != 1:
+        fitting = ", ".join(map(str, expected[: 1 if expected[1] == 1 else 2]))
+        raise PromptError(
+            f"boxes must have shape ({fitting}, N, 4), with P clicks ({fitting}, N, 4 + 3 P), to fit the image, got "
+            f"{tuple(boxes.shape)}"
+        )
+    return rows.as_subclass(torch.Tensor)
+
+
+def _asked(prompt: torch.Tensor) -> torch.Tensor:
+    """``asked_slices`` of a prompt (N, H, W, D), or of boxes (D, N, 4 + 3 P)."""
+    asked = asked_slices(prompt) if prompt.ndim == 4 else asked_slices(None, prompt)
+    assert asked is not None
+    return asked
 
 
 def _followed(boxes: torch.Tensor, image: torch.Tensor, prepared: MetaTensor) -> torch.Tensor:
-    """Boxes of an image of one slice (S, H, W, 1) on what the transforms made of it, (1, S, h, w)."""
+    """Boxes (b, N, 4 ...) of slices of an image (S, H, W, D) on what the transforms made of them, (b, S, h, w)."""
     if prepared.shape[2:] != image.shape[1:3] and not prepared.applied_operations:
         raise ConfigError(
             "boxes cannot follow slice_transforms that keep no record of what they do (SplineResized); leave "
-            "store_size null for 2-D images"
+            "store_size null for 2-D images and clicks"
         )
-    moved = move_boxes(boxes, torch.eye(4), prepared.affine)  # a slice starts without an affine of its own
-    return clip_boxes(moved, (prepared.shape[2], prepared.shape[3]))
+    moved = move_boxes(boxes.flatten(0, 1), torch.eye(4), prepared.affine)  # a slice starts without its own affine
+    return clip_boxes(moved, (prepared.shape[2], prepared.shape[3])).unflatten(0, tuple(boxes.shape[:2]))
 
 
 def _run(

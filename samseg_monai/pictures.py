@@ -96,6 +96,7 @@ def draw(
     side: int = SIDE,
     line: int = 2,
     boxes: Sequence[Sequence[float]] = (),
+    clicks: Sequence[tuple[float, float, bool]] = (),
 ) -> np.ndarray:
     """The picture, without words.
 
@@ -108,6 +109,7 @@ def draw(
         side: pixels of the picture's longer side at least.
         line: pixels of an outline's width.
         boxes: left, top, right, bottom edge of each, drawn dashed.
+        clicks: distance from the left and upper edge of each, and whether it is inside of an object.
     Returns: (H, W, 3) uint8.
     """
     height, width = image.shape[0] * aspect, float(image.shape[1])
@@ -128,7 +130,22 @@ def draw(
         x0, x1 = (round(x * scale) for x in (x0, x1))
         y0, y1 = (round(y * aspect * scale) for y in (y0, y1))
         _rectangle(picture, (x0, y0, x1, y1))
-    return picture
+    if not clicks:
+        return picture
+    canvas = Image.fromarray(picture)
+    for x, y, inside in clicks:
+        mark(ImageDraw.Draw(canvas), (int(x * scale), int(y * aspect * scale)), BOX, inside=inside, width=line)
+    return np.asarray(canvas)
+
+
+def mark(pen: ImageDraw.ImageDraw, place: tuple[int, int], colour: Colour, *, inside: bool, width: int) -> None:
+    """Draw a click at ``place`` (x, y): a disc inside of an object, a cross of lines of ``width`` outside."""
+    (x, y), size = place, 2 * width
+    if inside:
+        pen.ellipse([x - size, y - size, x + size, y + size], fill=colour)
+    else:
+        for turn in (-size, size):
+            pen.line([x - size, y - turn, x + size, y + turn], fill=colour, width=width)
 
 
 def named(picture: np.ndarray, letters: str = "RL") -> np.ndarray:

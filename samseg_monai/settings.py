@@ -373,7 +373,7 @@ def _misfits(settings: BundleSettings) -> Iterator[str]:
         yield f"run::prompt::loosen: got {run.prompt.loosen}; the smaller number comes first"
     if strategy.network is not None and strategy.network.name == "BoxEllipse" and several:
         yield f"strategy::network: the ellipse is for one class, there are {len(task.classes)}"
-    yield from misfits_of_clicks(run.prompt, strategy.method, sam=settings.has_sam, images=task.kind == "images")
+    yield from misfits_of_clicks(run.prompt, strategy.method, sam=settings.has_sam, stored=run.store_size is not None)
     yield from _network_misfits(strategy.network, len(task.scans), run)
     yield from _misfits_of_volumes(settings)
     if not (run.loss.dice or run.loss.ce or run.loss.focal):

@@ -96,8 +96,8 @@ class LoadedBundle:
             image: file, folder of a case or DICOM series; or an array: a volume (X, Y, Z), of several scans
                 (X, Y, Z, S); a 2-D image (rows, columns), or uint8 (rows, columns, 3) for RGB.
             boxes: for a bundle that takes prompts: of a volume ``[{"slices": [k0, k1], "box": [i0, j0, i1, j1]}]`` in
-                voxels, both ends inclusive; of a 2-D image ``[[x0, y0, x1, y1]]`` in pixels, or clicks
-                (``files.boxes``). Or the JSON file of ``samseg predict``, or its content.
+                voxels, both ends inclusive; of a 2-D image ``[[x0, y0, x1, y1]]`` in pixels; of both also
+                clicks (``files.boxes``). Or the JSON file of ``samseg predict``, or its content.
             mask: file of a coarse mask on the image's grid.
             whole_slice: take the whole of each slice as the prompt.
             affine: (4, 4), voxels to RAS mm, of an array that is a volume; default: 1 mm.

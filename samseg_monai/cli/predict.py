@@ -58,7 +58,7 @@ def predict(
     bundle: Annotated[Path, typer.Argument(help="folder or ZIP of a bundle")],
     input: Input,
     output: Annotated[Path, typer.Option("--output", "--out", help="folder for the segmentations")],
-    boxes: Annotated[Path | None, typer.Option(help="JSON of boxes per case")] = None,
+    boxes: Annotated[Path | None, typer.Option(help="JSON of boxes, or clicks, per case")] = None,
     prompts: Annotated[Path | None, typer.Option(help="coarse mask, or folder of <case>.nii.gz")] = None,
     prompts_from: PromptsFrom = None,
     prompts_class: PromptsClass = None,

@@ -6,7 +6,7 @@ written by rank 0 only; attach them on every rank nevertheless, since those that
 
 from __future__ import annotations
 
-from samseg_monai.handlers.cases import CaseDataset, CaseEvaluator
+from samseg_monai.handlers.cases import CaseDataset, CaseEvaluator, PrepareGiven
 from samseg_monai.handlers.keeping import EMA, BestAdapter, CollapseDetector, EarlyStop, LastAdapter
 from samseg_monai.handlers.predictions import PredictionTable
 from samseg_monai.handlers.records import CaseTable, CurveLog, RunCard
@@ -31,6 +31,7 @@ __all__ = [
     "LastAdapter",
     "NonFiniteGuard",
     "PredictionTable",
+    "PrepareGiven",
     "ResumeSaver",
     "RunCard",
     "SameBuffers",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 from monai.data import Dataset
-from monai.engines import SupervisedEvaluator
+from monai.engines import PrepareBatchExtraInput, SupervisedEvaluator
 
 from samseg_monai.data.files.case_list import CaseList, noted
 from samseg_monai.errors import reason_of
@@ -29,6 +29,15 @@ class CaseDataset(Dataset):
             except Exception as error:  # noqa: BLE001  whatever a transform raises is a problem of its case
                 item = {"case": case, FAILED: reason_of(error)}
         return {**item, NOTES: "\n".join(notes)} if isinstance(item, dict) else item
+
+
+class PrepareGiven(PrepareBatchExtraInput):
+    """MONAI's ``PrepareBatchExtraInput`` of a mapping, without what a batch lacks: of a case's prompts there is either
+    the mask of boxes, "prompt", or the rows with clicks, "boxes"."""
+
+    def __call__(self, batchdata: dict[str, Any], *arguments: Any, **named: Any) -> tuple[Any, ...]:
+        given = {name: key for name, key in cast(dict[str, str], self.extra_keys).items() if key in batchdata}
+        return PrepareBatchExtraInput(given)(batchdata, *arguments, **named)
 
 
 class CaseEvaluator(SupervisedEvaluator):

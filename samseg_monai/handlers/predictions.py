@@ -15,6 +15,7 @@ from ignite.engine import Events
 from nibabel.affines import voxel_sizes
 
 from samseg_monai.data.files.case_list import PROGRESS, CaseList, noted
+from samseg_monai.data.slices.pickers import asked_slices
 from samseg_monai.faults import what_failed
 from samseg_monai.handlers.provenance import scrub
 from samseg_monai.metrics.rows import add_to_table, write_table
@@ -54,7 +55,7 @@ class PredictionTable:
         images: cases are 2-D images.
         precision: of the network, if it tells one.
     Shape: a decollated item has "case", "image" as the network saw it, "pred" (1, X, Y, Z) on the file's grid, and
-        "prompt" (N, H, W, D) where volumes have one.
+        "prompt" (N, H, W, D) where volumes have one, or "boxes" where they have clicks.
     """
 
     def __init__(
@@ -164,9 +165,9 @@ class PredictionTable:
         others = [axis for axis in range(3) if axis != slice_axis(image, affine, labels.shape)]
         row = _cells(self.classes, "ml", volumes)
         row["slices"] = int((labels > 0).any(dim=others[1]).any(dim=others[0]).sum())
-        prompt = item.get("prompt")
-        if prompt is not None:
-            row["prompted_slices"] = int((torch.as_tensor(prompt) > 0).flatten(0, 2).any(dim=0).sum())
+        asked = asked_slices(item.get("prompt"), item.get("boxes"))
+        if asked is not None:
+            row["prompted_slices"] = int(asked.sum())
         row["spacing_mm"] = spacing
         done = {str(step.get("class")) for step in image.applied_operations}
         row["resampled"] = ResampleInPlaned.__name__ in done

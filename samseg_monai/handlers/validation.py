@@ -24,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from samseg_monai import pictures
 from samseg_monai.checkpoints import load_adapter, save_adapter
 from samseg_monai.data.slices import Picker
+from samseg_monai.data.slices.pickers import asked_slices
 from samseg_monai.errors import ConfigError, TrainingError
 from samseg_monai.files import unwrap
 from samseg_monai.handlers.keeping import BestAdapter
@@ -33,7 +34,6 @@ from samseg_monai.metrics.engine import ignored_in, of_all_ranks
 from samseg_monai.training import OnLogitGrid, SegmentationLoss
 from samseg_monai.training.owned import owned_state
 from samseg_monai.transforms.grids import foreground
-from samseg_monai.transforms.points import prompted
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,8 @@ class ValidationLoss:
     Args:
         loss: called with logits (1, C, H, W) and label (1, 1, H, W), returns a scalar; the training's own.
     Shape: of a batch: "label" (B, 1, H, W, D); "prompt", if there is one, (B, 1, H, W, D), above 0 inside; "boxes" of
-        images of one slice (B, N, 4), NaN is none; "case" B names; "slices", where some are picked, bool (B, D).
+        images of one slice (B, N, 4), of volumes with clicks (B, D, N, 4 + 3 P), NaN is none; "case" B names; "slices",
+        where some are picked, bool (B, D).
 
     Raises:
         TrainingError: during the run, if predictions are no logits of the label's grid, or cases have no names.
@@ -195,10 +196,9 @@ class ValidationLoss:
         label = known if self._on_cpu else label
         for index, case in enumerate(names):
             wanted = foreground(known[index]).flatten(0, 2).any(0).cpu()  # (D,)
-            if prompt is not None:
-                wanted |= (_bare(prompt)[index] > 0).flatten(0, 2).any(0).cpu()
-            if isinstance(boxes, Tensor) and len(wanted) == 1:
-                wanted |= bool(prompted(_bare(boxes)[index]).any())
+            masks, rows = (_bare(each)[index] if isinstance(each, Tensor) else None for each in (prompt, boxes))
+            if (asked := asked_slices(masks, rows)) is not None:
+                wanted |= asked
             if isinstance(picked := batch.get("slices"), Tensor):
                 wanted &= picked[index].cpu()
             slices = wanted.nonzero()[:, 0].tolist()

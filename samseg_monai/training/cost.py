@@ -204,8 +204,9 @@ def count_slices(
     Args:
         training: makes a ``SliceDataset`` of some training cases, without transforms of slices.
         training_cases, validation_cases: how many there are in all.
-        validation: makes a dataset of some validation cases, {"image": (S, H, W, D), "prompt": (N, H, W, D), "slices":
-            (D,), True for those that are validated}; all but the image may be absent.
+        validation: makes a dataset of some validation cases, {"image": (S, H, W, D), "prompt": (N, H, W, D), or with
+            clicks "boxes" (D, N, 4 + 3 P), "slices": (D,), True for those that are validated}; all but the image may be
+            absent.
         prompted: slices without a prompt are not predicted.
 
     Returns: what was written: ``training`` and ``validation`` with ``cases``, ``sample`` (how many were read),
@@ -230,6 +231,8 @@ def count_slices(
             asked = torch.ones(volume["image"].shape[-1], dtype=torch.bool)
             if prompted and "prompt" in volume:
                 asked &= (volume["prompt"] > 0).flatten(0, -2).any(0)
+            elif prompted and getattr(volume.get("boxes"), "ndim", 2) == 3:  # with clicks
+                asked &= (~volume["boxes"].isnan()).flatten(1).any(1)
             whole += int(asked.sum())
             slices += int((asked & volume["slices"]).sum()) if "slices" in volume else int(asked.sum())
         found["validation"] = _told(validation_cases, len(items), slices, time.perf_counter() - began)

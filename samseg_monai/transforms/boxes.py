@@ -50,13 +50,22 @@ def boxes_of(prompt: torch.Tensor, *, per_component: bool = False, max_boxes: in
 
 
 def move_boxes(boxes: torch.Tensor, before: Any, after: Any) -> torch.Tensor:
-    """Boxes and clicks on one grid as those on another grid over the same picture.
+    """``move_prompts`` of the first slice of both grids."""
+    return move_prompts(boxes, [0] * len(boxes), before, after)[0]
+
+
+def move_prompts(
+    boxes: torch.Tensor, slices: Sequence[int], before: Any, after: Any
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Boxes and clicks on one grid as those on another grid over the same picture or volume.
 
     Args:
         boxes: (N, 4), with P clicks (N, 4 + 3 P) as of ``points``, in pixel edges of the grid whose affine is
             ``before``; NaN stays NaN.
+        slices: the index k of each.
         before, after: affines (4, 4) from indices (i along H, j along W, k) to a common space.
-    Returns: float32, as ``boxes``, in pixel edges of the grid of ``after``; not clipped.
+    Returns: float32, as ``boxes``, in pixel edges of the grid of ``after``, not clipped; and the slices there of the
+        corners of each box, and of its clicks, (N, 2 + P), fractions and NaN included.
     Raises: PromptError if the two grids are turned by other than right angles.
     """
     source, target = (np.asarray(torch.as_tensor(a).cpu(), dtype=np.float64) for a in (before, after))
@@ -65,16 +74,18 @@ def move_boxes(boxes: torch.Tensor, before: Any, after: Any) -> torch.Tensor:
     if plane.min(axis=0).max() > _PARALLEL * plane.max():
         raise PromptError(f"boxes cannot follow a rotation other than by right angles, got {matrix[:2, :2].tolist()}")
     rows = np.array(boxes.detach().cpu(), dtype=np.float64)
+    k, depths = np.asarray(slices, dtype=np.float64), []
 
     def moved(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        index = np.stack([y - 0.5, x - 0.5, np.zeros_like(x), np.ones_like(x)])
-        return (matrix @ index)[1::-1] + 0.5  # x and y
+        found = matrix @ np.stack([y - 0.5, x - 0.5, k, np.ones_like(x)])
+        depths.append(found[2])
+        return found[1::-1] + 0.5  # x and y
 
     ends = moved(*rows[:, :2].T), moved(*rows[:, 2:4].T)
     rows[:, :4] = np.concatenate([np.minimum(*ends), np.maximum(*ends)]).T
-    for k in range(4, rows.shape[1], 3):
-        rows[:, k : k + 2] = moved(*rows[:, k : k + 2].T).T
-    return torch.from_numpy(rows.astype(np.float32))
+    for n in range(4, rows.shape[1], 3):
+        rows[:, n : n + 2] = moved(*rows[:, n : n + 2].T).T
+    return torch.from_numpy(rows.astype(np.float32)), np.stack(depths, axis=1)
 
 
 def clip_boxes(boxes: torch.Tensor, size: tuple[int, int], case: str = "unnamed case") -> torch.Tensor:

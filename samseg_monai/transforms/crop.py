@@ -45,8 +45,9 @@ class CropInPlaned(CropForegroundd):
         size_mm: along the first and second axis; pixels where an image has no spacing; None: no crop.
         size: in voxels of ``spacing``, in place of ``size_mm``: how older settings give it; None: ``size_mm`` counts.
         spacing: in-plane spacing in mm that was trained on; None: that of each case, so that ``size`` is in its voxels.
-        held: keys of masks of which nothing may be cut, and "boxes", those that a person gave for a 2-D image; a case
-            need not have them. A prompt that is the whole slice is not held: it is what the crop shows.
+        held: keys of masks of which nothing may be cut, and "boxes", those that a person gave for a 2-D image, or with
+            clicks for a volume; a case need not have them. A prompt that is the whole slice is not held: it is what the
+            crop shows.
     Raises: PromptError, naming the case, if any voxel of a prompt that is held is lost; DataError if an image would be
         padded beyond all memory.
     """
@@ -149,7 +150,7 @@ def _extent(d: Mapping[Hashable, Any], key: str) -> np.ndarray | None:
         boxes = boxes_on_image(d) if isinstance(d["boxes"], (list, tuple)) else None
         if boxes is None or not prompted(boxes).any():
             return None
-        rows = boxes.numpy()  # x0 y0 x1 y1, and x, y and label of clicks
+        rows = boxes.flatten(0, -2).numpy()  # x0 y0 x1 y1, and x, y and label of clicks
         y, x = (np.concatenate([rows[:, k:4:2], rows[:, 4 + k :: 3]], axis=1) for k in (1, 0))
         ends = [[np.floor(np.nanmin(y)), np.floor(np.nanmin(x))], [np.ceil(np.nanmax(y)), np.ceil(np.nanmax(x))]]
         return np.array(ends).astype(int)

@@ -1,9 +1,10 @@
 """Where prompts come from: simulated from the label, or given by a person or another network.
 
-Of volumes each source becomes one mask volume that travels through the same transforms as the image, and boxes are
-computed last, so that none has to be transformed. Of 2-D images, volumes of one slice (C, H, W, 1), boxes stay numbers
-from file or label to the network, never a mask and never rounded: they follow any resize, crop, flip or exchange of
-axes that MONAI writes into the affine. Entries are called "image", "label", "prompt", "boxes" and "case" (its name).
+Of volumes boxes from each source become one mask volume that travels through the same transforms as the image, and
+boxes are computed last, so that none has to be transformed. Clicks, and boxes beside them, and all prompts of 2-D
+images, volumes of one slice (C, H, W, 1), stay numbers from file or label to the network, never a mask and never
+rounded: they follow any resize, crop, flip or exchange of axes that MONAI writes into the affine. Entries are called
+"image", "label", "prompt", "boxes" and "case" (its name).
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from monai.data import MetaTensor
 from monai.transforms import Compose, LoadImaged, MapTransform, RandomizableTransform
 
 from samseg_monai.choices import IGNORE
-from samseg_monai.data.files.boxes import Rectangle, is_number, rectangles, volume_boxes
+from samseg_monai.data.files.boxes import Rectangle, clicked, is_number, rectangles, volume_boxes, volume_rows
 from samseg_monai.errors import ConfigError, PromptError, raise_all
-from samseg_monai.transforms.boxes import boxes_of, clip_boxes, inscribed, move_boxes
+from samseg_monai.transforms.boxes import boxes_of, clip_boxes, inscribed, move_boxes, move_prompts
 from samseg_monai.transforms.grids import CheckSameGridd, EachKeyd, foreground, name_of, on_grid_of
 from samseg_monai.transforms.points import Random, draw_clicks, objects, prompted
 
+_MOST = 1 << 24  # numbers of all prompts of a volume
 WHOLE = "whole_slice"  # entry of a request that asks for the source "image", whatever the bundle's is
 
 
@@ -108,10 +110,12 @@ class SimulatedPromptd(_FromLabeld):
 class SimulatedBoxesd(_FromLabeld):
     """Boxes around ``label > 0``: tight, or with each side moved outward at random, shifted, and clipped to the image.
 
-    With ``seed`` the boxes of an image depend on (seed, case name) and its label alone, else they come from ``self.R``.
-    The law is relative to the tight box, so that it is the same at every size of the image. Of "label", a slice
-    (C, H, W) or volume of one slice (C, H, W, 1), "boxes" are made: float32 (N, 4); one row of NaN for an empty label.
-    With clicks, inside and outside of each object as ``points.draw_clicks`` says, they are (N, 4 + 3 P).
+    With ``seed`` the boxes of an image depend on (seed, case name) and its label alone, those of a volume on the number
+    of their slice, too; else they come from ``self.R``. The law is relative to the tight box, so that it is the same at
+    every size of the image. Of "label", a slice (C, H, W) or volume of one slice (C, H, W, 1), "boxes" are made:
+    float32 (N, 4); one row of NaN for an empty label. With clicks, inside and outside of each object as
+    ``points.draw_clicks`` says, they are (N, 4 + 3 P). Of a volume (C, H, W, D) they are those of each slice, (D, N, 4)
+    or (D, N, 4 + 3 P), with as many rows as the slice with most has, filled up with NaN.
 
     Args:
         source: with any other than "label" a case stays as it is.
@@ -125,8 +129,9 @@ class SimulatedBoxesd(_FromLabeld):
             collate. None gives as many rows as there are boxes.
         kind: "box"; "points": clicks, and NaN in place of the box; "both".
         inside, outside: clicks inside, at least 1, and outside of each object.
-    Raises: ConfigError listing all settings that are out of range; PromptError for a label of several slices, when
-        ``seed`` is given and the case has no name, or when a person's boxes are there already.
+        one_slice: of a volume, only the slice where ``label > 0`` is largest (of equal ones the first) has prompts.
+    Raises: ConfigError listing all settings that are out of range; PromptError when ``seed`` is given and the case has
+        no name, or when a person's boxes are there already.
     """
 
     def __init__(
@@ -142,6 +147,7 @@ class SimulatedBoxesd(_FromLabeld):
         kind: str = "box",
         inside: int = 1,
         outside: int = 0,
+        one_slice: bool = False,
     ) -> None:
         problems = []
         if kind not in ("box", "points", "both") or inside < 1 or outside < 0:
@@ -159,7 +165,7 @@ class SimulatedBoxesd(_FromLabeld):
             problems.append(f"max_boxes must be at least 1, got {max_boxes}")
         super().__init__(source, loosen, seed, per_component, problems)
         self.tight, self.shift, self.max_boxes = float(tight), float(shift), max_boxes
-        self.kind, self.inside, self.outside = kind, inside, outside
+        self.kind, self.inside, self.outside, self.one_slice = kind, inside, outside, one_slice
 
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
         if isinstance(d.get("boxes"), (list, tuple)):
@@ -167,28 +173,29 @@ class SimulatedBoxesd(_FromLabeld):
                 f"{name_of(d)}: boxes are given, but are to be drawn from 'label'; set prompt::source to 'json' or "
                 "prompt::boxes to null"
             )
-        label = torch.as_tensor(d[key]).as_subclass(torch.Tensor)
-        if label.ndim == 4 and label.shape[-1] == 1:
-            label = label[..., 0]
-        if label.ndim != 3:
-            raise PromptError(
-                f"{name_of(d)}: boxes are for 2-D images, but {key} has shape {tuple(d[key].shape)}; volumes take "
-                "prompt masks"
-            )
-        mask = foreground(label).any(dim=0).cpu()  # (C, H, W) -> (H, W)
-        random, plane, width = self._random(d), mask.numpy(), 4
-        if self.kind == "box":
-            drawn = [self._draw(r, mask.shape, random) for r in rectangles(plane, per_component=self.per_component)]
+        mask = foreground(torch.as_tensor(d[key])).any(dim=0).cpu()  # (C, H, W[, D]) -> (H, W[, D])
+        if mask.ndim == 3 and mask.shape[-1] > 1:
+            areas = mask.flatten(0, 1).sum(dim=0)
+            wanted = [int(areas.argmax())] if self.one_slice else areas.nonzero()[:, 0].tolist()
+            drawn = {z: self._prompts(mask[..., z].numpy(), self._random(d, z)) for z in wanted}
+            d["boxes"] = _filled_up(drawn, mask.shape[-1], self._width)
         else:
-            width += 3 * (self.inside + self.outside)
-            found = objects(plane, per_component=self.per_component)
-            boxes = [self._draw(rectangle, mask.shape, random) for rectangle, _ in found]
-            boxes = boxes if self.kind == "both" else [[torch.nan] * 4] * len(found)
-            clicks = [draw_clicks(own, r, plane, self.inside, self.outside, random) for r, own in found]
-            drawn = [[*box, *own] for box, own in zip(boxes, clicks, strict=True)]
-        rows = self.max_boxes if self.per_component and self.max_boxes else max(1, len(drawn))
-        drawn += [[torch.nan] * width] * rows
-        d["boxes"] = torch.tensor(drawn[:rows], dtype=torch.float32)
+            drawn = {0: self._prompts(mask.reshape(mask.shape[:2]).numpy(), self._random(d))}
+            [d["boxes"]] = _filled_up(drawn, 1, self._width, self.max_boxes if self.per_component else None)
+
+    @property
+    def _width(self) -> int:
+        return 4 if self.kind == "box" else 4 + 3 * (self.inside + self.outside)
+
+    def _prompts(self, plane: np.ndarray, random: Random) -> list[list[float]]:
+        """Rows of the objects in a mask (H, W)."""
+        if self.kind == "box":
+            return [self._draw(r, plane.shape, random) for r in rectangles(plane, per_component=self.per_component)]
+        found = objects(plane, per_component=self.per_component)
+        boxes = [self._draw(rectangle, plane.shape, random) for rectangle, _ in found]
+        boxes = boxes if self.kind == "both" else [[torch.nan] * 4] * len(found)
+        clicks = [draw_clicks(own, r, plane, self.inside, self.outside, random) for r, own in found]
+        return [[*box, *own] for box, own in zip(boxes, clicks, strict=True)]
 
     def _draw(self, rectangle: Rectangle, size: Sequence[int], random: Random) -> list[float]:
         # every box takes the same number of draws, so that one of them does not change the next
@@ -205,6 +212,18 @@ class SimulatedBoxesd(_FromLabeld):
         return np.clip(box, 0, (width, height, width, height)).tolist()
 
 
+def _filled_up(
+    drawn: Mapping[int, list[list[float]]], depth: int, width: int, count: int | None = None
+) -> torch.Tensor:
+    """Float32 (D, N, ``width``): rows of each slice, and NaN; N is ``count``, or as many as the slice with most has."""
+    count = count or max((1, *map(len, drawn.values())))
+    boxes = torch.full((depth, count, width), torch.nan)
+    for z, rows in drawn.items():
+        if rows:
+            boxes[z, : len(rows)] = torch.tensor(rows[:count], dtype=torch.float32)
+    return boxes
+
+
 class GivenPromptd(EachKeyd):
     """The "prompt" that a person or another network gives, straight after loading, before any reorientation.
 
@@ -215,15 +234,17 @@ class GivenPromptd(EachKeyd):
         source: "json": "boxes", a list of ``{"slice": k, "box": [i0, j0, i1, j1]}`` or ``{"slices": [k0, k1], "box":
             ...}``, in voxel indices along axes 0, 1 and (slices) 2 of the stored array, from 0, all ends included; an
             empty list is a case without prompts. The list is taken out of the case: it would not collate, and "boxes"
-            names the slices' boxes later. "mask": a file under "prompt", on the image's grid. "image": the whole of
-            each slice. Anything else leaves the case as it is.
+            names the slices' boxes later. With clicks it stays, for ``FinalBoxesd``, and there is no "prompt". "mask":
+            a file under "prompt", on the image's grid. "image": the whole of each slice. Anything else leaves the case
+            as it is.
         values: of a mask those that are the prompt; None: all above 0.
-    Raises: PromptError naming the case and every bad box at once; DataError for a mask on another grid.
+        clicks: whether there is a ``FinalBoxesd`` for clicks.
+    Raises: PromptError naming the case and every bad box at once, or clicks; DataError for a mask on another grid.
     """
 
-    def __init__(self, source: str, values: Sequence[int] | None = None) -> None:
+    def __init__(self, source: str, values: Sequence[int] | None = None, *, clicks: bool = False) -> None:
         super().__init__("image")
-        self.source, self.values = source, values
+        self.source, self.values, self.clicks = source, values, clicks
         self.load = Compose([LoadImaged("prompt", ensure_channel_first=True), CheckSameGridd("prompt")])
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -243,11 +264,16 @@ class GivenPromptd(EachKeyd):
         whole = self.source == "image" or bool(d.get(WHOLE))
         prompt = torch.full((1, *shape), whole, dtype=torch.uint8)
         if not whole:
-            boxes = d.pop("boxes", None)
+            boxes = d.get("boxes")
             if not isinstance(boxes, (list, tuple)):
                 raise PromptError(f"{name_of(d)}: 'boxes' must be a list of boxes (it may be empty), got {boxes!r}")
             heading = f"{name_of(d)}: bad boxes for an image of {shape} voxels"
             rows = _in_channels(volume_boxes(boxes, shape, heading))
+            if clicked(boxes) and not self.clicks:
+                raise PromptError(f"{name_of(d)}: clicks are given, but this config takes boxes alone; build it again")
+            if clicked(boxes):
+                return
+            del d["boxes"]
             prompt = prompt.repeat(max(1, len(rows)), 1, 1, 1)
             for row, found in zip(prompt, rows, strict=False):
                 for i0, j0, i1, j1, k0, k1 in found:
@@ -271,10 +297,12 @@ def _in_channels(boxes: Sequence[tuple[int, ...]]) -> list[list[tuple[int, ...]]
 class FinalBoxesd(MapTransform):
     """The "boxes" of a 2-D image as the network gets them, float32 (N, 4), with clicks (N, 4 + 3 P) as of ``points``.
 
+    Of a volume with clicks they are those of each slice, (D, N, 4 + 3 P); one with a "prompt" stays as it is.
+
     Args:
         source: "json": those that a person gave in pixels of the stored image, a list of [x0, y0, x1, y1], moved to the
-            image as it is now and clipped to it. "image": the whole image is one box. "none": there are none. With any
-            other they must be there already.
+            image as it is now and clipped to it; of a volume as of ``GivenPromptd``. "image": the whole image is one
+            box. "none": there are none. With any other they must be there already.
         shrink: each side is moved inwards by this fraction of the box's length along its axis, at least 0 and less than
             0.5, against boxes that are known to be drawn too large; the middle of a box stays.
         kind: of "json" each prompt has to be a "box", "points" (clicks), or "both"; None takes them as they are.
@@ -292,15 +320,18 @@ class FinalBoxesd(MapTransform):
         d = dict(data)
         if self.source == "none":
             return d
-        boxes = d.get("boxes")
+        boxes, masked = d.get("boxes"), "prompt" in d
         if self.source == "json":
-            boxes = boxes_on_image(d)
-            if self.kind is not None and (found := sorted(_kinds(boxes) - {self.kind})):
+            boxes = None if masked else boxes_on_image(d)
+            kinds = {"box"} if boxes is None else _kinds(boxes.flatten(0, -2))
+            if self.kind is not None and (found := sorted(kinds - {self.kind})):
                 raise PromptError(
                     f"{name_of(d)}: prompts of the file are {' and '.join(found)}, but prompt::kind is {self.kind!r}; "
                     "set it to that of the file, whose prompts are all of one kind"
                 )
-        elif self.source == "image":
+        if masked:
+            return d
+        if self.source == "image":
             height, width = d["image"].shape[1:3]
             boxes = torch.tensor([[0, 0, width, height]], dtype=torch.float32)
         if not isinstance(boxes, torch.Tensor):
@@ -308,9 +339,9 @@ class FinalBoxesd(MapTransform):
                 f"{name_of(d)}: there are no boxes; prompt::source of 2-D images is label, json (with a file of "
                 "boxes), image or none"
             )
-        low, high = boxes[:, :2], boxes[:, 2:4]
+        low, high = boxes[..., :2], boxes[..., 2:4]
         inwards = self.shrink * (high - low)
-        return {**d, "boxes": torch.cat([low + inwards, high - inwards, boxes[:, 4:]], dim=1)}
+        return {**d, "boxes": torch.cat([low + inwards, high - inwards, boxes[..., 4:]], dim=-1)}
 
 
 def _kinds(boxes: torch.Tensor) -> set[str]:
@@ -325,15 +356,16 @@ def _kinds(boxes: torch.Tensor) -> set[str]:
 def boxes_on_image(d: Mapping[Hashable, Any]) -> torch.Tensor:
     """The list of boxes in a case, (N, 4), on the image as it is now, whose file's affine is its ``original_affine``.
 
-    With clicks they are (N, 4 + 3 P), as of ``points``.
-
-    An empty list says that another network found nothing: one row of NaN, which is no box.
+    With clicks they are (N, 4 + 3 P), as of ``points``; of a volume of several slices (D, N, 4 + 3 P), each in its
+    slice. An empty list says that another network found nothing: one row of NaN, which is no box.
 
     Raises: PromptError, naming the case: no boxes, no numbers, or a box that lies wholly outside.
     """
     given, image = d.get("boxes"), d["image"]
     if given == []:
         return torch.full((1, 4), torch.nan)
+    if isinstance(given, (list, tuple)) and all(isinstance(entry, Mapping) for entry in given):
+        return _in_slices(d, given)
     try:
         boxes = torch.as_tensor(given, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
@@ -349,6 +381,28 @@ def boxes_on_image(d: Mapping[Hashable, Any]) -> torch.Tensor:
         raise PromptError(f"{name_of(d)}: image has no affine of its file; load it with LoadImaged")
     moved = move_boxes(boxes, image.meta["original_affine"], image.affine)
     return clip_boxes(moved, (image.shape[1], image.shape[2]), name_of(d))
+
+
+def _in_slices(d: Mapping[Hashable, Any], entries: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+    """Prompts of a volume on the image as it is now: rows of each slice, (D, N, 4 + 3 P), of a single one (N, ...)."""
+    image, (slices, given) = d["image"], volume_rows(entries)
+    boxes = torch.tensor(given, dtype=torch.float64)
+    moved, depths = move_prompts(boxes, slices, image.meta["original_affine"], image.affine)
+    first, last = np.nanmin(depths, axis=1), np.nanmax(depths, axis=1)
+    if np.ptp([first, last], axis=0).max() > 0.5:
+        raise PromptError(
+            f"{name_of(d)}: the network's slices do not run along the slices of the file, and the clicks (and box) of "
+            "an entry lie in several of them; give each click inside in an entry of its own, without a box"
+        )
+    moved = clip_boxes(moved, (image.shape[1], image.shape[2]), name_of(d))
+    drawn: dict[int, list[list[float]]] = {}
+    for z, row in zip(np.rint(first).astype(int).tolist(), moved.tolist(), strict=True):
+        drawn.setdefault(z, []).append(row)
+    depth, width = image.shape[3], boxes.shape[1]
+    if (size := depth * max(map(len, drawn.values())) * width) > _MOST:
+        raise PromptError(f"{name_of(d)}: {size:,} numbers of clicks and boxes in all slices, more than anyone gives")
+    rows = _filled_up(drawn, depth, width)
+    return rows if depth > 1 else rows[0]
 
 
 class BoxFromPromptd(EachKeyd):
@@ -390,13 +444,17 @@ class EllipseFromPromptd(EachKeyd):
     """The ellipse inscribed in the box of every slice: how good is the box alone, without any network?
 
     Args:
-        prompt_key: prompt volume (N, H, W, D) or slice (N, H, W), a channel for each box of a slice.
+        prompt_key: prompt volume (N, H, W, D) or slice (N, H, W), a channel for each box of a slice; where there is
+            none, boxes beside clicks are "boxes", as of ``EllipseFromBoxesd``.
         key: where the float32 mask of 0 and 1 goes, one channel; shape, metadata and history of the prompt else.
     """
 
     def __init__(self, prompt_key: str = "prompt", key: str = "ellipse") -> None:
         super().__init__(prompt_key)
         self.key = key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        return super().__call__(data) if self.keys[0] in data else EllipseFromBoxesd(key=self.key)(data)
 
     def _change(self, d: dict[Hashable, Any], prompt_key: Hashable) -> None:
         prompt = d[prompt_key].as_subclass(torch.Tensor)
@@ -409,8 +467,9 @@ class EllipseFromBoxesd(EachKeyd):
     """The ellipses inscribed in the "boxes" (N, 4) of an image, all together, as ``EllipseFromPromptd`` of volumes.
 
     Args:
-        image_key: (C, H, W, 1) or (C, H, W), whose grid the boxes refer to; rows of NaN give nothing.
-        key: where the float32 mask of 0 and 1 goes, (1, H, W, 1) or (1, H, W), with geometry and history of the image.
+        image_key: (C, H, W, 1) or (C, H, W), whose grid the boxes refer to; rows of NaN give nothing. Of (C, H, W, D)
+            they are (D, N, 4 ...).
+        key: where the float32 mask of 0 and 1 goes, (1, H, W[, D]), with geometry and history of the image.
     """
 
     def __init__(self, image_key: str = "image", key: str = "ellipse") -> None:
@@ -419,5 +478,6 @@ class EllipseFromBoxesd(EachKeyd):
 
     def _change(self, d: dict[Hashable, Any], image_key: Hashable) -> None:
         image = d[image_key]
-        ellipse = inscribed(torch.as_tensor(d["boxes"]), image.shape[1:3])
-        d[self.key] = on_grid_of(image, ellipse.reshape(1, *image.shape[1:]))
+        boxes = torch.as_tensor(d["boxes"])
+        ellipses = [inscribed(rows, image.shape[1:3]) for rows in (boxes if boxes.ndim == 3 else [boxes])]
+        d[self.key] = on_grid_of(image, torch.stack(ellipses, dim=-1).reshape(1, *image.shape[1:]))

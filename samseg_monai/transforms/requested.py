@@ -19,7 +19,7 @@ from samseg_monai.errors import DataError, PromptError
 from samseg_monai.transforms.grids import EachKeyd, name_of
 from samseg_monai.transforms.prompts import WHOLE
 
-PROMPT = "prompt"
+CARRIED = ("prompt", "boxes")
 HOW = (
     'give a request of MONAI Label one of the entries (in 3D Slicer: options of the model) "boxes", a list [{"slices": '
     '[k0, k1], "box": [i0, j0, i1, j1]}] in voxels, also as text; "roi", the six voxel indices [i0, i1, j0, j1, k0, '
@@ -69,20 +69,24 @@ class RequestedPromptd(EachKeyd):
 
 
 class CarriedPromptd(EachKeyd):
-    """Last of the transforms: put the "prompt" of a request into its image's metadata, for ``SliceVolumeInferer``."""
+    """Last of the transforms: put the "prompt" of a request into its image's metadata, for ``SliceVolumeInferer``, and
+    the "boxes" of one with clicks."""
 
     def __init__(self) -> None:
         super().__init__("image")
 
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
-        if "case" not in d and PROMPT in d:
-            d[key].meta[PROMPT] = d[PROMPT].as_subclass(torch.Tensor)
+        for name in CARRIED:
+            if "case" not in d and isinstance(d.get(name), torch.Tensor):
+                d[key].meta[name] = d[name].as_subclass(torch.Tensor)
 
 
-def carried_prompt(image: torch.Tensor) -> torch.Tensor | None:
-    """The prompt (1, N, H, W, D) that ``CarriedPromptd`` put into ``image`` (1, C, H, W, D); it is taken out of it."""
-    prompt = image.meta.pop(PROMPT, None) if isinstance(image, MetaTensor) and len(image) == 1 else None
-    return prompt[None].to(image.device) if isinstance(prompt, torch.Tensor) else None
+def carried_prompt(image: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The prompt (1, N, H, W, D) and the boxes (1, D, N, 4 + 3 P) that ``CarriedPromptd`` put into ``image``
+    (1, C, H, W, D), None for each that it did not; they are taken out of it."""
+    meta = image.meta if isinstance(image, MetaTensor) and len(image) == 1 else {}
+    found = [meta.pop(name, None) for name in CARRIED]
+    return tuple(each[None].to(image.device) if isinstance(each, torch.Tensor) else None for each in found)
 
 
 def _listed(boxes: Any) -> Any:

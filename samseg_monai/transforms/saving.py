@@ -28,10 +28,11 @@ from PIL import Image, ImageDraw
 from samseg_monai import pictures
 from samseg_monai.data.files.case_list import PICTURE
 from samseg_monai.data.files.volumes import stem_of
+from samseg_monai.data.slices.pickers import asked_slices
 from samseg_monai.errors import ConfigError, DataError, reason_of
 from samseg_monai.files import file_name, write_bytes
 from samseg_monai.transforms.boxes import boxes_of, move_boxes
-from samseg_monai.transforms.grids import EachKeyd, name_of
+from samseg_monai.transforms.grids import EachKeyd, name_of, on_grid_of
 from samseg_monai.transforms.pixels import bytes_of
 from samseg_monai.transforms.points import INSIDE
 
@@ -132,7 +133,7 @@ def write_result(path: Path, content: bytes) -> None:
 
 @SaveImaged.register  # whatever leaves the writing out, as MONAI Label does, finds it by that class
 class SaveOverlayd(EachKeyd):
-    """Write ``<case>_overlay.png``: slices of a volume with the outline of each class and the boxes that were given.
+    """Write ``<case>_overlay.png``: slices of a volume with the outline of each class and the prompts that were given.
 
     Up to six slices, cut as the network cuts them, are spread over those where something was found, the one with most
     classes, and of these most of them, included; where nothing was found it is one in the middle of the prompt. The
@@ -178,19 +179,27 @@ class SaveOverlayd(EachKeyd):
         labels = _array(pred)[0].astype(np.uint8)
         axis = slice_axis(image, affine, labels.shape)
         planes = np.moveaxis(labels, axis, 0)
-        prompt = d.get("prompt")
-        prompt = None if prompt is None or bool((prompt > 0).all()) else prompt  # whole slices have no box to be seen
-        panels, boxed = [], False
+        prompt, rows = d.get("prompt"), d.get("boxes")
+        rows = rows.as_subclass(torch.Tensor).cpu() if isinstance(rows, torch.Tensor) else None
+        if rows is not None:
+            asked: Any = asked_slices(None, rows)
+            prompt = on_grid_of(image, asked.expand(1, *image.shape[1:]))
+        # whole slices have no box to be seen
+        prompt = None if prompt is None or (rows is None and bool((prompt > 0).all())) else prompt
+        panels, kinds = [], set()
         for index in _shown_slices(planes) or [_middle(image if prompt is None else prompt, affine, axis)]:
             place: Any = (affine, labels.shape, axis, index)
             grey = pictures.sampled(_bare(image)[self.scan], _array(image.affine), *place)
-            boxes = [] if prompt is None else self._boxes(prompt, place)
-            boxed = boxed or bool(boxes)
+            boxes, clicks = ([], []) if rows is None else _rows_seen(rows, _array(image.affine), place)
+            if rows is None and prompt is not None:
+                boxes = self._boxes(prompt, place)
+            kinds |= {word for word, there in (("box", boxes), ("click", clicks)) if there}
             picture = pictures.draw(
                 pictures.as_seen(grey, affine, axis),
                 [(pictures.as_seen(planes[index], affine, axis), CLASSES)],
                 aspect=pictures.aspect_of(affine, axis),
                 boxes=boxes,
+                clicks=clicks,
             )
             picture = pictures.named(picture, pictures.letters_of(affine, axis))
             number = f"slice {index}" if axis == 2 else f"axis {axis}: {index}"  # boxes count slices along axis 2
@@ -202,7 +211,7 @@ class SaveOverlayd(EachKeyd):
         shown = [(f"{self.classes[k - 1]} {in_words(n * ml)} mL", k - 1) for k, n in sizes.items() if n]
         words = [(word, CLASSES[k % len(CLASSES)]) for word, k in shown]
         words += [] if words else [("nothing found", pictures.BOTH)]
-        words += [("box", pictures.BOX)] if boxed else []
+        words += [(kind, pictures.BOX) for kind in sorted(kinds)]
         return np.concatenate([whole, pictures.legend(name_of(d), whole.shape[1], words)])
 
     def _boxes(self, prompt: Any, place: Any) -> list[list[float]]:
@@ -214,6 +223,34 @@ class SaveOverlayd(EachKeyd):
             [boxes_of(p, per_component=self.per_component and len(seen) == 1).reshape(-1, 4) for p in seen]
         )
         return boxes[~boxes.isnan().any(dim=1)].tolist()
+
+
+def _rows_seen(
+    rows: torch.Tensor, source: np.ndarray, place: Any
+) -> tuple[list[list[float]], list[tuple[float, float, bool]]]:
+    """Boxes and clicks, rows of each slice (D, N, 4 + 3 P) or of a single one, in a slice of another grid: the edges of
+    each box, and the middle of the pixel of each click, as seen."""
+    affine, shape, axis, index = place
+    matrix, plane = np.linalg.inv(affine) @ source, np.delete(shape, axis).tolist()
+    seen = np.stack([pictures.as_seen(each, affine, axis) for each in np.indices(plane)], axis=-1)
+
+    def pixel(x: float, y: float, z: int) -> tuple[float, float] | None:
+        voxel = np.rint((matrix @ [y - 0.5, x - 0.5, z, 1])[:3])
+        found = np.argwhere((seen == np.delete(voxel, axis)).all(axis=-1))
+        return (found[0, 1] + 0.5, found[0, 0] + 0.5) if voxel[axis] == index and len(found) else None
+
+    boxes, clicks = [], []
+    for z, each in enumerate(rows if rows.ndim == 3 else rows[None]):
+        for row in each[~each.isnan().all(dim=1)].tolist():
+            x0, y0, x1, y1 = row[:4]
+            ends = [] if np.isnan(x0) else [pixel(x0 + 0.5, y0 + 0.5, z), pixel(x1 - 0.5, y1 - 0.5, z)]
+            if ends and None not in ends:
+                low, high = np.min(ends, axis=0) - 0.5, np.max(ends, axis=0) + 0.5  # type: ignore[arg-type]
+                boxes.append([*low.tolist(), *high.tolist()])
+            for x, y, label in np.reshape(row[4:], (-1, 3)).tolist():
+                if not np.isnan(x) and (at := pixel(x, y, z)) is not None:
+                    clicks.append((*at, label == INSIDE))
+    return boxes, clicks
 
 
 def in_words(size: float) -> str:
@@ -340,14 +377,9 @@ def overlay_picture(image: np.ndarray, labels: np.ndarray, boxes: torch.Tensor |
     for x0, y0, x1, y1 in rows[~rows[:, :4].isnan().any(dim=1), :4].tolist():
         left, top = round(x0), round(y0)
         pen.rectangle([left, top, max(left, round(x1) - 1), max(top, round(y1) - 1)], outline=BOX, width=width)
-    clicks, size = rows[:, 4:].reshape(-1, 3), 2 * width
+    clicks = rows[:, 4:].reshape(-1, 3)
     for x, y, label in clicks[~clicks.isnan().any(dim=1)].tolist():
-        x, y = int(x), int(y)
-        if label == INSIDE:
-            pen.ellipse([x - size, y - size, x + size, y + size], fill=BOX)
-        else:
-            for turn in (-size, size):
-                pen.line([x - size, y - turn, x + size, y + turn], fill=BOX, width=width)
+        pictures.mark(pen, (int(x), int(y)), BOX, inside=label == INSIDE, width=width)
     return picture
 
 

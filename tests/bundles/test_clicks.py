@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from samseg_monai import bundles
-from samseg_monai.bundles.build import compose
+from samseg_monai.bundles.build import compose, render
+from samseg_monai.data.files.cases import find_cases
 from samseg_monai.errors import BundleError, PromptError, SamsegError
 from samseg_monai.export import export_network, read_source
 from samseg_monai.report.runs import RunResult
@@ -95,7 +96,7 @@ def test_an_evaluation_takes_clicks_of_one_kind(pictures, tmp_path):
 @pytest.mark.parametrize(
     ("task", "strategy", "settings", "message"),
     [
-        ("meningioma", "lora", {}, "clicks are for 2-D images"),
+        ("meningioma", "lora", {"store_size": 32}, "clicks cannot follow slices to a store_size"),
         ("brain_tumour_t1c", "unet_box", {}, "a network without SAM takes no clicks"),
         ("brain_tumour_t1c", "ladder", {}, "a ladder takes no clicks"),
         ("brain_tumour_t1c", "lora", {"source": "image"}, "'image' gives no clicks"),
@@ -104,7 +105,8 @@ def test_an_evaluation_takes_clicks_of_one_kind(pictures, tmp_path):
 )
 def test_clicks_are_refused_where_there_can_be_none(task, strategy, settings, message, tmp_path):
     value = dump_settings(compose(task, strategy))
-    value["run"]["prompt"] |= {"kind": "points", **settings}
+    value["run"]["store_size"] = settings.get("store_size")
+    value["run"]["prompt"] |= {"kind": "points", **{k: v for k, v in settings.items() if k != "store_size"}}
     with pytest.raises(SamsegError, match=message):
         read_settings(value, "here")
 
@@ -115,3 +117,108 @@ def test_a_readme_tells_how_to_click(tmp_path):
     bundles.write_bundle(read_settings(value, "here"), tmp_path)
     text = (tmp_path / "docs" / "README.md").read_text()
     assert "Boxes with clicks are the prompts." in text and '"inside": [[170, 140]]' in text
+
+
+VOLUMES = {"sam_variant": "tiny", "sam_checkpoint": "random", "image_size": 64, "strategy::rank": 2}
+
+
+@pytest.fixture(scope="module")
+def of_volumes(phantoms, tmp_path_factory) -> tuple[Path, list]:
+    """As ``clicked``, of volumes: a training on clicks and its evaluation."""
+    folder = tmp_path_factory.mktemp("volumes")
+    places = {"dataset_dir": str(phantoms), "output_dir": str(folder / "out")}
+    learnt = {"prompt::kind": "points", "prompt::inside": 2, "prompt::outside": 1, **VOLUMES, "crop_mm": None}
+    configs = bundles.build_bundle("meningioma", "lora", folder) / "configs"
+    with pytest.MonkeyPatch.context() as patch:
+        calls = seen_by_network(patch)
+        run_workflow([configs / "train.json"], {**places, **learnt, **SHORT, "slices::picker": MAX_AREA})
+        given = len(calls)
+        both = [configs / "inference.json", configs / "evaluate.json"]
+        run_workflow(both, {**places, **learnt, "save_predictions": True})
+    return folder / "out", [calls[:given], calls[given:]]
+
+
+MAX_AREA = {"_target_": "samseg_monai.data.slices.MaxArea"}
+
+
+def test_volumes_are_learnt_from_and_evaluated_by_clicks_in_each_slice(of_volumes):
+    run, (training, evaluation) = of_volumes
+    assert all(rows_.shape[1:] == (1, 13) and np.isnan(rows_[..., :4]).all() for rows_ in training + evaluation)
+    half = len(training) // 2  # an epoch and its validation, twice
+    validated = [np.concatenate(calls[-2:]) for calls in (training[:half], training[half:])]
+    np.testing.assert_array_equal(*validated)
+    table = rows(run / "evaluation" / "cases.csv")
+    assert len(table) and not (run / "evaluation" / "ellipse_cases.csv").exists()
+    labelled = sum(len(call) for call in evaluation)
+    assert 2 < labelled < 12 * len(table)  # slices without the class had no clicks
+    found = RunResult.load(run / "evaluation")
+    assert found.prompt_source.startswith("GT clicks on GT slices, 2 inside and 1 outside")
+
+
+def test_a_persons_clicks_on_volumes(of_volumes, phantoms, tmp_path, monkeypatch, capsys):
+    """Clicks, boxes, and both, by voxels of the file; the picture shows them, and wrong files are named at once."""
+    packed = bundles.pack_bundle(of_volumes[0], tmp_path / "bundle.zip", sam_checkpoint="random")
+    folders = sorted(path for path in phantoms.iterdir() if path.is_dir())[:3]
+    (tmp_path / "cases").mkdir()
+    for folder in folders:
+        (tmp_path / "cases" / folder.name).symlink_to(folder)
+    one, two, three = (folder.name for folder in folders)
+    table = {
+        one: [{"slice": 5, "inside": [[12, 20]], "outside": [[30, 35]]}, {"slice": 6, "box": [9, 9, 15, 20]}],
+        two: [{"slices": [4, 6], "box": [9, 9, 15, 20]}],
+        three: [{"slice": 5, "inside": [[12, 20], [13, 20]]}],
+    }
+    boxes = tmp_path / "boxes.json"
+    boxes.write_text(json.dumps(table))
+    words = ["predict", packed, "--input", tmp_path / "cases", "--boxes", boxes, "--output"]
+    calls = seen_by_network(monkeypatch)
+    assert samseg(monkeypatch, *words, tmp_path / "out") == 0
+    table_of = rows(tmp_path / "out" / "predictions.csv")
+    assert [row["prompt"] for row in table_of] == ["boxes and clicks", "boxes", "clicks"]
+    assert [row["prompted_slices"] for row in table_of] == ["2", "3", "1"]
+    assert [call.shape for call in calls] == [(2, 1, 10), (3, 4), (1, 1, 10)]
+    assert {path.name for path in (tmp_path / "out").glob("*_overlay.png")} == {f"{name}_overlay.png" for name in table}
+    assert "learnt from boxes alone" not in capsys.readouterr().err
+    boxes.write_text(json.dumps({three: table[three]}))
+    assert samseg(monkeypatch, *words, tmp_path / "carried", "--propagate", "3") == 1  # the others have no prompts
+    assert "clicks" in rows(tmp_path / "carried" / "predictions.csv")[2]["prompt"]
+    boxes.write_text(json.dumps({one: [{"slice": 5, "inside": [[99, 2]]}], two: [1, 2, 3, 4], three: {"slice": 5}}))
+    assert samseg(monkeypatch, *words, tmp_path / "bad") == 1
+    told = capsys.readouterr().err
+    assert "has clicks that are not [i, j] within 0 to 31 and 0 to 35: [99, 2]" in told
+    assert "its boxes must be a list [{" in told and "got an array of shape (4,): [1, 2, 3, 4]" in told
+    assert "got {'slice': 5}" in told
+
+
+def test_a_bundle_that_knows_boxes_alone_warns_of_clicks(pictures, tmp_path, caplog):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "scan_0004.png").write_bytes((pictures / "images" / "scan_0004.png").read_bytes())
+    (tmp_path / "boxes.json").write_text(json.dumps({"scan_0004": CLICKS["scan_0004"]}))
+    for strategy in ("lora", "zero_shot", "clicked"):
+        value = dump_settings(compose("brain_tumour_t1c", strategy.replace("clicked", "lora")))
+        value["run"]["prompt"]["kind"] = "points" if strategy == "clicked" else "box"
+        listed = json.loads(render(read_settings(value, "here"))["configs/inference.json"])["case_list"]
+        knows = "clicks=False" not in listed
+        assert knows == (strategy != "lora")
+        caplog.clear()
+        places = {"scans": ["t1c"], "kind": "images", "boxes": tmp_path / "boxes.json", "clicks": knows}
+        find_cases(tmp_path / "images", **places)
+        lines = [record.getMessage() for record in caplog.records if "boxes alone" in record.getMessage()]
+        assert len(lines) == (not knows) and all("clicks are given (scan_0004)" in line for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["points", "both"])
+def test_zero_shot_clicks_on_one_slice_of_each_volume_are_carried(kind, phantoms, tmp_path):
+    configs = bundles.build_bundle("meningioma", "zero_shot", tmp_path) / "configs"
+    places = {"dataset_dir": str(phantoms), "output_dir": str(tmp_path / "out"), **VOLUMES}
+    places.pop("strategy::rank")
+    how = {"prompt::kind": kind, "prompt::propagate": 3, "prompt::loosen": [0.0, 0.2], "crop_mm": [16.0, 16.0]}
+    with pytest.MonkeyPatch.context() as patch:
+        calls = seen_by_network(patch)
+        run_workflow([configs / "inference.json", configs / "evaluate.json"], {**places, **how})
+    cases = len(rows(tmp_path / "out" / "evaluation" / "cases.csv"))
+    clicked = [call for call in calls if call.shape[-1] == 7]
+    assert len(clicked) == cases and all(len(call) == 1 for call in clicked)
+    assert (tmp_path / "out" / "evaluation" / "ellipse_cases.csv").exists() == (kind == "both")
+    found = RunResult.load(tmp_path / "out" / "evaluation")
+    assert "carried up to 3 slices" in found.prompt_source

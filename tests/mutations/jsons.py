@@ -20,8 +20,7 @@ from samseg_monai.data.datalists import spacing_of as pixel_of
 from samseg_monai.data.datalists.folders import prepare_folders
 from samseg_monai.data.datalists.label_maps import ABDOMEN
 from samseg_monai.data.datalists.splits import choose_splits
-from samseg_monai.data.files.boxes import read_boxes, read_table, volume_boxes
-from samseg_monai.errors import PromptError
+from samseg_monai.data.files.boxes import listed, read_boxes, read_table, volume_boxes, volume_rows
 from samseg_monai.networks import SamSegmenter
 from samseg_monai.report.facts import facts
 from samseg_monai.report.runs import RunResult
@@ -439,7 +438,9 @@ def make_boxes(folder: Path) -> Any:
         "b": [[-3, -3, 70, 50]],
         "c": [clicks, {"box": [1, 2, 9, 9], **clicks}],
     }
-    solid = {"a": [{"slice": 4, "box": [3, 4, 12, 13]}, {"slices": [0, 9], "box": [0, 0, 29, 19]}]}
+    solid = {"a": [{"slice": 4, "box": [3, 4, 12, 13]}, {"slices": [0, 9], "box": [0, 0, 29, 19]}],
+             "b": [{"slice": 2, "inside": [[29, 19]], "outside": [[0, 0], [3, 5]]},
+                   {"slices": [0, 1], "box": [1, 2, 9, 9], "inside": [[4, 5]]}]}  # fmt: skip
     path = folder / "boxes.json"
     numbers = [0, -1, 0.5, 1, 9, 10, 20, 29, 30, 60, 1e9, 1e400, float("nan"), 1e-3, True, "3", None, [], {}, 10**400]
 
@@ -461,9 +462,8 @@ def make_boxes(folder: Path) -> Any:
 def _read_solid(path: Path) -> Any:
     table = read_table(path, "x")
     for case, boxes in table.items():
-        if not isinstance(boxes, list) or not boxes:
-            raise PromptError("no boxes are given for this case")
-        volume_boxes(boxes, (30, 20, 10), case)
+        volume_boxes(listed(boxes), (30, 20, 10), case)
+        volume_rows(boxes)
     return table
 
 
@@ -521,15 +521,25 @@ def _solid_rule(value: dict[str, Any]) -> str:
         if not isinstance(boxes, list) or not boxes:
             return "no boxes"
         for entry in boxes:
-            if not isinstance(entry, dict) or ("slice" in entry) == ("slices" in entry) or "box" not in entry:
+            if not isinstance(entry, dict) or ("slice" in entry) == ("slices" in entry):
                 return f"{entry} is no box"
+            clicked = "inside" in entry or "outside" in entry
+            if not clicked and "box" not in entry:
+                return f"{entry} is no box"
+            rest = {key: value for key, value in entry.items() if key not in ("slice", "slices")}
+            if clicked and (problem := _clicks_rule(rest, "solid")) and problem != "fractions":
+                return problem
+            clicks = [*entry.get("inside", []), *entry.get("outside", [])]
             span = entry["slices"] if "slices" in entry else [entry["slice"]] * 2
-            for numbers, count in ((span, 2), (entry["box"], 4)):
+            box = entry.get("box", [0, 0, 0, 0])
+            for numbers, count in ((span, 2), (box, 4), *((click, 2) for click in clicks)):
                 if not isinstance(numbers, list) or len(numbers) != count:
                     return f"{numbers} are not {count}"
                 if not all(is_number(n) and abs(n) < 1e6 and n == int(n) for n in numbers):
                     return f"{numbers} are not whole"[:100]
-            i0, j0, i1, j1 = entry["box"]
+            i0, j0, i1, j1 = box
+            if not all(0 <= i <= 29 and 0 <= j <= 19 for i, j in clicks):
+                return f"{clicks} lie outside"
             if not 0 <= span[0] <= span[1] <= 9 or not 0 <= i0 <= i1 <= 29 or not 0 <= j0 <= j1 <= 19:
                 return f"{entry} lies outside"
     return ""

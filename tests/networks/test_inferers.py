@@ -288,7 +288,7 @@ def test_slices_instead_of_volumes_and_stray_inputs_are_refused(volumes):
         SliceVolumeInferer([resize()])(image[..., 0], BoxNetwork(), prompt=prompt[..., 0])
     with pytest.raises(ConfigError, match=r"\['points'\]"):
         SliceVolumeInferer([resize()])(image, BoxNetwork(), prompt=prompt, points=torch.zeros(2, 4))
-    with pytest.raises(PromptError, match="images of one slice"):
+    with pytest.raises(PromptError, match=r"boxes must have shape \(2, 7, N, 4\)"):
         SliceVolumeInferer([resize()])(image, BoxNetwork(), boxes=torch.zeros(2, 1, 4))
     with pytest.raises(ConfigError, match="at least 1"):
         SliceVolumeInferer([resize()], batch_size=0)

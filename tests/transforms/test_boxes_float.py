@@ -219,8 +219,6 @@ def test_bad_laws_are_all_named_at_once():
             FinalBoxesd("label", shrink=fraction)
     with pytest.raises(ConfigError, match=r"less than 0\.5"):
         FinalBoxesd("label", shrink=0.5)
-    with pytest.raises(PromptError, match="2-D images"):
-        SimulatedBoxesd()({"case": "a", "label": torch.ones(1, 8, 8, 3)})
     with pytest.raises(PromptError, match="boxes are given"):
         SimulatedBoxesd()(case([[1, 1, 4, 4]]))
     with pytest.raises(PromptError, match="a: there are no boxes"):

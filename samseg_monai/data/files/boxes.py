@@ -5,8 +5,10 @@ outer edge of the first pixel, so that a box around the pixels a to b of a row r
 stand ``{"box": [x0, y0, x1, y1], "inside": [[x, y], ...], "outside": [[x, y], ...]}``, clicks on one object and beside
 it, in the same pixels (the middle of pixel a is a + 0.5), with or without a box. That of volumes is
 ``{"CASE": [{"slice": k, "box": [i0, j0, i1, j1]}, {"slices": [k0, k1], "box": ...}]}``: voxel indices along axes 0, 1
-and (slices) 2 of the stored array, from 0, all ends included. A DICOM series stores no array: of one it is that of
-``dicom.read_series``, where i is the column and j the row of a picture, and k the place of a slice along the normal.
+and (slices) 2 of the stored array, from 0, all ends included. In place of "box", or beside it, stand there, too,
+``"inside": [[i, j], ...], "outside": [[i, j], ...]``, clicks on voxels of the slice. A DICOM series stores no array: of
+one it is that of ``dicom.read_series``, where i is the column and j the row of a picture, and k the place of a slice
+along the normal.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from samseg_monai.files import read_json, write_text
 
 MOST_BOXES = 10_000  # of one image or volume
 MOST_CLICKS = 1000  # on one object
+_CLICKS = {"inside": 1, "outside": 0}  # and their labels
 _FAR = 1e9  # pixels: no image is so large
 _SMALLEST = 0.01  # pixels: what is left of a side must stay a side when large images are made small
 IMAGE_BOXES = '{"NAME": [[x0, y0, x1, y1], ...]}'
@@ -100,20 +103,29 @@ def box_problem(box: Any, size: Sequence[int] | None = None) -> str:
     return ""
 
 
-def _clicks_problem(prompt: Mapping[str, Any], size: Sequence[int] | None) -> str:
-    """What is wrong with the clicks of a prompt, and with its keys; empty if nothing is."""
-    if strange := sorted(set(prompt) - {"box", "inside", "outside"}):
-        return f"has {', '.join(map(repr, strange))}; a prompt has box, inside and outside"
-    clicks = []
-    for key in ("inside", "outside"):
+def _clicks_of(prompt: Mapping[str, Any], letters: str, *keys: str) -> list[Any] | str:
+    """The clicks of a prompt, not yet checked, or what is wrong with their lists, and with its keys, others than
+    ``keys``."""
+    if strange := sorted(map(str, set(prompt) - {*keys, "box", *_CLICKS})):
+        return f"has {', '.join(map(repr, strange))}; a prompt has {', '.join(keys + ('box', 'inside and outside'))}"
+    clicks: list[Any] = []
+    for key in _CLICKS:
         given = prompt.get(key, [])
-        if not isinstance(given, list) or not all(isinstance(c, list) and len(c) == 2 for c in given):
-            return f"{key} must be a list of clicks [[x, y], ...], got {given!r}"
+        if not isinstance(given, (list, tuple)) or not all(isinstance(c, (list, tuple)) and len(c) == 2 for c in given):
+            return f"{key} must be a list of clicks [[{', '.join(letters)}], ...], got {given!r}"
         clicks += given
     if len(clicks) > MOST_CLICKS:
         return f"has {len(clicks):,} clicks, at most {MOST_CLICKS:,}"
     if not prompt.get("inside") and "box" not in prompt:
         return f"needs a box or a click inside, got {prompt!r}"
+    return clicks
+
+
+def _clicks_problem(prompt: Mapping[str, Any], size: Sequence[int] | None) -> str:
+    """What is wrong with the clicks of a prompt, and with its keys; empty if nothing is."""
+    clicks = _clicks_of(prompt, "xy")
+    if isinstance(clicks, str):
+        return clicks
     if wrong := [c for c in clicks if not all(is_number(v) and abs(v) < _FAR for v in c)]:
         return f"has clicks that are no two finite numbers [x, y]: {wrong[0]!r}"
     if clicks and all(0 <= value <= 1 for click in clicks for value in click) and any(v % 1 for c in clicks for v in c):
@@ -133,38 +145,89 @@ def as_floats(boxes: Sequence[Any]) -> list[list[float]]:
     for box in boxes:
         prompt = box if isinstance(box, dict) else {"box": box}
         row = list(prompt.get("box", [math.nan] * 4))
-        for key, label in (("inside", 1), ("outside", 0)):
+        for key, label in _CLICKS.items():
             row += [value for click in prompt.get(key, []) for value in (*click, label)]
         rows.append([float(value) for value in row])
     most = max(map(len, rows), default=4)
     return [row + [math.nan] * (most - len(row)) for row in rows]
 
 
+def listed(given: Any) -> list[Any]:
+    """The list of prompts that a file holds for a volume; PromptError, with its shape, for what is none."""
+    if given == []:
+        raise PromptError("no boxes are given for this case; add a list of them under its name")
+    if isinstance(given, list) and any(isinstance(entry, Mapping) for entry in given):
+        return given
+    shape, inner = [], given
+    while isinstance(inner, list) and inner:
+        shape.append(len(inner))
+        inner = inner[0]
+    text = repr(given) if len(repr(given)) <= 80 else f"{repr(given)[:77]}..."
+    size = f"an array of shape {tuple(shape)}: " if shape else ""
+    expected = VOLUME_BOXES.partition(": ")[2].removesuffix("}")
+    raise PromptError(f"its boxes must be a list {expected}, in voxels, got {size}{text}")
+
+
 def volume_boxes(entries: Sequence[Any], shape: Sequence[int], heading: str) -> list[tuple[int, ...]]:
-    """Boxes of a volume of ``shape`` as (i0, j0, i1, j1, k0, k1), all ends included.
+    """Boxes of a volume of ``shape`` as (i0, j0, i1, j1, k0, k1), all ends included; its clicks are checked, too.
 
     Raises: PromptError with ``heading`` and everything that is wrong.
     """
-    found = [_volume_box(entry, shape) for entry in entries]
-    problems = [f"boxes[{n}] {box}" for n, box in enumerate(found) if isinstance(box, str)]
+    problems = [f"boxes[{n}] {problem}" for n, entry in enumerate(entries) if (problem := _volume_box(entry, shape))]
     raise_all(problems, PromptError, heading)
-    return [box for box in found if not isinstance(box, str)]
+    if clicked(entries) and (count := sum(len(_slices(entry)) for entry in entries)) > MOST_BOXES:
+        raise PromptError(f"{heading}:\n  {count:,} prompts in all slices, at most {MOST_BOXES:,}")
+    spans = [(entry["box"], _slices(entry)) for entry in entries if "box" in entry]
+    return [tuple(int(n) for n in (*box, span[0], span[-1])) for box, span in spans]
 
 
-def _volume_box(entry: Any, shape: Sequence[int]) -> tuple[int, ...] | str:
-    if not isinstance(entry, Mapping) or ("slice" in entry) == ("slices" in entry) or "box" not in entry:
-        return f'must have "box" and one of "slice" and "slices", got {entry!r}'
-    span, box = entry["slices"] if "slices" in entry else [entry["slice"]] * 2, entry["box"]
-    for value, count in ((span, 2), (box, 4)):
+def _volume_box(entry: Any, shape: Sequence[int]) -> str:
+    """What is wrong with a prompt of a volume; empty if nothing is."""
+    prompted = isinstance(entry, Mapping) and not {"box", *_CLICKS}.isdisjoint(entry)
+    if not prompted or ("slice" in entry) == ("slices" in entry):
+        return f'must have "box", or clicks "inside", and one of "slice" and "slices", got {entry!r}'
+    has_clicks = not set(_CLICKS).isdisjoint(entry)
+    clicks = _clicks_of(entry, "ij", "slice", "slices") if has_clicks else []
+    if isinstance(clicks, str):
+        return clicks
+    span, box = entry["slices"] if "slices" in entry else [entry["slice"]] * 2, entry.get("box", [0] * 4)
+    for value, count in ((span, 2), (box, 4), *((click, 2) for click in clicks)):
         whole = isinstance(value, (list, tuple)) and all(is_number(n) and float(n).is_integer() for n in value)
         if not whole or len(value) != count:
-            return f"needs whole numbers: slice k or slices [k0, k1], box [i0, j0, i1, j1]; got {entry!r}"
+            more = ", clicks [i, j]" if has_clicks else ""
+            return f"needs whole numbers: slice k or slices [k0, k1], box [i0, j0, i1, j1]{more}; got {entry!r}"
     if not 0 <= span[0] <= span[1] < shape[2]:
         return f"slices {list(span)} are not within 0 to {shape[2] - 1}, in order"
+    limits = f"0 to {shape[0] - 1} and 0 to {shape[1] - 1}"
     if not (0 <= box[0] <= box[2] < shape[0] and 0 <= box[1] <= box[3] < shape[1]):
-        limits = f"0 to {shape[0] - 1} and 0 to {shape[1] - 1}"
         return f"box {list(box)} is not [i0, j0, i1, j1] within {limits}, in order"
-    return tuple(int(n) for n in (*box, *span))
+    if lost := [click for click in clicks if not (0 <= click[0] < shape[0] and 0 <= click[1] < shape[1])]:
+        return f"has clicks that are not [i, j] within {limits}: {list(lost[0])}"
+    return ""
+
+
+def _slices(entry: Mapping[str, Any]) -> range:
+    first, last = entry["slices"] if "slices" in entry else [entry["slice"]] * 2
+    return range(int(first), int(last) + 1)
+
+
+def clicked(entries: Any) -> bool:
+    """Whether any prompt in a list, of an image or volume as it stands in a file, has clicks."""
+    return isinstance(entries, (list, tuple)) and any(
+        isinstance(entry, Mapping) and any(entry.get(key) for key in _CLICKS) for entry in entries
+    )
+
+
+def volume_rows(entries: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[list[float]]]:
+    """Slices and rows, as of ``as_floats``, of the checked prompts of a volume: x runs along axis 1, y along axis 0."""
+    found: list[tuple[int, dict[str, Any]]] = []
+    for entry in entries:
+        prompt: dict[str, Any] = {key: [[j + 0.5, i + 0.5] for i, j in entry.get(key, [])] for key in _CLICKS}
+        if "box" in entry:
+            i0, j0, i1, j1 = entry["box"]
+            prompt["box"] = [j0, i0, j1 + 1, i1 + 1]
+        found += [(k, prompt) for k in _slices(entry)]
+    return [k for k, _ in found], as_floats([prompt for _, prompt in found])
 
 
 def rectangles(mask: np.ndarray, *, per_component: bool = False) -> list[Rectangle]:

@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from samseg_monai.data import BRATS_OLD, BRATS_SCANS, IMAGES
-from samseg_monai.data.files.boxes import IMAGE_BOXES, VOLUME_BOXES, as_floats, box_problems, read_table, volume_boxes
+from samseg_monai.data.files.boxes import (
+    IMAGE_BOXES,
+    VOLUME_BOXES,
+    as_floats,
+    box_problems,
+    clicked,
+    listed,
+    read_table,
+    volume_boxes,
+)
 from samseg_monai.data.files.case_list import SHOWN, CaseList, noted
 from samseg_monai.data.files.coarse_masks import CoarseMasks
 from samseg_monai.data.files.dicom import holds_series, is_dicom, read_any
@@ -72,6 +81,7 @@ def find_cases(
     modality: str = "",
     allow_modality: bool = False,
     series: Mapping[str, Any] | None = None,
+    clicks: bool = True,
 ) -> CaseList:
     """Find and check the cases of ``source``.
 
@@ -91,6 +101,7 @@ def find_cases(
             DICOM files state another one, or whose values do not look like it (``volumes.modality_doubt``), are bad.
         allow_modality: take them all the same, with a warning.
         series: how DICOM series become cases; see ``pacs.rules_of``.
+        clicks: whether the network knows clicks; False warns of those in ``boxes``: it has learnt from boxes alone.
 
     Raises:
         DataError: nothing found, or no case at all is good.
@@ -113,11 +124,17 @@ def find_cases(
             )
         return _checked(cases, case, partial(_check_volumes, case, cases.files[case], scans, table, coarse, fits))
 
-    for case in sorted({*(table or {})} - {*cases.files, *cases.bad}):
-        LOG.warning("boxes are given for %s, but there is no such case", case)
+    _warn_of(table or {}, {*cases.files, *cases.bad}, clicks=clicks)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         cases.sort(dict(zip(names := sorted(cases.files), pool.map(check, names), strict=True)))
     return cases
+
+
+def _warn_of(table: Mapping[str, Any], cases: set[str], *, clicks: bool) -> None:
+    for case in sorted(set(table) - cases):
+        LOG.warning("boxes are given for %s, but there is no such case", case)
+    if names := [case for case, entries in table.items() if not clicks and clicked(entries)]:
+        LOG.warning("clicks are given (%s) to a bundle that has learnt from boxes alone", ", ".join(names[:SHOWN]))
 
 
 def _checked(cases: CaseList, case: str, check: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
@@ -196,9 +213,7 @@ def _check_volumes(
     files = [os.path.abspath(path) for path in paths]
     item: dict[str, Any] = {"case": case, "image": files[0] if len(files) == 1 else files}
     if boxes is not None:
-        item["boxes"] = boxes.get(case)
-        if not isinstance(item["boxes"], list) or not item["boxes"]:
-            raise PromptError("no boxes are given for this case; add a list of them under its name")
+        item["boxes"] = listed(boxes.get(case, []))
         volume_boxes(item["boxes"], shape[:3], f"bad boxes for a volume of {tuple(shape[:3])} voxels")
     if coarse is not None:
         item["prompt"] = os.path.abspath(coarse.checked(case, first))

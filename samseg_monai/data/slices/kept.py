@@ -18,7 +18,7 @@ from torch.utils.data import get_worker_info
 
 from samseg_monai.choices import IGNORE
 from samseg_monai.data.slices.dataset import Transforms
-from samseg_monai.data.slices.pickers import Picker
+from samseg_monai.data.slices.pickers import Picker, asked_slices
 from samseg_monai.errors import ConfigError, DataError
 from samseg_monai.pictures import axial_axis
 
@@ -136,13 +136,13 @@ def _looked_at(item: Mapping[str, Any]) -> torch.Tensor | None:
 
     That is what the network sees, and what a picture of the worst slice shows, as long as it is cut the same way.
     """
-    image, prompt = item["image"], item.get("prompt")
-    if prompt is None or not isinstance(image, MetaTensor) or axial_axis(np.asarray(image.affine)) != 2:
+    image, boxes, label = item["image"], item.get("boxes"), item.get("label")
+    rows = boxes if isinstance(boxes, torch.Tensor) and boxes.ndim == 3 else None  # with clicks, of a volume
+    seen = asked_slices(item.get("prompt"), rows)
+    if seen is None or not isinstance(image, MetaTensor) or axial_axis(np.asarray(image.affine)) != 2:
         return item.get("slices")
-    masks = [
-        value.as_subclass(torch.Tensor) for value in (prompt, item.get("label")) if isinstance(value, torch.Tensor)
-    ]
-    seen = torch.stack([(mask > 0).flatten(0, 2).any(0) for mask in masks]).any(0)
+    if isinstance(label, torch.Tensor):
+        seen = seen | (label.as_subclass(torch.Tensor) > 0).flatten(0, 2).any(0)
     return seen & item["slices"] if "slices" in item else seen
 
 

@@ -101,3 +101,17 @@ class Patches(Picker):
 
 def _areas(label: torch.Tensor) -> torch.Tensor:
     return ((label > 0) & (label != IGNORE)).any(dim=0).sum(dim=(0, 1))  # (C, H, W, D) -> (D,)
+
+
+def asked_slices(prompt: torch.Tensor | None, rows: object = None) -> torch.Tensor | None:
+    """Bool (D,), on the CPU: which slices of a volume have a prompt; None where there is nothing to tell it by.
+
+    Args:
+        prompt: (N, H, W, D), above 0 inside.
+        rows: (D, N, 4 + 3 P) of boxes and clicks, or of a single slice (N, 4 + 3 P), in place of it; NaN for none.
+    """
+    if prompt is not None:
+        return (torch.as_tensor(prompt) > 0).flatten(0, -2).any(0).cpu()
+    if not isinstance(rows, torch.Tensor):
+        return None
+    return (~rows.isnan()).reshape(rows.shape[0] if rows.ndim == 3 else 1, -1).any(1).cpu()
