@@ -199,7 +199,7 @@ def hash_file(path: StrPath) -> str:
 
 
 def known_hash(path: StrPath) -> str:
-    """Hexadecimal sha256 of an existing file; computed again only when its size or modification time changed."""
+    """Hexadecimal sha256 of an existing file; computed again only when its size or time of change is another."""
     key = _stamp(path)
     if key not in _HASHES:
         _HASHES[key] = hash_file(path)
@@ -214,7 +214,7 @@ def remember_hash(path: StrPath, sha256: str) -> None:
 @contextmanager
 def kept_hashes(path: StrPath) -> Iterator[None]:
     """Within, ``known_hash`` knows what an earlier process has left in the file ``path``, and leaves there what it has
-    learnt: a file whose size and time of modification are as they were is not read again by the next process.
+    learnt: a file whose size and time of change are as they were is not read again by the next process.
 
     Raises:
         BundleError: ``path`` is no such file.
@@ -223,7 +223,7 @@ def kept_hashes(path: StrPath) -> Iterator[None]:
     stored = read_json(path, BundleError, "hashes", fix) if Path(path).is_file() else {}
     try:
         before = {(Path(name), int(size), int(time)): str(sha) for name, (size, time, sha) in stored.items()}
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise BundleError(f"hashes {path}: expected size, time and sha256 of each file; {fix}") from error
     _HASHES.update({**before, **_HASHES})
     yield
@@ -233,9 +233,10 @@ def kept_hashes(path: StrPath) -> Iterator[None]:
 
 
 def _stamp(path: StrPath) -> tuple[Path, int, int]:
+    """Path, size and time of change, in ns: a copy that keeps the time of modification is a change, too."""
     path = Path(path).resolve()
     status = path.stat()
-    return path, status.st_size, status.st_mtime_ns
+    return path, status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)
 
 
 _HASHES: dict[tuple[Path, int, int], str] = {}
