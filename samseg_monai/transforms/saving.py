@@ -236,8 +236,10 @@ def _rows_seen(
 
     def pixel(x: float, y: float, z: int) -> tuple[float, float] | None:
         voxel = np.rint((matrix @ [y - 0.5, x - 0.5, z, 1])[:3])
+        if voxel[axis] != index:  # most are of other slices, and looking for a voxel takes milliseconds
+            return None
         found = np.argwhere((seen == np.delete(voxel, axis)).all(axis=-1))
-        return (found[0, 1] + 0.5, found[0, 0] + 0.5) if voxel[axis] == index and len(found) else None
+        return (found[0, 1] + 0.5, found[0, 0] + 0.5) if len(found) else None
 
     boxes, clicks = [], []
     for z, each in enumerate(rows if rows.ndim == 3 else rows[None]):
