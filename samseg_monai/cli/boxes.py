@@ -55,6 +55,8 @@ def from_mask(
     drawn = boxes_from_masks(
         masks, labels=label or (), per=per, margin=parse_margin(margin), images=image, flat=flat, empty=empty
     )  # fmt: skip
+    if not any(drawn.boxes.values()):  # a slip, and not that nothing was found
+        raise_all(drawn.others, DataError, "boxes: --label names values that no mask has, and nothing was written")
     _write(drawn, output, add=add, skip_bad=skip_bad)
 
 

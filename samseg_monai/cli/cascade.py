@@ -70,7 +70,10 @@ def predicted_prompts(
             return
         table = Path(place) / "boxes.json"
         per = PER_COMPONENT if then.parser().get("prompt::per_component") else PER_SLICE
-        write_json(table, boxes_from_masks([Path(place)], labels=values, per=per, empty=True).boxes)
+        drawn = boxes_from_masks([Path(place)], labels=values, per=per, empty=True)
+        for case, reason in drawn.bad.items():
+            typer.echo(f"error: {case}: masks of {first.name}: {reason}", err=True)
+        write_json(table, drawn.boxes)
         yield {**given, "boxes": str(table), "prompt::source": "json"}
 
 

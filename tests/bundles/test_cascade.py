@@ -195,6 +195,8 @@ def test_an_image_where_the_first_found_nothing_is_scored_as_an_empty_prediction
         Image.fromarray(mask).save(masks / f"{case}_seg.png")
     words = ("boxes", "from-mask", masks, "--output", tmp_path / "boxes.json", "--label", 1)
     assert samseg(monkeypatch, *words) == 1
+    assert samseg(monkeypatch, *words[:-1], 255, "--allow-empty") == 1  # another value than that of the labels
+    assert f"{cases[1]}: no pixel has the value 255; it holds 0, 1" in "".join(capfd.readouterr())
     assert samseg(monkeypatch, *words, "--allow-empty") == 0
     given = {"prompt::source": "json", "prompt::boxes": str(tmp_path / "boxes.json"), "save_predictions": True}
     run = {"dataset_dir": str(pictures), "output_dir": str(tmp_path / "out"), "sam_checkpoint": "random", **given}

@@ -58,11 +58,13 @@ class Drawn:
         boxes: case -> boxes, as a box file holds them.
         bad: case or file -> why there are none.
         notes: what a person should know, one line each.
+        others: those of cases without boxes whose masks have none of the labels, but other ones.
     """
 
     boxes: dict[str, list[Any]] = field(default_factory=dict)
     bad: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
 
 
 def parse_margin(text: str) -> tuple[float, str]:
@@ -125,6 +127,7 @@ def boxes_from_masks(
         else:
             drawn.boxes[case] = found
             drawn.notes += [f"{case}: {note}" for note in notes]
+            drawn.others += [f"{case}: {note}" for note in notes if note.startswith("no pixel has the value")]
     return drawn
 
 
@@ -269,11 +272,14 @@ def _foreground(
         raise DataError(f"holds values such as {odd[0]:.4g}, so it is no mask; save whole numbers, 0 for background")
     present = sorted({round(float(value)) for value in values})
     above = [value for value in present if value > 0]
-    if not empty and (missing := [value for value in labels if value not in present]):
-        raise DataError(f"no {what} has the value {', '.join(map(str, missing))}; it holds {_few(present)}")
+    missing = [value for value in labels if value not in present]
+    lack = f"no {what} has the value {', '.join(map(str, missing))}; it holds {_few(present)}"
+    if missing and not empty:
+        raise DataError(lack)
     if not labels and not above and not empty:
         raise DataError(f"the mask is empty: no {what} is above 0")
     notes = [f"values {_few(above)} are taken together; --label chooses"] if not labels and len(above) > 1 else []
+    notes += [lack] if labels and above and len(missing) == len(labels) else []
     return np.isin(np.rint(array), [*labels] or above), notes
 
 
