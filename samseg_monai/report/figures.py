@@ -437,10 +437,15 @@ def _few_shot(runs: Sequence[RunResult]) -> Iterator[Drawn]:
     """Mean Dice over the number of training cases, where a strategy was trained with several."""
     means = {line.run.name: line for line in reversed(table_lines(runs))}  # the first line of a run is its mean
     kinds: dict[str, dict[int, RunResult]] = {}
+    several = len({run.variant for run in runs if run.fact("sam_variant")}) > 1
     for run in runs:
         if run.training_cases:
             kind = replace(run, name=run.kind, label=None).title  # by its card, however the row is called
-            kinds.setdefault(kind, {})[run.training_cases] = run
+            kind += f" [{run.variant}]" if several and run.fact("sam_variant") else ""
+            # rows that differ in nothing of a title, such as in the learning rate, are lines of their own
+            alike = (kind, *(f"{kind} ({n})" for n in range(2, len(runs) + 1)))
+            own = next(name for name in alike if run.training_cases not in kinds.get(name, {}))
+            kinds.setdefault(own, {})[run.training_cases] = run
     if not any(len(its) > 1 for its in kinds.values()):
         return
     names = [run.name for run in runs]

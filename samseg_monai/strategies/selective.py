@@ -32,7 +32,8 @@ class Selective(OnEncoder):
             that make queries, keys and values in the image encoder's blocks, and of the layers behind the attention.
         frozen: patterns of what of these stays frozen all the same, such as ``["sam.prompt_encoder"]``.
         name: how tables call it.
-        decoder: also train what the task uses of the mask decoder; "hierarchical" with a second one behind it.
+        decoder: also train what the task uses of the mask decoder, whatever is ``frozen``; "hierarchical" with a second
+            one behind it.
     Raises:
         AdapterError: no or malformed patterns; on installing, every pattern that matches nothing that the task uses.
     """

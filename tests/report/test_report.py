@@ -512,6 +512,14 @@ def test_few_shot_curves_join_the_runs_of_a_strategy_by_their_training_cases(mad
     eight = [replace(run, name=f"{run.name}_8", card={**run.card, "strategy": other}) for run in few]
     both = next(one for one in all_figures([*few, *eight]) if one.name == "few_shot")
     assert [line.get_label() for line in both.figure.axes[0].lines] == ["LoRA, rank 4", "LoRA, rank 8"]
+    faster = [replace(run, name=f"{run.name}_lr") for run in few]
+    tiny = [replace(run, name=f"{run.name}_tiny", card={**run.card, "sam_variant": "tiny"}) for run in few]
+    unet = [replace(run, name=f"{run.name}_none", card={**run.card, "sam_variant": None}) for run in few]
+    named = [f" [{run.variant}]" for run in (few[0], tiny[0])]
+    for others, words in ((faster, ["", " (2)"]), (tiny, named), (unet, ["", " (2)"])):
+        drawn = next(one for one in all_figures([*few, *others]) if one.name == "few_shot").figure.axes[0].lines
+        assert [one.get_label() for one in drawn] == [f"LoRA, rank 4{word}" for word in words]
+        assert [len(one.get_xdata()) for one in drawn] == [3, 3]
     [line] = next(one for one in all_figures(few) if one.name == "few_shot").figure.axes[0].lines
     assert line.get_xdata().tolist() == [1, 5, 20]
     assert line.get_ydata() == pytest.approx([results_json([run])[run.name]["dice_mean"] for run in few])
