@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from samseg_monai.bundles.running import build_bare
 from samseg_monai.data.files.case_list import CaseList
 from samseg_monai.data.files.cases import NO_PROMPTS
 from samseg_monai.errors import BundleError, DataError, PromptError
-from samseg_monai.files import write_json
+from samseg_monai.files import write_text
 
 BOXES, MASK, WHOLE = "json", "mask", "image"  # sources of prompts
 CASE = "image"  # name of a case that has no file
@@ -132,9 +133,12 @@ class LoadedBundle:
                 places["boxes"] = Path(boxes)
             elif boxes is not None:
                 case = self._cases(WHOLE, places).good[0]["case"] if isinstance(image, (str, Path)) else CASE
-                named = boxes if isinstance(boxes, Mapping) else {case: list(boxes)}
                 places["boxes"] = table = Path(folder) / "boxes.json"
-                write_json(table, named)
+                try:  # numbers and arrays of NumPy and PyTorch, too
+                    named = boxes if isinstance(boxes, Mapping) else {case: list(boxes)}
+                    write_text(table, json.dumps(named, default=lambda value: value.tolist(), allow_nan=False))
+                except (TypeError, ValueError, AttributeError) as error:
+                    raise PromptError(f"predict: boxes are no lists of finite numbers: got {boxes!r:.200}") from error
             return self._run(source, places)
 
     def _cases(self, source: str, places: Mapping[str, Any]) -> CaseList:

@@ -222,3 +222,14 @@ def test_zero_shot_clicks_on_one_slice_of_each_volume_are_carried(kind, phantoms
     assert (tmp_path / "out" / "evaluation" / "ellipse_cases.csv").exists() == (kind == "both")
     found = RunResult.load(tmp_path / "out" / "evaluation")
     assert "carried up to 3 slices" in found.prompt_source
+
+
+def test_clicks_of_numpy_arrays_are_those_of_lists_and_what_is_no_number_is_told(of_volumes, phantoms, tmp_path):
+    loaded = bundles.load_bundle(bundles.pack_bundle(of_volumes[0], tmp_path / "bundle.zip", sam_checkpoint="random"))
+    case = min(path for path in phantoms.iterdir() if path.is_dir())
+    found, _ = loaded.predict(case, boxes=[{"slice": 5, "inside": [[12, 20]]}])
+    again, _ = loaded.predict(case, boxes=[{"slice": np.int64(5), "inside": np.array([[12, 20]])}])
+    np.testing.assert_array_equal(again, found)
+    for wrong in ([{"slice": 5, "inside": [[float("nan"), 2]]}], [{"slice": 5, "inside": [object()]}], 5):
+        with pytest.raises(PromptError, match="boxes are no lists of finite numbers: got "):
+            loaded.predict(case, boxes=wrong)
