@@ -233,3 +233,17 @@ def test_clicks_of_numpy_arrays_are_those_of_lists_and_what_is_no_number_is_told
     for wrong in ([{"slice": 5, "inside": [[float("nan"), 2]]}], [{"slice": 5, "inside": [object()]}], 5):
         with pytest.raises(PromptError, match="boxes are no lists of finite numbers: got "):
             loaded.predict(case, boxes=wrong)
+
+
+def test_volumes_are_evaluated_by_a_persons_clicks_in_the_datalist(phantoms, tmp_path, monkeypatch):
+    listed = json.loads((phantoms / "datalist.json").read_text())
+    for item in listed["testing"]:
+        item["boxes"] = [{"slice": 5, "inside": [[12, 20]]}]
+    (tmp_path / "clicks.json").write_text(json.dumps(listed))
+    configs = bundles.build_bundle("meningioma", "zero_shot", tmp_path) / "configs"
+    given = {"prompt::source": "json", "prompt::kind": "points", "datalist": str(tmp_path / "clicks.json")}
+    places = {"dataset_dir": str(phantoms), "output_dir": str(tmp_path / "out"), **VOLUMES}
+    places.pop("strategy::rank")
+    calls = seen_by_network(monkeypatch)
+    run_workflow([configs / "inference.json", configs / "evaluate.json"], {**places, **given})
+    assert [call.shape for call in calls] == [(1, 1, 7)] * len(listed["testing"])
