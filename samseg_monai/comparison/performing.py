@@ -7,6 +7,7 @@ kept, one that was interrupted goes on (a training resumes at its last epoch), o
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import shlex
 import signal
@@ -88,6 +89,13 @@ def _jobs(runs: Sequence[Run], output: Path) -> list[Job]:
             commands[step] = shell_command(files, given)
         found.append(Job(run.name, str(folder), commands, overrides, run.identity))
     raise_all(list(dict.fromkeys(problems)), ConfigError, "plan: these rows cannot run as asked")
+    folders = {Path(job.folder) for job, run in zip(found, runs, strict=True) if not job.folder.endswith(run.key)}
+    if older := sorted(path.name for path in folders if "data" not in (_recorded(path) or {})):
+        logging.getLogger(__name__).warning(
+            "An earlier version, which recorded no contents of images and labels, wrote %s. They count because no "
+            "image or label is younger; delete them if one was replaced by a file with an older date",
+            ", ".join(older),
+        )
     return found
 
 

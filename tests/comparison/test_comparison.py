@@ -182,7 +182,7 @@ def test_a_changed_image_or_label_makes_another_run(data, runner, monkeypatch):
             statuses()
 
 
-def test_folders_that_tell_no_contents_count_while_no_file_is_younger(data, runner):
+def test_folders_that_tell_no_contents_count_while_no_file_is_younger(data, runner, caplog):
     (data / "test.nii").write_bytes(b"1")
     (data / "datalist.json").write_text(json.dumps({"testing": [{"case": "b", "image": "test.nii"}]}))
     plan, output = read_plan(plan_of(data, seeds=[0])), data.parent / "out"
@@ -193,6 +193,8 @@ def test_folders_that_tell_no_contents_count_while_no_file_is_younger(data, runn
         one.folder.rename(one.folder.with_name(one.folder.name.replace(one.run.key, one.run.former_keys[0])))
     [first, *_] = outcomes = perform(plan.runs(), output)
     assert {one.status for one in outcomes} == {"kept"} and first.folder.name.endswith(first.run.former_keys[0])
+    [told] = [line for line in caplog.messages if "recorded no contents" in line]
+    assert all(one.folder.name in told for one in outcomes)
     (first.folder / "done.json").unlink()  # one that was interrupted goes on where it was, and tells what it was of
     [again, *others] = perform(plan.runs(), output)
     assert again.status == "done" and again.folder == first.folder and {one.status for one in others} == {"kept"}
