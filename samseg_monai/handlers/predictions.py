@@ -14,6 +14,7 @@ import torch
 from ignite.engine import Events
 from nibabel.affines import voxel_sizes
 
+from samseg_monai.data.files.boxes import clicked
 from samseg_monai.data.files.case_list import PROGRESS, CaseList, noted
 from samseg_monai.data.slices.pickers import asked_slices
 from samseg_monai.faults import what_failed
@@ -122,7 +123,10 @@ class PredictionTable:
         left = f", {bad} left out (why is told above)" if bad else ""
         count = f"{good} case{'' if good == 1 else 's'}"
         device = f"{engine.state.device}{', int8' if self.precision == 'int8' else ''}"
-        PROGRESS.info("%s to predict%s; prompt: %s; device: %s", count, left, self.prompt, device)
+        rows = [row for item in self.cases.good if self.prompt == PROMPTS["json"] for row in item.get("boxes") or ()]
+        clicks = clicked(rows) or any(isinstance(row, list) and len(row) > 4 for row in rows)
+        prompt = "boxes or clicks" if clicks else self.prompt
+        PROGRESS.info("%s to predict%s; prompt: %s; device: %s", count, left, prompt, device)
         self.write()
 
     def _time(self, engine: Any) -> None:

@@ -71,6 +71,7 @@ def test_a_persons_clicks_and_boxes_of_one_file_reach_the_network(clicked, pictu
     assert samseg(monkeypatch, *words, tmp_path / "out", "--boxes", tmp_path / "boxes.json") == 0
     with (tmp_path / "out" / "predictions.csv").open(newline="") as file:
         assert [row["prompt"] for row in csv.DictReader(file)] == ["boxes and clicks", "boxes", "clicks"]
+    assert "prompt: boxes or clicks; device" in "".join(capsys.readouterr())
     assert [call.shape for call in calls] == [(1, 2, 10), (1, 1, 4), (1, 1, 10)]
     np.testing.assert_allclose(calls[0][0, 0, [4, 5, 7, 8]], np.array([12.5, 20.5, 30, 35.25]) * SCALE, atol=1e-4)
     np.testing.assert_allclose(calls[0][0, 1, :4], np.array([33, 15, 43, 26]) * SCALE, atol=1e-4)
@@ -178,7 +179,8 @@ def test_a_persons_clicks_on_volumes(of_volumes, phantoms, tmp_path, monkeypatch
     assert [row["prompted_slices"] for row in table_of] == ["2", "3", "1"]
     assert [call.shape for call in calls] == [(2, 1, 10), (3, 4), (1, 1, 10)]
     assert {path.name for path in (tmp_path / "out").glob("*_overlay.png")} == {f"{name}_overlay.png" for name in table}
-    assert "learnt from boxes alone" not in capsys.readouterr().err
+    told = "".join(capsys.readouterr())
+    assert "learnt from boxes alone" not in told and "prompt: boxes or clicks; device" in told
     boxes.write_text(json.dumps({three: table[three]}))
     assert samseg(monkeypatch, *words, tmp_path / "carried", "--propagate", "3") == 1  # the others have no prompts
     assert "clicks" in rows(tmp_path / "carried" / "predictions.csv")[2]["prompt"]
