@@ -32,7 +32,7 @@ from samseg_monai.metrics import dice_of
 FOLDER = plans.HERE.parents[1] / "docs" / "figures"
 # hues of Okabe and Ito (2008), which people with a colour-vision deficiency can tell apart
 BLUE, VERMILION, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#00805e", "#a84f86", "#4a4a4a"
-OF_ROLE = {"zero-shot": BLUE, "fine-tuned": VERMILION, "without SAM": GREEN}
+OF_ROLE = {"zero-shot": BLUE, "fine-tuned": VERMILION, "later": PURPLE, "without SAM": GREEN}
 MARKS = {"tight": ("o", BLUE), "loose": ("s", VERMILION), "unseen": ("^", GREEN)}
 STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
          "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titleweight": "bold"}  # fmt: skip

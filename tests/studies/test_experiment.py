@@ -1,8 +1,10 @@
 """The meningioma experiment: inputs, plan, runner, statistics, table and figures, on made-up rows of slices."""
 
 import csv
+import html
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from scipy import stats
 
 from samseg_monai.bundles import build_bundle
 from samseg_monai.bundles.build import recipe_names
+from samseg_monai.comparison import read_plan
 from samseg_monai.data.datalists import load_datalist
 from samseg_monai.errors import ConfigError, DataError, TrainingError
 from samseg_monai.workflow import run_workflow
@@ -111,6 +114,7 @@ def test_the_plan_expands_to_runs_with_the_first_seeds_first():
     for name, row in rows.items():
         assert ("training" in row) == (row["role"] != "zero-shot"), name
         assert set(row["folds"]) >= {0, 1, 2, 3} or row["role"] in ("curve", "one fold")
+        assert row["role"] != "later" or row["seeds"] == [0, 1, 2]
     assert all(rows[name]["seeds"] == [0, 1, 2] for name in ("decoder_512", "decoder_1024", "lora_r64"))
 
 
@@ -215,7 +219,7 @@ def test_block_means_leave_out_what_has_no_value():
 # runner
 
 LAW_PENALTY = {"tight": 0.0, "loose": 0.04, "unseen": 0.03, "none": 0.05}
-GAIN = {"zero-shot": 0.0, "fine-tuned": 0.05, "without SAM": -0.04, "curve": 0.05, "one fold": 0.03}
+GAIN = {"zero-shot": 0.0, "fine-tuned": 0.05, "without SAM": -0.04, "curve": 0.05, "one fold": 0.03, "later": 0.04}
 
 
 def fake_rows(one, rng):
@@ -551,3 +555,41 @@ def test_each_script_starts_by_itself(script):
     command = [sys.executable, str(plans.HERE / script), "--help"]
     done = subprocess.run(command, cwd=plans.HERE.parents[1], capture_output=True, encoding="utf-8", errors="replace")
     assert done.returncode == 0, done.stderr
+
+
+# the example page
+
+
+def test_the_example_page_shows_the_rows_of_its_plan_and_the_numbers_of_the_table():
+    file = HERE.parents[1] / "docs" / "example_report.html"
+    page, plan = file.read_text(encoding="utf-8"), plans.read("page.json")
+    assert file.stat().st_size < 5e6 and "default-src 'none'" in html.unescape(page)
+    table_of = {row["row"]: row for row in json.loads((plans.RESULTS / "table.json").read_text("utf-8"))["rows"]}
+    rows = page.split('id="results"')[1].split("</table>")[0].split("<tr")
+    texts = [html.unescape(" ".join(re.sub(r"<[^>]*>", " ", row).split())) for row in rows]
+    beside = {
+        "zero_shot": "zero_shot_best_1024", "zero_shot_shrunk": "zero_shot_shrunk_1024", "lora": "lora_r4",
+        "lora_decoder_lora": "lora_r4_decoder_lora", "attention": "attention",
+    }  # fmt: skip
+    for row in plan["rows"]:
+        (text,) = [text for text in texts if f"{row['title']} " in text]
+        n, dice = re.search(r" (\d+) (0\.\d{3}) ", text).groups()
+        assert n == "77", row
+        near = 0.0006 if row["strategy"] == "zero_shot" else 0.01  # what learns was trained for either
+        assert float(dice) == pytest.approx(table_of[beside[row["name"]]]["dice_loose"], abs=near), row
+
+
+@pytest.mark.parametrize("study", ["meningioma_t1c/page.json", "hippocampus/plan.json"])
+def test_plans_of_comparisons_expand_with_data_at_their_places(study, tmp_path):
+    plan = json.loads((HERE.parent / study).read_text(encoding="utf-8"))
+    lists = [name for task in plan["tasks"] for name in task.get("datalists", ["datalist.json"])]
+    for number, name in enumerate(lists):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        listed = {"training": [{"case": "t"}], "validation": [{"case": "v"}], "testing": [{"case": f"c{number}"}]}
+        (tmp_path / name).write_text(json.dumps(listed))
+    for name in [*plan["weights"].values(), *(["loose.json"] if "prompt::boxes" in plan.get("shared", {}) else [])]:
+        (tmp_path / name).write_bytes(b"{}")
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    runs = read_plan(tmp_path / "plan.json").runs(dataset_dir=tmp_path)
+    assert {run.row.name for run in runs} == {row["name"] for row in plan["rows"]}
+    assert len(runs) == len(lists) * sum(len(row.get("seeds", plan.get("seeds", [0]))) for row in plan["rows"])
