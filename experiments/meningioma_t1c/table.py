@@ -176,21 +176,19 @@ def comparisons(results: Results) -> dict[str, Any]:
 
 def one_fold_lines(results: Results) -> list[dict[str, Any]]:
     """Fold 0 with seed 0: rows that were run there alone, beside those of all folds that learn from the same boxes."""
-    rows, facts = results.rows[(results.rows["fold"] == "0") & (results.rows["seed"] == 0)], results.facts
-    lines = []
+    rows = results.rows[(results.rows["fold"] == "0") & (results.rows["seed"] == 0)]
+    facts = {one["row"]: one for one in results.facts if (str(one["fold"]), one["seed"]) == ("0", 0)}
+    here, lines = Results(rows, facts.values(), results.plan), []
     for row in results.plan["rows"]:
-        of_row = rows[(rows["row"] == row["name"]) & rows["weights"].isin(("best", "none"))]
-        if row["role"] not in ("one fold", "later", "fine-tuned", "zero-shot") or of_row.empty:
+        name = row["name"]
+        if row["role"] not in ("one fold", "later", "fine-tuned", "zero-shot") or name not in facts:
             continue
-        tested = of_row[of_row["section"] == "testing"]
-        line = {"row": row["name"], "title": row["title"], "role": row["role"]}
-        validated = of_row[(of_row["section"] == "validation") & (of_row["boxes"] == "loose")]
-        line["validation_dice"] = _mean(validated["dice"])
-        line |= {f"dice_{law}": _mean(tested[tested["boxes"] == law]["dice"]) for law in LAWS}
-        own = [one for one in facts if (one["row"], str(one["fold"]), one["seed"]) == (row["name"], "0", 0)]
-        line["trained_values"] = next((one["trainable_parameters"] for one in own), None)
-        line["epoch_chosen"] = next(((one.get("best") or {}).get("epoch") for one in own), None)
-        line["slices"] = len(tested[tested["boxes"] == "loose"])
+        line = {"row": name, "title": row["title"], "role": row["role"]}
+        line["validation_dice"] = here.validation(name)
+        line |= {f"dice_{law}": _mean(here.slices(name, law)) for law in LAWS}
+        line["trained_values"] = facts[name]["trainable_parameters"]
+        line["epoch_chosen"] = (facts[name].get("best") or {}).get("epoch")
+        line["slices"] = len(here.slices(name, "loose"))
         lines.append(line)
     return lines if any(line["role"] == "one fold" for line in lines) else []
 

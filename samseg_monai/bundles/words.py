@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from samseg_monai.choices import SSF, Adapter, FacT, Ladder, LoRA, Selective, ZeroShot
+from samseg_monai.choices import SECOND, SSF, Adapter, FacT, Ladder, LoRA, Selective, ZeroShot
 from samseg_monai.settings import BundleSettings
 
 PLACES = {
@@ -152,6 +152,6 @@ def _decoder(choice: bool | str, kind: str = "") -> str:
         return f"has {kind} in q and v of its attention"
     if choice == "samed":
         return "learns, too, and so does the prompt encoder's no_mask_embed"
-    if choice in ("hierarchical", "h_sam"):
+    if choice in SECOND:
         return f"learns, too, with {BEHIND}" + (", both as in H-SAM's code" if choice == "h_sam" else "")
     return "learns, too" if choice else "stays as it is"

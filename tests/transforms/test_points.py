@@ -161,8 +161,8 @@ def test_clicks_are_seen_in_the_picture():
     assert (picture[12, 20] == BOX).all() and (picture[28, 2] == BOX).all() and not picture[0].any()
 
 
-@pytest.fixture(scope="module")
-def network():
+def prompt_taught():
+    """A tiny network whose prompt encoder has no zeros: what each part of a prompt does is seen."""
     torch.manual_seed(0)
     made = SamSegmenter("tiny", image_size=64, scans=2)
     made.load_base("random")
@@ -170,6 +170,11 @@ def network():
         for parameter in made.sam.prompt_encoder.parameters():
             parameter.normal_()
     return made
+
+
+@pytest.fixture(scope="module")
+def network():
+    return prompt_taught()
 
 
 @torch.no_grad()

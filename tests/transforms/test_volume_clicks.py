@@ -33,6 +33,7 @@ from samseg_monai.transforms import (
     SimulatedBoxesd,
 )
 from tests.networks.test_propagate import oblique, told  # noqa: F401
+from tests.transforms.test_points import prompt_taught
 
 NAN = math.nan
 SHAPE = (30, 40, 6)
@@ -218,13 +219,7 @@ def test_a_request_s_clicks_travel_with_its_image():
 
 @pytest.fixture(scope="module")
 def network():
-    torch.manual_seed(0)
-    made = SamSegmenter("tiny", image_size=64, scans=2)
-    made.load_base("random")
-    with torch.no_grad():
-        for parameter in made.sam.prompt_encoder.parameters():
-            parameter.normal_()
-    return made.eval()
+    return prompt_taught().eval()
 
 
 RESIZE = [Resized(["image"], (48, 64))]
