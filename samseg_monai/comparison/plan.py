@@ -367,7 +367,7 @@ def _ready(key: str, value: Any) -> Any:
     if value is None:
         return NOTHING
     if key in PLACES:
-        return os.path.abspath(value)
+        return value if value == RANDOM else os.path.abspath(value)
     if key.endswith("::picker") and isinstance(value, dict) and "name" in value:
         return component(PICKERS, value)
     return value

@@ -140,7 +140,8 @@ class SplineResized(MapTransform):
             [ndimage.zoom(channel[..., z], factor, order=order) for z in range(slices.shape[3])] for channel in slices
         ]
         result = np.moveaxis(np.asarray(resized), 1, -1)  # (C, D, h, w) -> (C, h, w, D)
-        return torch.from_numpy(np.ascontiguousarray(result.reshape(*result.shape[:3], *array.shape[3:])))
+        whole = np.ascontiguousarray(result.reshape(*result.shape[:3], *array.shape[3:]))
+        return torch.from_numpy(whole).to(image.device)  # SciPy's numbers are the processor's
 
 
 class ScaleInputd(MapTransform):

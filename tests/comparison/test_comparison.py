@@ -229,6 +229,14 @@ def test_what_is_named_for_both_goes_to_the_config_that_has_it(data):
     assert "--image_size 64" in train and "--image_size 64" in evaluate
 
 
+def test_the_word_for_a_random_start_is_no_path(data):
+    rows = [{"name": "a", "strategy": "ladder", "shared": {"strategy::side_weights": "random"}}]
+    runs = read_plan(plan_of(data, rows=rows)).runs()
+    [job, _] = performing.jobs(runs, data.parent / "out")
+    assert "strategy::side_weights random" in job.commands["train"]
+    assert runs[0].identity["files"] == {"strategy::side_weights": "random"}
+
+
 def test_everything_wrong_in_a_plan_is_told_before_anything_runs(data, runner):
     with pytest.raises(ConfigError) as told:
         read_plan(plan_of(data, rows=[{"name": "a", "strategy": "lora", "trainig": {}}], seeds=[], nothing=1))

@@ -43,6 +43,17 @@ def test_every_slice_is_what_scipy_makes_of_it(key, order, size):
     assert torch.equal(alone, found[..., 2])
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on another device, as on a machine with a GPU."""
+
+    device = torch.device("meta")
+
+
+def test_a_slice_stays_on_its_device():
+    image = smooth(2, 20, 20).as_subclass(Elsewhere)
+    assert SplineResized("image", 28)({"image": image})["image"].device.type == "meta"
+
+
 def test_the_longer_side_gets_the_size_and_the_shorter_follows():
     volume = smooth(1, 20, 13, 2)
     found = SplineResized("image", 30)({"image": volume})["image"]
