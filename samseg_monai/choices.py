@@ -273,7 +273,7 @@ class Prompt(Model):
     """Where boxes come from."""
 
     source: Literal["label", "json", "mask", "image", "none"] = "label"
-    """Simulated from the label; drawn by a person; a coarse mask; the whole slice; no prompts."""
+    """Simulated from the label; of a file; a coarse mask; the whole slice; no prompts."""
     kind: Literal["box", "points", "both"] = "box"
     """A box, clicks (points), or a box with clicks; clicks are for SAM."""
     inside: Annotated[int, Field(ge=1, le=100)] = 1

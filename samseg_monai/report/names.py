@@ -40,7 +40,7 @@ STRATEGIES = {
 SIDES = {"ResNetSide": "ResNet18"}  # side networks that are known under another name than their class's
 PROMPTS = {
     "label": "GT boxes on GT slices",
-    "json": "boxes given by a person",
+    "json": "boxes of a file",  # of which nobody knows who or what has drawn them
     "mask": "boxes of a coarse mask",
     "image": "whole slice",
     "none": NO_PROMPTS,

@@ -89,7 +89,7 @@ def test_an_evaluation_takes_clicks_of_one_kind(pictures, tmp_path):
     (tmp_path / "boxes.json").write_text(json.dumps(table))
     run_workflow(config("zero_shot", "evaluate", tmp_path), {**TINY, **places, "prompt::kind": "points"})
     found = RunResult.load(tmp_path / "out" / "evaluation")
-    assert found.prompt_source.startswith("clicks given by a person (boxes.json") and found.boxes["kind"] == "points"
+    assert found.prompt_source.startswith("clicks of a file (boxes.json") and found.boxes["kind"] == "points"
     with pytest.raises(PromptError, match="prompts of the file are points, but prompt::kind is 'box'"):
         run_workflow(config("zero_shot", "evaluate", tmp_path), {**TINY, **places})
 

@@ -70,9 +70,9 @@ UNEQUAL = {
     ),
     "boxes drawn anew": (prompt(seed=1), "boxes (seed 1 against seed 0)"),
     "box per component": (prompt(per_component=True), "boxes (per_component True against per_component off)"),
-    "boxes of a person": (
+    "boxes of a file": (
         {**prompt(source="json", boxes="a.json"), "prompt_source": "json", "boxes_sha256": "b" * 64},
-        "boxes (boxes given by a person (a.json, file bbbbbbbb) against GT boxes",
+        "boxes (boxes of a file (a.json, file bbbbbbbb) against GT boxes",
     ),
     "no boxes": ({**prompt(source="none"), "prompt_source": "none"}, "boxes (no prompts against GT boxes"),
     "data": ({"data_hash": "c" * 64}, "data (cccccccc against aaaaaaaa)"),

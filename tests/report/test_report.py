@@ -90,9 +90,9 @@ def test_prompts_are_told_by_the_law_or_the_file_that_they_come_from():
     drawn = {"loosen": [0.0, 0.3], "tight": 0.25, "shift": 0.1, "shrink": 0.0, "boxes": "loose.json"}
     assert prompt_text("label", {"loosen": [0.0, 0.3]}) == "GT boxes on GT slices, sides enlarged 0 to 30 %"
     assert prompt_text("label", drawn).endswith("0 to 30 %, 25 % of the boxes tight, shifted by up to 10 %")
-    # a law of drawing says nothing about boxes that a person gave
+    # a law of drawing says nothing about boxes of a file, and the file nothing about who has drawn them
     one, other = (prompt_text("json", {**drawn, "shrink": 0.1154}, digest * 64) for digest in "ab")
-    assert one == "boxes given by a person (loose.json, file aaaaaaaa), then each side moved inwards by 11.5 %"
+    assert one == "boxes of a file (loose.json, file aaaaaaaa), then each side moved inwards by 11.5 %"
     assert one != other and prompt_text("none", drawn) == "no prompts" and prompt_text("image", drawn) == "whole slice"
 
 
