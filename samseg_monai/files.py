@@ -250,11 +250,11 @@ def hash_stream(stream: IO[bytes]) -> str:
     return digest.hexdigest()
 
 
-def file_name(text: str) -> str:
-    """``text``, such as a tag of a DICOM file, as a name that any system takes for one file in its folder."""
+def file_name(text: str, end: str = "") -> str:
+    """``text``, such as the name of a case, and ``end`` as a name that any system takes for one file in its folder."""
     plain = "".join(c if c.isprintable() and c not in '\\/:*?"<>|' else "_" for c in text).strip(" .")[:150]
-    device = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d) *(\..*)?", plain, re.IGNORECASE)
-    return f"_{plain}" if device or not plain else plain
+    device = re.fullmatch(r"(con|prn|aux|nul|com\d|lpt\d) *(\..*)?", plain + end, re.IGNORECASE)
+    return f"{'_' if device or not plain else ''}{plain}{end}"
 
 
 def unwrap(network: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ from samseg_monai.data.datalists import labels_of, load_datalist, read_datalist
 from samseg_monai.data.files.dicom import read_any
 from samseg_monai.data.files.images import read_image
 from samseg_monai.errors import DataError, SamsegError, raise_all
-from samseg_monai.files import hash_file
+from samseg_monai.files import file_name, hash_file
 from samseg_monai.report.runs import RunResult
 from samseg_monai.report.tables import dice_of_cases, mean_dice
 from samseg_monai.transforms import RecodeLabeld, boxes_of
@@ -305,10 +305,9 @@ def predicted(run: RunResult, case: str) -> Path | None:
     """File of a case's prediction in one of the run's folders; the box ellipse has none of its own."""
     if not run.has_network:
         return None
-    places = (folder / "predictions" / f"{case}_seg" for folder in run.folders)
-    return next(
-        (path for place in places for path in map(Path, (f"{place}.nii.gz", f"{place}.png")) if path.is_file()), None
-    )
+    names = [file_name(case, end) for end in ("_seg.nii.gz", "_seg.png")]
+    places = (folder / "predictions" / name for folder in run.folders for name in names)
+    return next((path for path in places if path.is_file()), None)
 
 
 def _kept(marked: np.ndarray, most: int) -> list[int]:

@@ -96,9 +96,8 @@ class SaveVolumed(EachKeyd):
         image = _nifti(array, own, file)
         if image is None or not np.allclose(affine, own, rtol=0, atol=_SAME_MM):
             raise DataError(f"{case}: {key} {array.shape} is not on the grid of its image's file; undo the transforms")
-        write_result(
-            self.folder / f"{file_name(case)}_{self.postfix}.nii.gz", gzip.compress(image.to_bytes(), 1, mtime=0)
-        )
+        name = file_name(case, f"_{self.postfix}.nii.gz")
+        write_result(self.folder / name, gzip.compress(image.to_bytes(), 1, mtime=0))
 
 
 def _nifti(array: np.ndarray, affine: np.ndarray, source: Path) -> Any:
@@ -172,7 +171,7 @@ class SaveOverlayd(EachKeyd):
         except Exception as error:  # noqa: BLE001  the segmentation is what was asked for
             LOG.warning("%s: no picture could be drawn: %s", name_of(d), reason_of(error))
             return
-        write_result(self.folder / f"{file_name(name_of(d))}{PICTURE}", _png(Image.fromarray(picture)))
+        write_result(self.folder / file_name(name_of(d), PICTURE), _png(Image.fromarray(picture)))
 
     def _picture(self, d: Mapping[Hashable, Any], pred: Any) -> np.ndarray:
         image, affine = d["image"], _array(pred.affine)
@@ -345,9 +344,9 @@ class SaveImagePngd(EachKeyd):
         if int(numbers.min()) < 0 or int(numbers.max()) >= len(self.table):
             raise DataError(f"{case}: {key} has values beyond the {len(self.table) - 1} classes")
         plane = numbers[0, ..., 0].numpy()
-        write_result(self.folder / f"{case}_seg.png", _png(Image.fromarray(self.table[plane])))
+        write_result(self.folder / file_name(case, "_seg.png"), _png(Image.fromarray(self.table[plane])))
         if self.overlay:
-            write_result(self.folder / f"{case}{PICTURE}", _png(self._picture(d, plane, pred)))
+            write_result(self.folder / file_name(case, PICTURE), _png(self._picture(d, plane, pred)))
 
     def _picture(self, d: Mapping[Hashable, Any], plane: np.ndarray, pred: Any) -> Image.Image:
         image = d["image"]
@@ -419,5 +418,5 @@ class NameAfterCased(EachKeyd):
     def _change(self, d: dict[Hashable, Any], key: Hashable) -> None:
         item = d[key].clone() if isinstance(d[key], MetaTensor) else MetaTensor(d[key])
         # with a suffix: MONAI cuts off what looks like one, and names may hold dots, as those of DICOM folders do
-        item.meta["filename_or_obj"] = f"{file_name(str(d['case']))}.nii.gz"
+        item.meta["filename_or_obj"] = f"{file_name(str(d['case']), '_')[:-1]}.nii.gz"
         d[key] = item

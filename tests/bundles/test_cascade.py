@@ -60,8 +60,9 @@ def table(folder):
 def test_one_command_gives_what_two_give(organs, spleen, abdomen, tmp_path, monkeypatch, capsys):
     images = tmp_path / "images"
     images.mkdir()
-    for path in sorted(abdomen.rglob("img*.nii.gz"))[:2]:
-        (images / path.name).symlink_to(path)
+    names = ("CON", "a:b")  # are no names of files everywhere, and stay those of the cases
+    for name, path in zip(names, sorted(abdomen.rglob("img*.nii.gz")), strict=False):
+        (images / f"{name}.nii.gz").symlink_to(path)
     assert predict(monkeypatch, organs, "--input", images, "--output", tmp_path / "first") == 0
     masks = tmp_path / "masks"
     masks.mkdir()
@@ -78,6 +79,8 @@ def test_one_command_gives_what_two_give(organs, spleen, abdomen, tmp_path, monk
     made, by_hand = volumes(tmp_path / "out"), volumes(tmp_path / "hand")
     assert len(made) == 2 and all(np.array_equal(made[name], by_hand[name]) for name in by_hand)
     assert {row["prompt"] for row in table(tmp_path / "out")} == {"mask by abdomen_segmentation_zero_shot"}
+    assert [row["case"] for row in table(tmp_path / "out")] == list(names)
+    assert list(made) == ["CON_seg.nii.gz", "a_b_seg.nii.gz"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*made, TABLE])
 
     liver = ("--prompts-from", organs, "--prompts-class", "liver")
@@ -164,7 +167,10 @@ def test_boxes_of_images_are_made_of_the_first_s_masks(pictures, tmp_path, monke
     none = {"input_scale": "unit", "prompt": {"source": "none"}}
     first = built(tmp_path, "brain_tumour_t1c", "zero_shot", name="first", run=none)
     then = built(tmp_path, "brain_tumour_t1c", "zero_shot", run={"prompt": {"source": "label"}, "input_scale": "unit"})
-    images = pictures / "images"
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, path in zip(("CON", "a:b", "c"), sorted((pictures / "images").glob("*.png")), strict=False):
+        (images / f"{name}.png").symlink_to(path)
     assert predict(monkeypatch, first, "--input", images, "--output", tmp_path / "masks") == 0
     boxes = {}
     for path in (tmp_path / "masks").glob("*_seg.png"):
@@ -180,6 +186,7 @@ def test_boxes_of_images_are_made_of_the_first_s_masks(pictures, tmp_path, monke
     for path in (tmp_path / "hand").glob("*_seg.png"):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
     assert {row["prompt"] for row in table(tmp_path / "out")} == {"boxes by first"}
+    assert [row["case"] for row in table(tmp_path / "out")] == ["CON", "a:b", "c"]
 
 
 def test_an_image_where_the_first_found_nothing_is_scored_as_an_empty_prediction(

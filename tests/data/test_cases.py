@@ -273,13 +273,18 @@ def test_other_formats_under_these_names_are_refused(tmp_path, volume):
         read_volume(tmp_path / "pair.nii")
 
 
-def test_names_of_cases_are_names_of_files():
+def test_names_of_cases_are_those_of_files_but_no_paths():
     found = CaseList()
     for case in ("../../etc/x", "a\x1b[2J", "nul", "", "plain case.1"):
         found.add(case, [Path("image")])
-    assert list(found.files) == ["_.._etc_x", "a_[2J", "_nul", "_", "plain case.1"]
+    assert list(found.files) == [".._.._etc_x", "a_[2J", "nul", "_", "plain case.1"]
     found.add("nul", [Path("other")])
-    assert list(found.bad.values()) == ["another case is called _nul too (image); rename one"]
+    assert list(found.bad.values()) == ["another case is called nul too (image); rename one"]
+    found.add("plain case?1", [Path("image")])
+    found.add("plain case:1", [Path("other")])
+    assert list(found.bad.values())[1:] == [
+        "its results would be called like those of plain case?1 (image); rename one"
+    ]
 
 
 @pytest.mark.parametrize("suffix", [".mha", ".nrrd"])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from samseg_monai.errors import PromptError, raise_all
-from samseg_monai.files import read_json, write_text
+from samseg_monai.files import file_name, read_json, write_text
 
 MOST_BOXES = 10_000  # of one image or volume
 MOST_CLICKS = 1000  # on one object
@@ -66,6 +66,12 @@ def read_table(path: str | Path, form: str = IMAGE_BOXES) -> dict[str, Any]:
             if isinstance(boxes, list) and len(boxes) > MOST_BOXES]  # fmt: skip
     raise_all(many, PromptError, f"boxes {path}: more than anyone draws")
     return table
+
+
+def by_case(table: Mapping[str, Any], cases: Collection[str]) -> dict[str, Any]:
+    """A table of boxes by the names of ``cases``: one that was made of their masks has the names of these files."""
+    called = {file_name(case): case for case in cases if case not in table and file_name(case) not in cases}
+    return {called.get(name, name): boxes for name, boxes in table.items()}
 
 
 def box_problems(boxes: Any, size: Sequence[int] | None = None) -> list[str]:

@@ -47,6 +47,7 @@ class CaseList:
     watch: Callable[[str | None], None] | None = None
     lost: str = ""
     _items: list[dict[str, Any]] = field(default_factory=list)
+    _called: dict[str, str] = field(default_factory=dict)  # what names of a case's files begin with -> case
     _failed: set[str] = field(default_factory=set)  # of the items those that turned out bad since they were asked for
 
     @property
@@ -60,11 +61,13 @@ class CaseList:
         self._items, self._failed = items, set()
 
     def add(self, case: str, paths: list[Path]) -> None:
-        """Add a case; a second one of the same name would overwrite the first one's result, so it is refused."""
-        case = file_name(case)
-        if case in self.files:
-            name = f"{paths[0].parent.name}/{case}"
-            self.bad[name] = f"another case is called {case} too ({self.files[case][0]}); rename one"
+        """Add a case; a second one whose files have the same names would overwrite the first one's result, so it is
+        refused."""
+        case = case_name(case)
+        other = self._called.setdefault(file_name(case, "_"), case)
+        if other in self.files:
+            same = "another case is called {} too" if other == case else "its results would be called like those of {}"
+            self.bad[f"{paths[0].parent.name}/{case}"] = f"{same.format(other)} ({self.files[other][0]}); rename one"
         else:
             self.files[case] = paths
 
@@ -108,10 +111,10 @@ class CaseList:
             evaluator.run()
             now = _stamps(folder)
             written = [name for name, stamp in now.items() if stamp != before.get(name) and not name.endswith(PICTURE)]
-            names = {file_name(item["case"]) for item in self.good}
+            names = {file_name(item["case"], "_") for item in self.good}
             found = {_owner(result, names) for result in written}
             for item in self.good:
-                if file_name(item["case"]) not in found:
+                if file_name(item["case"], "_") not in found:
                     self._set_aside(item["case"], "not tried, as nothing more can be written" if self.full else _LOST)
         finally:
             if self.watch is not None:
@@ -155,6 +158,11 @@ class CaseList:
         raise_all(problems, DataError, heading, cases=len(self.good) + len(self.bad))
 
 
+def case_name(text: str) -> str:
+    """``text``, of a file, folder or tag, as the name of a case: as it is where it is printable and no path."""
+    return "".join(c if c.isprintable() and c not in "\\/" else "_" for c in text) or "_"
+
+
 @contextmanager
 def noted(case: str) -> Iterator[list[str]]:
     """Collect what this package warns of in this thread, without the name of the case in front.
@@ -182,7 +190,7 @@ _OURS, _COLLECTOR, _HERE = logging.getLogger("samseg_monai"), _Collector(logging
 
 def _owner(result: str, names: Collection[str]) -> str:
     """The longest of ``names`` that a result begins with, as that of case a_b begins like one of a; "" for none."""
-    begins = (result[:end] for end in range(len(result) - 1, -1, -1) if result[end] == "_")
+    begins = (result[:end] for end in range(len(result), 0, -1) if result[end - 1] == "_")
     return next((begin for begin in begins if begin in names), "")
 
 

@@ -24,6 +24,7 @@ from samseg_monai.data.files.boxes import (
     VOLUME_BOXES,
     as_floats,
     box_problems,
+    by_case,
     clicked,
     listed,
     read_table,
@@ -93,10 +94,9 @@ def find_cases(
             hold that many channels on a fourth axis. BraTS's names of 2012 to 2022 (t1, t1ce, t2, flair) do, too.
         boxes: JSON file as of ``boxes``, which also says what voxel indices are in a DICOM series.
         prompts, prompt_values: coarse masks on the image's grid, and their values that count; see ``CoarseMasks``.
-        prompts_from: bundle that has predicted the masks, or of images the boxes: where it found nothing, nothing is
-            looked for.
+        prompts_from: bundle that has predicted the prompts: where it found nothing, nothing is looked for.
         kind: ``volumes``, or ``images``: each 2-D image file is a case (but masks and overlays), boxes are those of
-            ``boxes.read_boxes``, and there are no masks as prompts.
+            ``boxes.read_boxes``, and no masks are prompts.
         modality: of the images that the network was trained on (CT, MR ...); empty where nobody knows. Cases whose
             DICOM files state another one, or whose values do not look like it (``volumes.modality_doubt``), are bad.
         allow_modality: take them all the same, with a warning.
@@ -124,6 +124,7 @@ def find_cases(
             )
         return _checked(cases, case, partial(_check_volumes, case, cases.files[case], scans, table, coarse, fits))
 
+    table = None if table is None else by_case(table, {*cases.files, *cases.bad})
     _warn_of(table or {}, {*cases.files, *cases.bad}, clicks=clicks)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         cases.sort(dict(zip(names := sorted(cases.files), pool.map(check, names), strict=True)))
@@ -401,10 +402,8 @@ def _scan_of(path: Path, stem: str, scans: Sequence[str], listed: bool) -> tuple
 
 
 def _group_images(sources: Sequence[Path]) -> CaseList:
-    """2-D images, each file a case; in folders, masks, overlays, sub-folders and other files are passed over.
-
-    Files of one case, such as ``a.png`` and ``a.jpg``, are all bad: their results would overwrite each other.
-    """
+    """2-D images, each file a case; in folders, masks, overlays, sub-folders and other files are passed over. Files of
+    one case, such as ``a.png`` and ``a.jpg``, are all bad: their results would overwrite each other."""
     found = CaseList()
     named: dict[str, list[Path]] = {}
     for path in dict.fromkeys(sources):  # one file listed twice is one case
@@ -419,7 +418,7 @@ def _group_images(sources: Sequence[Path]) -> CaseList:
             named.setdefault(case_name, []).append(path)
     for case, paths in named.items():
         if len(paths) == 1:
-            found.files[case] = paths
+            found.add(case, paths)
             continue
         same = len({path.name for path in paths}) < len(paths)
         for path in paths:

@@ -10,6 +10,7 @@ import numpy as np
 
 from samseg_monai.data.files.volumes import SUFFIXES, Volume, grid_difference, read_volume, stem_of, stored_like
 from samseg_monai.errors import PromptError
+from samseg_monai.files import file_name
 
 LOG = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ class CoarseMasks:
         """The mask of a case; PromptError where there is none."""
         if not self.place.is_dir():
             return self.place
-        wanted = (case, f"{case}_seg", f"{case}-seg")
+        # that of a result is called as any system allows
+        wanted = (case, f"{case}_seg", f"{case}-seg", file_name(case, "_seg"))
         found = [
             places[stem] for places in (self._own, _masks_in(self.place / case)) for stem in wanted if stem in places
         ]

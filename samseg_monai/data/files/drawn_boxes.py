@@ -23,6 +23,7 @@ import numpy as np
 
 from samseg_monai.data import BRATS_OLD, BRATS_SCANS
 from samseg_monai.data.files.boxes import MOST_BOXES, is_number, rectangles
+from samseg_monai.data.files.case_list import case_name
 from samseg_monai.data.files.cases import MASK_NAME
 from samseg_monai.data.files.dicom import holds_series, read_any_grid
 from samseg_monai.data.files.images import is_grey, read_image
@@ -36,7 +37,7 @@ from samseg_monai.data.files.volumes import (
     stored_like,
 )
 from samseg_monai.errors import ConfigError, DataError, PromptError
-from samseg_monai.files import file_name, read_json
+from samseg_monai.files import read_json
 
 PER_SLICE, PER_COMPONENT = "slice", "component"
 _MARGIN = re.compile(r"(\d+(?:\.\d+)?) *(mm|voxels?|pixels?|px)", re.IGNORECASE)
@@ -149,7 +150,7 @@ def boxes_from_slicer(paths: Sequence[Path], image: Path, case: str | None = Non
     if image.is_file() and stem_of(image) is None:
         raise ConfigError(f"image: {image.name} is no volume; expected {', '.join(SUFFIXES)}, or a DICOM folder")
     grid, drawn = read_any_grid(image), Drawn()
-    name = file_name(case or _case_of(image))
+    name = case_name(case or _case_of(image))
     boxes: list[dict[str, Any]] = []
     for path in paths:
         try:
@@ -257,7 +258,7 @@ def _stem(path: Path) -> str | None:
 
 
 def _case_named(stem: str) -> str:
-    return file_name(MASK_NAME.sub("", stem) or stem)
+    return case_name(MASK_NAME.sub("", stem) or stem)
 
 
 def _foreground(

@@ -25,7 +25,7 @@ from typing import Any
 
 import pydicom
 
-from samseg_monai.data.files.case_list import CaseList
+from samseg_monai.data.files.case_list import CaseList, case_name
 from samseg_monai.data.files.dicom import is_dicom, without_image
 from samseg_monai.data.files.series_words import kind_of
 from samseg_monai.data.files.volumes import is_dead_link, modality_problem, stem_of
@@ -238,7 +238,7 @@ class Sorter:
                 self._add(name, usable[key], key[:2], alone=len(cases) == 1)
             else:
                 listed = "; ".join(f"{one.told()}: {against[id(one)]}" for one in members)
-                self._found.bad[file_name(name)] = f"none of its series is one for the network: {listed}"
+                self._found.bad[case_name(name)] = f"none of its series is one for the network: {listed}"
 
     def unpacked(self, path: Path) -> Path:
         """A temporary folder with what a ZIP holds. Raises DataError as ``zips.unpack``."""
@@ -341,13 +341,13 @@ class Sorter:
             ]
         used = {id(one) for one in chosen.values()}
         if problems:
-            self._found.bad[file_name(name)] = "; ".join(problems)
+            self._found.bad[case_name(name)] = "; ".join(problems)
             return
         if rest := [one.told() for one in usable if id(one) not in used]:
             self._found.pass_over("series that are none of the scans", rest)
         if self.rules.name_by == SERIES:
             name = _by_series(chosen[self.rules.scans[0]], name, alone=alone)
-        case = file_name(name)
+        case = case_name(name)
         self.patients[case] = patient
         for scan, one in chosen.items():
             if one.derived and scan not in self.rules.texts:
@@ -420,7 +420,7 @@ class Sorter:
         """The folder of a series; of one that shares it, or has several, a folder of links to its files."""
         if self._has_folder(series):
             return series.folders[0]
-        place = self.folder(case, file_name(scan))
+        place = self.folder(file_name(case), file_name(scan))
         for number, path in enumerate(series.files):
             link(path, place / f"{number:05d}_{path.name}")
         return place
