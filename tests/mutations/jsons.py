@@ -513,6 +513,8 @@ def _clicks_rule(prompt: dict[str, Any], name: str) -> str:
         return "fractions"
     if name in ("a", "b", "c") and not all(0 <= x <= 60 and 0 <= y <= 40 for x, y in clicks):
         return f"{clicks} lie outside"
+    if {(x // 1, y // 1) for x, y in inside} & {(x // 1, y // 1) for x, y in outside}:
+        return "inside and outside"
     return ""
 
 

@@ -107,6 +107,7 @@ def test_a_file_holds_boxes_and_clicks_and_every_fault_is_named(tmp_path):
         ({"inside": [[4, 5]], "points": []}, "has 'points'"),
         ({"inside": [[4, 5]], "box": [4, 5, 3, 9]}, "x0 < x1"),
         ({"inside": [[4, 5]] * 1001}, "1,001 clicks"),
+        ({"inside": [[4.5, 5]], "outside": [[4, 5.9]]}, "is clicked inside and outside at [4, 5]; keep one"),
     ]
     path.write_text(json.dumps({"a": [prompt for prompt, _ in wrong]}))
     with pytest.raises(PromptError) as error:

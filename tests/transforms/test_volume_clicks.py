@@ -140,6 +140,7 @@ WRONG = [
     ({"slice": 2, "inside": [[1, 2]], "points": []}, "has 'points'"),
     ({"slice": 2, "inside": [[1, 2]], "box": [1, 2, 3]}, "whole numbers"),
     ({"slice": 2, "inside": [[1, 2]] * 1001}, "1,001 clicks"),
+    ({"slice": 2, "inside": [[1, 2], [3, 4]], "outside": [[3, 4]]}, "is clicked inside and outside at [3, 4]; keep"),
     ({"slice": 2}, 'must have "box", or clicks "inside"'),
 ]
 
@@ -150,6 +151,8 @@ def test_every_fault_of_a_file_is_named():
     lines = str(error.value).splitlines()
     for number, (_, text) in enumerate(WRONG):
         assert any(f"boxes[{number}]" in line and text in line for line in lines), text
+    two = [{"slice": 2, "inside": [[1, 2]]}, {"slice": 2, "inside": [[3, 4]], "outside": [[1, 2]]}]
+    assert volume_boxes(two, SHAPE, "objects that touch") == []
     with pytest.raises(PromptError, match="12,000 prompts in all slices"):
         volume_boxes([{"slices": [0, 5], "inside": [[1, 2]]}] * 2000, SHAPE, "here")
 

@@ -6,9 +6,10 @@ stand ``{"box": [x0, y0, x1, y1], "inside": [[x, y], ...], "outside": [[x, y], .
 it, in the same pixels (the middle of pixel a is a + 0.5), with or without a box. That of volumes is
 ``{"CASE": [{"slice": k, "box": [i0, j0, i1, j1]}, {"slices": [k0, k1], "box": ...}]}``: voxel indices along axes 0, 1
 and (slices) 2 of the stored array, from 0, all ends included. In place of "box", or beside it, stand there, too,
-``"inside": [[i, j], ...], "outside": [[i, j], ...]``, clicks on voxels of the slice. A DICOM series stores no array: of
-one it is that of ``dicom.read_series``, where i is the column and j the row of a picture, and k the place of a slice
-along the normal.
+``"inside": [[i, j], ...], "outside": [[i, j], ...]``, clicks on voxels of the slice. No pixel or voxel is
+inside and outside of one object; it may be inside of one and outside of another. A DICOM series stores no array: of one
+it is that of ``dicom.read_series``, where i is the column and j the row of a picture, and k the place of a slice along
+the normal.
 """
 
 from __future__ import annotations
@@ -127,6 +128,13 @@ def _clicks_of(prompt: Mapping[str, Any], letters: str, *keys: str) -> list[Any]
     return clicks
 
 
+def _contradiction(prompt: Mapping[str, Any]) -> str:
+    """Which pixel or voxel of a prompt's checked clicks is clicked inside and outside; empty if none is."""
+    inside, outside = ({(*map(math.floor, click),) for click in prompt.get(key, [])} for key in _CLICKS)
+    both = sorted(inside & outside)
+    return f"is clicked inside and outside at {list(both[0])}; keep one of the two clicks" if both else ""
+
+
 def _clicks_problem(prompt: Mapping[str, Any], size: Sequence[int] | None) -> str:
     """What is wrong with the clicks of a prompt, and with its keys; empty if nothing is."""
     clicks = _clicks_of(prompt, "xy")
@@ -138,7 +146,7 @@ def _clicks_problem(prompt: Mapping[str, Any], size: Sequence[int] | None) -> st
         return f"has all clicks within the first pixel: {clicks[0]}; are these fractions of the image? Give pixels"
     if size is not None and (lost := [c for c in clicks if not (0 <= c[0] <= size[1] and 0 <= c[1] <= size[0])]):
         return f"has clicks outside of the image of {size[1]} columns and {size[0]} rows: {lost[0]}"
-    return ""
+    return _contradiction(prompt)
 
 
 def as_floats(boxes: Sequence[Any]) -> list[list[float]]:
@@ -209,7 +217,7 @@ def _volume_box(entry: Any, shape: Sequence[int]) -> str:
         return f"box {list(box)} is not [i0, j0, i1, j1] within {limits}, in order"
     if lost := [click for click in clicks if not (0 <= click[0] < shape[0] and 0 <= click[1] < shape[1])]:
         return f"has clicks that are not [i, j] within {limits}: {list(lost[0])}"
-    return ""
+    return _contradiction(entry)
 
 
 def _slices(entry: Mapping[str, Any]) -> range:
