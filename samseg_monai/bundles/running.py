@@ -28,7 +28,7 @@ from monai.utils import optional_import
 from samseg_monai.bundles.build import SETTINGS
 from samseg_monai.bundles.memory import saving
 from samseg_monai.bundles.tensors import WithoutValues
-from samseg_monai.bundles.values import custom_parts, effective_settings
+from samseg_monai.bundles.values import custom_parts, effective_settings, prompt_problems
 from samseg_monai.choices import Compute
 from samseg_monai.errors import ConfigError, log_visibly, raise_all
 from samseg_monai.faults import Told, end_like_ctrl_c, explain, output_problem
@@ -350,9 +350,7 @@ def _wrong_places(found: Running) -> list[str]:
             continue
         elif value is not None and not isinstance(value, str):
             problems.append(f"{name}: got {value!r}, a {type(value).__name__}; a path is text: write ./{value}")
-    prompt = found.config.get("prompt")
-    if isinstance(prompt, dict) and found.config.get("prompts") is not None and prompt.get("source") != "mask":
-        problems.append(f"prompts: masks are given, but prompt::source is {prompt.get('source')!r}; set it to 'mask'")
+    problems += prompt_problems(found.config, evaluating=found.kind == "evaluate")
     return problems + ([*_absent(found), *_wrong_outputs(found)] if not problems else []) + _wrong_device(found)
 
 

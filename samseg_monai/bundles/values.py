@@ -48,6 +48,25 @@ def effective_settings(config: dict[str, Any], built: BundleSettings) -> dict[st
     return value
 
 
+def prompt_problems(config: dict[str, Any], *, evaluating: bool) -> list[str]:
+    """Files of prompts in a running config that its source of prompts does not take, so that nobody would read them."""
+    prompt = config.get("prompt")
+    if not isinstance(prompt, dict):
+        return []
+    source = prompt.get("source")
+    files = {"prompts": (config.get("prompts"), "masks", "mask"), "boxes": (config.get("boxes"), "boxes", "json")}
+    files["prompt::boxes"] = (prompt.get("boxes"), "boxes", "json")
+    given = {name: rest for name, (value, *rest) in files.items() if value not in (None, NOTHING)}
+    if evaluating and "boxes" in given:
+        how = "an evaluation takes those of a file by prompt::boxes, with prompt::source 'json'"
+        return [f"boxes: are those of a prediction; {how}"]
+    return [
+        f"{name}: {what} are given, but prompt::source is {source!r}; set prompt::source to {wanted!r}, or leave them"
+        for name, (what, wanted) in given.items()
+        if source != wanted
+    ]
+
+
 def with_nulls(value: Any) -> Any:
     """A copy of a config with None for what an override has set to it."""
     if isinstance(value, dict):

@@ -186,7 +186,7 @@ def cases_of_data(
         runs: rows of a page.
         datalists: of the evaluated cases, one for each fold.
         dataset_dir: folder that their paths are relative to.
-        boxes: file of the boxes that were given, of 2-D images.
+        boxes: file of the boxes that were given; of 2-D images they are shown.
 
     Returns:
         The cases; or none, and a note for the page that says why.
@@ -320,9 +320,11 @@ def _kept(marked: np.ndarray, most: int) -> list[int]:
 
 def _boxes(item: Mapping[str, Any], runs: Sequence[RunResult], kept: Sequence[int]) -> list[list[list[float]]]:
     """Boxes in each of the slices: the item's own, else those saved beside a prediction."""
-    if item.get("boxes"):
+    if item.get("boxes") and not isinstance(item["boxes"][0], Mapping):
         return [[list(box[:4]) for box in item["boxes"] if box[0] == box[0]] for _ in kept]  # NaN: clicks alone
-    paths = [folder / "predictions" / f"{item['case']}_prompt.nii.gz" for run in runs for folder in run.folders]
+    paths = [
+        folder / "predictions" / file_name(item["case"], "_prompt.nii.gz") for run in runs for folder in run.folders
+    ]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
         return [[] for _ in kept]

@@ -266,7 +266,8 @@ class GivenPromptd(EachKeyd):
         if not whole:
             boxes = d.get("boxes")
             if not isinstance(boxes, (list, tuple)):
-                raise PromptError(f"{name_of(d)}: 'boxes' must be a list of boxes (it may be empty), got {boxes!r}")
+                how = "a file of boxes has to have this case, or in an evaluation its item of the datalist 'boxes'"
+                raise PromptError(f"{name_of(d)}: boxes must be a list of boxes, got {boxes!r}; {how}")
             heading = f"{name_of(d)}: bad boxes for an image of {shape} voxels"
             rows = _in_channels(volume_boxes(boxes, shape, heading))
             if clicked(boxes) and not self.clicks:

@@ -12,7 +12,8 @@ import pytest
 from samseg_monai import bundles
 from samseg_monai.bundles.build import compose, render
 from samseg_monai.data.files.cases import find_cases
-from samseg_monai.errors import BundleError, PromptError, SamsegError
+from samseg_monai.data.files.drawn_boxes import boxes_from_masks
+from samseg_monai.errors import BundleError, ConfigError, DataError, PromptError, SamsegError
 from samseg_monai.export import export_network, read_source
 from samseg_monai.report.runs import RunResult
 from samseg_monai.settings import dump_settings, read_settings
@@ -237,15 +238,54 @@ def test_clicks_of_numpy_arrays_are_those_of_lists_and_what_is_no_number_is_told
             loaded.predict(case, boxes=wrong)
 
 
-def test_volumes_are_evaluated_by_a_persons_clicks_in_the_datalist(phantoms, tmp_path, monkeypatch):
-    listed = json.loads((phantoms / "datalist.json").read_text())
-    for item in listed["testing"]:
-        item["boxes"] = [{"slice": 5, "inside": [[12, 20]]}]
-    (tmp_path / "clicks.json").write_text(json.dumps(listed))
+@pytest.fixture
+def evaluated(phantoms, tmp_path):
+    """Evaluates a zero-shot bundle on the test volumes; gives the run."""
     configs = bundles.build_bundle("meningioma", "zero_shot", tmp_path) / "configs"
-    given = {"prompt::source": "json", "prompt::kind": "points", "datalist": str(tmp_path / "clicks.json")}
-    places = {"dataset_dir": str(phantoms), "output_dir": str(tmp_path / "out"), **VOLUMES}
-    places.pop("strategy::rank")
+    places = {"dataset_dir": str(phantoms), "sam_variant": "tiny", "sam_checkpoint": "random", "image_size": 64}
+
+    def run(name, **given):
+        out = {"output_dir": str(tmp_path / name), **{key.replace("__", "::"): value for key, value in given.items()}}
+        run_workflow([configs / "inference.json", configs / "evaluate.json"], {**places, **out})
+        return RunResult.load(tmp_path / name / "evaluation")
+
+    return run
+
+
+@pytest.mark.parametrize("where", ["datalist", "file"])
+def test_volumes_are_evaluated_by_the_clicks_of_a_datalist_or_file(where, phantoms, tmp_path, monkeypatch, evaluated):
+    listed = json.loads((phantoms / "datalist.json").read_text())
+    clicks = {item["case"]: [{"slice": 5, "inside": [[12, 20]]}] for item in listed["testing"]}
+    for item in listed["testing"] if where == "datalist" else ():
+        item["boxes"] = clicks[item["case"]]
+    for name, content in {"list.json": listed, "clicks.json": clicks}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    given = {"datalist": str(tmp_path / "list.json")} if where == "datalist" else {}
+    given |= {} if where == "datalist" else {"prompt__boxes": str(tmp_path / "clicks.json")}
     calls = seen_by_network(monkeypatch)
-    run_workflow([configs / "inference.json", configs / "evaluate.json"], {**places, **given})
-    assert [call.shape for call in calls] == [(1, 1, 7)] * len(listed["testing"])
+    found = evaluated("out", prompt__source="json", prompt__kind="points", **given)
+    assert [call.shape for call in calls] == [(1, 1, 7)] * len(clicks)
+    assert found.prompt_source.startswith("clicks of a file" + (" (clicks.json, file " if where == "file" else ""))
+    assert (found.boxes["file"] is None) == (where == "datalist")
+
+
+def test_volumes_are_evaluated_by_the_boxes_of_a_file(phantoms, tmp_path, evaluated):
+    """Boxes that were made of the labels give the numbers of those that an evaluation draws itself."""
+    items = json.loads((phantoms / "datalist.json").read_text())["testing"]
+    drawn = {item["case"]: next(iter(boxes_from_masks([phantoms / item["label"]]).boxes.values())) for item in items}
+    file = tmp_path / "boxes.json"
+    file.write_text(json.dumps(drawn))
+    given = {"prompt__source": "json", "prompt__boxes": str(file)}
+    assert evaluated("file", **given).rows == evaluated("label", prompt__loosen=[0.0, 0.0]).rows
+    assert (tmp_path / "file" / "evaluation" / "ellipse_cases.csv").exists()
+    with pytest.raises(ConfigError, match="boxes: are those of a prediction; .* by prompt::boxes"):
+        evaluated("no", boxes=str(file))
+    with pytest.raises(ConfigError, match="prompt::boxes: boxes are given, but prompt::source is 'label'"):
+        evaluated("no", prompt__boxes=str(file))
+    one, two = list(drawn)[:2]
+    file.write_text(json.dumps({**drawn, one: [], two: [{"slice": 99, "box": [0, 0, 5, 5]}]}))
+    with pytest.raises(PromptError, match=rf"(?s)of the volumes.*{one}: no boxes.*{two}: .*\[99, 99\] are not"):
+        evaluated("no", **given)
+    file.write_text(json.dumps({one: drawn[one]}))
+    with pytest.raises(DataError, match="without a box"):
+        evaluated("no", **given)

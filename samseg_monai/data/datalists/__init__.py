@@ -23,7 +23,7 @@ import numpy as np
 from samseg_monai.data import IMAGES
 from samseg_monai.data.datalists.label_maps import CODINGS, VALUE, labels_in
 from samseg_monai.data.datalists.splits import SECTIONS, in_two_sections
-from samseg_monai.data.files.boxes import is_number, read_boxes
+from samseg_monai.data.files.boxes import VOLUME_BOXES, by_case, is_number, read_boxes, read_table, volume_prompts
 from samseg_monai.data.files.coarse_masks import CoarseMasks
 from samseg_monai.data.files.dicom import holds_series, is_dicom, read_any_grid
 from samseg_monai.data.files.volumes import (
@@ -123,7 +123,8 @@ def load_datalist(
         path, dataset_dir: datalist file, and the folder that its paths are relative to.
         section: ``training``, ``validation`` or ``testing``.
         scans: names of the scans wanted, in this order; None takes all as they are listed.
-        boxes: box file of images (see ``boxes``): every item gets its ``boxes``, a list of lists of four floats.
+        boxes: file of boxes or clicks (see ``boxes``): every item gets its ``boxes``, of images a list of rows as of
+            ``boxes.as_floats``, of volumes the list in the file.
         prompts: masks of volumes (see ``CoarseMasks``): every item gets its ``prompt``, a file.
         prompts_from: bundle that has found the ``boxes``: where it found nothing nothing is looked for, with a warning.
 
@@ -134,7 +135,7 @@ def load_datalist(
         DataError: unknown or empty section, scans that the datalist does not have, no such folder; all at once, files
             that are missing, are no images or would have another file read in their place; all cases of the section
             without a box; or as ``read_datalist``.
-        PromptError: as ``boxes.read_boxes``; all cases without a mask.
+        PromptError: as ``boxes.read_boxes``, of volumes ``boxes.volume_prompts``; all cases without a mask.
     """
     if section not in SECTIONS:
         raise DataError(f"unknown datalist section {section!r}; choose one of {', '.join(SECTIONS)}")
@@ -303,17 +304,34 @@ def _add_masks(items: list[dict[str, Any]], masks: CoarseMasks) -> None:
 def _with_boxes(
     items: list[dict[str, Any]], datalist: Mapping[str, Any], boxes: Path, made_by: str | None, *, name: str
 ) -> list[dict[str, Any]]:
-    if datalist.get("kind") != IMAGES:
-        raise DataError(f"{name}: is a datalist of volumes, for which there are no box files; draw prompts from labels")
-    table = read_boxes(boxes, datalist.get("sizes"), made_by=made_by)
-    if unknown := sorted(set(table) - {item["case"] for section in SECTIONS for item in datalist[section]}):
+    images = datalist.get("kind") == IMAGES
+    table = read_boxes(boxes, datalist.get("sizes"), made_by=made_by) if images else read_table(boxes, VOLUME_BOXES)
+    cases = {item["case"] for section in SECTIONS for item in datalist[section]}
+    table = by_case(table, cases)
+    if unknown := sorted(set(table) - cases):
         LOG.warning("boxes %s: %d names are no case of %s: %s", boxes, len(unknown), name, ", ".join(unknown[:10]))
     missing = [item["case"] for item in items if item["case"] not in table]
     raise_all(missing, DataError, f"boxes {boxes}: cases of {name} without a box")
+    found = [] if images else [(item["case"], _box_problem(table[item["case"]], item, made_by)) for item in items]
+    wrong = [f"{case}: {problem}" for case, problem in found if problem]
+    raise_all(wrong, PromptError, f"boxes {boxes}: not those of the volumes of {name}", cases=len(items))
     if unfound := [item["case"] for item in items if not table[item["case"]]]:
         what = f"{made_by} found nothing in {len(unfound)} of {len(items)} cases, which count as empty predictions"
         LOG.warning("%s: %s", what, ", ".join(unfound))
     return [{**item, "boxes": table[item["case"]]} for item in items]
+
+
+def _box_problem(given: Any, item: Mapping[str, Any], made_by: str | None) -> str:
+    """What is wrong with the prompts of a volume, by the header of its first file; empty if nothing is."""
+    if given == [] and made_by is not None:
+        return ""
+    try:
+        image = item["image"]
+        shape, _ = read_any_grid(image if isinstance(image, str) else image[0])
+        volume_prompts(given, shape)
+    except (DataError, PromptError) as error:
+        return str(error)
+    return ""
 
 
 def _select_scans(datalist: dict[str, Any], scans: Sequence[str] | None, *, name: str) -> dict[str, Any]:

@@ -182,6 +182,13 @@ def listed(given: Any) -> list[Any]:
     raise PromptError(f"its boxes must be a list {expected}, in voxels, got {size}{text}")
 
 
+def volume_prompts(given: Any, shape: Sequence[int]) -> list[Any]:
+    """The list of prompts that a file holds for a volume of ``shape``; raises as ``listed`` and ``volume_boxes``."""
+    entries = listed(given)
+    volume_boxes(entries, shape[:3], f"bad boxes for a volume of {tuple(shape[:3])} voxels")
+    return entries
+
+
 def volume_boxes(entries: Sequence[Any], shape: Sequence[int], heading: str) -> list[tuple[int, ...]]:
     """Boxes of a volume of ``shape`` as (i0, j0, i1, j1, k0, k1), all ends included; its clicks are checked, too.
 

@@ -26,9 +26,8 @@ from samseg_monai.data.files.boxes import (
     box_problems,
     by_case,
     clicked,
-    listed,
     read_table,
-    volume_boxes,
+    volume_prompts,
 )
 from samseg_monai.data.files.case_list import SHOWN, CaseList, noted
 from samseg_monai.data.files.coarse_masks import CoarseMasks
@@ -214,8 +213,7 @@ def _check_volumes(
     files = [os.path.abspath(path) for path in paths]
     item: dict[str, Any] = {"case": case, "image": files[0] if len(files) == 1 else files}
     if boxes is not None:
-        item["boxes"] = listed(boxes.get(case, []))
-        volume_boxes(item["boxes"], shape[:3], f"bad boxes for a volume of {tuple(shape[:3])} voxels")
+        item["boxes"] = volume_prompts(boxes.get(case, []), shape)
     if coarse is not None:
         item["prompt"] = os.path.abspath(coarse.checked(case, first))
     return item
