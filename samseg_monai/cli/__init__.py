@@ -1,7 +1,8 @@
 """The command ``samseg``: prepare data, build and pack bundles, predict, and show it all in one demo.
 
-Training and evaluation stay ``python -m monai.bundle run``. Exit code 0: done; 1: an error in data, weights or files,
-or a fault of the machine, told in words; 2: a wrong command line; 130 and 143: interrupted by Ctrl-C and by SIGTERM.
+Training and evaluation stay ``python -m monai.bundle run``, but for that of two bundles one after the other
+(``cascade``). Exit code 0: done; 1: an error in data, weights or files, or a fault of the machine, told in words; 2: a
+wrong command line; 130 and 143: interrupted by Ctrl-C and by SIGTERM.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from samseg_monai import __version__
 from samseg_monai.cli.bench import bench, train_cost
 from samseg_monai.cli.boxes import boxes_app
 from samseg_monai.cli.bundle import bundle_app, check
+from samseg_monai.cli.cascade import cascade
 from samseg_monai.cli.compare import compare
 from samseg_monai.cli.data import bbox, phantom_app, prepare_app
 from samseg_monai.cli.export import export
@@ -43,6 +45,7 @@ app.add_typer(task_app, name="task")
 app.add_typer(bundle_app, name="bundle")
 app.add_typer(boxes_app, name="boxes")
 app.command(name="predict")(predict)
+app.command(name="cascade")(cascade)
 app.command(name="lint", help="The same as samseg bundle check.", hidden=True)(check)
 app.command(name="export")(export)
 app.command(name="report")(report)

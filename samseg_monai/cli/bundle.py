@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from samseg_monai.cli.places import check_places
-from samseg_monai.cli.predict import BaseWeights, Trust
+from samseg_monai.cli.places import BaseWeights, check_places
+from samseg_monai.cli.predict import Trust
 from samseg_monai.errors import WeightsError
 
 bundle_app = typer.Typer(help="Build bundles from recipes and pack runs to share them.", no_args_is_help=True)

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from samseg_monai.cli.places import check_places
-from samseg_monai.cli.predict import BaseWeights, Trust
+from samseg_monai.cli.places import BaseWeights, check_places
+from samseg_monai.cli.predict import Trust
 from samseg_monai.errors import ConfigError, visible_lines
 
 

@@ -15,6 +15,8 @@ from samseg_monai.errors import ConfigError, DataError, raise_all
 Overlay = Annotated[
     list[str] | None, typer.Option(help="further config of the bundle whose values count, such as demo.json")
 ]
+BaseWeights = Annotated[str | None, typer.Option(help="base weights, if not found by name")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")]
 
 
 def check_places(command: str, given: Mapping[str, Path | None], expected: str = "") -> None:
@@ -34,6 +36,18 @@ def check_places(command: str, given: Mapping[str, Path | None], expected: str =
             where = "" if path.is_absolute() else f" ({path.absolute()})"
             problems.append(f"{name}: {path}: no such file or folder{where}")
     raise_all(problems, DataError, f"{command}: paths that lead nowhere{expected}")
+
+
+def device_of(name: str | None) -> str | None:
+    """The expression of a device for a config. Raises ConfigError where there is none of this name."""
+    if name is None:
+        return None
+    import torch
+
+    try:
+        return f"$torch.device({str(torch.device(name))!r})"
+    except RuntimeError as error:
+        raise ConfigError(f"--device: got {name!r}; give cpu, cuda or cuda:1") from error
 
 
 def overlays(configs: Path, names: Sequence[str]) -> list[Path]:

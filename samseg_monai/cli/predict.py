@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from samseg_monai.cli.cascade import predicted_prompts
+from samseg_monai.cli.cascade import PromptsClass, PromptsMin, predicted_prompts
 from samseg_monai.cli.outputs import briefly
-from samseg_monai.cli.places import check_places, scans_given
+from samseg_monai.cli.places import BaseWeights, Device, check_places, device_of, scans_given
 from samseg_monai.errors import BundleError, ConfigError, PromptError
 from samseg_monai.workflow import run_workflow
 
@@ -35,12 +35,6 @@ NoResample = Annotated[
 PromptsFrom = Annotated[
     Path | None, typer.Option(help="bundle without prompts whose masks of the same cases are the prompts")
 ]
-PromptsClass = Annotated[
-    list[str] | None, typer.Option(help="with --prompts-from: its class that is the structure; repeatable")
-]
-PromptsMin = Annotated[
-    float | None, typer.Option(help="with --prompts-from: smaller components of its masks are no prompts")
-]
 Propagate = Annotated[
     int, typer.Option(min=0, help="volumes: carry what is found to so many slices each way, as the next one's box")
 ]
@@ -51,7 +45,6 @@ Scans = Annotated[
 NameBy = Annotated[
     str | None, typer.Option(help="DICOM: call cases like their folder, or like their series: folder, series")
 ]
-BaseWeights = Annotated[str | None, typer.Option(help="base weights, if not found by name")]
 
 
 def predict(
@@ -69,7 +62,7 @@ def predict(
     scan: Scans = None,
     name_by: NameBy = None,
     sam_checkpoint: BaseWeights = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")] = None,
+    device: Device = None,
     int8: Int8 = False,
     allow_modality: Modality = False,
     no_pictures: Annotated[bool, typer.Option("--no-pictures", help="Write no <case>_overlay.png.")] = False,
@@ -96,7 +89,7 @@ def predict(
     from samseg_monai.bundles.door import open_bundle
 
     given = {key: os.path.abspath(value) for key, value in {"boxes": boxes, "prompts": prompts}.items() if value}
-    how = {"sam_checkpoint": sam_checkpoint, "allow_modality": allow_modality or None, "device": _device(device)}
+    how = {"sam_checkpoint": sam_checkpoint, "allow_modality": allow_modality or None, "device": device_of(device)}
     how["dataset_dir"] = os.path.abspath(input)
     overrides: dict[str, Any] = {key: value for key, value in how.items() if value is not None}
     with nullcontext() if verbose else briefly(), open_bundle(bundle, trust=trust) as opened, ExitStack() as stack:
@@ -126,18 +119,6 @@ def _only_with(prompts_from: Path | None, given: dict[str, Any]) -> None:
 def _off(opened: Opened, **unwanted: bool) -> dict[str, bool]:
     """Switches of a bundle that are to be off, of those that it has."""
     return {key: False for key, wanted in unwanted.items() if wanted and key in opened.parser().get()}
-
-
-def _device(name: str | None) -> str | None:
-    """The expression of a device for a config. Raises ConfigError where there is none of this name."""
-    if name is None:
-        return None
-    import torch
-
-    try:
-        return f"$torch.device({str(torch.device(name))!r})"
-    except RuntimeError as error:
-        raise ConfigError(f"--device: got {name!r}; give cpu, cuda or cuda:1") from error
 
 
 def _series_overrides(opened: Opened, scans: list[str], name_by: str | None) -> dict[str, Any]:

@@ -131,21 +131,16 @@ def test_what_does_not_go_together_is_told(
     assert message in told and "Traceback" not in told and not (tmp_path / "out").exists()
 
 
-def test_a_cascade_is_evaluated_by_the_masks_that_an_evaluation_leaves(organs, spleen, abdomen, tmp_path):
+def test_a_cascade_is_evaluated_by_one_command(organs, spleen, abdomen, tmp_path, monkeypatch, capsys):
     places = {"dataset_dir": str(abdomen), "sam_checkpoint": "random"}
-    run_workflow(
-        [organs / "configs" / "evaluate.json"],
-        {**places, "output_dir": str(tmp_path / "a"), "save_predictions": True},
-        echo=False,
-    )
-    first = tmp_path / "a" / "evaluation"
+    words = ("cascade", spleen, "--prompts-from", organs, "--dataset-dir", abdomen, "--sam-checkpoint", "random")
+    assert samseg(monkeypatch, *words, "--output", tmp_path / "cascade") == 0
+    told = capsys.readouterr().out
+    assert "abdomen_segmentation_zero_shot [" in told and "spleen_segmentation [" in told
+    first = tmp_path / "cascade" / "first" / "evaluation"
     value = compose("abdomen", "zero_shot").task.classes.index("spleen") + 1
-    given = {"prompt::source": "mask", "prompts": str(first / "predictions"), "prompt::mask_values": [value]}
-    results = {}
-    for name, extra in {"cascade": given, "boxes": {}}.items():
-        run = {**places, "output_dir": str(tmp_path / name), "save_predictions": True, **extra}
-        run_workflow([spleen / "configs" / "evaluate.json"], run, echo=False)
-        results[name] = RunResult.load(tmp_path / name / "evaluation")
+    run_workflow([spleen / "configs" / "evaluate.json"], {**places, "output_dir": str(tmp_path / "boxes")}, echo=False)
+    results = {name: RunResult.load(tmp_path / name / "evaluation") for name in ("cascade", "boxes")}
     card = json.loads((tmp_path / "cascade" / "evaluation" / "run_card.json").read_text())
     assert card["prompts_from"] == "abdomen_segmentation_zero_shot" and len(card["boxes_sha256"]) == 64
     assert results["cascade"].prompt_source.startswith("boxes of masks by abdomen_segmentation_zero_shot (masks ")
@@ -187,6 +182,27 @@ def test_boxes_of_images_are_made_of_the_first_s_masks(pictures, tmp_path, monke
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
     assert {row["prompt"] for row in table(tmp_path / "out")} == {"boxes by first"}
     assert [row["case"] for row in table(tmp_path / "out")] == ["CON", "a:b", "c"]
+
+
+def test_a_cascade_of_images_is_evaluated_by_one_command(pictures, tmp_path, monkeypatch):
+    """As by its three commands: the first's evaluation, boxes of its masks, the second's."""
+    none = {"input_scale": "unit", "prompt": {"source": "none"}}
+    noise = {"method": {"name": "zero_shot", "random_masks": True}}
+    first = built(tmp_path, "brain_tumour_t1c", "zero_shot", name="first", run=none, strategy=noise)
+    then = built(tmp_path, "brain_tumour_t1c", "zero_shot", run={"prompt": {"source": "label"}, "input_scale": "unit"})
+    words = ("cascade", then, "--prompts-from", first, "--dataset-dir", pictures, "--sam-checkpoint", "random")
+    assert samseg(monkeypatch, *words, "--output", tmp_path / "out") == 0
+    made = tmp_path / "out" / "first" / "evaluation" / "predictions"
+    words = ("boxes", "from-mask", made, "--label", 255, "--allow-empty", "--output", tmp_path / "boxes.json")
+    assert samseg(monkeypatch, *words) == 0
+    drawn, own = (json.loads((place / "boxes.json").read_text()) for place in (tmp_path, tmp_path / "out"))
+    assert drawn == own and any(own.values())
+    given = {"prompt::source": "json", "prompt::boxes": str(tmp_path / "boxes.json"), "prompts_from": "first"}
+    run = {"dataset_dir": str(pictures), "output_dir": str(tmp_path / "hand"), "sam_checkpoint": "random", **given}
+    run_workflow([then / "configs" / "evaluate.json"], run, echo=False)
+    by_hand, found = (RunResult.load(tmp_path / name / "evaluation") for name in ("hand", "out"))
+    assert found.rows == by_hand.rows and len(found.rows) == 3
+    assert found.prompt_source.startswith("boxes of masks by first (boxes.json, file ")
 
 
 def test_an_image_where_the_first_found_nothing_is_scored_as_an_empty_prediction(
