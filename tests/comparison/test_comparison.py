@@ -27,6 +27,7 @@ from samseg_monai import files
 from samseg_monai.cli import app
 from samseg_monai.cli.compare import _shard
 from samseg_monai.comparison import perform, performing, plan_names, pooled, read_plan, write_comparison
+from samseg_monai.comparison.commands import prepare_lines
 from samseg_monai.comparison.plan import PLANS, former
 from samseg_monai.comparison.pooling import last_third, rank_shares
 from samseg_monai.comparison.results import _escaped
@@ -485,6 +486,40 @@ def test_the_lines_of_a_page_make_it_again_from_the_data_on(phantoms, tmp_path):
         subprocess.run([*words, *shlex.split(line)[1:]], check=True, capture_output=True)
     assert (data / "datalist.json").read_bytes() == datalist
     assert (output / "cases.csv").read_bytes() == results
+
+
+@pytest.mark.parametrize("more", [["--validation", "0"], ["--validation", "2", "--seed", "5"]])
+def test_the_line_that_prepares_synapse_draws_the_split_that_was_used(more, tmp_path):
+    """The recipe's own line takes three patients out, where SAM-LST and SAMed train on all 18."""
+    data = tmp_path / "the data"
+    app(["phantom", "btcv", "--cases", "10", "--shape", "40,32,16", "--output", str(data)], standalone_mode=False)
+    words = ["prepare", "synapse", "--src", str(data), "--output", str(data / "datalist.json"), "--allow-missing"]
+    app([*words, *more], standalone_mode=False)
+    before = (data / "datalist.json").read_bytes()
+    recipe = "samseg prepare synapse --src data/synapse --output data/synapse/datalist.json --validation 3"
+    line, told = prepare_lines([recipe], data, [data / "datalist.json"])
+    assert told.endswith(files.hash_file(data / "datalist.json")) and line.count("--validation") == 1
+    (data / "datalist.json").unlink()
+    app([*shlex.split(line)[1:], "--allow-missing"], standalone_mode=False)
+    assert (data / "datalist.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("split", "options"),
+    [
+        ({"by": "file", "file": "my split.json"}, "--split-file 'my split.json'"),
+        ({"by": "volume", "order": "name", "fractions": [0.5, 0.25, 0.25]}, "--fractions 0.5,0.25,0.25 --by-name"),
+        ({"by": "volume", "order": "name", "counts": [3, 1, 2]}, "--split 3,1,2"),
+        (
+            {"by": "volume", "fractions": [0.6, 0.2, 0.2], "seed": 3},
+            "--fractions 0.6,0.2,0.2 --seed 3",
+        ),
+    ],
+)
+def test_other_splits_are_told_by_the_options_that_make_them(split, options, tmp_path):
+    (tmp_path / "datalist.json").write_text(json.dumps({"split": split, "label_coding": "own"}))
+    [line, _] = prepare_lines(["samseg prepare folders --src data/own"], tmp_path, [tmp_path / "datalist.json"])
+    assert line == f"samseg prepare folders --src {tmp_path} {options}"
 
 
 def test_rows_that_a_table_cannot_tell_apart_are_refused(data):
