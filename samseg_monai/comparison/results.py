@@ -43,8 +43,8 @@ def write_comparison(
     several tasks each in a folder of its own.
 
     Files in ``output``: ``comparison.json`` (every number), ``comparison.csv`` (a line per row), ``comparison.tex``
-    (booktabs), ``cases.csv`` (a line per run, case and class) and ``report.html``, of several tasks
-    ``report_<task>.html``.
+    (booktabs), ``comparison.md``, ``cases.csv`` (a line per run, case and class) and ``report.html``, of several
+    tasks ``report_<task>.html``.
 
     Raises:
         DataError: folds of a row share cases, or its seeds have different ones.
@@ -53,7 +53,7 @@ def write_comparison(
     there = [one for one in outcomes if one.status in ("done", "kept")]
     results = {one.run: RunResult.load(one.folder / EVALUATION, name=one.run.group) for one in there}
     whole: dict[str, Any] = {"title": plan.title, "version": __version__, "tasks": {}}
-    lines, texts, latex = [], [], []
+    lines, texts, latex, markdown = [], [], [], []
     names = list(dict.fromkeys(one.run.task_name for one in outcomes))
     for task in names:
         rows = rows_of({run: result for run, result in results.items() if run.task_name == task})
@@ -70,6 +70,7 @@ def write_comparison(
         texts.append(task_text(task, rows, entry, base, len(missing)))
         texts += [organs_text(organs)] if organs else []
         latex.append(task_latex(task, rows, entry, base))
+        markdown.append(task_markdown(task, rows, entry, base))
         its = [one for one in outcomes if one.run.task_name == task]
         montage, told = _slices([row.result for row in rows], [one.run for one in its if one in there])
         write_report(
@@ -87,6 +88,7 @@ def write_comparison(
     write_json(output / "comparison.json", whole)
     write_table(lines, output / "comparison.csv")
     write_text(output / "comparison.tex", "\n".join(latex))
+    write_text(output / "comparison.md", "\n".join(markdown))
     _write_cases(output / "cases.csv", results)
     return spelt_out("\n\n".join(texts), keep="\n") + "\n"
 
@@ -231,6 +233,39 @@ def task_latex(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base
             r"  \bottomrule", r"\end{tabular}", f"% {note}", "",
         ]
     )  # fmt: skip
+
+
+def task_markdown(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base: str) -> str:
+    """A table for Markdown: what ``task_latex`` holds, with classes, validation, verdicts and ends of the trainings."""
+    runs = [row.result for row in rows]
+    classes = [name for name in tables.classes_of(runs) if len(tables.classes_of(runs)) > 1]
+    title = next(run.title for run in runs if run.name == base)
+    head = ["row", "Dice", "95 % CI", *classes, f"minus {title}", "95 % CI", "p (Holm)", "verdict", "HD95 mm"]
+    head += ["validation", "converged", "seeds", "SD of seeds", "trained values"]
+    body = []
+    for row in rows:
+        its = entry["rows"][row.result.name]
+        column = tables.dice_column(row.result)
+        gap = its.get(f"minus_{base}", {}).get(column)
+        body.append(
+            [
+                row.result.title, tables.fixed(its[f"{column}_mean"]), _range(its[f"{column}_ci95"]),
+                *(tables.fixed(its["classes"].get(name, {}).get(f"{column}_mean")) for name in classes),
+                tables.fixed(gap and gap["mean"], sign="+"), _range(gap and gap["ci95"], "+"),
+                tables.p_text(math.nan if gap is None or gap["p_holm"] is None else gap["p_holm"]),
+                (gap and gap["verdict"]) or "-", tables.fixed(its.get("hd95_mm_mean"), 2),
+                tables.fixed(row.validation), _ended(row), str(len(row.seeds)), tables.fixed(row.spread, 4),
+                tables.count_text(row.result.trainable),
+            ]
+        )  # fmt: skip
+    lines = [head, ["---"] * len(head), *body]
+    table = "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    return f"**{task}**, n = {entry['rows'][base]['n']}\n\n{table}\n\n95 % CI: {tables.intervals(runs)}.\n"
+
+
+def _range(ends: Sequence[float | None] | None, sign: str = "-") -> str:
+    low, high = (math.nan if end is None else end for end in ends or (None, None))
+    return tables.interval(low, high, sign=sign)
 
 
 def _notes(plan: Plan, rows: Sequence[Pooled], entry: Mapping[str, Any], base: str, missing: int) -> dict[str, str]:

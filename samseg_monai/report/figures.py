@@ -304,7 +304,7 @@ def _cases(runs: Sequence[RunResult]) -> Drawn:
     low = math.floor(10 * min((value for dice in values for value in dice.values()), default=0.0)) / 10
     axes.set(ylabel="Dice of the case (no unit)", ylim=(max(0.0, low) - 0.02, 1.02))
     axes.set_xlim(-0.55, len(runs) - 0.45)
-    titles = [textwrap.fill(run.short_title, 18) for run in runs]
+    titles = [textwrap.fill(run.short_title, 18 if len(runs) < 5 else 15) for run in runs]
     axes.set_xticks(range(len(runs)), [f"{t}\nn = {len(dice)}" for t, dice in zip(titles, values, strict=True)])
     axes.grid(axis="y")
     caption = (

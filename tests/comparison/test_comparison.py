@@ -347,6 +347,11 @@ def test_numbers_of_a_row_are_means_over_seeds_paired_by_case(data, runner, monk
     assert "mean of 2 seeds" in page and str(data) not in page and "means over training seeds" in page
     latex = (output / "comparison.tex").read_text(encoding="utf-8")
     assert latex.count(r"\\") == 4 and r"\toprule" in latex and "LoRA, rank 2, mean of 2 seeds & 8 &" in latex
+    head, _, *body = (output / "comparison.md").read_text(encoding="utf-8").splitlines()[2:-2]
+    cells = [dict(zip(head.split(" | "), line.split(" | "), strict=True)) for line in body]
+    shown = next(line for line in cells if line["| row"].startswith("| LoRA, rank 2"))
+    assert shown["Dice"] == f"{row['dice_mean']:.3f}" and shown["validation"] == "0.705" and shown["seeds"] == "2"
+    assert f"{gap['mean']:+.3f}" in shown.values() and shown["verdict"] == gap["verdict"]
 
 
 def test_the_end_of_a_training_is_judged_by_a_line(data, runner):
