@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from samseg_monai import files
+from samseg_monai import files, list_strategies
 from samseg_monai.cli import app
 from samseg_monai.cli.compare import _shard
 from samseg_monai.comparison import perform, performing, plan_names, pooled, read_plan, write_comparison
@@ -412,6 +412,15 @@ def test_shares_of_ranks_are_those_of_a_bootstrap(data, runner):
     assert all(math.isfinite(row.spread) for row in rows[1:]) and math.isnan(rows[0].spread)
 
 
+def test_the_plan_of_costs_has_every_strategy_of_sam_that_trains(data):
+    rows = {row.strategy for row in read_plan("costs").rows}
+    others = {"zero_shot", "bias", "norm", "ladder"}  # the last three cost what attention and ladder_paper do
+    assert {*list_strategies()} - others <= rows
+    sizes = {run.training["batch_size"] * getattr(run.settings.strategy.method, "depth", 1)
+             for run in read_plan("costs").runs(dataset_dir=data) if run.settings.has_sam}  # fmt: skip
+    assert sizes == {12}
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in PLANS.glob("*.json")))
 def test_plans_of_the_package_can_be_run_as_they_are(name, data, tmp_path):
     assert name in plan_names()
@@ -433,10 +442,13 @@ def test_the_honours_plan_has_each_scan_alone(data):
 
 
 def test_the_command_lists_and_performs(data, runner):
-    words = ["compare", str(plan_of(data)), "--output", str(data.parent / "out")]
+    """It begins with what the plan says of itself, such as how its data have to be prepared."""
+    plan = plan_of(data, text=["Prepare the data with --validation 0."])
+    words = ["compare", str(plan), "--output", str(data.parent / "out")]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    assert "Ranks: 5 runs" in done.output and "Dice minus zero-shot" in done.output
+    assert "Ranks: 5 runs" in done.output and "  Prepare the data with --validation 0.\n" in done.output
+    assert "Dice minus zero-shot" in done.output
     runner.failing = "--strategy::rank 4"
     (data / "datalist.json").write_text(json.dumps({"fold": 9}))
     done = CliRunner().invoke(app, words)
