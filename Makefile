@@ -33,9 +33,11 @@ check: lint
 test: dev
 	$(PYTEST) -m "not whole" $(if $(COVERAGE),--cov --cov-report term:skip-covered --cov-fail-under 90)
 
-# and what takes minutes by itself: both studies and SAM at their real sizes, every chain of killed trainings; MONAI Label
+# and what takes minutes by itself: both studies and SAM at their real sizes, every chain of killed trainings; MONAI Label,
+# peft, transformers and Ray, whose tests are skipped where they cannot be installed
 test-all: test
 	-$(MAKE) $(LABEL)/.installed
+	-$(BIN)/python -m pip install --quiet --editable ".[peft,ray]"
 	$(PYTEST) -m whole
 
 # MONAI Label with what its bundles' inference imports, beside the packages of .venv: all that its server needs is 8 GB

@@ -342,6 +342,8 @@ def _values(settings: BundleSettings) -> dict[str, Any]:
         "ladder": ladder,
         "slabs": hasattr(settings.strategy.method, "depth") and task.kind == "volumes",
         "trains": settings.trains,
+        # where nothing validates, all cases of the training learn
+        "prepare": [line if run.val_interval else re.sub(r" --validation \d+", "", line) for line in task.prepare],
         "recipe": settings.strategy,
         "strategy": _strategy(dumped["strategy"]["method"]),
         "net": _network(settings),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,12 +44,15 @@ def compare(
     """
     from samseg_monai.comparison import perform, read_plan, write_comparison
     from samseg_monai.comparison.performing import raise_failed
+    from samseg_monai.report.tables import WIDTH
 
     part = _shard(shard)
     asked = read_plan(plan)
     runs = asked.runs(dataset_dir=dataset_dir, rows=None if rows is None else rows.split(","))
     here = runs[part[0] :: part[1]]
     typer.echo(f"{asked.title}: {len(runs)} runs" + (f", {len(here)} of them here" if part[1] > 1 else ""))
+    for line in asked.text:
+        typer.echo(textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="  "))
     if dry_run:
         for line in _lost_weights(here):
             typer.echo(f"! {line}")

@@ -28,7 +28,10 @@ def report(
         Path, typer.Option("--output", "--out", callback=file_to_write, help="HTML file to write")
     ] = Path("report.html"),
     name: Annotated[
-        list[str] | None, typer.Option(metavar="FOLDER=NAME", help="call the run in FOLDER like this; repeatable")
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER=NAME", help="call the run in FOLDER (or the last part of it) like this; repeatable"
+        ),
     ] = None,
     title: Annotated[str, typer.Option(help="heading of the page")] = "samseg-monai report",
     dataset_dir: Annotated[
@@ -42,14 +45,16 @@ def report(
     """Make one page with table, figures and provenance of evaluated runs, and print the table.
 
     A training that was not evaluated since it ended is evaluated first, on the test cases of its data, with its own
-    settings. The numbers are written beside the page, too, as JSON and CSV. Several training seeds of one strategy are
-    rows of their own.
+    settings. The numbers are written beside the page, too, as JSON, CSV and a table for LaTeX. Several training seeds
+    of one strategy are rows of their own.
     """
     check_places(
         "report",
         {**{f"run {number}": run for number, run in enumerate(runs, start=1)}, "--dataset-dir": dataset_dir},
         "; give the output_dir of a training, or a folder with run_card.json, metrics.json and cases.csv",
     )
+    from samseg_monai.comparison.results import runs_latex
+    from samseg_monai.files import write_text
     from samseg_monai.report.runs import RunResult, told_apart
     from samseg_monai.report.tables import table_text, write_results
 
@@ -65,8 +70,9 @@ def report(
     _write(output, title, results, dataset_dir, figures)
     numbers = output.with_name(f"{output.stem}_results.json")
     write_results(numbers, results)
+    write_text(numbers.with_suffix(".tex"), runs_latex(title, results))
     typer.echo(table_text(results))
-    typer.echo(f"report: {output}   numbers: {numbers}, {numbers.with_suffix('.csv').name}")
+    typer.echo(f"report: {output}   numbers: {numbers}, {numbers.stem}.csv, {numbers.stem}.tex")
 
 
 def _write(output: Path, title: str, results: list[Any], dataset_dir: Path | None, figures: Path | None) -> None:
@@ -90,14 +96,24 @@ def _write(output: Path, title: str, results: list[Any], dataset_dir: Path | Non
 
 def _names(given: list[str], runs: list[Path]) -> dict[Path, str]:
     """Folder of a run -> how the page is to call it. Raises ConfigError for what is no FOLDER=NAME of the runs."""
-    pairs = [text.partition("=") for text in given]
-    problems = [
-        f"{text!r}: {'no FOLDER=NAME' if not (equals and name.strip()) else f'{folder} is not among the runs'}"
-        for text, (folder, equals, name) in zip(given, pairs, strict=True)
-        if not equals or not name.strip() or Path(folder) not in runs
-    ]
+    found, problems = {}, []
+    for text in given:
+        folder, equals, name = text.partition("=")
+        meant = [run for run in runs if run == Path(folder)] or [run for run in runs if _own_name(run) == folder]
+        if not (equals and name.strip()):
+            problems.append(f"{text!r}: no FOLDER=NAME")
+        elif len(meant) != 1:
+            problems.append(f"{text!r}: {folder} is {'several' if meant else 'not among the'} runs")
+        else:
+            found[meant[0]] = name.strip()
     raise_all(problems, ConfigError, "report --name: give the folder of a run and its name")
-    return {Path(folder): name.strip() for folder, _, name in pairs}
+    return found
+
+
+def _own_name(run: Path) -> str:
+    """The last part of a run's folder; of an evaluation's that of the run."""
+    place = run.absolute()
+    return place.parent.name if place.name == EVALUATION else place.name
 
 
 def _evaluated(folder: Path, given: dict[str, Any]) -> Path:

@@ -20,16 +20,16 @@ _RECORD = "bundle"  # beside a run: the bundle with all the values that the run 
 
 
 def prepare_lines(prepare: Sequence[str], dataset_dir: Path, datalists: Sequence[Path]) -> list[str]:
-    """How the data come to their datalist: the recipe's line for the folder, with the split that the datalist records;
-    of other datalists which file it is."""
+    """How the data come to their datalist: the recipe's line for the folder, with the split and the coding of labels
+    that the datalist records; of other datalists which file it is."""
     own = dataset_dir / "datalist.json"
     found = []
     for path in dict.fromkeys(datalists):
         if path.is_file() and (path != own or not prepare):
             found.append(f"# {path}: sha256 {hash_file(path)}")
     if own in datalists and own.is_file():
-        split = read_json(own, DataError, "datalist").get("split")
-        found += [f"{_placed(line, dataset_dir)}{_split(split)}" for line in prepare]
+        datalist = read_json(own, DataError, "datalist")
+        found += [_as_recorded(_placed(line, dataset_dir), datalist) for line in prepare]
         found.append(f"# {own}: sha256 {hash_file(own)}" if prepare else "")
     return [line for line in found if line]
 
@@ -39,13 +39,20 @@ def _placed(line: str, dataset_dir: Path) -> str:
     return re.sub(r"(?<=[\s=])data/[\w.-]+", lambda m: shlex.quote(str(dataset_dir)), line)
 
 
-def _split(split: Any) -> str:
-    """Options of ``samseg prepare`` that draw a split like the one recorded."""
-    if not isinstance(split, dict) or "seed" not in split:
-        return ""
-    fractions = split.get("fractions")
-    parts = f" --fractions {','.join(f'{part:g}' for part in fractions)}" if fractions else ""
-    return f"{parts} --seed {split['seed']}"
+def _as_recorded(line: str, datalist: Any) -> str:
+    """A line of ``samseg prepare`` with the options that make the split and the coding of the datalist, in place of its
+    own; a split file is named without its folder, which is not recorded."""
+    made = datalist.get("split")
+    made = made if isinstance(made, dict) else {}
+    parts = {key: ",".join(f"{part:g}" for part in made.get(key) or ()) for key in ("fractions", "counts")}
+    given = {"--fractions": parts["fractions"] or None, "--split": parts["counts"] or None}
+    given |= {"--split-file": made.get("file"), "--validation": made.get("validation"), "--seed": made.get("seed")}
+    if "validation" in made:  # of Synapse, where it is btcv13 by default
+        given["--label-coding"] = datalist.get("label_coding")
+    for option, value in given.items():
+        if value is not None:
+            line = re.sub(rf" {option} \S+", "", line) + f" {option} {shlex.quote(str(value))}"
+    return line + " --by-name" * (made.get("order") == "name" and "counts" not in made)
 
 
 def recorded(run: RunResult) -> tuple[Path, dict[str, Any]]:

@@ -18,6 +18,7 @@ from samseg_monai.files import write_json, write_text
 from samseg_monai.metrics.rows import mean_of, spelt_out, write_table
 from samseg_monai.report import tables
 from samseg_monai.report.montage import OverlayCase, cases_of_data
+from samseg_monai.report.names import ZERO_SHOT
 from samseg_monai.report.organs import ORGANS, OrganTable, organ_table, organs_json, organs_text
 from samseg_monai.report.page import write_report
 from samseg_monai.report.runs import RunResult
@@ -224,7 +225,8 @@ def task_latex(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base
         body.append("  " + " & ".join(cells) + r" \\")
     head = ["Row", "$n$", "Dice", r"95\,\% CI", "Difference", "$p$ (Holm)", "SD of seeds", "Trained", "Minutes"]
     over = tables.intervals([row.result for row in rows])
-    note = f"Difference: minus {_escaped(base)}, paired by case; {over}."
+    minus = f"minus {_escaped(base)}" if base in entry["rows"] else "none, for there is no row to compare with"
+    note = f"Difference: {minus}, paired by case; {over}."
     return "\n".join(
         [
             f"% {task}; needs \\usepackage{{booktabs}}",
@@ -233,6 +235,13 @@ def task_latex(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base
             r"  \bottomrule", r"\end{tabular}", f"% {note}", "",
         ]
     )  # fmt: skip
+
+
+def runs_latex(title: str, runs: Sequence[RunResult]) -> str:
+    """The table of runs that no plan has made, as ``task_latex``; each is a row of one seed."""
+    rows = [pooled(run.name, run.title, {(0, None): run}) for run in runs]
+    numbers = {name: {**entry, "dice_sd_of_seeds": None} for name, entry in tables.results_json(runs).items()}
+    return task_latex(" ".join(title.split()), rows, {"rows": numbers}, ZERO_SHOT)
 
 
 def task_markdown(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Events
+from monai.data import MetaTensor
 from monai.engines.utils import IterationEvents
 
 from samseg_monai.checkpoints import git_commit, read_card
@@ -133,11 +134,15 @@ class RunCard:
         }
 
     def _note_cut(self, engine: Any) -> None:
-        """What the crop left out of the cases of an evaluation."""
+        """What the crop left out of the cases of an evaluation, and the longest side of their voxels, where known."""
         for item in engine.state.batch if isinstance(engine.state.batch, list) else []:
             counts = dict(zip(CUT, item["cut"].tolist(), strict=True)) if "cut" in item else {}
             if counts.get("image") or counts.get("label"):
                 self.card["cut"][str(item["case"])] = counts
+            reference = item.get("reference")
+            if isinstance(reference, MetaTensor) and reference.meta.get("spacing_known", True):
+                side = float(reference.pixdim[: 2 if reference.shape[-1] == 1 else 3].max())
+                self.card["voxel_mm"] = max(self.card.get("voxel_mm", 0.0), round(side, 5))
 
     def _progress(self, engine: Any) -> None:
         # a run that is killed gets no chance to write its end

@@ -376,6 +376,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **{f"{name}.{n}": (int, float) for name in ("prompt_loosen", "settings.prompt.loosen") for n in ("0", "1")},
     **{f"settings.prompt.{name}": (int, float) for name in ("tight", "shift", "shrink", "propagate")},
     "side_arguments": (Mapping,), "trainable_parameters": (int,), "gate": (int, float), "seconds": (int, float),
+    "voxel_mm": (int, float),
 }  # fmt: skip
 
 

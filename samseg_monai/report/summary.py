@@ -71,7 +71,8 @@ def _prompts(runs: Sequence[RunResult]) -> list[str]:
 
 def _tolerances(runs: Sequence[RunResult], montage: Sequence[OverlayCase]) -> list[str]:
     """Where a voxel is larger than the tolerance of NSD, it only counts what coincides."""
-    voxel = max((max(case.spacing_mm) for case in montage if case.spacing_mm), default=0.0)
+    sides = [run.fact("voxel_mm") or 0.0 for run in runs]  # of their longest side, slices apart included
+    voxel = max([*sides, *(max(case.spacing_mm) for case in montage if case.spacing_mm)])
     there = [name for name in _TOLERANCES if name in tables.measures(runs)]
     below = [f"{_TOLERANCES[name]:g} mm" for name in there if _TOLERANCES[name] < voxel]
     if below:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import nibabel as nib
 import pytest
 from typer.testing import CliRunner
 
@@ -52,6 +53,8 @@ def test_counts_of_prepare_are_those_of_the_run_cards(folder, task, tmp_path):
         counts = {case: counts for case, counts in kept["cases"].items() if case in cases}
         assert counts == json.loads((tmp_path / "run" / card).read_text(encoding="utf-8"))["cut"]
         assert counts and all(set(of_case) == set(CUT) for of_case in counts.values())
+    sides = nib.load(next(folder.rglob("*-seg.nii*"))).header.get_zooms()
+    assert json.loads((tmp_path / "run" / card).read_text(encoding="utf-8"))["voxel_mm"] == pytest.approx(max(sides))
     assert f"crop of task narrow, 50 x 60 mm: cuts something of {len(kept['cases'])} of 8 cases" in done.output
     first = max(kept["cases"], key=lambda case: (kept["cases"][case]["label"], kept["cases"][case]["image"]))
     assert f"\n  {first}: {kept['cases'][first]['image']} of " in done.output

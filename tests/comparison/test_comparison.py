@@ -23,10 +23,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from samseg_monai import files
+from samseg_monai import files, list_strategies
 from samseg_monai.cli import app
 from samseg_monai.cli.compare import _shard
 from samseg_monai.comparison import perform, performing, plan_names, pooled, read_plan, write_comparison
+from samseg_monai.comparison.commands import prepare_lines
 from samseg_monai.comparison.plan import PLANS, former
 from samseg_monai.comparison.pooling import last_third, rank_shares
 from samseg_monai.comparison.results import _escaped
@@ -411,6 +412,15 @@ def test_shares_of_ranks_are_those_of_a_bootstrap(data, runner):
     assert all(math.isfinite(row.spread) for row in rows[1:]) and math.isnan(rows[0].spread)
 
 
+def test_the_plan_of_costs_has_every_strategy_of_sam_that_trains(data):
+    rows = {row.strategy for row in read_plan("costs").rows}
+    others = {"zero_shot", "bias", "norm", "ladder"}  # the last three cost what attention and ladder_paper do
+    assert {*list_strategies()} - others <= rows
+    sizes = {run.training["batch_size"] * getattr(run.settings.strategy.method, "depth", 1)
+             for run in read_plan("costs").runs(dataset_dir=data) if run.settings.has_sam}  # fmt: skip
+    assert sizes == {12}
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in PLANS.glob("*.json")))
 def test_plans_of_the_package_can_be_run_as_they_are(name, data, tmp_path):
     assert name in plan_names()
@@ -432,10 +442,13 @@ def test_the_honours_plan_has_each_scan_alone(data):
 
 
 def test_the_command_lists_and_performs(data, runner):
-    words = ["compare", str(plan_of(data)), "--output", str(data.parent / "out")]
+    """It begins with what the plan says of itself, such as how its data have to be prepared."""
+    plan = plan_of(data, text=["Prepare the data with --validation 0."])
+    words = ["compare", str(plan), "--output", str(data.parent / "out")]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    assert "Ranks: 5 runs" in done.output and "Dice minus zero-shot" in done.output
+    assert "Ranks: 5 runs" in done.output and "  Prepare the data with --validation 0.\n" in done.output
+    assert "Dice minus zero-shot" in done.output
     runner.failing = "--strategy::rank 4"
     (data / "datalist.json").write_text(json.dumps({"fold": 9}))
     done = CliRunner().invoke(app, words)
@@ -490,6 +503,40 @@ def test_the_lines_of_a_page_make_it_again_from_the_data_on(phantoms, tmp_path):
         subprocess.run([*words, *shlex.split(line)[1:]], check=True, capture_output=True)
     assert (data / "datalist.json").read_bytes() == datalist
     assert (output / "cases.csv").read_bytes() == results
+
+
+@pytest.mark.parametrize("more", [["--validation", "0"], ["--validation", "2", "--seed", "5"]])
+def test_the_line_that_prepares_synapse_draws_the_split_that_was_used(more, tmp_path):
+    """The recipe's own line takes three patients out, where SAM-LST and SAMed train on all 18."""
+    data = tmp_path / "the data"
+    app(["phantom", "btcv", "--cases", "10", "--shape", "40,32,16", "--output", str(data)], standalone_mode=False)
+    words = ["prepare", "synapse", "--src", str(data), "--output", str(data / "datalist.json"), "--allow-missing"]
+    app([*words, *more], standalone_mode=False)
+    before = (data / "datalist.json").read_bytes()
+    recipe = "samseg prepare synapse --src data/synapse --output data/synapse/datalist.json --validation 3"
+    line, told = prepare_lines([recipe], data, [data / "datalist.json"])
+    assert told.endswith(files.hash_file(data / "datalist.json")) and line.count("--validation") == 1
+    (data / "datalist.json").unlink()
+    app([*shlex.split(line)[1:], "--allow-missing"], standalone_mode=False)
+    assert (data / "datalist.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("split", "options"),
+    [
+        ({"by": "file", "file": "my split.json"}, "--split-file 'my split.json'"),
+        ({"by": "volume", "order": "name", "fractions": [0.5, 0.25, 0.25]}, "--fractions 0.5,0.25,0.25 --by-name"),
+        ({"by": "volume", "order": "name", "counts": [3, 1, 2]}, "--split 3,1,2"),
+        (
+            {"by": "volume", "fractions": [0.6, 0.2, 0.2], "seed": 3},
+            "--fractions 0.6,0.2,0.2 --seed 3",
+        ),
+    ],
+)
+def test_other_splits_are_told_by_the_options_that_make_them(split, options, tmp_path):
+    (tmp_path / "datalist.json").write_text(json.dumps({"split": split, "label_coding": "own"}))
+    [line, _] = prepare_lines(["samseg prepare folders --src data/own"], tmp_path, [tmp_path / "datalist.json"])
+    assert line == f"samseg prepare folders --src {tmp_path} {options}"
 
 
 def test_rows_that_a_table_cannot_tell_apart_are_refused(data):

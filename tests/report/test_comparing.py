@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from samseg_monai.cli import app
-from samseg_monai.errors import BundleError
+from samseg_monai.errors import BundleError, ConfigError
 from samseg_monai.metrics import write_rows
 from samseg_monai.report.comparing import what_differs
 from samseg_monai.report.page import write_report
@@ -215,6 +215,27 @@ def test_seeds_of_one_strategy_are_rows_and_not_cases(base, tmp_path, capsys):
     path.write_text(path.read_text() + "".join((folders[1] / "cases.csv").read_text().splitlines(True)[1:]))
     with pytest.raises(BundleError, match="each training seed"):
         RunResult.load(folders[0])
+
+
+def test_runs_are_called_as_told_and_stand_in_a_table_for_latex(base, tmp_path, capsys):
+    folders = [run_of(tmp_path / name, "lora", dice=dice).folder for name, dice in (("old", 0.8), ("new", 0.9))]
+    output = tmp_path / "page.html"
+    words = ["report", str(base.folder), *map(str, folders), "--output", str(output)]
+    app([*words, "--name", "old=Old scanner", "--name", f"{folders[1]}=New & best"], standalone_mode=False)
+    told = capsys.readouterr().out
+    assert "Old scanner" in told and "New & best" in told and "page_results.tex" in told
+    lines = (tmp_path / "page_results.tex").read_text().splitlines()
+    results = json.loads((tmp_path / "page_results.json").read_text())
+    [row] = [line for line in lines if r"New \& best" in line]
+    [numbers] = [entry for name, entry in results.items() if name.endswith("new")]
+    assert f"{numbers['dice_mean']:.3f}" in row and f"{numbers['minus_zero_shot']['dice']['mean']:+.3f}" in row
+    assert r"\toprule" in "".join(lines) and sum(line.endswith(r"\\") for line in lines) == 4
+    for name, text in (("other=x", "not among the runs"), ("old", "no FOLDER=NAME"), ("old= ", "no FOLDER=NAME")):
+        with pytest.raises(ConfigError, match=text):
+            app([*words, "--name", name], standalone_mode=False)
+    again = run_of(tmp_path / "more" / "old", "lora", dice=0.7).folder
+    with pytest.raises(ConfigError, match="old is several runs"):
+        app(["report", str(folders[0]), str(again), "--name", "old=x", "--output", str(output)], standalone_mode=False)
 
 
 @pytest.mark.parametrize(

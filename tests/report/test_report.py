@@ -549,10 +549,12 @@ def test_summary_names_the_best_and_what_cannot_be_told_from_it(runs):
     )
 
 
-def test_a_tolerance_below_the_voxel_is_said(runs, tmp_path):
+def test_a_tolerance_below_the_voxel_is_said(runs, made, tmp_path):
     assert not any("tolerance" in line for line in in_short(runs, [_overlay()]))
     thick = in_short(runs, [_overlay(spacing_mm=(1.5, 1.5))])
     assert "NSD within 1 mm: the tolerance lies below the voxel of 1.5 mm." in thick
+    far = [_altered(made["lora"], tmp_path / "far", voxel_mm=3.0)]  # slices 3 mm apart, of which no picture is shown
+    assert "NSD within 1 mm and 2 mm: the tolerance lies below the voxel of 3 mm." in in_short(far)
     rows = [{**row, "nsd_2mm": row["nsd_1mm"]} for row in _rows([0.5] * len(CASES))]
     same = in_short([RunResult.load(_write_run(tmp_path / "run", rows, strategy="lora"))])
     assert any("these tolerances lie below the voxel" in line for line in same)

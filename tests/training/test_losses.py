@@ -176,6 +176,11 @@ def test_samed_stops_at_epoch_160_of_a_schedule_of_200(tmp_path):
         250,
         0.9,
     )
+    inference = json.loads((configs / "inference.json").read_text(encoding="utf-8"))
+    for config in (train, inference):  # its README: trained on slices of 224; its test.py: 512 to 224 to 512
+        assert (config["image_size"], config["store_size"], config["low_res_training"]) == (512, 224, "corners")
+    readme = (configs.parent / "docs" / "README.md").read_text(encoding="utf-8")  # nobody validates: all 18 learn
+    assert "--output data/synapse/datalist.json\n" in readme and "datalist.json --validation 3" not in readme
     total = train["train"]["lr_scheduler"]["total"]
     parser = ConfigParser({"total": total.replace("len(@train::dataloader)", "93")} | train)  # 2,211 slices by 24
     assert parser.get_parsed_content("total") == 200 * 93

@@ -4,12 +4,12 @@ The official files are those of Kirillov et al. 2023 (arXiv:2304.02643), https:/
 of MobileSAM (Zhang et al. 2023, arXiv:2306.14289), https://github.com/ChaoningZhang/MobileSAM, of MedSAM (Ma et al.
 2024, https://doi.org/10.1038/s41467-024-44824-z), https://github.com/bowang-lab/MedSAM, and torchvision's ImageNet
 weights of ResNet18, whose file name holds the first 8 digits of the sha256. The whole sha256 are not published by the
-authors; they agree across independent public projects. Of MedSAM's file nothing but the md5 is public, that of Zenodo.
+authors; they agree across independent public projects (MedSAM's in four, which tell it of its README's file; Zenodo's
+has the same size).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -43,20 +43,13 @@ class WeightsFile:
         name: file name, also in the cache and in ``SAMSEG_WEIGHTS_DIR``.
         url: where it is published.
         size: bytes, as far as known; the hash decides.
-        sha256: of its contents; "" where nobody has published it.
-        md5: of its contents, in place of that.
+        sha256: of its contents.
     """
 
     name: str
     url: str
     size: int
     sha256: str
-    md5: str = ""
-
-    @property
-    def hashed(self) -> tuple[str, str]:
-        """Which hash is known of it, and its value."""
-        return ("sha256", self.sha256) if self.sha256 else ("md5", self.md5)
 
 
 def _official(name: str, size: int, sha256: str) -> WeightsFile:
@@ -83,8 +76,7 @@ KNOWN: dict[str, WeightsFile] = {
         "medsam_vit_b.pth",
         "https://zenodo.org/records/10689643/files/medsam_vit_b.pth",
         375_049_145,
-        "",
-        "3bb6db55bd0c9ca30b61248bca72f8d6",
+        "34b34b78c1d18cb8c6bf84cf9c00e135d6d6c965699f3c0e31ef1bc9dcb5be74",
     ),
     "resnet18": WeightsFile(
         "resnet18-f37072fd.pth",
@@ -179,12 +171,11 @@ def _explicit(variant: str, checkpoint: str | Path, key: str) -> Path:
 
 def _checked(path: Path, file: WeightsFile, key: str) -> Path:
     """A file that carries an official name must be the official file; this one may be cut, old or a copy of another."""
-    kind, wanted = file.hashed
-    got = sha256_of(path) if kind == "sha256" else hashlib.new(kind, path.read_bytes()).hexdigest()
-    if got != wanted:
+    got = sha256_of(path)
+    if got != file.sha256:
         size = path.stat().st_size
         raise WeightsError(
-            f"{path} is not the official {file.name}: {kind} {got} ({size:,} bytes), expected {wanted} "
+            f"{path} is not the official {file.name}: sha256 {got} ({size:,} bytes), expected {file.sha256} "
             f"({file.size:,} bytes). Delete it or copy it again from {file.url}; "
             f"to use a file of your own, name it in {key}"
         )
@@ -199,7 +190,7 @@ def _download(variant: str, file: WeightsFile, folders: list[Path], key: str) ->
         with FileLock(folder / f"{file.name}.lock"):
             downloader = ResumingDownloader(folder / f"{file.name}.part")
             path = pooch.retrieve(
-                file.url, known_hash=":".join(file.hashed), fname=file.name, path=folder, downloader=downloader
+                file.url, known_hash=f"sha256:{file.sha256}", fname=file.name, path=folder, downloader=downloader
             )
     except (requests.RequestException, OSError, ValueError) as error:  # ValueError is pooch's word for a wrong hash
         raise WeightsError(_absent(variant, file, folders, f"the download failed: {error}", key)) from error
@@ -213,7 +204,7 @@ def _absent(variant: str, file: WeightsFile, folders: list[Path], reason: str, k
         f"The weights of {variant!r} are not on this machine and {reason}\n"
         f"  file:      {file.name} ({file.size:,} bytes)\n"
         f"  URL:       {file.url}\n"
-        f"  {file.hashed[0] + ':':<10} {file.hashed[1]}\n"
+        f"  sha256:    {file.sha256}\n"
         f"  looked in: {looked}\n"
         "Provide it in one of three ways:\n"
         f"  1. set {key} to the path of the file, or to {RANDOM!r} for a random start on purpose\n"
