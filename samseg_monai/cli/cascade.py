@@ -13,7 +13,6 @@ import typer
 from samseg_monai.cli.outputs import briefly, folder_to_write
 from samseg_monai.cli.places import BaseWeights, Device, check_places, device_of
 from samseg_monai.errors import BundleError, ConfigError, DataError
-from samseg_monai.files import write_json
 from samseg_monai.settings import NOTHING
 from samseg_monai.workflow import run_workflow
 
@@ -76,7 +75,7 @@ def cascade(
         typer.echo(f"{first.name}: masks that are the prompts of {then.name}")
         least = {} if prompts_min_mm3 is None else {"min_component_mm3": prompts_min_mm3}
         results = output.absolute()
-        before = evaluate(first, results / "first", {"pictures": False, **least})
+        before = evaluate(first, results / "first", least)
         masks = results / "first" / "evaluation" / "predictions"
         prompts = _handed_on(first, then, masks, _values(task, names, data), results / "boxes.json")
         after = evaluate(then, results, prompts)
@@ -137,13 +136,14 @@ def _handed_on(first: Opened, then: Opened, masks: Path, values: Sequence[int], 
     given: dict[str, Any] = {"prompts_from": first.name}
     if first.settings is not None and first.settings.task.kind == "volumes":
         return {**given, "prompts": str(masks), "prompt::source": "mask", "prompt::mask_values": values}
+    from samseg_monai.data.files.boxes import write_boxes
     from samseg_monai.data.files.drawn_boxes import PER_COMPONENT, PER_SLICE, boxes_from_masks
 
     per = PER_COMPONENT if then.parser().get("prompt::per_component") else PER_SLICE
     drawn = boxes_from_masks([masks], labels=values, per=per, empty=True)
     for case, reason in drawn.bad.items():
         typer.echo(f"error: {case}: masks of {first.name}: {reason}", err=True)
-    write_json(table, drawn.boxes)
+    write_boxes(table, drawn.boxes)
     return {**given, "prompt::boxes": str(table), "prompt::source": "json"}
 
 

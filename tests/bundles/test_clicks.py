@@ -278,7 +278,7 @@ def test_volumes_are_evaluated_by_the_boxes_of_a_file(phantoms, tmp_path, evalua
     given = {"prompt__source": "json", "prompt__boxes": str(file)}
     assert evaluated("file", **given).rows == evaluated("label", prompt__loosen=[0.0, 0.0]).rows
     assert (tmp_path / "file" / "evaluation" / "ellipse_cases.csv").exists()
-    with pytest.raises(ConfigError, match="boxes: are those of a prediction; .* by prompt::boxes"):
+    with pytest.raises(ConfigError, match=r"boxes: are those of a prediction; .* by prompt::boxes"):
         evaluated("no", boxes=str(file))
     with pytest.raises(ConfigError, match="prompt::boxes: boxes are given, but prompt::source is 'label'"):
         evaluated("no", prompt__boxes=str(file))

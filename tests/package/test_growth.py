@@ -284,7 +284,8 @@ def test_results_belong_to_cases_and_bad_ones_are_set_aside(tmp_path):
         return work
 
     linear(run(N), run(2 * N))
-    assert case_list._owner("a_b_seg.nii.gz", {"a", "a_b", "b"}) == "a_b" and not case_list._owner("c_seg.nii", {"a"})
+    of = case_list._owner
+    assert of("a_b_seg.nii.gz", {"a_", "a_b_", "b_"}) == "a_b_" and not of("c_seg.nii", {"a_"})
 
 
 def table_of(folder, count):

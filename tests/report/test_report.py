@@ -455,9 +455,8 @@ def test_letters_are_those_of_the_patient_however_the_file_is_stored(directions,
     for path, array in (("image", world), ("label", world > 50), (f"run/predictions/{case}_seg", world > 50)):
         stored = nib.Nifti1Image(np.flip(array, flipped).astype(np.float32), affine)
         nib.save(stored, tmp_path / f"{path}.nii.gz")
-    items = [
-        {"case": c, "image": str(tmp_path / "image.nii.gz"), "label": str(tmp_path / "label.nii.gz")} for c in CASES
-    ]
+    files = {name: str(tmp_path / f"{name}.nii.gz") for name in ("image", "label")}
+    items = [{"case": c, **files, "boxes": [{"slice": 1, "box": [1, 2, 3, 4]}]} for c in CASES]  # as a datalist may say
     for other in {*CASES} - {case}:
         shutil.copy(*(run.folder / "predictions" / f"{name}_seg.nii.gz" for name in (case, other)))
     montage = overlay_cases(run, [run], items, window=(0, 100))

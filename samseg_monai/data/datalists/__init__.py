@@ -123,8 +123,7 @@ def load_datalist(
         path, dataset_dir: datalist file, and the folder that its paths are relative to.
         section: ``training``, ``validation`` or ``testing``.
         scans: names of the scans wanted, in this order; None takes all as they are listed.
-        boxes: file of boxes or clicks (see ``boxes``): every item gets its ``boxes``, of images a list of rows as of
-            ``boxes.as_floats``, of volumes the list in the file.
+        boxes: file of boxes or clicks (see ``boxes``): every item gets its ``boxes``, of images rows of floats.
         prompts: masks of volumes (see ``CoarseMasks``): every item gets its ``prompt``, a file.
         prompts_from: bundle that has found the ``boxes``: where it found nothing nothing is looked for, with a warning.
 

@@ -189,7 +189,7 @@ _OURS, _COLLECTOR, _HERE = logging.getLogger("samseg_monai"), _Collector(logging
 
 
 def _owner(result: str, names: Collection[str]) -> str:
-    """The longest of ``names`` that a result begins with, as that of case a_b begins like one of a; "" for none."""
+    """The longest of ``names``, which end with _, that a result begins with; that of case a_b begins like one of a."""
     begins = (result[:end] for end in range(len(result), 0, -1) if result[end - 1] == "_")
     return next((begin for begin in begins if begin in names), "")
 
