@@ -70,8 +70,12 @@ pico: setup
 bundles: setup
 	$(BIN)/samseg bundle build --task meningioma --strategy zero_shot --output bundles
 	$(BIN)/samseg bundle build --task meningioma --strategy lora --output bundles
+	$(BIN)/samseg bundle build --task meningioma --strategy full --output bundles
+	$(BIN)/samseg bundle build --task meningioma --strategy medsa --output bundles
 	$(BIN)/samseg bundle build --task abdomen --strategy ladder --output bundles
 	$(BIN)/samseg bundle build --task abdomen --strategy ladder_paper --output bundles
+	$(BIN)/samseg bundle build --task abdomen --strategy cnn_only --output bundles
+	$(BIN)/samseg bundle build --task abdomen --strategy sam_only --output bundles
 	$(BIN)/samseg bundle build --task abdomen --strategy samed --output bundles
 	$(BIN)/samseg bundle build --task abdomen --strategy h_sam --output bundles
 

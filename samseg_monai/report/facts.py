@@ -27,11 +27,13 @@ _NAMES = {
     "peak_memory_mb": "peak memory (MB)",
     "cases_file": "file of cases",
     "best": "best validation",
+    "iterations": "batches",
 }
 # Without these nobody can repeat a run, so their absence is shown too.
 _ALWAYS = {"sam_variant", "prompt_source", "policy", "seed", "data_hash", "git_commit", "versions"}
 _OF_TRAINING = (
-    "status", "started", "seed", "data_hash", "config_hash", "git_commit", "epochs", "best", "peak_memory_mb",
+    "status", "started", "seed", "data_hash", "config_hash", "git_commit", "epochs", "iterations", "best",
+    "peak_memory_mb",
 )  # fmt: skip
 
 

@@ -16,8 +16,9 @@ _TOLERANCES = {"nsd_1mm": 1.0, "nsd_2mm": 2.0}
 
 def in_short(runs: Sequence[RunResult], montage: Sequence[OverlayCase] = ()) -> list[str]:
     """Sentences for the head of the page: what was compared on what, which row is best and how sure that is, where the
-    boxes came from, and which tolerance lies below the size of a voxel."""
-    return [_compared(runs), *_best(runs), *_prompts(runs), *_tolerances(runs, montage), *_few(runs)]
+    boxes came from, how long each row was trained, and which tolerance lies below the size of a voxel."""
+    parts = (_best(runs), _prompts(runs), _budgets(runs), _tolerances(runs, montage), _few(runs))
+    return [_compared(runs), *(line for part in parts for line in part)]
 
 
 def _compared(runs: Sequence[RunResult]) -> str:
@@ -67,6 +68,21 @@ def _prompts(runs: Sequence[RunResult]) -> list[str]:
         drawn = its[0].fact("prompt_source") == "label"
         found.append(f"Prompts{whose}: {text}.{_DRAWN if drawn else ''}")
     return found
+
+
+def _budgets(runs: Sequence[RunResult]) -> list[str]:
+    """Batches that each row learnt from, where the cards of its training tell."""
+    found: dict[str, list[str]] = {}
+    for run in runs:
+        settings = run.training.get("settings") or {}
+        batches, size = run.training.get("iterations"), settings.get("batch_size")
+        if isinstance(batches, int) and isinstance(size, int):
+            found.setdefault(f"{batches:,} batches of {size}", []).append(run.title)
+    if len(found) == 1 and len(runs) > 1:
+        return [f"One training budget for all rows that learn: {next(iter(found))}."]
+    if len(found) > 1:
+        return [f"Training budgets differ: {'; '.join(f'{budget}: {some(its)}' for budget, its in found.items())}."]
+    return []
 
 
 def _tolerances(runs: Sequence[RunResult], montage: Sequence[OverlayCase]) -> list[str]:

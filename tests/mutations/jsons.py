@@ -360,7 +360,7 @@ def make_runs(folder: Path) -> Any:
         "cases": {"training": ["0" * 16], "validation": ["1" * 16]}, "cases_file": "cases.csv", "policy": "honest",
         "collapsed_classes": ["tumour"], "trainable_parameters": 12, "gate": 0.5, "seconds": 2.5, "seed": 0,
         "status": "completed", "dataset": "x", "split": {"by": "patient"}, "versions": {"torch": "2"}, "phantoms": True,
-        "side_arguments": {"width": 4},
+        "side_arguments": {"width": 4}, "voxel_mm": 1.5,
     }  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps({"policy": "honest"}))
 
@@ -414,6 +414,7 @@ RUN_CARD = {
         "policy": {"type": ["string", "null"]}, "cases_file": {"type": ["string", "null"]},
         "collapsed_classes": {"type": ["array", "null"]}, "side_arguments": {"type": ["object", "null"]},
         "trainable_parameters": {"type": ["integer", "null"]}, "gate": {"type": ["number", "null"]},
+        "voxel_mm": {"type": ["number", "null"]},
         "seconds": {"type": ["number", "null"]}, "prompt_loosen": {"anyOf": [{"type": "null"}, NUMBERS]},
     },
 }  # fmt: skip

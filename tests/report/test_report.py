@@ -548,6 +548,20 @@ def test_summary_names_the_best_and_what_cannot_be_told_from_it(runs):
     )
 
 
+def test_budgets_of_trainings_are_said(runs):
+    def budget(*batches):
+        cards = [{"iterations": count, "settings": {"batch_size": 8}} if count else {} for count in batches]
+        rows = [replace(run, training=card) for run, card in zip(runs, cards, strict=True)]
+        return [line for line in in_short(rows) if "budget" in line]
+
+    assert budget(None, None, None) == []
+    assert budget(None, 2000, 2000) == ["One training budget for all rows that learn: 2,000 batches of 8."]
+    first, second = runs[0].title, runs[2].title
+    assert budget(2000, None, 50) == [
+        f"Training budgets differ: 2,000 batches of 8: {first}; 50 batches of 8: {second}."
+    ]
+
+
 def test_a_tolerance_below_the_voxel_is_said(runs, made, tmp_path):
     assert not any("tolerance" in line for line in in_short(runs, [_overlay()]))
     thick = in_short(runs, [_overlay(spacing_mm=(1.5, 1.5))])
