@@ -20,7 +20,9 @@ from tests.helpers.forked import forked
 
 ROOT = Path(__file__).parents[2]
 TOPICS = [ROOT / "docs" / name for name in ("learning_options.md", "tracking.md")]
-PAGES = [ROOT / "README.md", *TOPICS, *sorted(ROOT.glob("bundles/*/docs/README.md"))]
+ALIKE = ("full", "medsa", "cnn_only", "sam_only")  # bundles whose pages show the commands of lora and ladder_paper
+OF_BUNDLES = [page for page in sorted(ROOT.glob("bundles/*/docs/README.md")) if not page.parts[-3].endswith(ALIKE)]
+PAGES = [ROOT / "README.md", *TOPICS, *OF_BUNDLES]
 NAMES = ("index", "your_own_data", "from_the_clinic", "strategies", "bundles", "evaluation", "speed")
 GUIDES = [ROOT / "docs" / f"{name}.md" for name in NAMES]
 # not run here: the file that does, or why none can
