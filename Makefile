@@ -80,7 +80,7 @@ bundles: setup
 	$(BIN)/samseg bundle build --task abdomen --strategy h_sam --output bundles
 
 bench: dev
-	for script in $(filter-out benchmarks/measuring.py benchmarks/hippocampus.py,$(wildcard benchmarks/*.py)); do \
+	for script in $(filter-out benchmarks/measuring.py,$(wildcard benchmarks/*.py)); do \
 	    $(BIN)/python $$script || exit 1; done
 
 clean:
