@@ -20,7 +20,7 @@ from samseg_monai.metrics.rows import paired_difference
 
 ROOT = Path(__file__).parents[2]
 PAGE, STUDY = ROOT / "docs" / "without_prompts.md", ROOT / "experiments" / "hippocampus"
-RESULTS = {"plan": ROOT / "results" / "hippocampus"}
+RESULTS = {"plan": ROOT / "results" / "hippocampus", "few_shot": ROOT / "results" / "hippocampus" / "few_shot"}
 
 
 def rows_of(name: str) -> dict[str, dict]:
