@@ -14,7 +14,7 @@ import typer
 
 from samseg_monai.cli import costs
 from samseg_monai.cli.outputs import file_to_write
-from samseg_monai.cli.places import Overlay, check_places, overrides_of
+from samseg_monai.cli.places import Device, Overlay, check_places, overrides_of
 from samseg_monai.cli.predict import Trust
 from samseg_monai.errors import ConfigError, raise_all
 from samseg_monai.faults import free_memory
@@ -137,7 +137,7 @@ def bench(
     sam_variants: Annotated[str, typer.Option(help="vit_b, vit_l, vit_h, vit_t, pico")] = "vit_t,vit_b",
     image_sizes: Annotated[str, typer.Option(help="longest side of a slice in pixels")] = "256",
     batches: Annotated[str, typer.Option(help="slices of a step, and of a call that predicts")] = "1",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one")] = None,
+    device: Device = None,
     steps: Annotated[int, typer.Option(help="steps that count; the first is left out", min=1, max=1000)] = 2,
     limit: Annotated[float, typer.Option(help="seconds that a row may take", min=1)] = 120,
     stored: Annotated[

@@ -218,7 +218,7 @@ def task_latex(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base
             "--" if low is None else f"{low:.3f} to {high:.3f}",
             "--" if gap is None else f"${gap['mean']:+.3f}$",
             "--" if gap is None or gap["p_holm"] is None else _escaped(tables.p_text(gap["p_holm"])),
-            tables.fixed(its["dice_sd_of_seeds"]).replace("-", "--"),
+            tables.fixed(row.spread).replace("-", "--"),
             f"{row.result.trainable:,}".replace(",", r"\,") if row.result.trainable is not None else "--",
             tables.fixed(row.minutes, 1).replace("-", "--"),
         ]
@@ -240,14 +240,14 @@ def task_latex(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base
 def runs_latex(title: str, runs: Sequence[RunResult]) -> str:
     """The table of runs that no plan has made, as ``task_latex``; each is a row of one seed."""
     rows = [pooled(run.name, run.title, {(0, None): run}) for run in runs]
-    numbers = {name: {**entry, "dice_sd_of_seeds": None} for name, entry in tables.results_json(runs).items()}
-    return task_latex(" ".join(title.split()), rows, {"rows": numbers}, ZERO_SHOT)
+    return task_latex(" ".join(title.split()), rows, {"rows": tables.results_json(runs)}, ZERO_SHOT)
 
 
 def task_markdown(task: str, rows: Sequence[Pooled], entry: Mapping[str, Any], base: str) -> str:
     """A table for Markdown: what ``task_latex`` holds, with classes, validation, verdicts and ends of the trainings."""
     runs = [row.result for row in rows]
-    classes = [name for name in tables.classes_of(runs) if len(tables.classes_of(runs)) > 1]
+    classes = tables.classes_of(runs)
+    classes = classes if len(classes) > 1 else []
     title = next(run.title for run in runs if run.name == base)
     head = ["row", "Dice", "95 % CI", *classes, f"minus {title}", "95 % CI", "p (Holm)", "verdict", "HD95 mm"]
     head += ["validation", "converged", "seeds", "SD of seeds", "trained values"]

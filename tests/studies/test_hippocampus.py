@@ -27,22 +27,25 @@ def rows_of(name: str) -> dict[str, dict]:
     return json.loads((RESULTS[name] / "comparison.json").read_text("utf-8"))["tasks"]["hippocampus"]["rows"]
 
 
+def cases_of(name: str) -> list[dict[str, str]]:
+    with (RESULTS[name] / "cases.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def means(row: str) -> list[dict]:
     """Mean over seeds of each case and class."""
     scores = defaultdict(list)
-    with (RESULTS["plan"] / "cases.csv").open(newline="") as file:
-        for line in csv.DictReader(file):
-            if line["row"] == row:
-                scores[line["case"], line["class"]].append(float(line["dice"]))
+    for line in cases_of("plan"):
+        if line["row"] == row:
+            scores[line["case"], line["class"]].append(float(line["dice"]))
     return [{"case": c, "class": k, "dice": statistics.mean(v), "excluded": False} for (c, k), v in scores.items()]
 
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_rows_of_cases_come_to_the_committed_numbers(name):
     cases: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
-    with (RESULTS[name] / "cases.csv").open(newline="") as file:
-        for line in csv.DictReader(file):
-            cases[line["row"]][line["seed"], line["case"]].append(float(line["dice"]))
+    for line in cases_of(name):
+        cases[line["row"]][line["seed"], line["case"]].append(float(line["dice"]))
     assert cases.keys() == rows_of(name).keys()
     for row, found in rows_of(name).items():
         assert found["dice_mean"] == pytest.approx(statistics.mean(map(statistics.mean, cases[row].values()))), row
@@ -115,6 +118,4 @@ def test_the_shown_line_makes_the_split(realdata, tmp_path, monkeypatch):
         main()
     made = json.loads((tmp_path / "data" / "hippocampus" / "datalist.json").read_text(encoding="utf-8"))
     assert [len(made[part]) for part in ("training", "validation", "testing")] == [139, 10, 49]
-    with (RESULTS["plan"] / "cases.csv").open(newline="") as file:
-        tested = {line["case"] for line in csv.DictReader(file)}
-    assert {item["case"] for item in made["testing"]} == tested
+    assert {item["case"] for item in made["testing"]} == {line["case"] for line in cases_of("plan")}
